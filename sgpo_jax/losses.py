@@ -1,0 +1,198 @@
+"""The objectives of SGPO as pure functions of arrays: one sequence or one group at a time, `jax.vmap` for more.
+
+Axis key: G group, T response tokens, V vocabulary. Everything is computed in float32; log-probabilities and KL are in
+nats. KL is named by direction: forward KL is KL(guided || unguided). Equations are those of arXiv 2606.24064.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+
+def group_advantages(rewards: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """Advantages of one group of responses to the same problem.
+
+    `A_i = (R_i - mean(R)) / (std(R) + eps)`, population std. Eq. 1.
+
+    Args:
+      rewards: `[G]` rewards.
+      eps: keeps the quotient finite for nearly equal rewards.
+
+    Returns:
+      `[G]` float32; all zero when every reward is the same. No gradient flows into it.
+    """
+    chex.assert_rank(rewards, 1)
+    rewards = jax.lax.stop_gradient(rewards.astype(jnp.float32))
+    # Compared directly: the float32 mean of equal rewards can differ from them in the last bit.
+    constant = jnp.all(rewards == rewards[0])
+    return jnp.where(constant, 0.0, (rewards - rewards.mean()) / (rewards.std() + eps))
+
+
+def clipped_surrogate(
+    logp: jax.Array,
+    old_logp: jax.Array,
+    advantage: jax.Array,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+) -> jax.Array:
+    """Per-token policy loss of one response: the negated term of Eq. 1.
+
+    `-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)` with `rho = exp(logp - old_logp)`.
+
+    Args:
+      logp: `[T]` log-probabilities under the current policy; the gradient flows here alone.
+      old_logp: `[T]` log-probabilities under the policy that sampled.
+      advantage: `[]` advantage of the response.
+      clip_low: largest decrease of the ratio that is still rewarded.
+      clip_high: largest increase of the ratio that is still rewarded.
+
+    Returns:
+      `[T]` float32 loss, unmasked; reduce it with `sequence_mean`.
+    """
+    chex.assert_rank([logp, old_logp, advantage], [1, 1, 0])
+    chex.assert_equal_shape([logp, old_logp])
+    old_logp = jax.lax.stop_gradient(old_logp.astype(jnp.float32))
+    advantage = jax.lax.stop_gradient(advantage.astype(jnp.float32))
+    ratio = jnp.exp(logp.astype(jnp.float32) - old_logp)
+    clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
+    return -jnp.minimum(ratio * advantage, clipped * advantage)
+
+
+def kl_divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """KL(p || q) over the last axis; forward KL is `kl_divergence(guided, unguided)`. Eq. 2, 3.
+
+    `sum_v p_v (log p_v - log q_v)`; an outcome with `p_v = 0` contributes 0.
+
+    Args:
+      log_p: `[..., V]` normalised log-probabilities of the reference of the expectation.
+      log_q: `[..., V]` normalised log-probabilities.
+
+    Returns:
+      `[...]` float32, nats. Differentiable in both arguments; stop gradients where the method asks for it.
+    """
+    chex.assert_equal_shape([log_p, log_q])
+    log_p, log_q = log_p.astype(jnp.float32), log_q.astype(jnp.float32)
+    possible = log_p > -jnp.inf
+    # The inner `where` keeps -inf - -inf out of the gradient as well as of the value.
+    difference = jnp.where(possible, log_p, 0.0) - jnp.where(possible, log_q, 0.0)
+    return jnp.sum(jnp.where(possible, jnp.exp(log_p) * difference, 0.0), axis=-1)
+
+
+def kl_clip_mask(token_kl: jax.Array, delta: float) -> jax.Array:
+    """Weights `w_t` of Eq. 5: 1 where the token's KL is at most delta, else 0.
+
+    Args:
+      token_kl: `[T]` KL per token, nats.
+      delta: largest KL that is distilled, nats; `inf` keeps every token.
+
+    Returns:
+      `[T]` float32 of 0 and 1, without gradient.
+    """
+    chex.assert_rank(token_kl, 1)
+    return jax.lax.stop_gradient((token_kl <= delta).astype(jnp.float32))
+
+
+def select_target(unguided_logp: jax.Array, correct: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Index of the reachable target o+: the correct guided response the unguided policy finds most likely. Eq. 4.
+
+    Args:
+      unguided_logp: `[G]` log-probability of each whole guided response without the strategy: a sum over its tokens,
+        not a mean, nats.
+      correct: `[G]` bool or 0/1, whether the response is correct.
+
+    Returns:
+      (index `[]` int32, found `[]` bool). Index 0 and found False when none is correct; the lowest index wins a tie.
+      A correct response with log-probability NaN is never chosen.
+    """
+    chex.assert_rank([unguided_logp, correct], 1)
+    chex.assert_equal_shape([unguided_logp, correct])
+    correct = (correct != 0) & ~jnp.isnan(unguided_logp)
+    # Clamped above the fill, so that a correct response of probability 0 still beats an incorrect one.
+    score = jnp.maximum(unguided_logp.astype(jnp.float32), jnp.finfo(jnp.float32).min)
+    index = jnp.argmax(jnp.where(correct, score, -jnp.inf)).astype(jnp.int32)
+    return index, jnp.any(correct)
+
+
+def adaptive_weight(
+    p_auto: jax.Array,
+    p_guide: jax.Array,
+    alpha0: float = 0.5,
+    gamma: float = 0.1,
+    alpha_max: float = 0.8,
+) -> jax.Array:
+    """Weight of the distillation term of one problem: large when the strategy helps, vanishing otherwise. Eq. 6.
+
+    `clip(alpha0 (p_guide - p_auto + gamma) / (p_auto + gamma), 0, alpha_max)`.
+
+    Args:
+      p_auto: `[...]` mean reward of the autonomous group, in [0, 1].
+      p_guide: `[...]` mean reward of the guided group, in [0, 1].
+      alpha0: scale.
+      gamma: smoothing, keeps the quotient finite.
+      alpha_max: upper limit.
+
+    Returns:
+      `[...]` float32 in [0, alpha_max], without gradient.
+    """
+    p_auto, p_guide = jnp.asarray(p_auto, jnp.float32), jnp.asarray(p_guide, jnp.float32)
+    chex.assert_equal_shape([p_auto, p_guide])
+    weight = alpha0 * (p_guide - p_auto + gamma) / (p_auto + gamma)
+    return jax.lax.stop_gradient(jnp.clip(weight, 0.0, alpha_max))
+
+
+def group_advantage_weight(
+    auto_rewards: jax.Array, target_reward: jax.Array, alpha_max: float = 0.8, eps: float = 1e-6
+) -> jax.Array:
+    """The alternative weight of Eq. 8: the advantage of the target within the group it would join.
+
+    `clip((R(o+) - mean(G)) / (std(G) + eps), 0, alpha_max)`, G = the autonomous rewards and R(o+), population std.
+
+    Args:
+      auto_rewards: `[G]` rewards of the autonomous group.
+      target_reward: `[]` reward of the target.
+      alpha_max: upper limit.
+      eps: keeps the quotient finite.
+
+    Returns:
+      `[]` float32 in [0, alpha_max], without gradient.
+    """
+    chex.assert_rank([auto_rewards, target_reward], [1, 0])
+    group = jnp.append(auto_rewards.astype(jnp.float32), target_reward.astype(jnp.float32))
+    weight = (group[-1] - group.mean()) / (group.std() + eps)
+    return jax.lax.stop_gradient(jnp.clip(weight, 0.0, alpha_max))
+
+
+def sequence_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean over the tokens of one response: `sum(x mask) / max(sum(mask), 1)`.
+
+    Args:
+      x: `[T]` values; those outside the mask are ignored, even when not finite.
+      mask: `[T]` bool or 0/1, 1 on the response's tokens.
+
+    Returns:
+      `[]` float32; 0 for an empty response.
+    """
+    chex.assert_rank([x, mask], 1)
+    chex.assert_equal_shape([x, mask])
+    inside = mask != 0
+    return jnp.sum(jnp.where(inside, x.astype(jnp.float32), 0.0)) / jnp.maximum(jnp.sum(inside), 1)
+
+
+def distillation_loss(token_kl: jax.Array, mask: jax.Array, delta: float) -> jax.Array:
+    """Clipped KL of one target: tokens above delta are dropped from the sum, but counted in its length. Eq. 5.
+
+    `1/|o+| sum_t w_t d_t`, `w_t = 1 if d_t <= delta else 0`.
+
+    Args:
+      token_kl: `[T]` KL per token, nats.
+      mask: `[T]` bool or 0/1, 1 on the response's tokens.
+      delta: largest KL that is distilled, nats.
+
+    Returns:
+      `[]` float32; 0 for an empty response.
+    """
+    chex.assert_rank([token_kl, mask], 1)
+    token_kl = token_kl.astype(jnp.float32)
+    # Selected rather than multiplied, so that an infinite KL is dropped too instead of giving inf * 0.
+    kept = jnp.where(kl_clip_mask(token_kl, delta) > 0, token_kl, 0.0)
+    return sequence_mean(kept, mask)

@@ -1,0 +1,194 @@
+"""One decoder-only transformer for Qwen2/2.5, Qwen3, Llama 3.x and SmolLM2; ModelConfig says which parts are on.
+
+Axis key: B batch, T tokens, S cache length, D hidden, H query heads, K key/value heads, N head size, L layers.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sgpo_jax.models.config import ModelConfig
+from sgpo_jax.sharding import BATCH, constrain
+
+Cache = dict[str, jax.Array]
+
+
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
+    """Inverse wavelengths of the rotary embedding in radians per position, `[N/2]`, with "llama3" scaling if set."""
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
+    frequency = config.rope_theta**-exponent
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency.astype(np.float32)
+    # Long wavelengths are stretched by `factor`, short ones kept, those between are interpolated.
+    rotations = scaling.original_max_positions * frequency / (2 * np.pi)
+    keep = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = np.clip(keep, 0.0, 1.0)
+    return (keep * frequency + (1 - keep) * frequency / scaling.factor).astype(np.float32)
+
+
+def rotate(x: jax.Array, angle: jax.Array) -> jax.Array:
+    """Rotary position embedding: x `[B,T,heads,N]`, angle `[B,T,N/2]` radians."""
+    cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array) -> jax.Array:
+    """Grouped-query attention, softmax in float32: `[B,T,H,N]`, `[B,S,K,N]` x2, visible `[B,T,S]` -> `[B,T,H*N]`."""
+    batch, length, heads, size = query.shape
+    query = query.reshape(batch, length, key.shape[2], heads // key.shape[2], size)
+    scores = jnp.einsum("btkgn,bskn->bkgts", query, key, preferred_element_type=jnp.float32)
+    # A finite fill keeps padding queries, which see nothing, free of NaN.
+    scores = jnp.where(visible[:, None, None], scores * size**-0.5, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgts,bskn->btkgn", weights, value).reshape(batch, length, heads * size)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and gated MLP. The carry is the residual stream and, when decoding, the whole cache."""
+
+    config: ModelConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, carry, layer, angle, visible, index):
+        config, dtype = self.config, self.dtype
+        x, keys, values = carry
+        batch, length = x.shape[:2]
+
+        def dense(name, features, bias=False):
+            return nn.Dense(features, use_bias=bias, dtype=dtype, name=name)
+
+        def norm(name):
+            return nn.RMSNorm(epsilon=config.norm_eps, dtype=dtype, name=name)
+
+        def heads(name, count):
+            out = dense(name, count * config.head_dim, config.qkv_bias)(h)
+            return constrain(out, BATCH, None, "tensor").reshape(batch, length, count, config.head_dim)
+
+        h = norm("attn_norm")(x)
+        query, key = heads("q", config.num_heads), heads("k", config.num_kv_heads)
+        value = heads("v", config.num_kv_heads)
+        if config.qk_norm:
+            query, key = norm("q_norm")(query), norm("k_norm")(key)
+        query, key = rotate(query, angle), rotate(key, angle)
+        if keys is not None:
+            # Carried through the layer scan and written in place: stacking per-layer outputs would copy the cache.
+            keys = jax.lax.dynamic_update_slice(keys, key[None], (layer, 0, index, 0, 0))
+            values = jax.lax.dynamic_update_slice(values, value[None], (layer, 0, index, 0, 0))
+            key, value = keys[layer], values[layer]
+        attention = constrain(attend(query, key, value, visible), BATCH, None, "tensor")
+        x = x + dense("o", config.hidden_size)(attention)
+
+        h = norm("mlp_norm")(x)
+        gated = nn.silu(dense("gate", config.mlp_size)(h)) * dense("up", config.mlp_size)(h)
+        # Without this the partitioner gathers the MLP and all-reduces full-width weight gradients.
+        gated = constrain(gated, BATCH, None, "tensor")
+        x = constrain(x + dense("down", config.hidden_size)(gated), BATCH, None, None)
+        return (x, keys, values), None
+
+
+class Decoder(nn.Module):
+    """Embedding, `num_layers` blocks under one scan, final norm. The output head is applied by `logprobs`."""
+
+    config: ModelConfig
+    dtype: Any
+    remat: bool
+
+    @nn.compact
+    def __call__(self, tokens, positions, mask, cache):
+        config = self.config
+        embed = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype, name="embed")
+        x = constrain(embed(tokens), BATCH, None, None)
+        angle = positions[..., None] * jnp.asarray(rope_frequencies(config))
+        length = tokens.shape[1]
+        if cache is None:
+            slots, seen, index, keys, values = jnp.arange(length), mask, 0, None, None
+        else:
+            index = cache["index"]
+            seen = jax.lax.dynamic_update_slice(cache["mask"], mask, (0, index))
+            slots, keys, values = jnp.arange(seen.shape[1]), cache["key"], cache["value"]
+        # Causality goes by slot, so it holds for any padding; rotary angles go by position.
+        visible = (slots <= index + jnp.arange(length)[:, None]) & seen[:, None, :]
+
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=config.num_layers,
+        )(config, self.dtype, name="layers")
+        (x, keys, values), _ = layers((x, keys, values), jnp.arange(config.num_layers), angle, visible, index)
+        if cache is not None:
+            cache = {"key": keys, "value": values, "mask": seen, "index": index + length}
+        hidden = nn.RMSNorm(epsilon=config.norm_eps, dtype=self.dtype, name="norm")(x)
+        if not config.tie_embeddings and self.is_initializing():
+            nn.Dense(config.vocab_size, use_bias=False, name="head")(hidden[:, :1])
+        return hidden, cache
+
+
+def init(rng: jax.Array, config: ModelConfig) -> dict[str, Any]:
+    """Random float32 parameters; the tree is listed in `sharding.RULES` and named in `models.huggingface`."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    module = Decoder(config, jnp.float32, remat=False)
+    params = module.init(rng, tokens, tokens, tokens == 0, None)["params"]
+    # GPT-2's 0.02 rather than Flax's unit-variance rows, which saturate the softmax of a tied head.
+    embedding = params["embed"]["embedding"]
+    scale = 0.02 / (1.0 / config.hidden_size**0.5)
+    return {**params, "embed": {"embedding": embedding * scale}}
+
+
+def apply(
+    params: dict[str, Any],
+    config: ModelConfig,
+    tokens: jax.Array,
+    positions: jax.Array,
+    mask: jax.Array,
+    cache: Cache | None = None,
+    *,
+    dtype: Any = jnp.float32,
+    remat: bool = False,
+) -> tuple[jax.Array, Cache | None]:
+    """Final hidden states and, given a cache, the cache with these tokens appended.
+
+    Args:
+      params: parameter tree of `init` or of an import, float32 or bfloat16.
+      config: the model's shape.
+      tokens: `[B,T]` token ids.
+      positions: `[B,T]` positions for the rotary embedding, 0 at each row's first real token.
+      mask: `[B,T]` bool, False on padding, which no token attends to. Padding may stand anywhere.
+      cache: from `init_cache`; its `S` slots must have room for T more tokens. It is written at one index for all rows.
+      dtype: of activations and matrix products; norms, rotary angles and softmax are float32.
+      remat: recompute each layer in the backward pass and keep only its input.
+
+    Returns:
+      (hidden `[B,T,D]` after the final norm, cache or None).
+    """
+    module = Decoder(config, dtype, remat)
+    return module.apply({"params": params}, tokens, positions, mask, cache)
+
+
+def head(params: dict[str, Any], config: ModelConfig) -> jax.Array:
+    """Output projection `[D,V]`: the transposed embedding when tied."""
+    return params["embed"]["embedding"].T if config.tie_embeddings else params["head"]["kernel"]
+
+
+def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any = jnp.float32) -> Cache:
+    """Empty cache: key and value `[L,B,S,K,N]`, mask `[B,S]` bool, index of the next slot."""
+    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+    return {
+        "key": jnp.zeros(shape, dtype),
+        "value": jnp.zeros(shape, dtype),
+        "mask": jnp.zeros((batch, slots), bool),
+        "index": jnp.zeros((), jnp.int32),
+    }
+
+
+def positions_of(mask: jax.Array) -> jax.Array:
+    """Positions `[B,T]` counting real tokens from 0; padding gets 0."""
+    return jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)

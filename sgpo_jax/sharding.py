@@ -1,0 +1,108 @@
+"""Where arrays live: one mesh with axes data, fsdp and tensor, and ordered rules from parameter path to PartitionSpec.
+
+The mesh uses Auto axes: the code places inputs, parameters and a few activations, and the compiler derives the rest.
+"""
+
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # the axes over which rows of a batch are split
+
+# The first matching rule wins. Layer parameters carry a leading layer axis, which is never split.
+RULES: tuple[tuple[str, P], ...] = (
+    (r"embed/embedding$", P("tensor", "fsdp")),
+    (r"head/kernel$", P("fsdp", "tensor")),
+    (r"layers/(q|k|v|gate|up)/kernel$", P(None, "fsdp", "tensor")),
+    (r"layers/(o|down)/kernel$", P(None, "tensor", "fsdp")),
+    (r"layers/(q|k|v)/bias$", P(None, "tensor")),
+    (r"(^|/)\w*norm/scale$", P()),
+)
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list | None = None) -> Mesh:
+    """Mesh over `devices` (default: all); one size may be -1, meaning whatever remains.
+
+    Raises ValueError when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape((data, fsdp, tensor), len(devices))
+    return jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_shape(sizes: tuple[int, int, int], num_devices: int) -> tuple[int, int, int]:
+    """Resolves a -1 in (data, fsdp, tensor) against the number of devices, or raises ValueError."""
+    wanted = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(f"{wanted}: every size must be at least 1, and at most one may be -1")
+    known = math.prod(size for size in sizes if size != -1)
+    resolved = tuple(num_devices // known if size == -1 else size for size in sizes)
+    if math.prod(resolved) != num_devices:
+        raise ValueError(f"{wanted} needs a multiple or product of {known} devices; there are {num_devices}")
+    return resolved  # type: ignore[return-value]
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """`params/layers/q/kernel` from a pytree key path."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def spec_for(name: str, shape: tuple[int, ...]) -> P:
+    """PartitionSpec of the parameter or optimizer moment called `name`; scalars are replicated.
+
+    Raises ValueError for a name that no rule matches.
+    """
+    if not shape:
+        return P()
+    for pattern, spec in RULES:
+        if re.search(pattern, name):
+            return spec
+    raise ValueError(f"no sharding rule matches {name!r} of shape {shape}; add one to sharding.RULES")
+
+
+def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+    """NamedSharding for every leaf (array or ShapeDtypeStruct) of parameters, optimizer state or a whole TrainState.
+
+    Raises ValueError for a leaf without a rule, or whose size is not divisible by the mesh axes of its rule.
+    """
+
+    def place(path, leaf):
+        name = path_name(path)
+        spec = spec_for(name, leaf.shape)
+        for dim, axis in enumerate(spec):
+            if axis is not None and leaf.shape[dim] % mesh.shape[axis]:
+                raise ValueError(
+                    f"{name}: dimension {dim} of shape {leaf.shape} is not divisible by mesh axis "
+                    f"{axis!r} of size {mesh.shape[axis]}"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def put_rows(tree: Any, mesh: Mesh) -> Any:
+    """Host arrays `[B, ...]` onto the mesh, rows split over data and fsdp. Every process passes the same arrays."""
+    sharding = NamedSharding(mesh, P(BATCH))
+    return jax.tree.map(lambda x: jax.device_put(np.asarray(x), sharding), tree)
+
+
+def constrain(x: jax.Array, *spec: Any) -> jax.Array:
+    """Pins the layout of an activation; a dimension that its mesh axes do not divide is left whole.
+
+    Does nothing outside `jax.set_mesh`, so models and engine also run without a mesh.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+
+    def ways(axes):
+        return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+
+    fitting = [axes if x.shape[dim] % ways(axes) == 0 else None for dim, axes in enumerate(spec)]
+    return jax.lax.with_sharding_constraint(x, P(*fitting))
