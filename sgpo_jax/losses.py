@@ -53,7 +53,8 @@ def clipped_surrogate(
     chex.assert_equal_shape([logp, old_logp])
     old_logp = jax.lax.stop_gradient(old_logp.astype(jnp.float32))
     advantage = jax.lax.stop_gradient(advantage.astype(jnp.float32))
-    ratio = jnp.exp(logp.astype(jnp.float32) - old_logp)
+    # Bounded below the overflow of exp: inf times an advantage or a gradient of 0 would be NaN.
+    ratio = jnp.exp(jnp.minimum(logp.astype(jnp.float32) - old_logp, 80.0))
     clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
     return -jnp.minimum(ratio * advantage, clipped * advantage)
 
@@ -72,10 +73,11 @@ def kl_divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     """
     chex.assert_equal_shape([log_p, log_q])
     log_p, log_q = log_p.astype(jnp.float32), log_q.astype(jnp.float32)
-    possible = log_p > -jnp.inf
-    # The inner `where` keeps -inf - -inf out of the gradient as well as of the value.
+    p = jnp.exp(log_p)
+    possible = p != 0
+    # Selected before the product: 0 * inf would be NaN, in the gradient too. A NaN that comes in goes out.
     difference = jnp.where(possible, log_p, 0.0) - jnp.where(possible, log_q, 0.0)
-    return jnp.sum(jnp.where(possible, jnp.exp(log_p) * difference, 0.0), axis=-1)
+    return jnp.sum(p * difference, axis=-1)
 
 
 def kl_clip_mask(token_kl: jax.Array, delta: float) -> jax.Array:
@@ -158,8 +160,7 @@ def group_advantage_weight(
     """
     chex.assert_rank([auto_rewards, target_reward], [1, 0])
     group = jnp.append(auto_rewards.astype(jnp.float32), target_reward.astype(jnp.float32))
-    weight = (group[-1] - group.mean()) / (group.std() + eps)
-    return jax.lax.stop_gradient(jnp.clip(weight, 0.0, alpha_max))
+    return jnp.clip(group_advantages(group, eps)[-1], 0.0, alpha_max)
 
 
 def sequence_mean(x: jax.Array, mask: jax.Array) -> jax.Array:

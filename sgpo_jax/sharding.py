@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -90,6 +91,13 @@ def put_rows(tree: Any, mesh: Mesh) -> Any:
     """Host arrays `[B, ...]` onto the mesh, rows split over data and fsdp. Every process passes the same arrays."""
     sharding = NamedSharding(mesh, P(BATCH))
     return jax.tree.map(lambda x: jax.device_put(np.asarray(x), sharding), tree)
+
+
+def fetch(tree: Any) -> Any:
+    """Device arrays as numpy arrays in host memory, whole on every process."""
+    if jax.process_count() > 1:
+        tree = multihost_utils.process_allgather(tree, tiled=True)
+    return jax.device_get(tree)
 
 
 def constrain(x: jax.Array, *spec: Any) -> jax.Array:

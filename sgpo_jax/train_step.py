@@ -56,8 +56,9 @@ class Batch(NamedTuple):
 
 def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """State before the first step."""
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(step=zero, params=params, opt_state=optimizer.init(params), skipped=zero)
+    # Two arrays, not one: a donated state must not hold a buffer twice.
+    step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+    return TrainState(step=step, params=params, opt_state=optimizer.init(params), skipped=skipped)
 
 
 def make_update(
@@ -262,7 +263,7 @@ def apply_gradients(
     state: TrainState, grads: Any, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, jax.Array]:
     """One optimizer step, or none when the gradient is not finite. Returns (state, gradient norm before clipping)."""
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

@@ -18,16 +18,18 @@ Cache = dict[str, jax.Array]
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
     """Inverse wavelengths of the rotary embedding in radians per position, `[N/2]`, with "llama3" scaling if set."""
-    exponent = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
-    frequency = config.rope_theta**-exponent
+    # Rounded to float32 where transformers rounds: a last bit here is visible at position 10,000.
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
+    frequency = 1 / (config.rope_theta ** exponent.astype(np.float64)).astype(np.float32)
     scaling = config.rope_scaling
     if scaling is None:
-        return frequency.astype(np.float32)
+        return frequency
     # Long wavelengths are stretched by `factor`, short ones kept, those between are interpolated.
-    rotations = scaling.original_max_positions * frequency / (2 * np.pi)
-    keep = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    keep = np.clip(keep, 0.0, 1.0)
-    return (keep * frequency + (1 - keep) * frequency / scaling.factor).astype(np.float32)
+    wavelength = 2 * np.pi * (1 / frequency)
+    rotations = scaling.original_max_positions * (1 / wavelength)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = np.clip((rotations - low) / (high - low), 0.0, 1.0)
+    return (1 - keep) * frequency / scaling.factor + keep * frequency
 
 
 def rotate(x: jax.Array, angle: jax.Array) -> jax.Array:

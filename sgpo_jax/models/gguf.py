@@ -115,7 +115,7 @@ def tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
 
 
 def stop_ids(path: str | os.PathLike[str]) -> tuple[int, ...]:
-    """Ids of the tokens that end a response: the file's own end token, then the other usual ones."""
+    """Ids of the tokens that end a response: the file's end token, then the other usual ones."""
     reader = _open(path)
     tokens = _field(reader, "tokenizer.ggml.tokens")
     ids = [_field(reader, "tokenizer.ggml.eos_token_id")]
@@ -186,7 +186,7 @@ def _config(reader: Any, tensors: dict[str, Any], factors: Any) -> ModelConfig:
     for name in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if _field(reader, name, head_dim) != head_dim:
             raise ValueError(f"{name} is {_field(reader, name)}; supported: the key's {head_dim}")
-    shape = dict(
+    shape: dict[str, Any] = dict(
         architecture="LlamaForCausalLM",
         vocab_size=int(tensors["model.embed_tokens.weight"].shape[1]),
         hidden_size=hidden_size,
@@ -229,7 +229,7 @@ def _shortest(value: float) -> float:
 def _unpermuted(array: np.ndarray, head_dim: int) -> np.ndarray:
     """Rows of a query or key projection in the order of Hugging Face.
 
-    There the two coordinates that rotate together are half a head apart; in GGUF they are neighbours.
+    There the two coordinates that rotate together are half a head apart, in GGUF side by side.
     """
     heads = array.reshape(-1, head_dim // 2, 2, array.shape[-1])
     return heads.swapaxes(1, 2).reshape(array.shape)

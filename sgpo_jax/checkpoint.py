@@ -1,0 +1,93 @@
+"""Checkpoints of a stage: the whole TrainState and what a resume must agree with, written by Orbax.
+
+Kept are the last few and the best. A save is atomic, so a kill in the middle leaves the one before.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from sgpo_jax.train_step import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one folder; a context manager that waits for the last save.
+
+    Args:
+      folder: made when absent.
+      keep: how many of the latest to keep; the best is kept besides.
+      best: name of the metric, given to `save`, that tells which one is best.
+      higher_is_better: whether the best is the highest or the lowest.
+      identity: facts of the run (seed, data, model shape) that a resumed run must share.
+    """
+
+    def __init__(self, folder: str | Path, keep: int, best: str, higher_is_better: bool, identity: dict[str, Any]):
+        self._folder = Path(folder).absolute()
+        self._best = best
+        self._higher_is_better = higher_is_better
+        self._identity = identity
+        kept = [
+            policies.LatestN(keep),
+            policies.BestN(
+                get_metric_fn=lambda metrics: metrics[best],
+                reverse=not higher_is_better,
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            ),
+        ]
+        options = ocp.CheckpointManagerOptions(preservation_policy=policies.AnyPreservationPolicy(kept))
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._manager.close()
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """Step of the best checkpoint, the earliest on a tie; the latest when none carries the metric."""
+        steps = self._manager.all_steps()
+        scored = [(self._score(step), -step) for step in steps if self._score(step) is not None]
+        if not scored:
+            return self.latest_step()
+        sign = 1 if self._higher_is_better else -1
+        return -max(scored, key=lambda pair: (sign * pair[0], pair[1]))[1]
+
+    def _score(self, step: int) -> float | None:
+        metrics = self._manager.metrics(step)
+        return None if metrics is None else metrics.get(self._best)
+
+    def save(self, step: int, state: TrainState, score: float | None = None) -> None:
+        """Saves the state after `step`; `score` is its value of the metric that tells the best one."""
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),  # type: ignore[call-arg]
+            identity=ocp.args.JsonSave(self._identity),  # type: ignore[call-arg]
+        )
+        self._manager.save(step, args=args, metrics=None if score is None else {self._best: float(score)})
+
+    def wait(self) -> None:
+        """Returns when every save has been written."""
+        self._manager.wait_until_finished()
+
+    def restore(self, step: int, state: TrainState) -> TrainState:
+        """The state saved after `step`, placed as `state` (arrays or ShapeDtypeStructs with shardings).
+
+        Raises:
+          ValueError: the checkpoint belongs to a run with another seed, data or model.
+        """
+        saved = self._manager.restore(step, args=ocp.args.Composite(identity=ocp.args.JsonRestore()))["identity"]
+        for name, value in self._identity.items():
+            if saved.get(name) != value:
+                raise ValueError(
+                    f"checkpoint {self._folder / str(step)} was written with {name}={saved.get(name)!r}, "
+                    f"this run has {name}={value!r}: use the same config, or another --workdir"
+                )
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(target))  # type: ignore[call-arg]
+        return self._manager.restore(step, args=args)["state"]

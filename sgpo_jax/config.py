@@ -1,0 +1,245 @@
+"""The configuration: every field with its unit and source, and the check that refuses impossible values.
+
+A file in `configs/` takes `base()`, changes what it needs and returns it; the command line overrides single fields with
+`--config.rl.batch=64`. Sections and equations are those of arXiv 2606.24064.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+STAGES = ("sft", "rl", "eval")
+
+
+def base() -> ConfigDict:
+    """The paper's recipe, with empty model and data; locked, so that a field that is not here is an error."""
+    config = ConfigDict()
+    config.seed = 0  # every random number of the run derives from it
+    config.stages = STAGES  # stages to run, in this order
+    config.max_skipped = 3  # non-finite updates in a row that stop the run
+
+    config.model = ConfigDict()
+    config.model.source = ""  # Hugging Face folder or hub id, a .gguf file, "smollm2", or "scratch"
+    config.model.tokenizer = ""  # the same choices or "arithmetic"; "" takes the model's own
+    config.model.layers = 2  # shape of a model from scratch; ignored otherwise
+    config.model.hidden = 96
+    config.model.heads = 4
+    config.model.mlp = 256
+    config.model.dtype = "bfloat16"  # of activations and matrix products; parameters are always float32
+    config.model.remat = True  # recompute layer activations in the backward pass
+
+    config.data = ConfigDict()
+    config.data.train = ""  # problems with solutions and strategies: see data.load
+    config.data.sft_share = 1 / 3  # share of the problems kept for the warm-up; Sec. 4.1
+    config.data.instruction = "default"  # closing line of every prompt; "default" is prompts.INSTRUCTION
+    config.data.max_prompt_tokens = 1024  # tokens; longer prompts are left out, and counted
+
+    config.optimizer = ConfigDict()  # AdamW
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 0.01
+    config.optimizer.clip_norm = 1.0  # global gradient norm
+
+    config.sft = ConfigDict()  # warm-up on expert responses; Sec. 4.1
+    config.sft.train = ""  # its own rows; "" takes the sft_share of data.train
+    config.sft.use_strategy = False  # show rows that have a strategy with it (the paper never does)
+    config.sft.batch = 64  # responses per step
+    config.sft.epochs = 10
+    config.sft.steps = 0  # steps in all; 0 takes epochs
+    config.sft.learning_rate = 1e-5
+    config.sft.warmup_share = 0.1  # share of the steps
+    config.sft.decay = "cosine"  # or "constant"; the paper does not say
+    config.sft.max_response_tokens = 16384  # tokens; longer responses are left out, and counted
+    config.sft.validation_share = 0.1  # share of the rows held out; the lowest loss on them starts RL
+    config.sft.validate_every = 0  # steps; 0 is once an epoch
+    config.sft.micro_batch = 64  # responses whose activations are held at once, over all devices
+
+    config.rl = ConfigDict()  # Algorithm 1
+    config.rl.batch = 128  # problems per step (derived: the paper's curves end near step 440)
+    config.rl.autonomous = 8  # G1, responses to the problem alone
+    config.rl.guided = 4  # G2, responses to strategy and problem
+    config.rl.epochs = 10
+    config.rl.steps = 0  # steps in all; 0 takes epochs
+    config.rl.updates_per_batch = 1  # optimizer steps on each batch of rollouts
+    config.rl.learning_rate = 1e-6
+    config.rl.warmup_share = 0.0
+    config.rl.decay = "constant"
+    config.rl.temperature = 1.0
+    config.rl.top_p = 0.95
+    config.rl.top_k = 0  # 0 keeps the whole vocabulary
+    config.rl.max_new_tokens = 16384  # tokens; a longer response is cut and scores 0
+    config.rl.clip_low = 0.2  # Eq. 1
+    config.rl.clip_high = 0.28  # Eq. 1
+    config.rl.delta = 1.0  # nats; tokens with a larger KL are masked; Eq. 5
+    config.rl.alpha0 = 0.5  # Eq. 6
+    config.rl.gamma = 0.1  # Eq. 6
+    config.rl.alpha_max = 0.8  # Eq. 6
+    config.rl.micro_batch = 64  # responses whose activations are held at once, over all devices
+    config.rl.eval_every = 0  # steps between evaluations during training; 0 is never
+
+    config.eval = ConfigDict()
+    config.eval.sets = ConfigDict()  # name -> ConfigDict(source=..., samples=k), k responses per problem for avg@k
+    config.eval.guided = False  # also with the strategies, for rows that have one
+    config.eval.batch = 64  # problems generated for at once
+    config.eval.temperature = 0.6
+    config.eval.top_p = 0.95
+    config.eval.top_k = 0
+    config.eval.max_new_tokens = 32768  # tokens
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 20  # steps
+    config.checkpoint.keep = 2  # latest ones; the best is kept besides
+
+    config.mesh = ConfigDict()  # sizes multiply to the number of devices; one may be -1
+    config.mesh.data = 1  # copies of the parameters
+    config.mesh.fsdp = -1  # ways the parameters, and the rows of a batch, are split
+    config.mesh.tensor = 1  # ways heads, MLP and vocabulary are split
+    return config.lock()
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ValueError naming the field, its value and what is allowed; touches neither device nor network."""
+
+    def need(field: str, ok: bool, allowed: str) -> None:
+        if not ok:
+            raise ValueError(f"config.{field}={_get(config, field)!r}: must be {allowed}")
+
+    def whole(least: int, *fields: str) -> None:
+        for field in fields:
+            need(field, _get(config, field) >= least, f"at least {least}")
+
+    def within(low: float, high: float, *fields: str) -> None:
+        for field in fields:
+            need(field, low <= _get(config, field) <= high, f"between {low} and {high}")
+
+    def positive(*fields: str) -> None:
+        for field in fields:
+            need(field, 0 < _get(config, field) < float("inf"), "a finite number above 0")
+
+    def choice(field: str, *allowed: str) -> None:
+        need(field, _get(config, field) in allowed, " or ".join(map(repr, allowed)))
+
+    stages = list(config.stages)
+    in_order = [stage for stage in STAGES if stage in stages]
+    need("stages", stages == in_order and bool(stages), f"one or more of {STAGES}, in that order")
+    need("seed", 0 <= config.seed < 2**32, "between 0 and 2**32 - 1")
+    whole(1, "max_skipped", "checkpoint.every", "checkpoint.keep")
+
+    need("model.source", bool(config.model.source), "a folder, hub id, .gguf file, 'smollm2' or 'scratch'")
+    if config.model.source == "scratch":
+        need("model.tokenizer", bool(config.model.tokenizer), "set when model.source is 'scratch'")
+        whole(1, "model.layers", "model.hidden", "model.heads", "model.mlp")
+        size = 2 * config.model.heads
+        need("model.hidden", config.model.hidden % size == 0, f"a multiple of 2 * model.heads = {size}")
+    choice("model.dtype", "float32", "bfloat16")
+
+    whole(1, "data.max_prompt_tokens")
+    within(0.0, 1.0, "data.sft_share")
+    for field in ("optimizer.b1", "optimizer.b2"):
+        need(field, 0 <= _get(config, field) < 1, "at least 0 and below 1")
+    within(0.0, 1.0, "optimizer.weight_decay")
+    positive("optimizer.eps", "optimizer.clip_norm")
+
+    for stage in ("sft", "rl"):
+        if stage not in stages:
+            continue
+        whole(1, f"{stage}.batch", f"{stage}.micro_batch", f"{stage}.epochs")
+        whole(0, f"{stage}.steps")
+        positive(f"{stage}.learning_rate")
+        within(0.0, 1.0, f"{stage}.warmup_share")
+        choice(f"{stage}.decay", "constant", "cosine")
+    if "sft" in stages:
+        own = bool(config.sft.train)
+        need("sft.train", own or bool(config.data.train), "set when data.train is empty")
+        need("data.sft_share", own or config.data.sft_share > 0, "above 0 when sft.train is empty")
+        whole(1, "sft.max_response_tokens")
+        whole(0, "sft.validate_every")
+        share = config.sft.validation_share
+        need("sft.validation_share", 0 < share < 1, "between 0 and 1, both excluded")
+        _check_micro_batch(config, "sft.micro_batch", {"sft.batch": config.sft.batch})
+    if "rl" in stages:
+        need("data.train", bool(config.data.train), "a source of problems: see data.load")
+        need("data.sft_share", config.data.sft_share < 1 or bool(config.sft.train), "below 1: RL needs problems too")
+        whole(1, "rl.guided", "rl.updates_per_batch", "rl.max_new_tokens")
+        # A group of one has no spread, so its advantage is always 0.
+        whole(2, "rl.autonomous")
+        whole(0, "rl.top_k", "rl.eval_every")
+        positive("rl.temperature", "rl.gamma")
+        within(0.0, 1.0, "rl.clip_low")
+        need("rl.delta", config.rl.delta > 0, "above 0 (float('inf') masks no token)")
+        within(0.0, float("inf"), "rl.clip_high", "rl.alpha0", "rl.alpha_max")
+        batch, auto, guided = config.rl.batch, config.rl.autonomous, config.rl.guided
+        counts = {"rl.batch": batch, "rl.batch * rl.autonomous": batch * auto, "rl.batch * rl.guided": batch * guided}
+        _check_micro_batch(config, "rl.micro_batch", counts)
+    for stage in ("rl", "eval"):
+        need(f"{stage}.top_p", 0 < _get(config, f"{stage}.top_p") <= 1, "above 0 and at most 1")
+    if "eval" in stages or config.rl.eval_every:
+        need("eval.sets", len(config.eval.sets) > 0, "at least one name -> ConfigDict(source=..., samples=...)")
+        whole(1, "eval.batch", "eval.max_new_tokens")
+        whole(0, "eval.top_k")
+        within(0.0, float("inf"), "eval.temperature")
+        for name in config.eval.sets:
+            field = f"eval.sets.{name}"
+            need(field, set(_get(config, field)) == {"source", "samples"}, "ConfigDict(source=..., samples=...)")
+            whole(1, f"{field}.samples")
+            greedy = config.eval.temperature == 0
+            need(f"{field}.samples", not greedy or config.eval.sets[name].samples == 1, "1 when eval.temperature is 0")
+    for axis in ("data", "fsdp", "tensor"):
+        need(f"mesh.{axis}", config.mesh[axis] == -1 or config.mesh[axis] >= 1, "-1 or at least 1")
+    _check_files(config)
+
+
+def check_mesh(config: ConfigDict, data_ways: int) -> None:
+    """Raises ValueError unless every batch of rows divides over the `data_ways` devices that rows are split over."""
+    training = [stage for stage in ("sft", "rl") if stage in config.stages]
+    fields = [f"{stage}.{field}" for stage in training for field in ("batch", "micro_batch")]
+    if "eval" in config.stages or config.rl.eval_every:
+        fields.append("eval.batch")
+    for field in fields:
+        if _get(config, field) % data_ways:
+            raise ValueError(
+                f"config.{field}={_get(config, field)}: must be a multiple of mesh.data * mesh.fsdp = {data_ways}"
+            )
+
+
+def unknown_field(config: ConfigDict, arguments: Sequence[str]) -> str | None:
+    """What is wrong with the first `--config.FIELD=value` among the arguments whose field does not exist, or None."""
+    for argument in arguments:
+        name, *path = argument.lstrip("-").partition("=")[0].split(".")
+        if name != "config":
+            continue
+        node = config
+        for depth, part in enumerate(path):
+            if not isinstance(node, ConfigDict) or part not in node:
+                where = ".".join([name, *path[:depth]])
+                allowed = f"one of {', '.join(node)}" if isinstance(node, ConfigDict) else "nothing, it is a value"
+                return f"{argument}: {where} has no field {part!r}; allowed: {allowed}"
+            node = node[part]
+    return None
+
+
+def _get(config: ConfigDict, field: str) -> Any:
+    for name in field.split("."):
+        config = config[name]
+    return config
+
+
+def _check_micro_batch(config: ConfigDict, field: str, counts: dict[str, int]) -> None:
+    size = _get(config, field)
+    for name, count in counts.items():
+        if count % min(size, count):
+            raise ValueError(f"config.{field}={size}: must divide {name} = {count}, or be at least as large")
+
+
+def _check_files(config: ConfigDict) -> None:
+    """A source that is plainly a local path must exist."""
+    fields = ["model.source", "model.tokenizer", "data.train", "sft.train"]
+    fields += [f"eval.sets.{name}.source" for name in config.eval.sets]
+    for field in fields:
+        value = _get(config, field)
+        local = value.startswith((".", "/", "~")) or value.endswith((".jsonl", ".parquet", ".gguf"))
+        if local and not Path(value).expanduser().exists():
+            raise ValueError(f"config.{field}={value!r}: there is no such file or folder")

@@ -1,0 +1,81 @@
+"""The command: `python -m sgpo_jax.main --config=configs/NAME.py --workdir=DIR [--config.field=value ...]`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from sgpo_jax import config as configs
+from sgpo_jax import policy as policies
+from sgpo_jax import prompts, rl, sft, sharding, stage, summary
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and generations; resumes if it can.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One process of several: call jax.distributed.initialize().")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def run(config, workdir: Path) -> None:
+    """Runs the stages of the config in order, each from where it stopped."""
+    mesh = sharding.make_mesh(**config.mesh)
+    configs.check_mesh(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
+
+    instruction = prompts.INSTRUCTION if config.data.instruction == "default" else config.data.instruction
+    policy, load = policies.load(
+        config.model.source, config.model.tokenizer,
+        layers=config.model.layers, hidden=config.model.hidden, heads=config.model.heads, mlp=config.model.mlp,
+        dtype=jnp.dtype(config.model.dtype), instruction=instruction,
+    )  # fmt: skip
+
+    def initial():
+        return load(jax.random.key(config.seed))
+
+    def warmed_up():
+        params = stage.best_params(config, workdir, "sft", policy, mesh)
+        return initial() if params is None else params
+
+    if "sft" in config.stages:
+        sft.train(config, workdir, policy, initial, mesh)
+    if "rl" in config.stages:
+        rl.train(config, workdir, policy, warmed_up, mesh)
+    if "eval" in config.stages:
+        summary.write(config, workdir, policy, warmed_up, mesh)
+
+
+def main(argv) -> None:
+    logging.set_verbosity(logging.WARNING)  # JAX and Orbax report every step of their start at INFO
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    try:
+        configs.check(_CONFIG.value)
+        if _DISTRIBUTED.value:
+            jax.distributed.initialize()
+        run(_CONFIG.value, Path(_WORKDIR.value).expanduser())
+    except (ValueError, ImportError, FloatingPointError) as error:
+        sys.exit(f"sgpo_jax: {error}")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser; config_flags alone would answer a file or a field that does not exist with a stack trace."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", default="")
+    file = early.parse_known_args(argv)[0].config
+    if file and not Path(file.split(":")[0]).is_file():
+        sys.exit(f"sgpo_jax: --config={file}: there is no such file")
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError):
+        if unknown := configs.unknown_field(flags.FLAGS["config"].parser.parse(file), argv):
+            sys.exit(f"sgpo_jax: {unknown}")
+        raise
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,165 @@
+"""Figures of a run, drawn from its metrics rows; files only, no display needed."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+# Of the palette of Okabe and Ito, which colour-blind readers can tell apart.
+_BLUE, _ORANGE = "#0072B2", "#D55E00"
+_KINDS = {"unguided": _BLUE, "guided": _ORANGE}
+_WHISKERS: dict[str, Any] = dict(fmt="none", ecolor="black", elinewidth=1.2, capsize=3)
+_DPI = 150
+_ROUNDING = 1e-6  # by which a mean may leave its interval when all samples are the same
+
+
+class _Panel(NamedTuple):
+    title: str
+    unit: str
+    curves: tuple[tuple[str, str, str], ...]  # metric, label, colour
+    top: float | None = None  # upper end of the axis, where the metric has one
+    percent: bool = False
+
+
+_REWARD = _Panel(
+    "Reward",
+    "correct answers",
+    (("reward_auto", "unguided", _BLUE), ("reward_guided", "guided", _ORANGE)),
+    top=1.0,
+    percent=True,
+)
+_PANELS = (
+    _REWARD,
+    _Panel("Distillation weight α", "mean over problems", (("alpha", "", _BLUE),)),
+    _Panel("KL(guided ‖ unguided)", "nats per token", (("token_kl", "", _BLUE),)),
+    _Panel(
+        "KL above the clip", "share of target tokens", (("kl_clip_share", "", _BLUE),), percent=True
+    ),
+    _Panel("Entropy", "nats per token", (("entropy", "", _BLUE),)),
+    _Panel("Response length", "tokens", (("response_length", "", _BLUE),)),
+    _Panel("Gradient norm", "before clipping", (("grad_norm", "", _BLUE),)),
+    _Panel("Sampler-trainer mismatch", "nats per token", (("logp_mismatch", "", _BLUE),)),
+)
+
+
+def training_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draws how an RL run went, one panel a quantity, against the training step.
+
+    Thin lines are the steps, thick ones their running mean over a tenth of the run. A panel whose
+    metrics no row has is left out; steps without a value (null) are gaps.
+
+    Args:
+        rows: metrics rows as `metrics.read_jsonl` returns them.
+        path: file to write; its ending chooses the format (png, pdf, svg).
+
+    Raises:
+        ValueError: when no row has any of the metrics shown.
+    """
+    present = {key for row in rows for key, value in row.items() if value is not None}
+    panels = [p for p in _PANELS if any(metric in present for metric, _, _ in p.curves)]
+    if not panels:
+        raise ValueError(f"rows must hold at least one of {[p.curves[0][0] for p in _PANELS]}")
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = _figure(3.3 * columns, 2.6 * lines)
+    for index, panel in enumerate(panels):
+        axes = figure.add_subplot(lines, columns, index + 1)
+        _draw_panel(axes, panel, rows)
+        if index + columns >= len(panels):
+            axes.set_xlabel("training step")
+    figure.savefig(path, dpi=_DPI)
+
+
+def summary(
+    rows: Sequence[Mapping[str, Any]],
+    before: Mapping[str, tuple[float, float, float]],
+    after: Mapping[str, tuple[float, float, float]],
+    path: str | os.PathLike[str],
+) -> None:
+    """Draws the reward during training beside the accuracy on held-out problems before and after.
+
+    Args:
+        rows: metrics rows with `reward_auto` and `reward_guided`.
+        before: "unguided", "guided" or both -> (accuracy, low, high), all in 0..1, where low and
+            high bound the 95% interval.
+        after: the same, after training.
+        path: file to write; its ending chooses the format (png, pdf, svg).
+
+    Raises:
+        ValueError: when a kind is unknown or not in both, or an accuracy outside its interval.
+    """
+    for when, results in (("before", before), ("after", after)):
+        if not results or not results.keys() <= _KINDS.keys() or results.keys() != before.keys():
+            raise ValueError(f"{when} must hold the same of {[*_KINDS]} as before: {[*results]}")
+    for kind, (accuracy, low, high) in [*before.items(), *after.items()]:
+        if not -_ROUNDING <= low - _ROUNDING <= accuracy <= high + _ROUNDING <= 1 + _ROUNDING:
+            raise ValueError(
+                f"{kind}: accuracy {accuracy} must lie in its interval [{low}, {high}], in 0..1"
+            )
+    figure = _figure(9, 3.6)
+    curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+    _draw_panel(curves, _REWARD, rows)
+    curves.set_xlabel("training step")
+
+    ticks: dict[float, str] = {}
+    for index, kind in enumerate(before):
+        accuracy, low, high = np.array([before[kind], after[kind]]).T
+        places = 2.3 * index + np.arange(2)
+        drawn = bars.bar(places, accuracy, 0.9, color=_KINDS[kind])
+        drawn[0].set_alpha(0.45)  # the pale bar is the earlier one
+        lengths = np.maximum((accuracy - low, high - accuracy), 0.0)
+        bars.errorbar(places, accuracy, lengths, **_WHISKERS)
+        for x, value, top in zip(places, accuracy, high, strict=True):
+            bars.annotate(f"{value:.0%}", (x, top), (0, 3), textcoords="offset points", ha="center")
+        ticks |= {places[0]: "before", places.mean(): f"\n{kind}", places[1]: "after"}
+    bars.set_xticks(list(ticks), list(ticks.values()))
+    bars.tick_params(axis="x", length=0)
+    _tidy(bars, "Held-out accuracy, 95% interval", "correct answers", top=1.1, percent=True)
+    bars.set_yticks(np.linspace(0, 1, 6))
+    figure.savefig(path, dpi=_DPI)
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height))
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
+    return figure
+
+
+def _draw_panel(axes: Axes, panel: _Panel, rows: Sequence[Mapping[str, Any]]) -> None:
+    for metric, label, colour in panel.curves:
+        points = [(row["step"], row[metric]) for row in rows if metric in row]
+        steps, values = np.array(points, dtype=float).reshape(-1, 2).T
+        axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
+        mean = _running_mean(values, len(values) // 20)
+        axes.plot(steps, mean, color=colour, linewidth=1.8, label=label)
+    if len(panel.curves) > 1:
+        axes.legend(frameon=False, loc="best")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.margins(x=0.02)
+    _tidy(axes, panel.title, panel.unit, panel.top, panel.percent)
+
+
+def _running_mean(values: np.ndarray, reach: int) -> np.ndarray:
+    """Mean of the values at most `reach` places from each of [steps], missing ones left out."""
+    means = np.full(len(values), np.nan)
+    for index in range(len(values)):
+        near = values[max(0, index - reach) : index + reach + 1]
+        near = near[np.isfinite(near)]
+        if near.size:
+            means[index] = near.mean()
+    return means
+
+
+def _tidy(axes: Axes, title: str, unit: str, top: float | None, percent: bool) -> None:
+    axes.set_title(title, loc="left", fontsize="medium", fontweight="bold")
+    axes.set_ylabel(unit)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.9")
+    axes.set_axisbelow(True)
+    # Nothing drawn here is negative: axes from zero keep small changes small.
+    axes.set_ylim(0, top or 1.05 * axes.dataLim.ymax or 1.0)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0) if percent else "{x:g}")

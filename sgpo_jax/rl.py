@@ -1,0 +1,132 @@
+"""Algorithm 1: sample an autonomous and a guided group for each problem, grade them, update; again."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sgpo_jax import data, sharding, stage
+from sgpo_jax.evaluate import Graded, encode_prompts, evaluate_sets, grade, noise_key, pad_prompts, respond
+from sgpo_jax.metrics import Writer
+from sgpo_jax.policy import Policy
+from sgpo_jax.rollout import STOP
+from sgpo_jax.train_step import Batch, Group, make_update
+
+
+def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[], Any], mesh: Mesh) -> None:
+    """Runs RL, or what is left of it; checkpoints, metrics and generations go to `workdir/rl`."""
+    rl = config.rl
+    rows = load_rows(config, policy)
+    batches = data.batches(rows, rl.batch, config.seed)
+    total = rl.steps or rl.epochs * data.steps_per_epoch(rows, rl.batch)
+    prompts = {
+        guided: dict(zip((row["id"] for row in rows), encode_prompts(policy, rows, guided), strict=True))
+        for guided in (False, True)
+    }
+    sampling = {name: rl[name] for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
+
+    tx, rate = stage.optimizer(config, "rl", total * rl.updates_per_batch)
+    _, shardings = stage.state_shardings(policy, tx, mesh)
+    terms = ("clip_low", "clip_high", "delta", "alpha0", "gamma", "alpha_max", "micro_batch", "updates_per_batch")
+    update = make_update(
+        policy.config, tx, **{name: rl[name] for name in terms},
+        dtype=policy.dtype, remat=config.model.remat, shardings=shardings,
+    )  # fmt: skip
+
+    def rollout(params, batch_rows, step, guided):
+        tokens = prompts[guided]
+        padded = pad_prompts(policy, [tokens[row["id"]] for row in batch_rows], max(map(len, tokens.values())))
+        key = noise_key(config.seed, "guided" if guided else "autonomous", step)
+        group = rl.guided if guided else rl.autonomous
+        ids = np.arange(len(batch_rows))
+        return padded, respond(policy, params, padded, ids, key, mesh, group=group, **sampling)
+
+    with stage.checkpoints(config, workdir, "rl", policy) as saved, jax.set_mesh(mesh):
+        state = stage.start(saved, initial, policy, tx, mesh)
+        first = int(state.step)
+        if first >= total:
+            return
+        with Writer(workdir, total, "rl", resume_step=first, enabled=jax.process_index() == 0) as writer:
+            for step in range(first, total):
+                batch_rows = batches[step]
+                answers = [row["answer"] for row in batch_rows]
+                times = [time.perf_counter()]
+                unguided_prompts, autonomous = rollout(state.params, batch_rows, step, guided=False)
+                guided_prompts, guided = rollout(state.params, batch_rows, step, guided=True)
+                times.append(time.perf_counter())
+                graded_auto, graded_guided = grade(policy, autonomous, answers), grade(policy, guided, answers)
+                times.append(time.perf_counter())
+                batch = Batch(unguided_prompts, guided_prompts, _group(graded_auto), _group(graded_guided))
+                batch = sharding.put_rows(batch, mesh)
+                state, device_metrics = update(state, batch)
+                metrics = {name: float(value) for name, value in device_metrics.items()}
+                times.append(time.perf_counter())
+
+                done = step + 1
+                stage.watch_skipped(workdir / "rl", done, int(metrics["skipped"]), config.max_skipped, batch)
+                metrics |= _rollout_metrics(graded_auto, graded_guided) | _speed(times, autonomous, guided)
+                metrics["learning_rate"] = float(rate(step * rl.updates_per_batch))
+                score = None
+                if rl.eval_every and (done % rl.eval_every == 0 or done == total):
+                    scores = evaluate_sets(config, workdir / "rl" / "generations", policy, state.params, mesh, done)
+                    score = float(np.mean([result["accuracy"] for result in scores.values()]))
+                    metrics["accuracy"] = score
+                    metrics |= {f"accuracy_{name}": result["accuracy"] for name, result in scores.items()}
+                writer.write(done, metrics)
+                if score is not None or done % config.checkpoint.every == 0 or done == total:
+                    saved.save(done, state, score)
+
+
+def load_rows(config: ConfigDict, policy: Policy) -> list[dict]:
+    """The problems of RL; says what was left out.
+
+    Raises:
+      ValueError: there are fewer than a batch needs.
+    """
+    rows = data.load(config.data.train)
+    if not config.sft.train:
+        _, rows = data.split_sft(rows, config.data.sft_share)
+    with_strategy = [row for row in rows if "strategy" in row]
+    limit = config.data.max_prompt_tokens
+    kept, counts = data.filter_by_length(with_strategy, policy.tokenizer, limit, instruction=policy.instruction)
+    print(f"RL: {len(rows)} rows, without strategy {len(rows) - len(with_strategy)}, {counts}", flush=True)
+    if len(kept) < config.rl.batch:
+        raise ValueError(f"RL has {len(kept)} problems, fewer than rl.batch={config.rl.batch}")
+    return kept
+
+
+def _group(graded: Graded) -> Group:
+    rollout = graded.rollout
+    return Group(rollout.tokens, rollout.lengths, rollout.logp, graded.rewards)
+
+
+def _rollout_metrics(autonomous: Graded, guided: Graded) -> dict[str, float]:
+    """Rewards of both groups; length and outcomes of the autonomous one, which is the policy that is being trained."""
+    outcomes = [verdict.outcome for group in autonomous.verdicts for verdict in group]
+    return {
+        "reward_auto": float(autonomous.rewards.mean()),
+        "reward_guided": float(guided.rewards.mean()),
+        "response_length": float(autonomous.rollout.lengths.mean()),
+        "response_length_guided": float(guided.rollout.lengths.mean()),
+        "truncated": float((autonomous.rollout.finish != STOP).mean()),
+        **{name: outcomes.count(name) / len(outcomes) for name in ("no_box", "timeout", "crash")},
+    }
+
+
+def _speed(times: list[float], *rollouts: Any) -> dict[str, float]:
+    """Seconds and response tokens per second of each phase."""
+    tokens = int(sum(rollout.lengths.sum() for rollout in rollouts))
+    generating, grading, updating = (end - start for start, end in zip(times, times[1:], strict=False))
+    return {
+        "tokens_per_second_rollout": tokens / generating,
+        "tokens_per_second_update": tokens / updating,
+        "seconds_rollout": generating,
+        "seconds_reward": grading,
+        "seconds_update": updating,
+        "seconds_step": times[-1] - times[0],
+    }

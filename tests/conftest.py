@@ -1,0 +1,43 @@
+"""What the tests share: eight fake CPU devices, repeatable examples, and small decoders."""
+
+import os
+
+# Read when jax starts its backend, so it has to be set before any test touches a device.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import hypothesis
+import jax
+import pytest
+
+from sgpo_jax import models
+
+# The same examples in every run; no deadline, because the first one of a test waits for the compiler.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> models.ModelConfig:
+    """A decoder with grouped heads and a head of its own; every size is divisible by a mesh of 2 x 2 x 2."""
+    return models.ModelConfig(
+        architecture="Qwen3ForCausalLM",
+        vocab_size=64,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        mlp_size=32,
+        rope_theta=10_000.0,
+        norm_eps=1e-6,
+        qk_norm=True,
+        tie_embeddings=False,
+        max_positions=256,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_params(tiny):
+    """Random parameters of `tiny`."""
+    return models.init(jax.random.key(0), tiny)

@@ -1,0 +1,536 @@
+"""The objectives against numbers worked out by hand and against loops over float64 numbers."""
+
+import math
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import assume, given
+from hypothesis.extra.numpy import arrays
+
+from sgpo_jax import losses
+
+T, G, V = 6, 8, 5
+INF, NAN = math.inf, math.nan
+
+
+def floats(low, high):
+    return st.floats(low, high, width=32, allow_subnormal=False)
+
+
+LOGITS = arrays(np.float32, (T, V), elements=floats(-6, 6))
+KLS = arrays(np.float32, T, elements=floats(0, 3))
+MASKS = arrays(np.bool_, T)
+# Eighths are exact in float32, so that equal rewards are equal and no cancellation blurs the comparison.
+REWARDS = arrays(np.float32, G, elements=st.integers(-16, 16).map(lambda n: n / 8))
+
+
+def numeric_gradient(function, x, step=1e-6):
+    """Central differences of a float64 function of an array."""
+    x = np.asarray(x, np.float64)
+    gradient = np.zeros_like(x)
+    for index in np.ndindex(x.shape):
+        ahead, behind = x.copy(), x.copy()
+        ahead[index] += step
+        behind[index] -= step
+        gradient[index] = (function(ahead) - function(behind)) / (2 * step)
+    return gradient
+
+
+def log_softmax(logits):
+    """Log-probabilities in float64."""
+    logits = np.asarray(logits, np.float64)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+# ---- group_advantages
+
+
+@pytest.mark.parametrize(
+    ("rewards", "expected"),
+    [
+        ([1, 0, 0, 1], [1, -1, -1, 1]),
+        ([1, 1, 1, 0], [1 / math.sqrt(3)] * 3 + [-math.sqrt(3)]),
+        ([0, 0, 0, 0, 0, 0, 0, 1], [-1 / math.sqrt(7)] * 7 + [math.sqrt(7)]),
+    ],
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.bool_])
+def test_advantages_by_hand(rewards, expected, dtype):
+    advantages = losses.group_advantages(jnp.array(rewards, dtype))
+    assert advantages.dtype == jnp.float32
+    np.testing.assert_allclose(advantages, expected, rtol=5e-6)
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 0.7, -3.3])
+@pytest.mark.parametrize("size", [1, 2, 7, 8, 23])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_equal_rewards_have_no_advantage(reward, size, compiled):
+    function = jax.jit(losses.group_advantages) if compiled else losses.group_advantages
+    np.testing.assert_array_equal(function(jnp.full(size, reward)), np.zeros(size))
+
+
+def test_advantages_add_eps_to_the_deviation():
+    np.testing.assert_allclose(losses.group_advantages(jnp.array([0.0, 1.0]), eps=0.5), [-0.5, 0.5])
+
+
+@given(REWARDS)
+def test_advantages_equal_the_float64_oracle(rewards):
+    values = rewards.astype(np.float64)
+    mean = sum(values) / G
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / G)
+    expected = [(value - mean) / (deviation + 1e-6) if deviation else 0.0 for value in values]
+    np.testing.assert_allclose(losses.group_advantages(jnp.array(rewards)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rewards_get_no_gradient_from_advantages():
+    gradient = jax.grad(lambda rewards: losses.group_advantages(rewards)[0])(jnp.array([1.0, 0.0, 0.5]))
+    np.testing.assert_array_equal(gradient, np.zeros(3))
+
+
+# ---- clipped_surrogate
+
+RATIOS = np.array([1.0, 1.5, 0.5, 1.1, 0.9])
+
+
+@pytest.mark.parametrize(
+    ("advantage", "loss", "gradient"),
+    [
+        # A rise of the ratio stops counting at 1.28 when the advantage is positive, a fall at 0.8 when it is negative.
+        (1.0, [-1.0, -1.28, -0.5, -1.1, -0.9], [-1.0, 0.0, -0.5, -1.1, -0.9]),
+        (-2.0, [2.0, 3.0, 1.6, 2.2, 1.8], [2.0, 3.0, 0.0, 2.2, 1.8]),
+        (0.0, [0.0] * 5, [0.0] * 5),
+    ],
+)
+def test_surrogate_by_hand(advantage, loss, gradient):
+    old = jnp.array([-1.0, -2.0, -3.0, -0.5, -7.0])
+    logp = old + jnp.log(RATIOS)
+    np.testing.assert_allclose(losses.clipped_surrogate(logp, old, jnp.float32(advantage)), loss, rtol=1e-6)
+    actual = jax.grad(lambda logp: losses.clipped_surrogate(logp, old, jnp.float32(advantage)).sum())(logp)
+    np.testing.assert_allclose(actual, gradient, rtol=1e-6)
+
+
+def test_surrogate_clips_where_it_is_told():
+    loss = losses.clipped_surrogate(jnp.log(RATIOS), jnp.zeros(5), jnp.float32(1.0), clip_low=0.0, clip_high=0.05)
+    np.testing.assert_allclose(loss, [-1.0, -1.05, -0.5, -1.05, -0.9], rtol=1e-6)
+    loss = losses.clipped_surrogate(jnp.log(RATIOS), jnp.zeros(5), jnp.float32(-1.0), clip_low=0.0, clip_high=0.05)
+    np.testing.assert_allclose(loss, [1.0, 1.5, 1.0, 1.1, 1.0], rtol=1e-6)
+
+
+def surrogate_oracle(logp, old, advantage):
+    total = 0.0
+    for new, before in zip(logp, old, strict=True):
+        ratio = math.exp(new - before)
+        total -= min(ratio * advantage, min(max(ratio, 0.8), 1.28) * advantage)
+    return total
+
+
+LOGPS = arrays(np.float32, T, elements=floats(-5, 0))
+surrogate_and_gradient = jax.jit(
+    jax.value_and_grad(lambda logp, old, advantage: losses.clipped_surrogate(logp, old, advantage).sum())
+)
+
+
+@given(LOGPS, LOGPS, floats(-3, 3))
+def test_surrogate_equals_the_float64_oracle(logp, old, advantage):
+    wide, old_wide = logp.astype(np.float64), old.astype(np.float64)
+    # At the two corners there is no gradient to compare with.
+    ratio = np.exp(wide - old_wide)
+    assume(np.abs(ratio / 0.8 - 1).min() > 1e-4 and np.abs(ratio / 1.28 - 1).min() > 1e-4)
+    loss, gradient = surrogate_and_gradient(logp, old, np.float32(advantage))
+    np.testing.assert_allclose(loss, surrogate_oracle(wide, old_wide, advantage), rtol=1e-5, atol=1e-6)
+    expected = numeric_gradient(lambda x: surrogate_oracle(x, old_wide, advantage), wide)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_surrogate_moves_the_current_policy_only():
+    def total(logp, old, advantage):
+        return losses.clipped_surrogate(logp, old, advantage).sum()
+
+    gradients = jax.grad(total, argnums=(0, 1, 2))(jnp.array([-1.0]), jnp.array([-1.1]), jnp.float32(1.0))
+    assert gradients[0][0] < 0
+    assert gradients[1][0] == 0
+    assert gradients[2] == 0
+
+
+@pytest.mark.parametrize(
+    ("logp", "old", "advantage", "loss"),
+    [
+        # A token that became impossible: ratio 0.
+        (-INF, -1.0, 1.0, 0.0),
+        (-INF, -1.0, -1.0, 0.8),
+        # A ratio beyond float32 (e^100), and one without bound.
+        (-1.0, -101.0, 1.0, -1.28),
+        (-1.0, -INF, 1.0, -1.28),
+        (-1.0, -101.0, 0.0, 0.0),
+        (-1.0, -INF, 0.0, 0.0),
+    ],
+)
+def test_extreme_ratios_give_numbers(logp, old, advantage, loss):
+    value, gradient = surrogate_and_gradient(jnp.array([logp]), jnp.array([old]), jnp.float32(advantage))
+    np.testing.assert_allclose(value, loss, rtol=1e-6)
+    np.testing.assert_array_equal(gradient, [0.0])
+
+
+# ---- kl_divergence
+
+P, Q = np.log([0.5, 0.5]), np.log([0.9, 0.1])
+
+
+def test_kl_by_hand_in_both_directions():
+    forward = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)  # 0.5108
+    reverse = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)  # 0.3681
+    np.testing.assert_allclose(losses.kl_divergence(jnp.array(P), jnp.array(Q)), forward, rtol=1e-6)
+    np.testing.assert_allclose(losses.kl_divergence(jnp.array(Q), jnp.array(P)), reverse, rtol=1e-6)
+
+
+def test_kl_has_the_direction_of_optax():
+    expected = optax.losses.kl_divergence_with_log_targets(log_predictions=jnp.array(Q), log_targets=jnp.array(P))
+    np.testing.assert_allclose(losses.kl_divergence(jnp.array(P), jnp.array(Q)), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("log_p", "log_q", "expected"),
+    [
+        ([0.0, -INF], [math.log(0.5)] * 2, math.log(2)),
+        ([0.0, -INF], [0.0, -INF], 0.0),
+        ([math.log(0.5)] * 2, [0.0, -INF], INF),
+        ([0.0, -200.0], [0.0, -INF], 0.0),  # a probability that float32 rounds to 0
+        ([0.0, NAN], [0.0, -1.0], NAN),
+        ([0.0, -1.0], [NAN, -1.0], NAN),
+    ],
+)
+def test_kl_of_impossible_outcomes(log_p, log_q, expected):
+    np.testing.assert_allclose(losses.kl_divergence(jnp.array(log_p), jnp.array(log_q)), expected, rtol=1e-6)
+
+
+def test_impossible_outcomes_leave_the_gradient_of_kl_finite():
+    log_p, log_q = jnp.array([math.log(0.25), math.log(0.75), -INF]), jnp.array([math.log(0.5), -INF, -INF])
+    gradient = jax.grad(losses.kl_divergence, argnums=1)(log_p, log_q)
+    np.testing.assert_allclose(gradient, [-0.25, -0.75, 0.0], rtol=1e-6)
+    gradient = jax.grad(losses.kl_divergence)(log_p, jnp.array([math.log(0.5), math.log(0.5), -INF]))
+    np.testing.assert_allclose(gradient, [0.25 * (math.log(0.5) + 1), 0.75 * (math.log(1.5) + 1), 0.0], rtol=1e-6)
+
+
+def kl_oracle(log_p, log_q):
+    return sum(math.exp(p) * (p - q) for p, q in zip(log_p, log_q, strict=True))
+
+
+@jax.jit
+def kl_and_gradients(log_p, log_q):
+    gradients = jax.grad(lambda p, q: losses.kl_divergence(p, q).sum(), argnums=(0, 1))(log_p, log_q)
+    return losses.kl_divergence(log_p, log_q), *gradients
+
+
+@given(LOGITS, LOGITS)
+def test_kl_equals_the_float64_oracle(p_logits, q_logits):
+    log_p, log_q = log_softmax(p_logits), log_softmax(q_logits)
+    kl, p_gradient, q_gradient = kl_and_gradients(log_p.astype(np.float32), log_q.astype(np.float32))
+    assert kl.shape == (T,)
+    np.testing.assert_allclose(kl, [kl_oracle(*pair) for pair in zip(log_p, log_q, strict=True)], rtol=1e-5, atol=2e-6)
+    expected = numeric_gradient(lambda x: kl_oracle(x.ravel(), log_q.ravel()), log_p)
+    np.testing.assert_allclose(p_gradient, expected, rtol=1e-4, atol=1e-5)
+    expected = numeric_gradient(lambda x: kl_oracle(log_p.ravel(), x.ravel()), log_q)
+    np.testing.assert_allclose(q_gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+@given(LOGITS)
+def test_kl_of_a_distribution_to_itself_is_exactly_zero(logits):
+    log_p = log_softmax(logits).astype(np.float32)
+    np.testing.assert_array_equal(losses.kl_divergence(log_p, log_p), np.zeros(T))
+
+
+# ---- kl_clip_mask
+
+
+def test_clip_mask_by_hand():
+    token_kl = jnp.array([0.0, 0.999, 1.0, 1.001, INF, NAN])
+    mask = losses.kl_clip_mask(token_kl, 1.0)
+    assert mask.dtype == jnp.float32
+    np.testing.assert_array_equal(mask, [1, 1, 1, 0, 0, 0])
+    np.testing.assert_array_equal(losses.kl_clip_mask(token_kl[:5], INF), np.ones(5))
+    gradient = jax.grad(lambda kl: losses.kl_clip_mask(kl, 1.0).sum())(token_kl[:4])
+    np.testing.assert_array_equal(gradient, np.zeros(4))
+
+
+# ---- select_target
+
+
+@pytest.mark.parametrize(
+    ("logp", "correct", "index", "found"),
+    [
+        ([-50.0, -10.0, -30.0, -5.0], [1, 0, 1, 0], 2, True),
+        ([-50.0, -10.0, -30.0, -5.0], [1, 1, 1, 1], 3, True),
+        ([-50.0, -10.0, -30.0, -5.0], [0, 0, 0, 0], 0, False),
+        ([-3.0, -2.0, -2.0, -2.0], [1, 0, 1, 1], 2, True),  # the first of a tie
+        ([-1.0, -INF, -2.0, -INF], [0, 1, 0, 1], 1, True),  # impossible, yet the only correct ones
+        ([NAN, -9.0, NAN, -1.0], [1, 1, 1, 0], 1, True),
+        ([NAN, -9.0, NAN, -1.0], [1, 0, 1, 0], 0, False),
+        ([-1e30, -3e38, -1e38, 0.0], [0, 1, 1, 0], 2, True),
+    ],
+)
+@pytest.mark.parametrize("dtype", [jnp.bool_, jnp.float32, jnp.int32])
+def test_target_by_hand(logp, correct, index, found, dtype):
+    actual = losses.select_target(jnp.array(logp), jnp.array(correct, dtype))
+    assert (actual[0].dtype, actual[1].dtype) == (jnp.int32, jnp.bool_)
+    assert (int(actual[0]), bool(actual[1])) == (index, found)
+
+
+select_target = jax.jit(losses.select_target)
+
+
+@given(arrays(np.float32, G, elements=st.sampled_from([-INF, -100.0, -7.5, -7.0, -1.0, 0.0])), arrays(np.bool_, G))
+def test_target_equals_the_oracle(logp, correct):
+    candidates = [i for i in range(G) if correct[i]]
+    expected = max(candidates, key=lambda i: (logp[i], -i), default=0)
+    index, found = select_target(logp, correct)
+    assert (int(index), bool(found)) == (expected, bool(candidates))
+
+
+# ---- adaptive_weight
+
+
+@pytest.mark.parametrize(
+    ("p_auto", "p_guide", "expected"),
+    [(0.0, 1.0, 0.8), (1.0, 1.0, 0.5 * 0.1 / 1.1), (1.0, 0.0, 0.0), (0.5, 0.75, 0.5 * 0.35 / 0.6), (0.0, 0.0, 0.5)],
+)
+def test_adaptive_weight_by_hand(p_auto, p_guide, expected):
+    weight = losses.adaptive_weight(jnp.float32(p_auto), jnp.float32(p_guide))
+    assert weight.dtype == jnp.float32
+    np.testing.assert_allclose(weight, expected, rtol=1e-6)
+
+
+def test_adaptive_weight_without_limit():
+    np.testing.assert_allclose(losses.adaptive_weight(0.0, 1.0, alpha_max=INF), 5.5, rtol=1e-6)
+    np.testing.assert_allclose(losses.adaptive_weight(0.25, 0.5, alpha0=2.0, gamma=0.25, alpha_max=9.0), 2.0, rtol=1e-6)
+
+
+@given(arrays(np.float32, (2, G), elements=floats(0, 1)), floats(0, 2), floats(0.01, 1), floats(0, 1))
+def test_adaptive_weight_equals_the_oracle(shares, alpha0, gamma, alpha_max):
+    auto, guide = shares.astype(np.float64)
+    expected = [
+        min(max(alpha0 * (g - a + gamma) / (a + gamma), 0.0), alpha_max) for a, g in zip(auto, guide, strict=True)
+    ]
+    weight = losses.adaptive_weight(*shares, alpha0, gamma, alpha_max)
+    np.testing.assert_allclose(weight, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_adaptive_weight_has_no_gradient():
+    gradients = jax.grad(losses.adaptive_weight, argnums=(0, 1))(jnp.float32(0.5), jnp.float32(0.75))
+    assert gradients == (0.0, 0.0)
+
+
+# ---- group_advantage_weight
+
+
+@pytest.mark.parametrize(
+    ("auto", "target", "expected"),
+    [
+        ([0] * 8, 1.0, math.sqrt(8)),
+        ([1] * 7 + [0], 1.0, 1 / math.sqrt(8)),
+        ([1] * 4 + [0] * 4, 1.0, 4 / math.sqrt(20)),
+        ([1] * 4 + [0] * 4, 0.0, 0.0),
+        ([1] * 8, 1.0, 0.0),
+        ([0.1] * 24, 0.1, 0.0),  # the float32 mean of these is not 0.1
+        ([0.7] * 7, 0.7, 0.0),
+    ],
+)
+def test_group_advantage_weight_by_hand(auto, target, expected):
+    for limit in (0.8, 10.0):
+        weight = losses.group_advantage_weight(jnp.array(auto), jnp.float32(target), alpha_max=limit)
+        assert weight.dtype == jnp.float32
+        np.testing.assert_allclose(weight, min(expected, limit), rtol=1e-5)
+    assert losses.group_advantage_weight(jnp.array(auto), jnp.float32(target)) <= np.float32(0.8)
+
+
+@given(REWARDS, st.integers(-16, 16))
+def test_group_advantage_weight_equals_the_oracle(auto, eighths):
+    group = [*auto.astype(np.float64), eighths / 8]
+    mean = sum(group) / len(group)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in group) / len(group))
+    expected = min(max((group[-1] - mean) / (deviation + 1e-6), 0.0), 0.8)
+    weight = losses.group_advantage_weight(auto, np.float32(eighths / 8))
+    np.testing.assert_allclose(weight, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_group_advantage_weight_has_no_gradient():
+    gradients = jax.grad(lambda *args: losses.group_advantage_weight(*args, alpha_max=10.0), argnums=(0, 1))(
+        jnp.array([0.0, 1.0, 0.0]), jnp.float32(1.0)
+    )
+    np.testing.assert_array_equal(gradients[0], np.zeros(3))
+    assert gradients[1] == 0
+
+
+# ---- sequence_mean
+
+
+@pytest.mark.parametrize("dtype", [jnp.bool_, jnp.int32, jnp.float32])
+def test_sequence_mean_by_hand(dtype):
+    x = jnp.array([1.0, 2.0, 6.0, NAN, INF, -INF])
+    np.testing.assert_allclose(losses.sequence_mean(x, jnp.array([1, 1, 1, 0, 0, 0], dtype)), 3.0)
+    np.testing.assert_allclose(losses.sequence_mean(x, jnp.array([1, 0, 1, 0, 0, 0], dtype)), 3.5)
+    assert losses.sequence_mean(x, jnp.zeros(6, dtype)) == 0
+    gradient = jax.grad(losses.sequence_mean)(x, jnp.array([1, 0, 1, 0, 0, 0], jnp.float32))
+    np.testing.assert_array_equal(gradient, [0.5, 0, 0.5, 0, 0, 0])
+    np.testing.assert_array_equal(jax.grad(losses.sequence_mean)(x, jnp.zeros(6)), np.zeros(6))
+
+
+@given(arrays(np.float32, T, elements=floats(-10, 10)), MASKS)
+def test_sequence_mean_equals_the_oracle(x, mask):
+    chosen = x[mask].astype(np.float64)
+    expected = sum(chosen) / len(chosen) if len(chosen) else 0.0
+    np.testing.assert_allclose(losses.sequence_mean(x, mask), expected, rtol=1e-5, atol=1e-5)
+
+
+# ---- distillation_loss
+
+
+def test_distillation_by_hand():
+    # Kept: 0.2, 1.0 and 0.4 of five tokens; the last two positions are padding.
+    token_kl = jnp.array([0.2, 1.0, 3.0, INF, 0.4, 0.1, NAN])
+    mask = jnp.array([1, 1, 1, 1, 1, 0, 0])
+    loss, gradient = jax.value_and_grad(losses.distillation_loss)(token_kl, mask, 1.0)
+    np.testing.assert_allclose(loss, 1.6 / 5, rtol=1e-6)
+    np.testing.assert_allclose(gradient, [0.2, 0.2, 0, 0, 0.2, 0, 0], rtol=1e-6)
+    assert losses.distillation_loss(token_kl, jnp.zeros(7), 1.0) == 0
+    np.testing.assert_allclose(losses.distillation_loss(token_kl[:3], mask[:3], INF), 1.4, rtol=1e-6)
+    assert losses.distillation_loss(token_kl, mask, INF) == INF
+
+
+distillation = jax.jit(jax.value_and_grad(losses.distillation_loss))
+
+
+def distillation_oracle(token_kl, mask, delta):
+    kept = [kl for kl, inside in zip(token_kl, mask, strict=True) if inside and kl <= delta]
+    return sum(kept) / max(sum(mask), 1)
+
+
+@given(KLS, MASKS, floats(0.125, 2))
+def test_distillation_equals_the_float64_oracle(token_kl, mask, delta):
+    assume(np.abs(token_kl - delta).min() > 1e-4)
+    loss, gradient = distillation(token_kl, mask, delta)
+    wide = token_kl.astype(np.float64)
+    np.testing.assert_allclose(loss, distillation_oracle(wide, mask, delta), rtol=1e-5, atol=1e-6)
+    expected = numeric_gradient(lambda x: distillation_oracle(x, mask, delta), wide)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_infinite_kl_is_dropped_with_its_gradient():
+    def loss(unguided):
+        token_kl = losses.kl_divergence(jnp.array([P, P]), unguided)
+        return losses.distillation_loss(token_kl, jnp.ones(2), 1.0)
+
+    value, gradient = jax.value_and_grad(loss)(jnp.array([[0.0, -INF], Q]))
+    np.testing.assert_allclose(value, 0.5 * 0.5108256, rtol=1e-6)
+    np.testing.assert_allclose(gradient, [[0.0, 0.0], [-0.25, -0.25]], rtol=1e-6)
+
+
+# ---- padding, batches, shapes
+
+
+def padded_losses(x, mask):
+    """The two losses of one sequence, as the update forms them, of `x` `[T]` in place of log-probabilities or KL."""
+    surrogate = losses.clipped_surrogate(-x, jnp.full_like(x, -1.0), jnp.float32(-1.5))
+    return losses.sequence_mean(surrogate, mask) + losses.distillation_loss(x, mask, 1.0)
+
+
+@given(KLS, MASKS, arrays(np.float32, 4, elements=st.sampled_from([0.0, 7.0, 1e30, INF, -INF, NAN])))
+def test_padding_changes_nothing(x, mask, garbage):
+    value, gradient = jax.value_and_grad(losses.distillation_loss)(x, mask, 1.0)
+    longer, longer_mask = np.concatenate([x, garbage]), np.concatenate([mask, np.zeros(4, bool)])
+    padded, padded_gradient = jax.value_and_grad(losses.distillation_loss)(longer, longer_mask, 1.0)
+    np.testing.assert_allclose(padded, value, rtol=1e-6)
+    np.testing.assert_allclose(padded_gradient, np.concatenate([gradient, np.zeros(4)]), rtol=1e-6)
+    value, gradient = jax.value_and_grad(losses.sequence_mean)(x, mask)
+    padded, padded_gradient = jax.value_and_grad(losses.sequence_mean)(longer, longer_mask)
+    np.testing.assert_allclose(padded, value, rtol=1e-6)
+    np.testing.assert_allclose(padded_gradient, np.concatenate([gradient, np.zeros(4)]), rtol=1e-6)
+    # NaN behind the mask of the surrogate too; its own gradient there is undefined, so only the value is compared.
+    np.testing.assert_allclose(padded_losses(longer, longer_mask), padded_losses(x, mask), rtol=1e-6)
+
+
+@given(LOGPS, LOGPS, MASKS, arrays(np.float32, (2, 4), elements=st.sampled_from([0.0, -7.0, -1e3, -1e30])))
+def test_padding_of_the_surrogate_changes_no_gradient(logp, old, mask, garbage):
+    def loss(logp, old, mask):
+        return losses.sequence_mean(losses.clipped_surrogate(logp, old, jnp.float32(1.5)), mask)
+
+    gradient = jax.grad(loss)(logp, old, mask)
+    padded = jax.grad(loss)(
+        np.concatenate([logp, garbage[0]]), np.concatenate([old, garbage[1]]), np.concatenate([mask, np.zeros(4, bool)])
+    )
+    np.testing.assert_allclose(padded, np.concatenate([gradient, np.zeros(4)]), rtol=1e-6)
+
+
+RNG = np.random.default_rng(0)
+LOG_PROBS = np.log(RNG.dirichlet(np.ones(V), size=(3, T))).astype(np.float32)
+FUNCTIONS = {
+    "group_advantages": (losses.group_advantages, [RNG.integers(0, 2, (3, G)).astype(np.float32)]),
+    "clipped_surrogate": (
+        losses.clipped_surrogate,
+        [-RNG.random((3, T), np.float32), -RNG.random((3, T), np.float32), RNG.normal(size=3).astype(np.float32)],
+    ),
+    "kl_divergence": (losses.kl_divergence, [LOG_PROBS, LOG_PROBS[::-1].copy()]),
+    "kl_clip_mask": (lambda kl: losses.kl_clip_mask(kl, 1.0), [2 * RNG.random((3, T), np.float32)]),
+    "select_target": (losses.select_target, [RNG.normal(size=(3, G)).astype(np.float32), RNG.random((3, G)) < 0.4]),
+    "adaptive_weight": (losses.adaptive_weight, [RNG.random(3, np.float32), RNG.random(3, np.float32)]),
+    "group_advantage_weight": (
+        losses.group_advantage_weight,
+        [RNG.integers(0, 2, (3, G)).astype(np.float32), np.ones(3, np.float32)],
+    ),
+    "sequence_mean": (losses.sequence_mean, [RNG.random((3, T), np.float32), RNG.random((3, T)) < 0.6]),
+    "distillation_loss": (
+        lambda kl, mask: losses.distillation_loss(kl, mask, 1.0),
+        [2 * RNG.random((3, T), np.float32), RNG.random((3, T)) < 0.6],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_vmap_and_jit_give_what_one_at_a_time_gives(name):
+    function, batch = FUNCTIONS[name]
+    together = jax.jit(jax.vmap(function))(*batch)
+    for i in range(3):
+        alone = function(*(jnp.asarray(x[i]) for x in batch))
+        for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
+            np.testing.assert_allclose(b[i], a, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_float16_inputs_are_computed_in_float32(name):
+    function, batch = FUNCTIONS[name]
+    halves = [jnp.asarray(x[0], jnp.bfloat16 if x.dtype == np.float32 else None) for x in batch]
+    wide = [x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in halves]
+    for a, b in zip(jax.tree.leaves(function(*halves)), jax.tree.leaves(function(*wide)), strict=True):
+        assert a.dtype == b.dtype
+        assert a.dtype in (jnp.float32, jnp.int32, jnp.bool_)
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        (losses.group_advantages, [(2, G)]),
+        (losses.group_advantages, [()]),
+        (losses.clipped_surrogate, [(2, T), (2, T), ()]),
+        (losses.clipped_surrogate, [(T,), (T,), (1,)]),
+        (losses.clipped_surrogate, [(T,), (T,), (T,)]),
+        (losses.clipped_surrogate, [(T,), (1,), ()]),
+        (losses.kl_divergence, [(T, V), (V,)]),
+        (losses.kl_divergence, [(T, V), (T, 1)]),
+        (lambda kl: losses.kl_clip_mask(kl, 1.0), [(2, T)]),
+        (losses.select_target, [(2, G), (2, G)]),
+        (losses.select_target, [(G,), (1,)]),
+        (losses.adaptive_weight, [(), (3,)]),
+        (losses.group_advantage_weight, [(2, G), ()]),
+        (losses.group_advantage_weight, [(G,), (1,)]),
+        (losses.sequence_mean, [(2, T), (2, T)]),
+        (losses.sequence_mean, [(T,), (1,)]),
+        (lambda kl, mask: losses.distillation_loss(kl, mask, 1.0), [(2, T), (2, T)]),
+        (lambda kl, mask: losses.distillation_loss(kl, mask, 1.0), [(T,), (T - 1,)]),
+    ],
+)
+def test_wrong_shapes_are_refused(function, shapes):
+    with pytest.raises(AssertionError, match="rank|shape"):
+        function(*(jnp.ones(shape) for shape in shapes))

@@ -1,0 +1,221 @@
+"""Reading and writing config.json, and what is refused."""
+
+import dataclasses
+
+import pytest
+
+from sgpo_jax.models.config import ModelConfig, RopeScaling, from_hf, to_hf
+
+# What the published files say, in the style of transformers 4.
+QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "hidden_act": "silu",
+    "hidden_size": 1536,
+    "initializer_range": 0.02,
+    "intermediate_size": 8960,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 21,
+    "model_type": "qwen2",
+    "num_attention_heads": 12,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+# The same in the style of transformers 5, for another family.
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "dtype": "bfloat16",
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "layer_types": ["full_attention"] * 28,
+    "max_position_embeddings": 40960,
+    "model_type": "qwen3",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+LLAMA3_ROPE = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": LLAMA3_ROPE,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 128256,
+}
+
+
+def without(values, *names):
+    return {name: value for name, value in values.items() if name not in names}
+
+
+def test_qwen2_in_the_older_style():
+    assert from_hf(QWEN2) == ModelConfig(
+        architecture="Qwen2ForCausalLM",
+        vocab_size=151936,
+        hidden_size=1536,
+        num_layers=28,
+        num_heads=12,
+        num_kv_heads=2,
+        head_dim=128,
+        mlp_size=8960,
+        rope_theta=1e6,
+        norm_eps=1e-6,
+        qkv_bias=True,
+        qk_norm=False,
+        tie_embeddings=True,
+        max_positions=32768,
+    )
+
+
+def test_qwen3_in_the_newer_style():
+    config = from_hf(QWEN3)
+    assert (config.qkv_bias, config.qk_norm, config.rope_theta) == (False, True, 1e6)
+    assert config.head_dim == 128 != config.hidden_size // config.num_heads
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE},
+        {
+            "rope_theta": 5e5,
+            "rope_scaling": {**without(LLAMA3_ROPE, "rope_type"), "type": "llama3"},
+        },
+        {"rope_parameters": {**LLAMA3_ROPE, "rope_theta": 5e5}},
+        {
+            "rope_theta": 1.0,
+            "rope_scaling": None,
+            "rope_parameters": {**LLAMA3_ROPE, "rope_theta": 5e5},
+        },
+    ],
+)
+def test_llama3_rope_in_every_style(rope):
+    config = from_hf({**without(LLAMA, "rope_scaling", "rope_theta"), **rope})
+    assert config.rope_theta == 5e5
+    assert config.rope_scaling == RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192
+    )
+    assert (config.qkv_bias, config.qk_norm, config.tie_embeddings) == (False, False, False)
+
+
+def test_absent_fields_take_the_value_that_transformers_gives_them():
+    optional = ("rope_scaling", "rope_theta", "tie_word_embeddings", "num_key_value_heads")
+    config = from_hf(without(LLAMA, *optional, "architectures", "attention_bias", "hidden_act"))
+    assert config.architecture == "LlamaForCausalLM"
+    assert (config.rope_theta, config.rope_scaling) == (1e4, None)
+    assert (config.num_kv_heads, config.head_dim, config.tie_embeddings) == (32, 128, False)
+    wide = {**QWEN3, "hidden_size": 4096, "num_attention_heads": 16}
+    assert from_hf(without(wide, "head_dim")).head_dim == 128
+    assert from_hf({**wide, "head_dim": None}).head_dim == 256
+
+
+@pytest.mark.parametrize("hf_config", [QWEN2, QWEN3, LLAMA], ids=["qwen2", "qwen3", "llama"])
+def test_written_and_read_again(hf_config):
+    config = from_hf(hf_config)
+    written = to_hf(config)
+    assert from_hf(written) == config
+    assert written["model_type"] == hf_config["model_type"]
+    assert hash(config) == hash(from_hf(hf_config))
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "words"),
+    [
+        (LLAMA, {"architectures": ["MistralForCausalLM"]}, ["architectures", "MistralForCausalLM"]),
+        (QWEN2, {"architectures": ["Qwen2ForSequenceClassification"]}, ["Classification"]),
+        (LLAMA, {"architectures": None, "model_type": "gemma"}, ["model_type", "gemma"]),
+        (LLAMA, {"model_type": "mistral"}, ["model_type", "mistral", "llama"]),
+        (LLAMA, {"rope_scaling": {**LLAMA3_ROPE, "rope_type": "yarn"}}, ["rope_type", "yarn"]),
+        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_type", "linear"]),
+        (LLAMA, {"rope_scaling": without(LLAMA3_ROPE, "factor")}, ["rope_scaling", "factor"]),
+        (LLAMA, {"rope_scaling": {**LLAMA3_ROPE, "factor": -1}}, ["rope_scaling.factor", "-1"]),
+        (LLAMA, {"rope_scaling": {**LLAMA3_ROPE, "high_freq_factor": 1.0}}, ["high_freq_factor"]),
+        (
+            QWEN3,
+            {"rope_parameters": {"rope_type": "dynamic"}},
+            ["rope_parameters.rope_type", "dynamic"],
+        ),
+        (
+            QWEN3,
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            ["partial_rotary_factor", "0.5"],
+        ),
+        (LLAMA, {"partial_rotary_factor": 0.25}, ["partial_rotary_factor", "0.25"]),
+        (LLAMA, {"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
+        (LLAMA, {"attention_bias": True}, ["attention_bias", "True"]),
+        (QWEN3, {"attention_bias": True}, ["attention_bias", "True"]),
+        (LLAMA, {"mlp_bias": True}, ["mlp_bias", "True"]),
+        (QWEN2, {"use_sliding_window": True}, ["use_sliding_window"]),
+        (QWEN3, {"layer_types": ["full_attention", "sliding_attention"]}, ["sliding_attention"]),
+        (LLAMA, {"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "awq"]),
+        (LLAMA, {"num_key_value_heads": 5}, ["num_kv_heads", "5", "32"]),
+        (LLAMA, {"num_attention_heads": 24}, ["head_dim", "4096", "24"]),
+        (LLAMA, {"head_dim": 33}, ["head_dim", "33"]),
+        (LLAMA, {"num_hidden_layers": 0}, ["num_hidden_layers", "0"]),
+        (LLAMA, {"hidden_size": "4096"}, ["hidden_size", "'4096'"]),
+        (LLAMA, {"vocab_size": True}, ["vocab_size", "True"]),
+        (LLAMA, {"rms_norm_eps": 0.0}, ["norm_eps", "0.0"]),
+        (LLAMA, {"rope_theta": float("nan")}, ["rope_theta", "nan"]),
+        (LLAMA, {"tie_word_embeddings": None}, ["tie_embeddings", "None"]),
+    ],
+)
+def test_unsupported_or_impossible_is_refused_by_name(base, change, words):
+    with pytest.raises(ValueError) as error:
+        from_hf({**base, **change})
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+        *("num_attention_heads", "rms_norm_eps", "max_position_embeddings"),
+    ],
+)
+def test_missing_field_is_named(field):
+    with pytest.raises(ValueError, match=f"no {field}"):
+        from_hf(without(QWEN2, field))
+
+
+def test_switches_must_fit_the_architecture():
+    for change in ({"qkv_bias": False}, {"qk_norm": True}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            dataclasses.replace(from_hf(QWEN2), **change)

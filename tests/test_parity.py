@@ -1,0 +1,231 @@
+"""Our decoder against transformers' own models: the same folder, the same float32 logits.
+
+Every parameter of the small models is random. Where transformers would leave norms at one and
+biases at zero, a forgotten one could not be seen.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sgpo_jax.models import apply, gguf, head, huggingface, init_cache, positions_of
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+TOLERANCE = 1e-4  # largest absolute difference of two logits
+GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k_test.jsonl"
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+# model_type, hidden_size, query heads, key/value heads, head_dim, tied, other fields
+CASES = {
+    "qwen2": ("qwen2", 64, 4, 2, None, False, {"rope_theta": 1e6}),
+    "qwen2-tied-multi-query": ("qwen2", 42, 7, 1, None, True, {}),
+    "qwen2-wide-heads": ("qwen2", 40, 2, 2, 34, False, {}),
+    "qwen3": ("qwen3", 40, 6, 2, 16, True, {"rope_theta": 1e6}),
+    "qwen3-untied-narrow-heads": ("qwen3", 96, 5, 5, 6, False, {"rms_norm_eps": 1e-2}),
+    "qwen3-llama3-rope": ("qwen3", 32, 4, 1, 24, True, {"rope_scaling": LLAMA3_ROPE}),
+    "llama": ("llama", 48, 4, 4, None, False, {}),
+    "llama-head-dim": ("llama", 36, 6, 3, 20, False, {"rms_norm_eps": 1e-5}),
+    "llama3": ("llama", 64, 8, 2, None, False, {"rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE}),
+    "llama3-tied": ("llama", 64, 2, 1, 64, True, {"rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE}),
+    "smollm2": ("llama", 72, 9, 3, None, True, {"rope_theta": 1e5, "rms_norm_eps": 1e-5}),
+}
+
+
+def random_model(model_type, hidden_size, heads, kv_heads, head_dim, tied, other):
+    config = transformers.AutoConfig.for_model(
+        model_type,
+        vocab_size=131,
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size + 23,
+        num_hidden_layers=3,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=tied,
+        max_position_embeddings=40_000,
+        **({} if head_dim is None else {"head_dim": head_dim}),
+        **other,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    generator = torch.Generator().manual_seed(hidden_size)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                parameter.copy_(1 + 0.5 * noise)
+            elif name.endswith("bias"):
+                parameter.copy_(noise)
+            else:
+                parameter.copy_(2 * noise * parameter.shape[-1] ** -0.5)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request, tmp_path_factory):
+    """(transformers' model, our params, our config), by way of a folder that transformers wrote."""
+    model = random_model(*CASES[request.param])
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    return model, *huggingface.load(folder)
+
+
+def theirs(model, tokens, positions, mask=None):
+    with torch.no_grad():
+        return model(
+            torch.as_tensor(np.array(tokens)),
+            position_ids=torch.as_tensor(np.array(positions)),
+            attention_mask=None if mask is None else torch.as_tensor(np.array(mask)).long(),
+        ).logits.numpy()
+
+
+def ours(params, config, tokens, positions, mask=None):
+    mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask)
+    hidden, _ = apply(params, config, jnp.asarray(tokens), jnp.asarray(positions), mask)
+    return np.asarray(hidden @ head(params, config))
+
+
+def random_tokens(*shape):
+    return np.random.default_rng(0).integers(0, 131, shape)
+
+
+def rows_of_positions(batch, length, first=0):
+    return np.broadcast_to(np.arange(first, first + length), (batch, length))
+
+
+def assert_close(left, right):
+    assert np.abs(right).max() > 1, "logits too small for an absolute tolerance to mean anything"
+    assert np.abs(left - right).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("first", [0, 30_000])
+def test_logits_near_and_far(pair, first):
+    """One row of 100 tokens: beyond the 32 positions that the llama3 cases call original."""
+    model, params, config = pair
+    tokens, positions = random_tokens(2, 100), rows_of_positions(2, 100, first)
+    assert_close(ours(params, config, tokens, positions), theirs(model, tokens, positions))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding(pair, side):
+    """Real tokens of padded rows, against transformers with its mask and without any padding."""
+    model, params, config = pair
+    lengths = np.array([17, 5, 1, 12])
+    slots = np.arange(17)[::-1] if side == "left" else np.arange(17)
+    mask = slots < lengths[:, None]
+    tokens = np.where(mask, random_tokens(4, 17), 0)
+    positions = np.asarray(positions_of(jnp.asarray(mask)))
+    got = ours(params, config, tokens, positions, mask)
+    assert_close(got[mask], theirs(model, tokens, positions, mask)[mask])
+    for row, length in enumerate(lengths):
+        alone = theirs(model, tokens[row][mask[row]][None], rows_of_positions(1, length))
+        assert_close(got[row][mask[row]], alone[0])
+
+
+def test_cached_decoding(pair):
+    """Left-padded prompts in one piece, then token by token, against the whole sequence at once."""
+    model, params, config = pair
+    lengths = np.array([9, 4, 7])
+    mask = np.concatenate([np.arange(9)[::-1] < lengths[:, None], np.ones((3, 6), bool)], axis=1)
+    tokens = np.where(mask, random_tokens(3, 15), 0)
+    positions = np.asarray(positions_of(jnp.asarray(mask)))
+    step = jax.jit(lambda cache, *row: apply(params, config, *row, cache))
+    cache, pieces = init_cache(config, 3, 20), []
+    for start, stop in [(0, 9)] + [(i, i + 1) for i in range(9, 15)]:
+        row = (jnp.asarray(x[:, start:stop]) for x in (tokens, positions, mask))
+        hidden, cache = step(cache, *row)
+        pieces.append(np.asarray(hidden @ head(params, config)))
+    got = np.concatenate(pieces, axis=1)
+    assert_close(got[mask], theirs(model, tokens, positions, mask)[mask])
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 20_000], ids=["single", "sharded"])
+def test_export_loads_in_transformers_bit_for_bit(pair, tmp_path, shard_bytes):
+    model, params, config = pair
+    huggingface.save(tmp_path / "model", params, config, shard_bytes=shard_bytes)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert type(again) is type(model)
+    assert again.dtype == torch.float32
+    original, copy = model.state_dict(), again.state_dict()
+    assert original.keys() == copy.keys()
+    assert all(torch.equal(original[name], copy[name]) for name in original)
+    # The shape says the same too, so the logits do not move at all.
+    tokens, positions = random_tokens(1, 40), rows_of_positions(1, 40)
+    again.set_attn_implementation("eager")
+    np.testing.assert_array_equal(theirs(again, tokens, positions), theirs(model, tokens, positions))
+    assert again.config.eos_token_id is None and again.config.bos_token_id is None
+
+
+def test_bfloat16_checkpoint_keeps_its_bits(tmp_path):
+    model = random_model(*CASES["qwen3"]).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "theirs")
+    params, config = huggingface.load(tmp_path / "theirs")
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(params))
+    huggingface.save(tmp_path / "ours", params, config)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert again.dtype == torch.bfloat16
+    copy = again.state_dict()
+    assert all(torch.equal(value, copy[name]) for name, value in model.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    pytest.importorskip("gguf")
+    try:
+        return gguf.smollm2_path()
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+def test_smollm2_on_real_text(smollm2, tmp_path):
+    """The real weights: GGUF -> ours -> exported folder -> transformers, tokenizer included."""
+    if not GSM8K.exists():
+        pytest.skip(f"{GSM8K} is not there")
+    params, config = gguf.load(smollm2)
+    tokenizer, stop_ids = gguf.tokenizer(smollm2), gguf.stop_ids(smollm2)
+    folder = tmp_path / "smollm2"
+    huggingface.save(folder, params, config, tokenizer=tokenizer, stop_ids=stop_ids)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    again = transformers.AutoTokenizer.from_pretrained(folder)
+    assert model.generation_config.eos_token_id == [2, 0]
+
+    rows = [json.loads(line) for line in GSM8K.read_text(encoding="utf-8").splitlines()[:3]]
+    texts = [
+        tokenizer.apply_chat_template(
+            [
+                {"role": "user", "content": row["problem"]},
+                {"role": "assistant", "content": row["solution"]},
+            ],
+            tokenize=False,
+        )
+        for row in rows
+    ]
+    tokenizer.padding_side = "left"
+    batch = tokenizer(texts, padding=True, return_tensors="np")
+    for text, tokens, mask in zip(texts, batch["input_ids"], batch["attention_mask"], strict=True):
+        assert again(text)["input_ids"] == tokens[mask == 1].tolist()
+    tokens, mask = batch["input_ids"], batch["attention_mask"] == 1
+    positions = np.asarray(positions_of(jnp.asarray(mask)))
+    got = ours(params, config, tokens, positions, mask)
+    expected = theirs(model, tokens, positions, mask)
+    assert_close(got[mask], expected[mask])
+
+    # It is the model that it says it is: it finds real text likely and shuffled text not.
+    def loss(row):
+        logp = jax.nn.log_softmax(jnp.asarray(row[1])[:-1])
+        return -float(jnp.take_along_axis(logp, row[0][1:, None], axis=1).mean())
+
+    real = tokens[0][mask[0]]
+    shuffled = np.random.default_rng(0).permutation(real)
+    logits = ours(params, config, shuffled[None], rows_of_positions(1, len(real)))[0]
+    assert loss((real, got[0][mask[0]])) < 2.5 < 6 < loss((shuffled, logits))

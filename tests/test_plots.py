@@ -1,0 +1,103 @@
+"""The figures, looked at through what matplotlib was asked to draw."""
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from sgpo_jax import plots
+
+ROWS = [
+    {"step": 1, "reward_auto": 0.25, "reward_guided": 0.5, "alpha": 0.5, "loss": 9.0},
+    {"step": 2, "reward_auto": 0.75, "reward_guided": 0.5, "alpha": None, "loss": 9.0},
+    {"step": 3, "reward_auto": 0.5, "reward_guided": 1.0, "alpha": 0.25, "loss": 9.0},
+]
+BEFORE = {"unguided": (0.2, 0.15, 0.3), "guided": (0.6, 0.5, 0.7)}
+AFTER = {"unguided": (0.7, 0.6, 0.75), "guided": (0.9, 0.85, 1.0)}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures saved during the test, the last one last."""
+    figures = []
+    save = Figure.savefig
+
+    def remember(figure, *args, **kwargs):
+        figures.append(figure)
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", remember)
+    return figures
+
+
+def curve(axes, index):
+    """The raw values of curve `index` as (steps, values); each has a smoothed one behind it."""
+    line = axes.get_lines()[2 * index]
+    return list(line.get_xdata()), list(line.get_ydata())
+
+
+def test_training_curves_shows_the_rows(tmp_path, drawn):
+    plots.training_curves(ROWS, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    reward, alpha = drawn[0].axes  # the panels whose metrics are there, and no other
+    assert (reward.get_title("left"), alpha.get_title("left")) == ("Reward", "Distillation weight α")
+    assert curve(reward, 0) == ([1, 2, 3], [0.25, 0.75, 0.5])
+    assert curve(reward, 1) == ([1, 2, 3], [0.5, 0.5, 1.0])
+    assert [text.get_text() for text in reward.get_legend().get_texts()] == ["unguided", "guided"]
+    steps, values = curve(alpha, 0)
+    assert steps == [1, 2, 3] and values[0] == 0.5 and values[1] != values[1]
+
+
+def test_every_panel_names_its_unit(tmp_path, drawn):
+    metrics = [metric for panel in plots._PANELS for metric, _, _ in panel.curves]
+    plots.training_curves([{"step": 1, **dict.fromkeys(metrics, 0.0)}], tmp_path / "curves.pdf")
+    assert len(drawn[0].axes) == len(plots._PANELS)
+    assert all(axes.get_ylabel() for axes in drawn[0].axes)
+    assert [bool(axes.get_xlabel()) for axes in drawn[0].axes] == [False] * 4 + [True] * 4
+
+
+def test_thick_lines_are_centred_means_that_skip_gaps():
+    values = np.array([1.0, 2.0, np.nan, 4.0])
+    assert plots._running_mean(values, 1).tolist() == [1.5, 1.5, 3.0, 4.0]
+    assert plots._running_mean(np.array([np.nan, 1.0]), 0)[1] == 1.0
+
+
+def test_nothing_to_draw_is_an_error(tmp_path):
+    for rows in ([], [{"step": 1, "loss": 1.0}], [{"step": 1, "alpha": None}]):
+        with pytest.raises(ValueError, match="rows must hold at least one of"):
+            plots.training_curves(rows, tmp_path / "curves.png")
+
+
+def test_summary_shows_accuracies_and_their_intervals(tmp_path, drawn):
+    plots.summary(ROWS, BEFORE, AFTER, tmp_path / "summary.png")
+    assert (tmp_path / "summary.png").stat().st_size > 10_000
+    curves, bars = drawn[0].axes
+    assert curve(curves, 1)[1] == [0.5, 0.5, 1.0]
+    assert [bar.get_height() for bar in bars.patches] == [0.2, 0.7, 0.6, 0.9]
+    assert [text.get_text() for text in bars.texts] == ["20%", "70%", "60%", "90%"]
+    names = [label.get_text().strip() for label in bars.get_xticklabels()]
+    assert names == ["before", "unguided", "after", "before", "guided", "after"]
+    ends = [y for whisker in bars.collections for segment in whisker.get_segments()
+            for y in segment[:, 1]]  # fmt: skip
+    assert ends == pytest.approx([0.15, 0.3, 0.6, 0.75, 0.5, 0.7, 0.85, 1.0])
+
+
+def test_summary_of_unguided_accuracy_alone(tmp_path, drawn):
+    before, after = ({"unguided": results["unguided"]} for results in (BEFORE, AFTER))
+    plots.summary(ROWS, before, after, tmp_path / "summary.png")
+    assert [bar.get_height() for bar in drawn[0].axes[1].patches] == [0.2, 0.7]
+
+
+def test_summary_forgives_rounding(tmp_path):
+    same = {"unguided": (1.0, 1.0 + 1e-9, 1.0 - 1e-9), "guided": (0.0, 0.0, 0.0)}
+    plots.summary(ROWS, same, same, tmp_path / "summary.png")
+
+
+def test_summary_refuses_wrong_accuracies(tmp_path):
+    with pytest.raises(ValueError, match="after must hold the same"):
+        plots.summary(ROWS, BEFORE, {"unguided": (0.7, 0.6, 0.75)}, tmp_path / "summary.png")
+    for wrong in ({}, {"oracle": (0.7, 0.6, 0.75)}):
+        with pytest.raises(ValueError, match="before must hold the same"):
+            plots.summary(ROWS, wrong, wrong, tmp_path / "summary.png")
+    for wrong in ((0.7, 0.75, 0.8), (0.9, 0.6, 0.8), (70.0, 60.0, 75.0), (0.5, -0.1, 0.6)):
+        with pytest.raises(ValueError, match=r"guided: accuracy .* must lie in its interval"):
+            plots.summary(ROWS, BEFORE, {**AFTER, "guided": wrong}, tmp_path / "summary.png")

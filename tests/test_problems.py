@@ -1,0 +1,262 @@
+import re
+from collections import Counter, defaultdict
+
+import pytest
+
+from sgpo_jax.problems import arithmetic, gym
+
+FORM = re.compile(r"Problem type: [^:]+\. Strategy: [^:]+\. Steps: \(a\) [^()]+ \(b\) [^()]+( \([c-e]\) [^()]+)*")
+OPERATIONS = {  # written again, independently of the package
+    "sum": lambda a, b: int(str(a + b)[-1]),
+    "difference": lambda a, b: a - b if a > b else b - a,
+    "larger": lambda a, b: sorted((a, b))[1],
+    "smaller": lambda a, b: sorted((a, b))[0],
+    "product": lambda a, b: int(str(a * b)[-1]),
+}
+
+
+def type_of(row):
+    return re.fullmatch(r"\w+ \w+ (\w+ \w+): .*", row["problem"]).group(1)
+
+
+def methods_of(text):
+    return tuple(re.findall(r"\([abc]\) (\w+)", text))
+
+
+def pairs_of(row):
+    digits = re.findall(r"\d", row["problem"])
+    return [(int(a), int(b)) for a, b in zip(digits[::2], digits[1::2], strict=True)]
+
+
+# The embedded world
+
+
+def test_a_problem_in_full():
+    row = arithmetic.problems(64, 0)[0]
+    assert list(row) == ["id", "problem", "answer", "strategy", "solution", "source"]
+    (a, b), (c, d), (e, f) = pairs_of(row)
+    assert row["problem"] == f"Prices at copper market: {a} {b}, {c} {d}, {e} {f}"
+    assert row["id"] == f"copper-market/{a}{b}{c}{d}{e}{f}"
+    first, second, third = methods_of(row["strategy"])
+    assert row["strategy"] == (
+        f"Problem type: copper market. Strategy: trading rules. Steps: (a) {first} (b) {second} (c) {third}"
+    )
+    x, y, z = row["answer"]
+    assert row["solution"] == (
+        f"(a) {first} {a} {b} = {x} (b) {second} {c} {d} = {y} (c) {third} {e} {f} = {z}. \\boxed{{{x}{y}{z}}}"
+    )
+    assert row["source"] == "market"
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_answers_are_those_of_the_strategy(split):
+    for row in arithmetic.problems(1000, 5, split):
+        results = [OPERATIONS[m](*p) for m, p in zip(methods_of(row["strategy"]), pairs_of(row), strict=True)]
+        assert row["answer"] == "".join(map(str, results))
+        assert methods_of(row["solution"]) == methods_of(row["strategy"])
+        assert row["answer"][0] != "0"
+        assert FORM.fullmatch(row["strategy"]) and not re.search(r"\d", row["strategy"])
+
+
+def test_the_right_methods_belong_to_the_type_alone():
+    rules = defaultdict(set)
+    for seed in (0, 1):
+        for row in arithmetic.problems(256, seed) + arithmetic.problems(256, seed, "eval"):
+            rules[type_of(row)].add(methods_of(row["strategy"]))
+    assert len(rules) == 64 and all(len(methods) == 1 for methods in rules.values())
+
+
+def test_no_family_or_stage_gives_a_method_away():
+    used = Counter((family, methods) for (family, _), methods in arithmetic.RIGHT_METHODS.items())
+    assert set(used.values()) == {2} and len(used) == 32
+
+
+def test_the_hidden_table_is_fixed():
+    table = arithmetic.RIGHT_METHODS
+    assert table["market", "copper"] == ("sum", "larger", "sum")
+    assert table["garden", "poppy"] == ("larger", "difference", "sum")
+    assert table["harbor", "busy"] == ("product", "smaller", "difference")
+    assert table["workshop", "hammer"] == ("smaller", "sum", "larger")
+
+
+def test_competing_methods_never_agree():
+    for row in arithmetic.problems(1000, 2):
+        for methods, pair in zip(arithmetic.FAMILIES[row["source"]].stages, pairs_of(row), strict=True):
+            assert len({OPERATIONS[m](*pair) for m in methods}) == 2
+
+
+def test_problems_are_seeded_different_and_balanced():
+    rows = arithmetic.problems(640, 7)
+    assert rows == arithmetic.problems(640, 7)
+    assert rows[:100] == arithmetic.problems(100, 7)
+    assert len({row["problem"] for row in rows}) == len({row["id"] for row in rows}) == 640
+    assert set(Counter(map(type_of, rows)).values()) == {10}
+    other = {row["problem"] for row in arithmetic.problems(640, 8)}
+    assert len(other & {row["problem"] for row in rows}) < 64
+
+
+def test_train_and_eval_share_no_digits():
+    digits = [
+        {str(pairs_of(row)) for seed in range(3) for row in rows(seed)}
+        for rows in (
+            lambda seed: arithmetic.problems(3000, seed) + arithmetic.pretraining(3000, seed),
+            lambda seed: arithmetic.problems(3000, seed, "eval"),
+        )
+    ]
+    assert not digits[0] & digits[1] and len(digits[1]) > 5000
+
+
+def test_pretraining_rows():
+    rows = arithmetic.pretraining(6400, 0, preference=0.7, guided_share=0.25)
+    assert rows == arithmetic.pretraining(6400, 0, preference=0.7, guided_share=0.25)
+    assert len({row["id"] for row in rows}) == 6400
+    right = {f"{kind} {family}": methods for (family, kind), methods in arithmetic.RIGHT_METHODS.items()}
+    agreement = {True: [], False: []}
+    for row in rows:
+        methods = methods_of(row["solution"])
+        results = [OPERATIONS[m](*p) for m, p in zip(methods, pairs_of(row), strict=True)]
+        assert row["answer"] == "".join(map(str, results)) and row["solution"].endswith(f"\\boxed{{{row['answer']}}}")
+        stages = arithmetic.FAMILIES[row["source"]].stages
+        assert all(m in pair for m, pair in zip(methods, stages, strict=True))
+        if "strategy" in row:
+            assert methods_of(row["strategy"]) == methods and type_of(row) in row["strategy"]
+        agreement["strategy" in row] += [m == r for m, r in zip(methods, right[type_of(row)], strict=True)]
+    assert len(agreement[True]) / len(rows) / 3 == pytest.approx(0.25, abs=0.02)
+    # Standard errors are 0.007 and 0.004.
+    assert sum(agreement[True]) / len(agreement[True]) == pytest.approx(0.5, abs=0.03)
+    assert sum(agreement[False]) / len(agreement[False]) == pytest.approx(0.7, abs=0.02)
+
+
+def test_pretraining_extremes():
+    right = {f"{kind} {family}": methods for (family, kind), methods in arithmetic.RIGHT_METHODS.items()}
+    for row in arithmetic.pretraining(200, 1, preference=1.0, guided_share=0.0):
+        assert "strategy" not in row and methods_of(row["solution"]) == right[type_of(row)]
+    assert all("strategy" in row for row in arithmetic.pretraining(200, 1, guided_share=1.0))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: arithmetic.problems(0, 0), "count is 0"),
+        (lambda: arithmetic.problems(2.5, 0), "count is 2.5"),
+        (lambda: arithmetic.problems(10**7, 0), "allowed: an integer from 1 to 1000000"),
+        (lambda: arithmetic.problems(1, 0, "test"), "split is 'test'; allowed: train, eval"),
+        (lambda: arithmetic.pretraining(1, 0, preference=1.1), "preference is 1.1; allowed"),
+        (lambda: arithmetic.pretraining(1, 0, guided_share="half"), "guided_share is 'half'; allowed"),
+    ],
+)
+def test_wrong_arguments_of_the_world(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# reasoning-gym
+
+
+@pytest.fixture(scope="module")
+def rg():
+    return pytest.importorskip("reasoning_gym")
+
+
+def test_gym_solutions_against_reasoning_gym(rg):
+    """Every worked solution arrives at the answer that reasoning-gym computed."""
+    for family in ("chain_sum", "gcd", "leg_counting", "gsm_symbolic"):
+        for item in rg.create_dataset(family, size=200, seed=5):
+            assert gym.FAMILIES[family].solve(item["metadata"])[0] == item["answer"]
+    # Some of these have no exact answer; see gym.problems.
+    for family in ("simple_equations", "basic_arithmetic"):
+        items = list(rg.create_dataset(family, size=400, seed=5))
+        solved = [gym.FAMILIES[family].solve(item["metadata"]) for item in items]
+        agree = [s is not None and s[0] == item["answer"] for s, item in zip(solved, items, strict=True)]
+        assert sum(agree) >= 0.97 * len(agree)
+
+
+@pytest.mark.parametrize("family", list(gym.FAMILIES))
+def test_gym_rows(rg, family):
+    rows = gym.problems(family, 60, 1)
+    assert rows == gym.problems(family, 60, 1)
+    for row in rows:
+        assert row["solution"].endswith(f" \\boxed{{{row['answer']}}}")
+        assert row["source"] == f"reasoning_gym/{family}" and row["id"].startswith(f"{family}/")
+        assert FORM.fullmatch(row["strategy"]) and not re.search(r"\d", row["strategy"])
+    assert len({row["id"] for row in rows}) == len({row["problem"] for row in rows}) == 60
+
+
+@pytest.mark.parametrize("family", ["chain_sum", "basic_arithmetic", "gcd", "leg_counting", "simple_equations"])
+def test_each_line_of_a_solution_is_true(rg, family):
+    equation = re.compile(r"(-?\d+) (\+|-|\*|/|mod) (-?\d+) = (-?\d+)")
+    operations = {
+        "+": lambda a, b: a + b,
+        "-": lambda a, b: a - b,
+        "*": lambda a, b: a * b,
+        "/": lambda a, b: a / b,
+        "mod": lambda a, b: a % b,
+    }
+    checked = 0
+    for row in gym.problems(family, 100, 2):
+        for a, operation, b, result in equation.findall(row["solution"]):
+            assert operations[operation](int(a), int(b)) == int(result), row["solution"]
+            checked += 1
+    assert checked >= 100
+
+
+def test_worked_solutions_by_hand():
+    cases = [
+        ("chain_sum", {"expression": "12 + 5 - 20"}, "-3", "12 + 5 = 17. 17 - 20 = -3."),
+        (
+            "basic_arithmetic",
+            {"expression": "2 - -( 3 + 4 ) * 6 / 3"},
+            "16",
+            "3 + 4 = 7. -(7) = -7. -7 * 6 = -42. -42 / 3 = -14. 2 - -14 = 16.",
+        ),
+        ("gcd", {"numbers": [36, 48]}, "12", "48 mod 36 = 12. 36 mod 12 = 0."),
+        ("gcd", {"numbers": [8, 12, 6]}, "2", "12 mod 8 = 4. 8 mod 4 = 0. 6 mod 4 = 2. 4 mod 2 = 0."),
+        ("simple_equations", {"equation": "56 - 98*e = -1218", "variable": "e"}, "13",
+         "-98*e = -1218 - 56 = -1274. e = -1274 / -98 = 13."),
+        ("simple_equations", {"equation": "x + 5 = 8", "variable": "x"}, "3", "x = 8 - 5 = 3."),
+        ("simple_equations", {"equation": "5 - x = 1", "variable": "x"}, "4", "-x = 1 - 5 = -4. x = -4 / -1 = 4."),
+        ("simple_equations", {"equation": "3*x - 6 = 9", "variable": "x"}, "5", "3*x = 9 + 6 = 15. x = 15 / 3 = 5."),
+        ("simple_equations", {"equation": "x = 8", "variable": "x"}, "8", "x = 8."),
+        ("gsm_symbolic", {"answer_cot": "4 * 2 = 8\n#### 8.0"}, "8", "4 * 2 = 8"),
+    ]  # fmt: skip
+    for family, metadata, answer, steps in cases:
+        assert gym.FAMILIES[family].solve(metadata) == (answer, steps)
+    assert gym.FAMILIES["basic_arithmetic"].solve({"expression": "1 / ( 2 - 2 )"}) is None
+    assert gym.FAMILIES["simple_equations"].solve({"equation": "0 = 0", "variable": "x"}) is None
+    with pytest.raises(ValueError, match="linear"):
+        gym.FAMILIES["simple_equations"].solve({"equation": "x*x = 4", "variable": "x"})
+
+
+def test_legs_by_hand(rg):
+    solved = gym.FAMILIES["leg_counting"].solve({"animals": {"cat": 3, "bird": 2, "snake": 9}})
+    assert solved == ("16", "cat: 3 * 4 = 12. bird: 2 * 2 = 4. 12 + 4 = 16. snake: 9 * 0 = 0. 16 + 0 = 16.")
+
+
+def test_gym_splits_never_share_a_problem(rg):
+    options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    train = {row["problem"] for seed in range(3) for row in gym.problems("chain_sum", 120, seed, **options)}
+    held_out = {row["problem"] for seed in range(3) for row in gym.problems("chain_sum", 15, seed, "eval", **options)}
+    assert not train & held_out and len(train) > 120 and len(held_out) >= 15
+
+
+def test_neighbouring_seeds_give_different_problems(rg):
+    first, second = ({row["problem"] for row in gym.problems("leg_counting", 100, seed)} for seed in (1, 2))
+    assert not first & second
+
+
+@pytest.mark.parametrize(
+    "arguments, options, message",
+    [
+        (("gdc", 1, 0), {}, "family is 'gdc'; allowed: .*gcd"),
+        (("gcd", 0, 0), {}, "count is 0"),
+        (("gcd", 1, 0, "test"), {}, "split is 'test'; allowed: train, eval"),
+        (("gcd", 1, 0), {"max_terms": 3}, "option 'max_terms' of gcd; allowed: .*max_value"),
+        (("gcd", 1, 0), {"size": 3}, "option 'size'"),
+        (("gcd", 1, 0), {"max_value": 3.5}, "max_value of gcd is 3.5; allowed: int"),
+        (("gcd", 1, 0), {"min_value": 9, "max_value": 3}, "options .* of gcd"),
+        (("gcd", 100, 0), {"max_value": 3}, "count is 100, but gcd .* gave only [0-9]+ different"),
+    ],
+)
+def test_wrong_arguments_of_gym(rg, arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        gym.problems(*arguments, **options)

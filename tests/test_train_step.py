@@ -1,0 +1,302 @@
+"""The jitted update against an independent, dense, unjitted computation of Eq. 7, and the properties it promises."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sgpo_jax import models, train_step
+from sgpo_jax.train_step import Batch, Group, Prompts, TrainState, init_state, make_update
+
+CONFIG = models.ModelConfig(
+    architecture="Qwen2ForCausalLM", vocab_size=31, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2,
+    head_dim=6, mlp_size=24, rope_theta=1e4, norm_eps=1e-6, qkv_bias=True, tie_embeddings=False, max_positions=64,
+)  # fmt: skip
+B, G1, G2, P, PG, T = 4, 4, 3, 5, 9, 7
+
+
+def make_params(seed=0, scale=0.3):
+    params = models.init(jax.random.key(seed), CONFIG)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    noisy = [x + scale * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, noisy)
+
+
+def make_batch(seed=0, all_wrong=(2,)):
+    """Random rollouts; the guided group of the problems in `all_wrong` has no correct response."""
+    rng = np.random.default_rng(seed)
+
+    def prompts(length):
+        mask = np.broadcast_to(np.arange(length) >= 2, (B, length))
+        return Prompts(jnp.asarray(rng.integers(0, 31, (B, length)), jnp.int32), jnp.asarray(mask))
+
+    def group(size):
+        rewards = (rng.random((B, size)) < 0.7).astype(np.float32)
+        return Group(
+            jnp.asarray(rng.integers(0, 31, (B, size, T)), jnp.int32),
+            jnp.asarray(rng.choice([3, T], (B, size)), jnp.int32),  # few lengths: the reference compiles for each
+            jnp.asarray(rng.normal(-3, 1, (B, size, T)), jnp.float32),
+            jnp.asarray(rewards),
+        )
+
+    guided = group(G2)
+    guided = guided._replace(rewards=guided.rewards.at[jnp.asarray(all_wrong, jnp.int32)].set(0.0))
+    return Batch(prompts(P), prompts(PG), group(G1), guided)
+
+
+def log_probs(params, prompts, b, tokens, length):
+    """Dense `[length,V]` next-token log-probabilities of one response, without any padding."""
+    return _log_probs(params, np.asarray(prompts.tokens[b])[np.asarray(prompts.mask[b])], tokens[:length])
+
+
+@jax.jit
+def _log_probs(params, prompt, response):
+    sequence = jnp.concatenate([prompt, response])[None]
+    positions = jnp.arange(sequence.shape[1])[None]
+    hidden, _ = models.apply(params, CONFIG, sequence, positions, jnp.ones_like(sequence, bool))
+    return jax.nn.log_softmax(hidden[0, len(prompt) - 1 : -1] @ models.head(params, CONFIG))
+
+
+def reference_loss(params, old_params, batch, delta, choose):
+    """Eq. 7 written out for one problem and one response at a time; `choose` are the fixed targets and weights."""
+    total = 0.0
+    for b in range(B):
+        rewards = np.asarray(batch.autonomous.rewards[b], np.float64)
+        std = rewards.std()
+        for i in range(G1):
+            length = int(batch.autonomous.lengths[b, i])
+            tokens = batch.autonomous.tokens[b, i]
+            picked = np.arange(length), tokens[:length]
+            logp = log_probs(params, batch.prompts, b, tokens, length)[picked]
+            old = log_probs(old_params, batch.prompts, b, tokens, length)[picked]
+            advantage = 0.0 if std == 0 else (rewards[i] - rewards.mean()) / std
+            ratio = jnp.exp(logp - old)
+            surrogate = jnp.minimum(ratio * advantage, jnp.clip(ratio, 0.8, 1.28) * advantage)
+            total -= surrogate.mean() / G1
+        if choose[b] is None:
+            continue
+        j, alpha = choose[b]
+        length = int(batch.guided.lengths[b, j])
+        tokens = batch.guided.tokens[b, j]
+        guided = jax.lax.stop_gradient(log_probs(params, batch.guided_prompts, b, tokens, length))
+        unguided = log_probs(params, batch.prompts, b, tokens, length)
+        kl = (jnp.exp(guided) * (guided - unguided)).sum(-1)
+        total += alpha * jnp.where(kl <= delta, kl, 0.0).sum() / length
+    return total / B
+
+
+def reference_choice(params, batch):
+    """(o+, alpha) of each problem by Eq. 4 and 6, or None."""
+    choice = []
+    for b in range(B):
+        scores = {}
+        for j in range(G2):
+            length = int(batch.guided.lengths[b, j])
+            tokens = batch.guided.tokens[b, j]
+            if batch.guided.rewards[b, j] == 1:
+                scores[j] = float(
+                    log_probs(params, batch.prompts, b, tokens, length)[np.arange(length), tokens[:length]].sum()
+                )
+        p_auto, p_guide = float(batch.autonomous.rewards[b].mean()), float(batch.guided.rewards[b].mean())
+        alpha = min(max(0.5 * (p_guide - p_auto + 0.1) / (p_auto + 0.1), 0.0), 0.8)
+        choice.append((max(scores, key=scores.get), alpha) if scores else None)
+    return choice
+
+
+def run(batch, params=None, optimizer=None, **settings):
+    """(new state, metrics) of one update; SGD with rate 1 turns the parameter change into the gradient."""
+    params = make_params() if params is None else params
+    optimizer = optax.sgd(1.0) if optimizer is None else optimizer
+    settings = {"micro_batch": 100, "chunk": 8, "delta": 0.5} | settings
+    update = make_update(CONFIG, optimizer, **settings)
+    return update(init_state(jax.tree.map(jnp.copy, params), optimizer), batch)
+
+
+def assert_trees_close(a, b, tolerance):
+    jax.tree_util.tree_map_with_path(
+        lambda path, x, y: np.testing.assert_allclose(x, y, atol=tolerance, rtol=tolerance, err_msg=str(path)), a, b
+    )
+
+
+@pytest.mark.parametrize("delta", [0.5, float("inf")])
+def test_update_is_the_gradient_of_equation_7(delta):
+    params, batch = make_params(), make_batch()
+    choice = reference_choice(params, batch)
+    assert choice[2] is None and any(c is not None and c[0] == 1 for c in choice), "the batch must exercise selection"
+    loss, grads = jax.value_and_grad(reference_loss)(params, params, batch, delta, choice)
+    state, metrics = run(batch, params, delta=delta)
+    assert_trees_close(jax.tree.map(jnp.subtract, params, state.params), grads, 1e-5)
+    np.testing.assert_allclose(metrics["loss"], loss, atol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
+    np.testing.assert_allclose(metrics["alpha"], np.mean([c[1] if c else 0.0 for c in choice]), rtol=1e-5)
+    np.testing.assert_allclose(metrics["target_found"], np.mean([c is not None for c in choice]))
+    if delta == 0.5:
+        assert 0 < metrics["kl_clip_share"] < 1, "the clip must act on some tokens for this test to say anything"
+
+
+def test_several_updates_per_batch_keep_targets_and_old_policy():
+    batch, rate, steps = make_batch(), 0.5, 3
+    state, metrics = run(batch, optimizer=optax.sgd(rate), updates_per_batch=steps)
+    old = params = make_params()
+    choice = reference_choice(old, batch)
+    for _ in range(steps):
+        grads = jax.grad(reference_loss)(params, old, batch, 0.5, choice)
+        params = jax.tree.map(lambda p, g: p - rate * g, params, grads)
+    assert_trees_close(state.params, params, 1e-4)
+    assert metrics["ratio"] != 1.0 and state.step == 1
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_micro_batches_give_the_result_of_one_batch(micro_batch, updates):
+    batch = make_batch()
+    whole, whole_metrics = run(batch, updates_per_batch=updates)
+    parts, parts_metrics = run(batch, updates_per_batch=updates, micro_batch=micro_batch)
+    assert_trees_close(parts.params, whole.params, 1e-5)
+    assert_trees_close(parts_metrics, whole_metrics, 1e-5)
+
+
+def test_remat_changes_nothing():
+    batch = make_batch()
+    plain, _ = run(batch, remat=False)
+    saved, _ = run(batch, remat=True)
+    assert_trees_close(saved.params, plain.params, 1e-6)
+    update = make_update(CONFIG, optax.sgd(1.0), micro_batch=100, remat=True)
+    text = str(jax.make_jaxpr(update)(init_state(make_params(), optax.sgd(1.0)), batch))
+    plain_text = str(
+        jax.make_jaxpr(make_update(CONFIG, optax.sgd(1.0), micro_batch=100))(
+            init_state(make_params(), optax.sgd(1.0)), batch
+        )
+    )
+    assert text.count("checkpoint") + text.count("remat") > plain_text.count("checkpoint") + plain_text.count("remat")
+
+
+def test_guided_side_gets_exactly_no_gradient(monkeypatch):
+    """A perturbation of the guided hidden states changes the loss, but has no gradient; the unguided one has."""
+    calls = []
+    accumulate, apply = train_step.accumulate, models.apply
+
+    def capture(loss_fn, params, rows, micro_batch):
+        calls.append((loss_fn, rows))
+        return accumulate(loss_fn, params, rows, micro_batch)
+
+    monkeypatch.setattr(train_step, "accumulate", capture)
+    with jax.disable_jit():
+        run(make_batch())
+    distillation_loss, rows = calls[1]
+
+    def loss(perturbation):
+        def perturbed(params, config, tokens, *args, **kwargs):
+            hidden, cache = apply(params, config, tokens, *args, **kwargs)
+            return hidden + perturbation["guided" if tokens.shape[1] == PG + T else "unguided"], cache
+
+        with monkeypatch.context() as patch:
+            patch.setattr(models, "apply", perturbed)
+            return distillation_loss(make_params(), rows)[0].sum()
+
+    zero = {"guided": jnp.zeros(16), "unguided": jnp.zeros(16)}
+    grads = jax.grad(loss)(zero)
+    assert jnp.all(grads["guided"] == 0) and jnp.any(grads["unguided"] != 0)
+    assert loss(zero | {"guided": jnp.ones(16)}) != loss(zero)
+
+
+def test_no_correct_guided_response_means_no_distillation():
+    batch = make_batch(all_wrong=range(B))
+    _, metrics = run(batch)
+    assert metrics["loss_kd"] == 0 and metrics["alpha"] == 0 and metrics["target_found"] == 0
+    assert metrics["token_kl"] == 0 and metrics["token_kl_max"] == 0
+    # Other guided responses, as wrong as before: the update must be the same bit for bit.
+    other = make_batch(seed=7)
+    changed = batch._replace(guided=batch.guided._replace(tokens=other.guided.tokens, lengths=other.guided.lengths))
+    first, second = run(batch)[0], run(changed)[0]
+    assert all(jnp.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True))
+
+
+def test_padding_changes_nothing():
+    batch = make_batch()
+    wider = Batch(
+        *(
+            Prompts(jnp.pad(p.tokens, ((0, 0), (3, 0)), constant_values=9), jnp.pad(p.mask, ((0, 0), (3, 0))))
+            for p in (batch.prompts, batch.guided_prompts)
+        ),
+        *(
+            g._replace(
+                tokens=jnp.pad(g.tokens, ((0, 0), (0, 0), (0, extra)), constant_values=4),
+                logp=jnp.pad(g.logp, ((0, 0), (0, 0), (0, extra)), constant_values=jnp.nan),
+            )
+            for g, extra in ((batch.autonomous, 2), (batch.guided, 5))
+        ),
+    )
+    state, metrics = run(batch)
+    padded, padded_metrics = run(wider)
+    assert_trees_close(padded.params, state.params, 1e-5)
+    assert_trees_close(padded_metrics, metrics, 1e-5)
+
+
+def test_mismatch_measures_the_samplers_logprobs():
+    batch = make_batch()
+    params = make_params()
+    exact = np.zeros((B, G1, T), np.float32)
+    for b in range(B):
+        for i in range(G1):
+            tokens, length = batch.autonomous.tokens[b, i], int(batch.autonomous.lengths[b, i])
+            picked = np.arange(length), tokens[:length]
+            exact[b, i, :length] = log_probs(params, batch.prompts, b, tokens, length)[picked]
+    for offset in (0.0, 0.25):
+        sampler = batch.autonomous._replace(logp=jnp.asarray(exact + offset))
+        _, metrics = run(batch._replace(autonomous=sampler))
+        np.testing.assert_allclose(metrics["logp_mismatch"], offset, atol=1e-5)
+        np.testing.assert_allclose(metrics["logp_mismatch_max"], offset, atol=1e-5)
+
+
+def test_non_finite_gradient_is_skipped_and_counted():
+    optimizer = optax.adam(0.1)
+    update = make_update(CONFIG, optimizer, micro_batch=100)
+    good = make_batch()
+    bad_rewards = good.autonomous.rewards.at[0, 0].set(jnp.nan)
+    bad = good._replace(autonomous=good.autonomous._replace(rewards=bad_rewards))
+    state, _ = update(init_state(make_params(), optimizer), good)
+    before = jax.tree.map(np.array, (state.params, state.opt_state))
+    for expected in (1, 2):
+        state, metrics = update(state, bad)
+        assert metrics["skipped"] == expected and not np.isfinite(metrics["grad_norm"])
+    after = jax.tree.map(np.array, (state.params, state.opt_state))
+    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True))
+    state, metrics = update(state, good)
+    assert metrics["skipped"] == 0 and state.step == 4
+    assert not np.array_equal(before[0]["norm"]["scale"], state.params["norm"]["scale"])
+
+
+def test_state_is_donated():
+    state = init_state(make_params(), optax.sgd(1.0))
+    make_update(CONFIG, optax.sgd(1.0), micro_batch=100)(state, make_batch())
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+
+
+def test_micro_batch_must_divide():
+    with pytest.raises(ValueError, match="micro_batch=3 must divide the number of rows, 16"):
+        run(make_batch(), micro_batch=3)
+
+
+def test_no_vocabulary_sized_array_for_all_tokens():
+    """No intermediate of the update holds logits of every response token."""
+    state: TrainState = init_state(make_params(), optax.sgd(1.0))
+    update = make_update(CONFIG, optax.sgd(1.0), micro_batch=100, chunk=4)
+    jaxpr = jax.make_jaxpr(update)(state, make_batch())
+    limit = B * G2 * T * CONFIG.vocab_size
+    smallest = min(limit, B * T * CONFIG.vocab_size)
+
+    def shapes(jaxpr):
+        for equation in jaxpr.eqns:
+            yield from (v.aval.shape for v in equation.outvars if hasattr(v.aval, "shape"))
+            for parameter in jax.tree.leaves(
+                equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+            ):
+                inner = getattr(parameter, "jaxpr", parameter)
+                if hasattr(inner, "eqns"):
+                    yield from shapes(inner)
+
+    big = [s for s in shapes(jaxpr.jaxpr) if CONFIG.vocab_size in s and np.prod(s) >= smallest]
+    assert not big, big
