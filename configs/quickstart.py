@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     config.data.instruction = ""
     config.data.max_prompt_tokens = 64
 
-    config.sft.train = "arithmetic:pretraining,count=65536,preference=0.65"
+    config.sft.train = "arithmetic:pretraining,count=20000,preference=0.65"
     config.sft.use_strategy = True
     config.sft.batch = 128
     config.sft.steps = 600

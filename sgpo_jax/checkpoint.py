@@ -53,11 +53,10 @@ class Checkpoints:
     def best_step(self) -> int | None:
         """Step of the best checkpoint, the earliest on a tie; the latest when none carries the metric."""
         steps = self._manager.all_steps()
-        scored = [(self._score(step), -step) for step in steps if self._score(step) is not None]
-        if not scored:
+        scores = {step: score for step in sorted(steps) if (score := self._score(step)) is not None}
+        if not scores:
             return self.latest_step()
-        sign = 1 if self._higher_is_better else -1
-        return -max(scored, key=lambda pair: (sign * pair[0], pair[1]))[1]
+        return (max if self._higher_is_better else min)(scores, key=lambda step: scores[step])
 
     def _score(self, step: int) -> float | None:
         metrics = self._manager.metrics(step)
@@ -66,8 +65,8 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, score: float | None = None) -> None:
         """Saves the state after `step`; `score` is its value of the metric that tells the best one."""
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),  # type: ignore[call-arg]
-            identity=ocp.args.JsonSave(self._identity),  # type: ignore[call-arg]
+            state=ocp.args.StandardSave(state),
+            identity=ocp.args.JsonSave(self._identity),
         )
         self._manager.save(step, args=args, metrics=None if score is None else {self._best: float(score)})
 
@@ -89,5 +88,5 @@ class Checkpoints:
                     f"this run has {name}={value!r}: use the same config, or another --workdir"
                 )
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(target))  # type: ignore[call-arg]
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
         return self._manager.restore(step, args=args)["state"]

@@ -100,6 +100,23 @@ def base() -> ConfigDict:
     return config.lock()
 
 
+def paper(model: str, tensor: int) -> ConfigDict:
+    """`base()` for one of the paper's models, with the four benchmarks of Table 1 as local files.
+
+    Args:
+      model: Hugging Face hub id.
+      tensor: ways to split heads, MLP and vocabulary.
+    """
+    config = base()
+    config.model.source = model
+    config.data.train = "data/train.jsonl"
+    config.mesh.tensor = tensor
+    with config.unlocked():
+        for name, samples in {"MATH500": 4, "AMC23": 32, "OlympiadBench": 4, "AIME24": 32}.items():
+            config.eval.sets[name] = ConfigDict({"source": f"data/{name.lower()}.jsonl", "samples": samples})
+    return config
+
+
 def check(config: ConfigDict) -> None:
     """Raises ValueError naming the field, its value and what is allowed; touches neither device nor network."""
 

@@ -19,9 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import grain
-from transformers import PreTrainedTokenizerFast
 
-from sgpo_jax import prompts, tokenizer
 from sgpo_jax.problems import arithmetic, gym
 
 REQUIRED = ("id", "problem", "answer")
@@ -240,39 +238,24 @@ def split_validation(rows: Sequence[dict], share: float = 0.1) -> tuple[list[dic
 
 
 def filter_by_length(
-    rows: Sequence[dict],
-    tok: PreTrainedTokenizerFast,
-    max_prompt_tokens: int,
-    max_response_tokens: int | None = None,
-    instruction: str = prompts.INSTRUCTION,
+    rows: Sequence[dict], **limited: tuple[Sequence[Sequence[int]], int]
 ) -> tuple[list[dict], dict[str, int]]:
     """The rows that fit, and how many did not and why.
 
     Args:
         rows: problems.
-        tok: the model's tokenizer.
-        max_prompt_tokens: limit on the prompt, template included, with the strategy if the row
-            has one.
-        max_response_tokens: limit on the solution with its stop token, for SFT; None: no limit.
-        instruction: as in `tokenizer.encode_prompt`.
+        limited: for each part that has a limit, such as "prompt", (the token ids of every row's part, most tokens).
 
     Returns:
-        (rows kept, counts), counts with the keys kept, prompt_too_long, response_too_long, which
-        add up to the number of rows (a row too long in both is counted for its prompt).
+        (rows kept, counts), counts with the keys kept, PART_too_long for every part, which add up to the number of rows
+        (a row too long in several parts is counted for the first).
     """
     kept = []
-    counts = {"kept": 0, "prompt_too_long": 0, "response_too_long": 0}
-    for row in rows:
-        prompt = tokenizer.encode_prompt(tok, row["problem"], row.get("strategy"), instruction)
-        outcome = "kept"
-        if len(prompt) > max_prompt_tokens:
-            outcome = "prompt_too_long"
-        elif max_response_tokens is not None and "solution" in row:
-            # The id of the stop token does not matter for the length.
-            if len(tokenizer.encode_response(tok, row["solution"], 0)) > max_response_tokens:
-                outcome = "response_too_long"
-        counts[outcome] += 1
-        if outcome == "kept":
+    counts = {"kept": 0, **{f"{part}_too_long": 0 for part in limited}}
+    for i, row in enumerate(rows):
+        long = [part for part, (tokens, limit) in limited.items() if len(tokens[i]) > limit]
+        counts[f"{long[0]}_too_long" if long else "kept"] += 1
+        if not long:
             kept.append(row)
     return kept, counts
 

@@ -57,7 +57,7 @@ def main(argv) -> None:
         configs.check(_CONFIG.value)
         if _DISTRIBUTED.value:
             jax.distributed.initialize()
-        run(_CONFIG.value, Path(_WORKDIR.value).expanduser())
+        run(_CONFIG.value, Path(str(_WORKDIR.value)).expanduser())
     except (ValueError, ImportError, FloatingPointError) as error:
         sys.exit(f"sgpo_jax: {error}")
 

@@ -21,13 +21,9 @@ from sgpo_jax.train_step import Batch, Group, make_update
 def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[], Any], mesh: Mesh) -> None:
     """Runs RL, or what is left of it; checkpoints, metrics and generations go to `workdir/rl`."""
     rl = config.rl
-    rows = load_rows(config, policy)
+    rows, prompts = load_rows(config, policy)
     batches = data.batches(rows, rl.batch, config.seed)
     total = rl.steps or rl.epochs * data.steps_per_epoch(rows, rl.batch)
-    prompts = {
-        guided: dict(zip((row["id"] for row in rows), encode_prompts(policy, rows, guided), strict=True))
-        for guided in (False, True)
-    }
     sampling = {name: rl[name] for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
 
     tx, rate = stage.optimizer(config, "rl", total * rl.updates_per_batch)
@@ -82,22 +78,28 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
                     saved.save(done, state, score)
 
 
-def load_rows(config: ConfigDict, policy: Policy) -> list[dict]:
-    """The problems of RL; says what was left out.
+def load_rows(config: ConfigDict, policy: Policy) -> tuple[list[dict], dict[bool, dict[str, list[int]]]]:
+    """(problems, guided? -> id -> prompt tokens) of RL; says what was left out.
 
     Raises:
-      ValueError: there are fewer than a batch needs.
+      ValueError: there are fewer problems than a batch needs.
     """
     rows = data.load(config.data.train)
     if not config.sft.train:
         _, rows = data.split_sft(rows, config.data.sft_share)
     with_strategy = [row for row in rows if "strategy" in row]
-    limit = config.data.max_prompt_tokens
-    kept, counts = data.filter_by_length(with_strategy, policy.tokenizer, limit, instruction=policy.instruction)
+    encoded = {guided: encode_prompts(policy, with_strategy, guided) for guided in (False, True)}
+    # The guided prompt is the longer one.
+    kept, counts = data.filter_by_length(with_strategy, prompt=(encoded[True], config.data.max_prompt_tokens))
     print(f"RL: {len(rows)} rows, without strategy {len(rows) - len(with_strategy)}, {counts}", flush=True)
     if len(kept) < config.rl.batch:
         raise ValueError(f"RL has {len(kept)} problems, fewer than rl.batch={config.rl.batch}")
-    return kept
+    ids, kept_ids = [row["id"] for row in with_strategy], {row["id"] for row in kept}
+    prompts = {
+        guided: {id: tokens for id, tokens in zip(ids, encoded[guided], strict=True) if id in kept_ids}
+        for guided in encoded
+    }
+    return kept, prompts
 
 
 def _group(graded: Graded) -> Group:

@@ -20,10 +20,12 @@ from sgpo_jax.metrics import Writer
 from sgpo_jax.policy import Policy
 from sgpo_jax.train_step import Metrics, TrainState, accumulate, apply_gradients, in_micro_batches, response_hidden
 
+Encoded = tuple[list[int], list[int]]  # prompt and response tokens of a row
+
 
 def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[], Any], mesh: Mesh) -> None:
     """Runs the warm-up, or what is left of it; checkpoints and metrics go to `workdir/sft`."""
-    training, validation = load_rows(config, policy)
+    training, validation, encoded = load_rows(config, policy)
     batches = data.batches(training, config.sft.batch, config.seed)
     epoch = data.steps_per_epoch(training, config.sft.batch)
     total = config.sft.steps or config.sft.epochs * epoch
@@ -34,7 +36,7 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
     settings = {"micro_batch": config.sft.micro_batch, "dtype": policy.dtype, "remat": config.model.remat}
     update = make_update(policy.config, tx, shardings=shardings, **settings)
     losses_of = make_losses(policy.config, **settings)
-    encode = encoder(policy, training + validation, config.sft.use_strategy)
+    encode = partial(encode_batch, policy, encoded=encoded)
 
     with stage.checkpoints(config, workdir, "sft", policy) as saved, jax.set_mesh(mesh):
         state = stage.start(saved, initial, policy, tx, mesh)
@@ -61,8 +63,8 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
                     saved.save(done, state, score)
 
 
-def load_rows(config: ConfigDict, policy: Policy) -> tuple[list[dict], list[dict]]:
-    """(training, validation) rows of the warm-up; says what was left out.
+def load_rows(config: ConfigDict, policy: Policy) -> tuple[list[dict], list[dict], dict[str, Encoded]]:
+    """(training rows, validation rows, id -> prompt and response tokens) of the warm-up; says what was left out.
 
     Raises:
       ValueError: there are too few rows.
@@ -72,8 +74,17 @@ def load_rows(config: ConfigDict, policy: Policy) -> tuple[list[dict], list[dict
     else:
         rows, _ = data.split_sft(data.load(config.data.train), config.data.sft_share)
     solved = [row for row in rows if "solution" in row]
-    limits = (config.data.max_prompt_tokens, config.sft.max_response_tokens, policy.instruction)
-    kept, counts = data.filter_by_length(solved, policy.tokenizer, *limits)
+    shown = [row.get("strategy") if config.sft.use_strategy else None for row in solved]
+    prompts = [
+        tokenizers.encode_prompt(policy.tokenizer, row["problem"], strategy, policy.instruction)
+        for row, strategy in zip(solved, shown, strict=True)
+    ]
+    responses = [tokenizers.encode_response(policy.tokenizer, row["solution"], policy.stop_ids[0]) for row in solved]
+    limits = {
+        "prompt": (prompts, config.data.max_prompt_tokens),
+        "response": (responses, config.sft.max_response_tokens),
+    }
+    kept, counts = data.filter_by_length(solved, **limits)
     print(f"SFT: {len(rows)} rows, without solution {len(rows) - len(solved)}, {counts}", flush=True)
     training, validation = data.split_validation(kept, config.sft.validation_share)
     if len(training) < config.sft.batch or not validation:
@@ -81,27 +92,16 @@ def load_rows(config: ConfigDict, policy: Policy) -> tuple[list[dict], list[dict
             f"SFT has {len(training)} rows for training and {len(validation)} for validation; "
             f"it needs sft.batch={config.sft.batch} and at least 1"
         )
-    return training, validation
+    tokens = dict(zip((row["id"] for row in solved), zip(prompts, responses, strict=True), strict=True))
+    return training, validation, {row["id"]: tokens[row["id"]] for row in kept}
 
 
-def encoder(policy: Policy, rows: Sequence[dict], use_strategy: bool) -> Callable[[Sequence[dict]], dict[str, Any]]:
-    """`encode(rows) -> arrays` for the update, all padded to the longest prompt and response among `rows`."""
-
-    def tokens_of(row):
-        strategy = row.get("strategy") if use_strategy else None
-        prompt = tokenizers.encode_prompt(policy.tokenizer, row["problem"], strategy, policy.instruction)
-        return prompt, tokenizers.encode_response(policy.tokenizer, row["solution"], policy.stop_ids[0])
-
-    encoded = {row["id"]: tokens_of(row) for row in rows}
-    prompt_length = max(len(prompt) for prompt, _ in encoded.values())
-    response_length = max(len(response) for _, response in encoded.values())
-
-    def encode(rows):
-        prompts, responses = zip(*(encoded[row["id"]] for row in rows), strict=True)
-        tokens, lengths = tokenizers.pad_right(responses, response_length, policy.pad_id)
-        return {"prompts": pad_prompts(policy, prompts, prompt_length), "tokens": tokens, "length": lengths}
-
-    return encode
+def encode_batch(policy: Policy, rows: Sequence[dict], encoded: dict[str, Encoded]) -> dict[str, Any]:
+    """Arrays for the update, padded to the longest prompt and response of the stage, so that shapes stay fixed."""
+    prompt_length, response_length = (max(map(len, part)) for part in zip(*encoded.values(), strict=True))
+    prompts, responses = zip(*(encoded[row["id"]] for row in rows), strict=True)
+    tokens, lengths = tokenizers.pad_right(responses, response_length, policy.pad_id)
+    return {"prompts": pad_prompts(policy, prompts, prompt_length), "tokens": tokens, "length": lengths}
 
 
 def _row_losses(params, rows, *, config, dtype, remat):
@@ -121,7 +121,7 @@ def make_update(
     remat: bool = False,
     shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """The jitted `update(state, rows) -> (state, metrics)`: mean loss per response token of the batch; donates state."""
+    """The jitted `update(state, rows) -> (state, metrics)` on the mean loss per response token; donates the state."""
     row_losses = partial(_row_losses, config=config, dtype=dtype, remat=remat)
 
     def update(state, rows):

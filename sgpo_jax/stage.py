@@ -1,4 +1,4 @@
-"""What the SFT and the RL loop share: optimizer and state of a stage, its checkpoints, and what to do with a bad update."""
+"""What the SFT and the RL loop share: optimizer and state of a stage, its checkpoints, and skipped updates."""
 
 from collections.abc import Callable
 from functools import partial
@@ -85,7 +85,7 @@ def watch_skipped(folder: Path, step: int, skipped: int, limit: int, batch: Any)
     leaves, _ = jax.tree_util.tree_flatten_with_path(sharding.fetch(batch))
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(path, **{sharding.path_name(key): value for key, value in leaves})  # type: ignore[arg-type]
+        np.savez_compressed(path, **{sharding.path_name(key): value for key, value in leaves})
     if skipped >= limit:
         raise FloatingPointError(
             f"step {step}: the gradient was not finite in {skipped} updates in a row (max_skipped={limit}); "

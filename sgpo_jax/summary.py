@@ -92,11 +92,11 @@ def _show(config: ConfigDict, workdir: Path, folder: Path, results: dict[str, An
     rows = metrics.read_jsonl(workdir / "rl.jsonl") if (workdir / "rl.jsonl").is_file() else []
     if after and rows:
         first = next(iter(before["unguided"]))
-        bars = [
-            {kind: tuple(sets[first][field] for field in ("accuracy", "low", "high")) for kind, sets in when.items()}
+        old_bars, new_bars = (
+            {kind: (sets[first]["accuracy"], sets[first]["low"], sets[first]["high"]) for kind, sets in when.items()}
             for when in (before, after)
-        ]
-        plots.summary(rows, *bars, workdir / "summary.png")  # type: ignore[arg-type]
+        )
+        plots.summary(rows, old_bars, new_bars, workdir / "summary.png")
         plots.training_curves(rows, workdir / "training.png")
         print(f"Figures: {workdir / 'summary.png'}, {workdir / 'training.png'}", flush=True)
     print(f"Every answer with its verdict: {folder}", flush=True)

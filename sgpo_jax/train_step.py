@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 
 from sgpo_jax import logprobs, losses, models
 from sgpo_jax.sharding import BATCH, constrain
 
+Array = jax.Array | np.ndarray
 Metrics = dict[str, jax.Array]
 
 
@@ -32,17 +34,17 @@ class TrainState(struct.PyTreeNode):
 class Group(NamedTuple):
     """One group of responses for each of B problems."""
 
-    tokens: jax.Array  # [B,G,T] int32, padded on the right
-    lengths: jax.Array  # [B,G] int32, the stop token included
-    logp: jax.Array  # [B,G,T] float32, the sampler's log-probabilities, nats
-    rewards: jax.Array  # [B,G] float32
+    tokens: Array  # [B,G,T] int32, padded on the right
+    lengths: Array  # [B,G] int32, the stop token included
+    logp: Array  # [B,G,T] float32, the sampler's log-probabilities, nats
+    rewards: Array  # [B,G] float32
 
 
 class Prompts(NamedTuple):
     """One prompt for each of B problems."""
 
-    tokens: jax.Array  # [B,P] int32, padded on the left
-    mask: jax.Array  # [B,P] bool, True on real tokens
+    tokens: Array  # [B,P] int32, padded on the left
+    mask: Array  # [B,P] bool, True on real tokens
 
 
 class Batch(NamedTuple):
@@ -135,7 +137,7 @@ def make_update(
         }
 
     def select(params, batch):
-        """Rows for both losses, with what stays fixed while the batch is used: advantages, o+ (Eq. 4), alpha (Eq. 6)."""
+        """Rows for both losses, with what stays fixed for the batch: advantages, o+ (Eq. 4), alpha (Eq. 6)."""
         auto, guided = batch.autonomous, batch.guided
         autonomous = _rows(batch.prompts, auto)
         autonomous["sampler_logp"] = auto.logp.reshape(autonomous["tokens"].shape)

@@ -2,8 +2,13 @@
 
 import os
 
-# Read when jax starts its backend, so it has to be set before any test touches a device.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+# Read when jax starts its backend, so it has to be set before any test touches a device. The tests compile much and
+# compute little, so they are several times faster without LLVM's optimisations.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    + " --xla_backend_optimization_level=0"
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import hypothesis

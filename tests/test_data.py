@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sgpo_jax import data, tokenizer
+from sgpo_jax import data
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -207,24 +207,13 @@ def test_splits_are_pinned():
 
 
 def test_filter_by_length_counts_everything():
-    tok = tokenizer.load("arithmetic")
-    rows = data.load("arithmetic:train,count=6")
-    del rows[0]["strategy"], rows[1]["strategy"], rows[2]["solution"]
-    rows[3]["solution"] += rows[3]["solution"]
-    limits = [
-        ((41, None), [0, 1, 2, 3, 4, 5], (6, 0, 0)),
-        ((40, None), [0, 1], (2, 4, 0)),
-        ((18, None), [0, 1], (2, 4, 0)),
-        ((17, None), [], (0, 6, 0)),
-        ((41, 25), [0, 1, 2, 4, 5], (5, 0, 1)),
-        ((41, 24), [2], (1, 0, 5)),
-        ((40, 24), [], (0, 4, 2)),
-    ]
-    for (prompt, response), expected, counts in limits:
-        kept, found = data.filter_by_length(rows, tok, prompt, response, instruction="")
-        assert kept == [rows[i] for i in expected]
-        names = ("kept", "prompt_too_long", "response_too_long")
-        assert found == dict(zip(names, counts, strict=True))
+    rows = [row(i) for i in range(5)]
+    prompts = [[0] * n for n in (3, 4, 5, 5, 1)]
+    responses = [[0] * n for n in (9, 2, 9, 1, 2)]
+    kept, counts = data.filter_by_length(rows, prompt=(prompts, 4), response=(responses, 2))
+    assert kept == [rows[1], rows[4]]
+    assert counts == {"kept": 2, "prompt_too_long": 2, "response_too_long": 1}
+    assert data.filter_by_length(rows, prompt=(prompts, 5)) == (rows, {"kept": 5, "prompt_too_long": 0})
 
 
 # Batches

@@ -5,6 +5,8 @@ biases at zero, a forgotten one could not be seen.
 """
 
 import json
+import shutil
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -89,10 +91,15 @@ def theirs(model, tokens, positions, mask=None):
         ).logits.numpy()
 
 
-def ours(params, config, tokens, positions, mask=None):
-    mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask)
-    hidden, _ = apply(params, config, jnp.asarray(tokens), jnp.asarray(positions), mask)
-    return np.asarray(hidden @ head(params, config))
+@partial(jax.jit, static_argnames=("config", "dtype"))
+def run(params, config, tokens, positions, mask, dtype):
+    hidden, _ = apply(params, config, tokens, positions, mask, dtype=dtype)
+    return hidden @ head(params, config)
+
+
+def ours(params, config, tokens, positions, mask=None, dtype=jnp.float32):
+    mask = np.ones(tokens.shape, bool) if mask is None else mask
+    return np.asarray(run(params, config, tokens, positions.astype(np.int32), mask, dtype))
 
 
 def random_tokens(*shape):
@@ -149,19 +156,17 @@ def test_cached_decoding(pair):
     assert_close(got[mask], theirs(model, tokens, positions, mask)[mask])
 
 
-@pytest.mark.parametrize("shard_bytes", [10**9, 20_000], ids=["single", "sharded"])
-def test_export_loads_in_transformers_bit_for_bit(pair, tmp_path, shard_bytes):
+def test_export_loads_in_transformers_bit_for_bit(pair, tmp_path):
     model, params, config = pair
-    huggingface.save(tmp_path / "model", params, config, shard_bytes=shard_bytes)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    assert type(again) is type(model)
-    assert again.dtype == torch.float32
+    huggingface.save(tmp_path / "model", params, config, shard_bytes=20_000)
+    assert (tmp_path / "model" / "model.safetensors.index.json").exists()
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager")
+    assert type(again) is type(model) and again.dtype == torch.float32
     original, copy = model.state_dict(), again.state_dict()
     assert original.keys() == copy.keys()
     assert all(torch.equal(original[name], copy[name]) for name in original)
-    # The shape says the same too, so the logits do not move at all.
+    # The config says the same too, so the logits do not move at all.
     tokens, positions = random_tokens(1, 40), rows_of_positions(1, 40)
-    again.set_attn_implementation("eager")
     np.testing.assert_array_equal(theirs(again, tokens, positions), theirs(model, tokens, positions))
     assert again.config.eos_token_id is None and again.config.bos_token_id is None
 
@@ -179,26 +184,19 @@ def test_bfloat16_checkpoint_keeps_its_bits(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def smollm2():
+def smollm2(tmp_path_factory):
+    """The real weights, GGUF -> ours -> an exported folder, and three of GSM8K's conversations."""
     pytest.importorskip("gguf")
-    try:
-        return gguf.smollm2_path()
-    except ImportError as error:
-        pytest.skip(str(error))
-
-
-def test_smollm2_on_real_text(smollm2, tmp_path):
-    """The real weights: GGUF -> ours -> exported folder -> transformers, tokenizer included."""
     if not GSM8K.exists():
         pytest.skip(f"{GSM8K} is not there")
-    params, config = gguf.load(smollm2)
-    tokenizer, stop_ids = gguf.tokenizer(smollm2), gguf.stop_ids(smollm2)
-    folder = tmp_path / "smollm2"
-    huggingface.save(folder, params, config, tokenizer=tokenizer, stop_ids=stop_ids)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-    again = transformers.AutoTokenizer.from_pretrained(folder)
-    assert model.generation_config.eos_token_id == [2, 0]
-
+    try:
+        path = gguf.smollm2_path()
+    except ImportError as error:
+        pytest.skip(str(error))
+    params, config = gguf.load(path)
+    tokenizer = gguf.tokenizer(path)
+    folder = tmp_path_factory.mktemp("smollm2") / "model"
+    huggingface.save(folder, params, config, tokenizer=tokenizer, stop_ids=gguf.stop_ids(path))
     rows = [json.loads(line) for line in GSM8K.read_text(encoding="utf-8").splitlines()[:3]]
     texts = [
         tokenizer.apply_chat_template(
@@ -210,22 +208,64 @@ def test_smollm2_on_real_text(smollm2, tmp_path):
         )
         for row in rows
     ]
-    tokenizer.padding_side = "left"
-    batch = tokenizer(texts, padding=True, return_tensors="np")
-    for text, tokens, mask in zip(texts, batch["input_ids"], batch["attention_mask"], strict=True):
-        assert again(text)["input_ids"] == tokens[mask == 1].tolist()
-    tokens, mask = batch["input_ids"], batch["attention_mask"] == 1
+    batch = tokenizer(texts, padding=True, padding_side="left", return_tensors="np")
+    mask = batch["attention_mask"] == 1
     positions = np.asarray(positions_of(jnp.asarray(mask)))
-    got = ours(params, config, tokens, positions, mask)
-    expected = theirs(model, tokens, positions, mask)
-    assert_close(got[mask], expected[mask])
+    yield folder, params, config, texts, batch["input_ids"], positions, mask
+    shutil.rmtree(folder)  # half a gigabyte
 
-    # It is the model that it says it is: it finds real text likely and shuffled text not.
+
+def test_smollm2_on_real_text_in_float64(smollm2):
+    """The formulas agree on the real weights, apart from what both sides keep in float32."""
+    folder, params, config, _, tokens, positions, mask = smollm2
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float64)
+    inputs = tokens[0][mask[0]][None], positions[0][mask[0]][None]
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda leaf: leaf.astype(np.float64), params)
+        got = ours(params, config, *inputs, dtype=jnp.float64)
+    assert got.dtype == np.float64
+    assert_close(got, theirs(model, *inputs))
+
+
+def test_smollm2_on_real_text_in_float32(smollm2):
+    """The rounding of float32 alone reaches 1e-4 here, but rarely and never goes far beyond.
+
+    Residuals of 25,000 shrink to logits of 47. On such texts transformers' own eager and sdpa
+    attention are up to 1.6e-4 apart, and both 1.5e-4 from float64.
+    """
+    folder, params, config, texts, tokens, positions, mask = smollm2
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    expected = theirs(model, tokens, positions, mask)[mask]
+    got = ours(params, config, tokens, positions, mask)[mask]
+    worst = np.abs(got - expected).max(axis=-1)
+    assert np.mean(worst <= TOLERANCE) >= 0.95
+    assert worst.max() <= 3 * TOLERANCE
+
+    again = transformers.AutoTokenizer.from_pretrained(folder)
+    for text, row, real in zip(texts, tokens, mask, strict=True):
+        assert again(text)["input_ids"] == row[real].tolist()
+    assert model.generation_config.eos_token_id == [2, 0]
+
+
+def test_smollm2_finds_real_text_likely(smollm2):
+    """A problem's own words, and the same tokens shuffled: nats per token."""
+    folder, params, config, *_ = smollm2
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    text = json.loads(GSM8K.read_text(encoding="utf-8").splitlines()[0])["problem"]
+    tokens = np.array(tokenizer(text)["input_ids"])
+
     def loss(row):
-        logp = jax.nn.log_softmax(jnp.asarray(row[1])[:-1])
-        return -float(jnp.take_along_axis(logp, row[0][1:, None], axis=1).mean())
+        logits = ours(params, config, row[None], rows_of_positions(1, len(row)))[0, :-1]
+        return -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), row[1:, None], 1).mean()
 
-    real = tokens[0][mask[0]]
-    shuffled = np.random.default_rng(0).permutation(real)
-    logits = ours(params, config, shuffled[None], rows_of_positions(1, len(real)))[0]
-    assert loss((real, got[0][mask[0]])) < 2.5 < 6 < loss((shuffled, logits))
+    assert loss(tokens) < 3.5
+    assert loss(np.random.default_rng(0).permutation(tokens)) > 7
+
+
+def test_smollm2_tokenizer_against_the_one_transformers_makes(smollm2):
+    texts = smollm2[3] + ["don't  stop", "x = 3.1416\n\n\ty", "naïve café — 北京 🙂", "a<|im_end|>b"]
+    path = Path(gguf.smollm2_path())
+    theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = gguf.tokenizer(path)
+    assert tokenizer(texts)["input_ids"] == theirs(texts)["input_ids"]
+    assert tokenizer.chat_template == theirs.chat_template

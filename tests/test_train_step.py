@@ -16,11 +16,12 @@ CONFIG = models.ModelConfig(
 B, G1, G2, P, PG, T = 4, 4, 3, 5, 9, 7
 
 
-def make_params(seed=0, scale=0.3):
+@jax.jit
+def make_params(seed=0):
     params = models.init(jax.random.key(seed), CONFIG)
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noisy = [x + scale * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    noisy = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
     return jax.tree.unflatten(tree, noisy)
 
 
@@ -109,7 +110,7 @@ def run(batch, params=None, optimizer=None, **settings):
     """(new state, metrics) of one update; SGD with rate 1 turns the parameter change into the gradient."""
     params = make_params() if params is None else params
     optimizer = optax.sgd(1.0) if optimizer is None else optimizer
-    settings = {"micro_batch": 100, "chunk": 8, "delta": 0.5} | settings
+    settings = {"micro_batch": 100, "chunk": 8, "delta": 1.7} | settings
     update = make_update(CONFIG, optimizer, **settings)
     return update(init_state(jax.tree.map(jnp.copy, params), optimizer), batch)
 
@@ -120,7 +121,7 @@ def assert_trees_close(a, b, tolerance):
     )
 
 
-@pytest.mark.parametrize("delta", [0.5, float("inf")])
+@pytest.mark.parametrize("delta", [1.7, float("inf")])
 def test_update_is_the_gradient_of_equation_7(delta):
     params, batch = make_params(), make_batch()
     choice = reference_choice(params, batch)
@@ -132,7 +133,7 @@ def test_update_is_the_gradient_of_equation_7(delta):
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
     np.testing.assert_allclose(metrics["alpha"], np.mean([c[1] if c else 0.0 for c in choice]), rtol=1e-5)
     np.testing.assert_allclose(metrics["target_found"], np.mean([c is not None for c in choice]))
-    if delta == 0.5:
+    if delta == 1.7:
         assert 0 < metrics["kl_clip_share"] < 1, "the clip must act on some tokens for this test to say anything"
 
 
@@ -142,18 +143,17 @@ def test_several_updates_per_batch_keep_targets_and_old_policy():
     old = params = make_params()
     choice = reference_choice(old, batch)
     for _ in range(steps):
-        grads = jax.grad(reference_loss)(params, old, batch, 0.5, choice)
+        grads = jax.grad(reference_loss)(params, old, batch, 1.7, choice)
         params = jax.tree.map(lambda p, g: p - rate * g, params, grads)
     assert_trees_close(state.params, params, 1e-4)
     assert metrics["ratio"] != 1.0 and state.step == 1
 
 
-@pytest.mark.parametrize("updates", [1, 2])
-@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+@pytest.mark.parametrize(("micro_batch", "updates"), [(1, 1), (2, 2), (4, 1)])
 def test_micro_batches_give_the_result_of_one_batch(micro_batch, updates):
-    batch = make_batch()
-    whole, whole_metrics = run(batch, updates_per_batch=updates)
-    parts, parts_metrics = run(batch, updates_per_batch=updates, micro_batch=micro_batch)
+    batch, optimizer = make_batch(), optax.sgd(0.1)
+    whole, whole_metrics = run(batch, optimizer=optimizer, updates_per_batch=updates)
+    parts, parts_metrics = run(batch, optimizer=optimizer, updates_per_batch=updates, micro_batch=micro_batch)
     assert_trees_close(parts.params, whole.params, 1e-5)
     assert_trees_close(parts_metrics, whole_metrics, 1e-5)
 
@@ -175,31 +175,28 @@ def test_remat_changes_nothing():
 
 def test_guided_side_gets_exactly_no_gradient(monkeypatch):
     """A perturbation of the guided hidden states changes the loss, but has no gradient; the unguided one has."""
-    calls = []
     accumulate, apply = train_step.accumulate, models.apply
 
-    def capture(loss_fn, params, rows, micro_batch):
-        calls.append((loss_fn, rows))
-        return accumulate(loss_fn, params, rows, micro_batch)
+    def probed(loss_fn, params, rows, micro_batch):
+        def loss(perturbation):
+            def perturbed(params, config, tokens, *args, **kwargs):
+                hidden, cache = apply(params, config, tokens, *args, **kwargs)
+                return hidden + perturbation["guided" if tokens.shape[1] == PG + T else "unguided"], cache
 
-    monkeypatch.setattr(train_step, "accumulate", capture)
-    with jax.disable_jit():
-        run(make_batch())
-    distillation_loss, rows = calls[1]
+            with monkeypatch.context() as patch:
+                patch.setattr(models, "apply", perturbed)
+                return loss_fn(params, rows)[0].sum()
 
-    def loss(perturbation):
-        def perturbed(params, config, tokens, *args, **kwargs):
-            hidden, cache = apply(params, config, tokens, *args, **kwargs)
-            return hidden + perturbation["guided" if tokens.shape[1] == PG + T else "unguided"], cache
+        zero = {"guided": jnp.zeros(16), "unguided": jnp.zeros(16)}
+        grads, metrics = accumulate(loss_fn, params, rows, micro_batch)
+        if "alpha" in rows:
+            probes = jax.tree.map(lambda g: jnp.abs(g).sum(), jax.grad(loss)(zero))
+            metrics |= {**probes, "change": loss(zero | {"guided": jnp.ones(16)}) - loss(zero)}
+        return grads, metrics
 
-        with monkeypatch.context() as patch:
-            patch.setattr(models, "apply", perturbed)
-            return distillation_loss(make_params(), rows)[0].sum()
-
-    zero = {"guided": jnp.zeros(16), "unguided": jnp.zeros(16)}
-    grads = jax.grad(loss)(zero)
-    assert jnp.all(grads["guided"] == 0) and jnp.any(grads["unguided"] != 0)
-    assert loss(zero | {"guided": jnp.ones(16)}) != loss(zero)
+    monkeypatch.setattr(train_step, "accumulate", probed)
+    _, metrics = run(make_batch())
+    assert metrics["guided"] == 0 and metrics["unguided"] > 0 and metrics["change"] != 0
 
 
 def test_no_correct_guided_response_means_no_distillation():

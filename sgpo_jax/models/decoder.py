@@ -3,6 +3,7 @@
 Axis key: B batch, T tokens, S cache length, D hidden, H query heads, K key/value heads, N head size, L layers.
 """
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -134,6 +135,7 @@ class Decoder(nn.Module):
         return hidden, cache
 
 
+@partial(jax.jit, static_argnames="config")
 def init(rng: jax.Array, config: ModelConfig) -> dict[str, Any]:
     """Random float32 parameters; the tree is listed in `sharding.RULES` and named in `models.huggingface`."""
     tokens = jnp.zeros((1, 1), jnp.int32)
@@ -172,7 +174,7 @@ def apply(
       (hidden `[B,T,D]` after the final norm, cache or None).
     """
     module = Decoder(config, dtype, remat)
-    return module.apply({"params": params}, tokens, positions, mask, cache)
+    return module.apply({"params": params}, tokens, positions, mask, cache)  # type: ignore[return-value]
 
 
 def head(params: dict[str, Any], config: ModelConfig) -> jax.Array:

@@ -64,7 +64,10 @@ def load(
 
     def read(name: str) -> np.ndarray:
         tensor = tensors[name]
-        array = dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
+        try:
+            array = dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
+        except NotImplementedError as error:
+            raise ValueError(f"tensor {tensor.name}: {error}") from error
         return _unpermuted(array, config.head_dim) if re.search("[qk]_proj", name) else array
 
     return assemble(config, tensors, read, dtype), config

@@ -8,10 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sgpo_jax import models
 from sgpo_jax.rollout.sampling import sample
 from sgpo_jax.sharding import BATCH, constrain
+
+Array = jax.Array | np.ndarray
 
 STOP, LENGTH = 0, 1  # finish reasons: ended by a stop token, or cut at the limit
 
@@ -19,10 +22,10 @@ STOP, LENGTH = 0, 1  # finish reasons: ended by a stop token, or cut at the limi
 class Rollout(NamedTuple):
     """Responses, G per prompt."""
 
-    tokens: jax.Array  # [B,G,T] int32, the stop token included, padded after it
-    logp: jax.Array  # [B,G,T] float32, log-probability of each token at temperature 1 without filter, nats; 0 after
-    lengths: jax.Array  # [B,G] int32, tokens in each response, the stop token included
-    finish: jax.Array  # [B,G] int32, STOP or LENGTH
+    tokens: Array  # [B,G,T] int32, the stop token included, padded after it
+    logp: Array  # [B,G,T] float32, log-probability of each token at temperature 1 without filter, nats; 0 after
+    lengths: Array  # [B,G] int32, tokens in each response, the stop token included
+    finish: Array  # [B,G] int32, STOP or LENGTH
 
 
 @partial(
@@ -88,8 +91,9 @@ def generate(
         return tokens, logps, lengths, done | jnp.isin(token, stops)
 
     cache = models.init_cache(config, prompts.shape[0], prompts.shape[1], dtype)
-    hidden, cache = models.apply(params, config, prompts, models.positions_of(mask), mask, cache, dtype=dtype)
-    cache = _share(cache, group, max_new_tokens - 1)
+    hidden, filled = models.apply(params, config, prompts, models.positions_of(mask), mask, cache, dtype=dtype)
+    assert filled is not None  # a cache went in
+    cache = _share(filled, group, max_new_tokens - 1)
     prompt_lengths = jnp.repeat(mask.sum(axis=-1), group)
 
     token, logp = choose(jnp.repeat(hidden[:, -1], group, axis=0), 0)
@@ -123,7 +127,7 @@ def generate(
 
 
 def _share(cache: dict[str, jax.Array], group: int, room: int) -> dict[str, jax.Array]:
-    """The prompts' cache `[L,B,P,K,N]`, repeated for each response, with `room` free slots behind: `[L,R,P+room,K,N]`."""
+    """The prompts' cache `[L,B,P,K,N]`, repeated for each response, with `room` free slots: `[L,R,P+room,K,N]`."""
 
     def widen(x, axis):
         x = jnp.repeat(x, group, axis=axis)

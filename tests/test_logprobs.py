@@ -1,0 +1,326 @@
+"""Chunked log-probabilities, entropy and KL against the dense computation in float64, and the memory they keep to."""
+
+import math
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis.extra.numpy import arrays
+
+from sgpo_jax.logprobs import token_kl, token_logprobs
+
+N, D, V = 7, 4, 11
+SIZES = [(7, 7), (7, 1), (7, 3), (7, 5), (7, 100), (16, 5), (1, 1), (1, 512), (0, 4)]  # positions, chunk
+
+
+def inputs(count=N, seed=0, scale=1.5):
+    """Guided and unguided hidden states `[N,D]`, head `[D,V]`, targets `[N]`."""
+    rng = np.random.default_rng(seed)
+    guided, unguided = rng.normal(scale=scale, size=(2, count, D)).astype(np.float32)
+    head = rng.normal(size=(D, V)).astype(np.float32)
+    return guided, unguided, head, rng.integers(0, V, count)
+
+
+def log_softmax(hidden, head, temperature=1.0):
+    logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64) / temperature
+    logits -= logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def dense_logprobs(hidden, head, targets, temperature=1.0):
+    log_probs = log_softmax(hidden, head, temperature)
+    return log_probs[np.arange(len(targets)), targets], -(np.exp(log_probs) * log_probs).sum(-1)
+
+
+def dense_kl(guided, unguided, head, direction, guided_head=None):
+    p, q = log_softmax(guided, head if guided_head is None else guided_head), log_softmax(unguided, head)
+    if direction == "reverse":
+        p, q = q, p
+    return (np.exp(p) * (p - q)).sum(-1)
+
+
+def numeric_gradient(function, x, step=1e-6):
+    """Central differences of a float64 function of an array."""
+    x = np.asarray(x, np.float64)
+    gradient = np.zeros_like(x)
+    for index in np.ndindex(x.shape):
+        ahead, behind = x.copy(), x.copy()
+        ahead[index] += step
+        behind[index] -= step
+        gradient[index] = (function(ahead) - function(behind)) / (2 * step)
+    return gradient
+
+
+# ---- values
+
+
+def test_by_hand():
+    # One-hot hidden states pick rows of the head.
+    hidden = jnp.eye(2)
+    head = jnp.log(jnp.array([[0.5, 0.5], [0.9, 0.1]]))
+    logp, entropy = token_logprobs(hidden, head, jnp.array([1, 1]))
+    np.testing.assert_allclose(logp, [math.log(0.5), math.log(0.1)], rtol=1e-6)
+    np.testing.assert_allclose(entropy, [math.log(2), -0.9 * math.log(0.9) - 0.1 * math.log(0.1)], rtol=1e-6)
+    forward = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
+    backward = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
+    np.testing.assert_allclose(token_kl(hidden, hidden[::-1], head), [forward, backward], rtol=1e-6)
+    np.testing.assert_allclose(
+        token_kl(hidden, hidden[::-1], head, direction="reverse"), [backward, forward], rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize(("count", "chunk"), SIZES)
+def test_values_equal_the_dense_float64_ones(count, chunk):
+    guided, unguided, head, targets = inputs(count)
+    logp, entropy = token_logprobs(unguided, head, targets, chunk=chunk)
+    expected_logp, expected_entropy = dense_logprobs(unguided, head, targets)
+    assert logp.dtype == entropy.dtype == jnp.float32
+    np.testing.assert_allclose(logp, expected_logp, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(entropy, expected_entropy, rtol=1e-5, atol=1e-5)
+    for direction in ("forward", "reverse"):
+        kl = token_kl(guided, unguided, head, direction=direction, chunk=chunk)
+        assert kl.dtype == jnp.float32
+        np.testing.assert_allclose(kl, dense_kl(guided, unguided, head, direction), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.6, 1.0, 3.0])
+def test_temperature_divides_the_logits(temperature):
+    _, hidden, head, targets = inputs()
+    logp, entropy = token_logprobs(hidden, head, targets, temperature=temperature, chunk=3)
+    expected_logp, expected_entropy = dense_logprobs(hidden, head, targets, temperature)
+    np.testing.assert_allclose(logp, expected_logp, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(entropy, expected_entropy, rtol=1e-5, atol=1e-5)
+
+
+HIDDEN = arrays(np.float32, (N, D), elements=st.floats(-4, 4, width=32, allow_subnormal=False))
+HEAD = arrays(np.float32, (D, V), elements=st.floats(-2, 2, width=32, allow_subnormal=False))
+logprobs_in_chunks = jax.jit(lambda *args: token_logprobs(*args, chunk=3))
+kl_in_chunks = jax.jit(lambda *args: token_kl(*args, chunk=3))
+
+
+@given(HIDDEN, HIDDEN, HEAD, arrays(np.int32, N, elements=st.integers(0, V - 1)))
+def test_any_input_equals_the_float64_oracle(guided, unguided, head, targets):
+    logp, entropy = logprobs_in_chunks(unguided, head, targets)
+    expected_logp, expected_entropy = dense_logprobs(unguided, head, targets)
+    np.testing.assert_allclose(logp, expected_logp, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(entropy, expected_entropy, rtol=1e-5, atol=1e-5)
+    kl = kl_in_chunks(guided, unguided, head)
+    np.testing.assert_allclose(kl, dense_kl(guided, unguided, head, "forward"), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("head_dtype", [jnp.bfloat16, jnp.float32])
+def test_bfloat16_products_are_summed_in_float32(head_dtype):
+    # Products of bfloat16 numbers are exact in float32, so only the rounding of the inputs is allowed to show.
+    guided, unguided, head, targets = (jnp.asarray(x) for x in inputs(16))
+    rounded = [np.asarray(x.astype(jnp.bfloat16).astype(jnp.float32)) for x in (guided, unguided, head)]
+    guided, unguided, head = guided.astype(jnp.bfloat16), unguided.astype(jnp.bfloat16), head.astype(head_dtype)
+    logp, entropy = token_logprobs(unguided, head, targets, chunk=5)
+    assert logp.dtype == entropy.dtype == jnp.float32
+    expected = dense_logprobs(rounded[1], rounded[2], targets)
+    np.testing.assert_allclose(logp, expected[0], rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(entropy, expected[1], rtol=1e-5, atol=2e-5)
+    kl = token_kl(guided, unguided, head, chunk=5)
+    assert kl.dtype == jnp.float32
+    np.testing.assert_allclose(kl, dense_kl(*rounded, "forward"), rtol=1e-5, atol=2e-5)
+
+
+def test_equal_contexts_have_no_kl():
+    guided, _, head, _ = inputs()
+    for direction in ("forward", "reverse"):
+        np.testing.assert_array_equal(token_kl(guided, guided, head, direction=direction, chunk=3), np.zeros(N))
+
+
+def test_saturated_distributions_stay_finite():
+    guided, unguided, head, targets = inputs(scale=1e4)
+
+    def total(unguided, head):
+        logp, entropy = token_logprobs(unguided, head, targets, chunk=3)
+        forward = token_kl(guided, unguided, head, chunk=3)
+        reverse = token_kl(guided, unguided, head, direction="reverse", chunk=3)
+        return (logp + entropy + forward + reverse).sum()
+
+    value, gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(unguided, head)
+    assert np.isfinite(value)
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
+
+
+# ---- gradients
+
+WEIGHTS = np.random.default_rng(1).normal(size=(2, 16))
+
+
+@pytest.mark.parametrize(("count", "chunk", "temperature"), [(7, 3, 1.0), (7, 100, 0.7), (1, 1, 1.0)])
+def test_gradients_of_logprobs_equal_finite_differences(count, chunk, temperature):
+    _, hidden, head, targets = inputs(count)
+    by_logp, by_entropy = WEIGHTS[:, :count]
+
+    def total(hidden, head):
+        logp, entropy = token_logprobs(hidden, head, targets, temperature=temperature, chunk=chunk)
+        return (by_logp * logp + by_entropy * entropy).sum()
+
+    def oracle(hidden, head):
+        logp, entropy = dense_logprobs(hidden, head, targets, temperature)
+        return (by_logp * logp + by_entropy * entropy).sum()
+
+    hidden_gradient, head_gradient = jax.jit(jax.grad(total, argnums=(0, 1)))(hidden, head)
+    expected = numeric_gradient(lambda x: oracle(x, head), hidden)
+    np.testing.assert_allclose(hidden_gradient, expected, rtol=1e-4, atol=1e-5)
+    expected = numeric_gradient(lambda x: oracle(hidden, x), head)
+    np.testing.assert_allclose(head_gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize(("count", "chunk"), [(7, 3), (7, 100), (1, 1)])
+def test_gradients_of_kl_equal_finite_differences_of_the_unguided_side(direction, count, chunk):
+    guided, unguided, head, _ = inputs(count)
+    weights = WEIGHTS[0, :count]
+
+    def total(guided, unguided, head):
+        return (weights * token_kl(guided, unguided, head, direction=direction, chunk=chunk)).sum()
+
+    def oracle(unguided, head):
+        return (weights * dense_kl(guided, unguided, head, direction, guided_head=HELD)).sum()
+
+    HELD = head
+    gradients = jax.jit(jax.grad(total, argnums=(0, 1, 2)))(guided, unguided, head)
+    np.testing.assert_array_equal(gradients[0], np.zeros_like(guided))
+    expected = numeric_gradient(lambda x: oracle(x, head), unguided)
+    np.testing.assert_allclose(gradients[1], expected, rtol=1e-4, atol=1e-5)
+    expected = numeric_gradient(lambda x: oracle(unguided, x), head)
+    np.testing.assert_allclose(gradients[2], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_gradients_of_kl_equal_those_of_the_dense_computation(direction):
+    guided, unguided, head, _ = inputs()
+
+    def dense(unguided, head, guided_head):
+        p, q = jax.nn.log_softmax(guided @ guided_head), jax.nn.log_softmax(unguided @ head)
+        if direction == "reverse":
+            p, q = q, p
+        return (jnp.exp(p) * (p - q)).sum()
+
+    expected = jax.grad(lambda unguided, head: dense(unguided, head, jax.lax.stop_gradient(head)), (0, 1))(
+        unguided, head
+    )
+    actual = jax.grad(lambda *args: token_kl(guided, *args, direction=direction, chunk=3).sum(), (0, 1))(unguided, head)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected)
+    # The share of the guided side that is held back is not a small one.
+    withheld = jax.grad(dense, 2)(unguided, head, head)
+    assert np.abs(withheld).max() > 0.1
+
+
+def test_gradients_do_not_depend_on_the_chunk():
+    guided, unguided, head, targets = inputs(16)
+
+    def gradients(chunk):
+        def total(unguided, head):
+            logp, entropy = token_logprobs(unguided, head, targets, chunk=chunk)
+            return (logp + entropy**2 + token_kl(guided, unguided, head, chunk=chunk)).sum()
+
+        return jax.jit(jax.grad(total, (0, 1)))(unguided, head)
+
+    whole = gradients(16)
+    for chunk in (1, 3, 99):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradients(chunk), whole)
+
+
+# ---- memory
+
+
+def equations(jaxpr):
+    """All equations of a jaxpr, those inside scans, checkpoints, jits and custom derivatives included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def largest_array(function, *args):
+    """Elements of the largest array that `function` computes."""
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    return max(math.prod(out.aval.shape) for equation in equations(jaxpr) for out in equation.outvars)
+
+
+def dense_jax(hidden, head, targets):
+    return jax.nn.log_softmax(hidden @ head)[jnp.arange(len(targets)), targets]
+
+
+BIG_N, CHUNK, BIG_V = 4099, 64, 512
+MEASURED = {
+    "logprobs": lambda guided, unguided, head, targets: sum(token_logprobs(unguided, head, targets, chunk=CHUNK)),
+    "forward": lambda guided, unguided, head, targets: token_kl(guided, unguided, head, chunk=CHUNK),
+    "reverse": lambda guided, unguided, head, targets: token_kl(
+        guided, unguided, head, direction="reverse", chunk=CHUNK
+    ),
+}
+
+
+def big_inputs():
+    hidden = jnp.zeros((BIG_N, D))
+    return hidden, hidden, jnp.zeros((D, BIG_V)), jnp.zeros(BIG_N, jnp.int32)
+
+
+def with_gradient(function):
+    return jax.value_and_grad(lambda *args: function(*args).sum(), argnums=(0, 1, 2))
+
+
+def test_the_measure_sees_a_dense_computation():
+    _, hidden, head, targets = big_inputs()
+    assert largest_array(dense_jax, hidden, head, targets) == BIG_N * BIG_V
+    nested = jax.jit(lambda *args: jax.checkpoint(dense_jax)(*args))
+    assert largest_array(nested, hidden, head, targets) == BIG_N * BIG_V
+
+
+@pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.parametrize("transform", [lambda f: f, with_gradient])
+def test_tokens_times_vocabulary_is_never_built(name, transform):
+    # A chunk of logits is the largest array there is; hidden states and head are smaller here.
+    assert largest_array(transform(MEASURED[name]), *big_inputs()) <= CHUNK * BIG_V
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_the_compiled_gradient_needs_a_few_chunks_of_memory(name):
+    compiled = jax.jit(with_gradient(MEASURED[name])).lower(*big_inputs()).compile()
+    logits = 4 * BIG_N * BIG_V  # bytes
+    assert compiled.memory_analysis().temp_size_in_bytes < logits / 4
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize("direction", ["backward", "", "Forward", None])
+def test_unknown_directions_are_refused(direction):
+    guided, unguided, head, _ = inputs()
+    with pytest.raises(ValueError, match=f"direction={direction!r}.*'forward'.*'reverse'"):
+        token_kl(guided, unguided, head, direction=direction)
+
+
+@pytest.mark.parametrize("chunk", [0, -1])
+def test_chunks_below_one_are_refused(chunk):
+    guided, unguided, head, targets = inputs()
+    with pytest.raises(ValueError, match=f"chunk={chunk}: must be at least 1"):
+        token_kl(guided, unguided, head, chunk=chunk)
+    with pytest.raises(ValueError, match=f"chunk={chunk}: must be at least 1"):
+        token_logprobs(unguided, head, targets, chunk=chunk)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [((N, D), (D, V), (N - 1,)), ((N, D), (D, V), (N, 1)), ((N, 1, D), (D, V), (N,)), ((N, D), (1, D, V), (N,))],
+)
+def test_wrong_shapes_of_logprobs_are_refused(shapes):
+    hidden, head, targets = (jnp.ones(shape, jnp.int32 if i == 2 else None) for i, shape in enumerate(shapes))
+    with pytest.raises(AssertionError, match="rank|shape"):
+        token_logprobs(hidden, head, targets)
+
+
+@pytest.mark.parametrize("shapes", [((N, D), (N - 1, D), (D, V)), ((N, D), (D,), (D, V)), ((N, D), (N, D), (V,))])
+def test_wrong_shapes_of_kl_are_refused(shapes):
+    with pytest.raises(AssertionError, match="rank|shape"):
+        token_kl(*(jnp.ones(shape) for shape in shapes))
