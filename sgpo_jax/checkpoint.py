@@ -1,10 +1,9 @@
-"""Checkpoints of a stage: the whole TrainState and what a resume must agree with, written by Orbax.
+"""Checkpoints of a stage: the whole TrainState, written by Orbax.
 
 Kept are the last few and the best. A save is atomic, so a kill in the middle leaves the one before.
 """
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -21,14 +20,11 @@ class Checkpoints:
       keep: how many of the latest to keep; the best is kept besides.
       best: name of the metric, given to `save`, that tells which one is best.
       higher_is_better: whether the best is the highest or the lowest.
-      identity: facts of the run (seed, data, model shape) that a resumed run must share.
     """
 
-    def __init__(self, folder: str | Path, keep: int, best: str, higher_is_better: bool, identity: dict[str, Any]):
-        self._folder = Path(folder).absolute()
+    def __init__(self, folder: str | Path, keep: int, best: str, higher_is_better: bool):
         self._best = best
         self._higher_is_better = higher_is_better
-        self._identity = identity
         kept = [
             policies.LatestN(keep),
             policies.BestN(
@@ -39,7 +35,7 @@ class Checkpoints:
             ),
         ]
         options = ocp.CheckpointManagerOptions(preservation_policy=policies.AnyPreservationPolicy(kept))
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -64,10 +60,7 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, score: float | None = None) -> None:
         """Saves the state after `step`; `score` is its value of the metric that tells the best one."""
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            identity=ocp.args.JsonSave(self._identity),
-        )
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state))
         self._manager.save(step, args=args, metrics=None if score is None else {self._best: float(score)})
 
     def wait(self) -> None:
@@ -75,18 +68,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def restore(self, step: int, state: TrainState) -> TrainState:
-        """The state saved after `step`, placed as `state` (arrays or ShapeDtypeStructs with shardings).
-
-        Raises:
-          ValueError: the checkpoint belongs to a run with another seed, data or model.
-        """
-        saved = self._manager.restore(step, args=ocp.args.Composite(identity=ocp.args.JsonRestore()))["identity"]
-        for name, value in self._identity.items():
-            if saved.get(name) != value:
-                raise ValueError(
-                    f"checkpoint {self._folder / str(step)} was written with {name}={saved.get(name)!r}, "
-                    f"this run has {name}={value!r}: use the same config, or another --workdir"
-                )
+        """The state saved after `step`, placed as `state` (arrays or ShapeDtypeStructs with shardings)."""
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
         return self._manager.restore(step, args=args)["state"]

@@ -5,12 +5,15 @@ A file in `configs/` takes `base()`, changes what it needs and returns it; the c
 """
 
 from collections.abc import Sequence
+import json
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 STAGES = ("sft", "rl", "eval")
+# What a resumed run may have changed: how far, how often and where it runs, and how it is evaluated.
+MAY_CHANGE = ("stages", "max_skipped", "rl.steps", "rl.epochs", "rl.eval_every", "eval", "checkpoint", "mesh")
 
 
 def base() -> ConfigDict:
@@ -122,7 +125,9 @@ def check(config: ConfigDict) -> None:
 
     def need(field: str, ok: bool, allowed: str) -> None:
         if not ok:
-            raise ValueError(f"config.{field}={_get(config, field)!r}: must be {allowed}")
+            value = _get(config, field)
+            value = value.to_dict() if isinstance(value, ConfigDict) else value
+            raise ValueError(f"config.{field}={value!r}: must be {allowed}")
 
     def whole(least: int, *fields: str) -> None:
         for field in fields:
@@ -185,9 +190,10 @@ def check(config: ConfigDict) -> None:
         whole(2, "rl.autonomous")
         whole(0, "rl.top_k", "rl.eval_every")
         positive("rl.temperature", "rl.gamma")
+        need("rl.alpha0", 0 <= config.rl.alpha0 < float("inf"), "a finite number, at least 0")
         within(0.0, 1.0, "rl.clip_low")
         need("rl.delta", config.rl.delta > 0, "above 0 (float('inf') masks no token)")
-        within(0.0, float("inf"), "rl.clip_high", "rl.alpha0", "rl.alpha_max")
+        within(0.0, float("inf"), "rl.clip_high", "rl.alpha_max")
         batch, auto, guided = config.rl.batch, config.rl.autonomous, config.rl.guided
         counts = {"rl.batch": batch, "rl.batch * rl.autonomous": batch * auto, "rl.batch * rl.guided": batch * guided}
         _check_micro_batch(config, "rl.micro_batch", counts)
@@ -198,15 +204,43 @@ def check(config: ConfigDict) -> None:
         whole(1, "eval.batch", "eval.max_new_tokens")
         whole(0, "eval.top_k")
         within(0.0, float("inf"), "eval.temperature")
-        for name in config.eval.sets:
+        greedy = config.eval.temperature == 0
+        for name, given in config.eval.sets.items():
             field = f"eval.sets.{name}"
-            need(field, set(_get(config, field)) == {"source", "samples"}, "ConfigDict(source=..., samples=...)")
-            whole(1, f"{field}.samples")
-            greedy = config.eval.temperature == 0
-            need(f"{field}.samples", not greedy or config.eval.sets[name].samples == 1, "1 when eval.temperature is 0")
+            complete = isinstance(given, ConfigDict) and set(given) == {"source", "samples"}
+            need(field, complete, "ConfigDict(source=..., samples=...)")
+            # Unlike the fields of `base`, these have no type that the ConfigDict would hold them to.
+            need(f"{field}.source", isinstance(given.source, str) and bool(given.source), "a source: see data.load")
+            need(f"{field}.samples", isinstance(given.samples, int) and given.samples >= 1, "a whole number from 1")
+            need(f"{field}.samples", not greedy or given.samples == 1, "1 when eval.temperature is 0")
     for axis in ("data", "fsdp", "tensor"):
         need(f"mesh.{axis}", config.mesh[axis] == -1 or config.mesh[axis] >= 1, "-1 or at least 1")
     _check_files(config)
+
+
+def check_resume(config: ConfigDict, path: Path) -> None:
+    """Raises ValueError when the run that wrote its config to `path` had another value in a field that shapes results."""
+    if not path.is_file():
+        return
+    before, now = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(json.loads(to_json(config)))
+    for field in sorted(before.keys() | now.keys()):
+        free = any(field == name or field.startswith(name + ".") for name in MAY_CHANGE)
+        if not free and before.get(field) != now.get(field):
+            raise ValueError(
+                f"config.{field}={now.get(field)!r}: the run in {path.parent} has {before.get(field)!r}; "
+                "go on with the same value, or choose another --workdir"
+            )
+
+
+def to_json(config: ConfigDict) -> str:
+    return config.to_json_best_effort(indent=2) + "\n"
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def check_mesh(config: ConfigDict, data_ways: int) -> None:

@@ -23,9 +23,10 @@ def run(config, workdir: Path) -> None:
     """Runs the stages of the config in order, each from where it stopped."""
     mesh = sharding.make_mesh(**config.mesh)
     configs.check_mesh(config, mesh.shape["data"] * mesh.shape["fsdp"])
-    workdir.mkdir(parents=True, exist_ok=True)
+    configs.check_resume(config, workdir / "config.json")
     if jax.process_index() == 0:
-        (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(configs.to_json(config), encoding="utf-8")
 
     instruction = prompts.INSTRUCTION if config.data.instruction == "default" else config.data.instruction
     policy, load = policies.load(

@@ -42,7 +42,7 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
         ids = np.arange(len(batch_rows))
         return padded, respond(policy, params, padded, ids, key, mesh, group=group, **sampling)
 
-    with stage.checkpoints(config, workdir, "rl", policy) as saved, jax.set_mesh(mesh):
+    with stage.checkpoints(config, workdir, "rl") as saved, jax.set_mesh(mesh):
         state = stage.start(saved, initial, policy, tx, mesh)
         first = int(state.step)
         if first >= total:

@@ -38,7 +38,7 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
     losses_of = make_losses(policy.config, **settings)
     encode = partial(encode_batch, policy, encoded=encoded)
 
-    with stage.checkpoints(config, workdir, "sft", policy) as saved, jax.set_mesh(mesh):
+    with stage.checkpoints(config, workdir, "sft") as saved, jax.set_mesh(mesh):
         state = stage.start(saved, initial, policy, tx, mesh)
         first = int(state.step)
         if first >= total:

@@ -27,15 +27,9 @@ def optimizer(config: ConfigDict, stage: str, total_steps: int) -> tuple[optax.G
     return optim.adamw(rate, **config.optimizer), rate
 
 
-def checkpoints(config: ConfigDict, workdir: Path, stage: str, policy: Policy) -> Checkpoints:
-    """The checkpoints of a stage, bound to what a resumed run must share with the one that wrote them."""
-    best, higher = BEST[stage]
-    identity = {"seed": config.seed, "model": repr(policy.config), "data": config.data.train}
-    if stage in config.stages:
-        identity |= {"batch": config[stage].batch}
-    if config.sft.train:
-        identity |= {"sft data": config.sft.train}
-    return Checkpoints(workdir / stage / "checkpoints", config.checkpoint.keep, best, higher, identity)
+def checkpoints(config: ConfigDict, workdir: Path, stage: str) -> Checkpoints:
+    """The checkpoints of a stage."""
+    return Checkpoints(workdir / stage / "checkpoints", config.checkpoint.keep, *BEST[stage])
 
 
 def state_shardings(policy: Policy, tx: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, TrainState]:
@@ -68,7 +62,7 @@ def best_params(config: ConfigDict, workdir: Path, stage: str, policy: Policy, m
     if not (workdir / stage / "checkpoints").is_dir():
         return None
     tx, _ = optimizer(config, stage, total_steps=1)  # only its state's shape matters here
-    with checkpoints(config, workdir, stage, policy) as saved:
+    with checkpoints(config, workdir, stage) as saved:
         step = saved.best_step()
         return None if step is None else restore(saved, step, policy, tx, mesh).params
 

@@ -28,7 +28,7 @@ def write(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
     """
     folder = workdir / "eval"
     results: dict[str, Any] = {}
-    for when, step in (("before", 0), ("after", _rl_step(config, workdir, policy))):
+    for when, step in (("before", 0), ("after", _rl_step(config, workdir))):
         if step is None:
             continue
         params = None
@@ -50,10 +50,10 @@ def write(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
     return results
 
 
-def _rl_step(config: ConfigDict, workdir: Path, policy: Policy) -> int | None:
+def _rl_step(config: ConfigDict, workdir: Path) -> int | None:
     if not (workdir / "rl" / "checkpoints").is_dir():
         return None
-    with stage.checkpoints(config, workdir, "rl", policy) as saved:
+    with stage.checkpoints(config, workdir, "rl") as saved:
         return saved.best_step()
 
 

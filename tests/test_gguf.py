@@ -259,6 +259,8 @@ def test_text_survives_the_round_trip(tokenizer):
 def test_pieces_are_words_and_single_digits(tokenizer):
     pieces = tokenizer.tokenize("She sold 1234 apples, didn't she?")
     assert pieces == ["She", "Ġsold", "Ġ", *"1234", "Ġapples", ",", "Ġdidn", "'t", "Ġshe", "?"]
+    # Digits are split off before words are, so the spaces before a number stay together.
+    assert tokenizer.tokenize("x =  12") == ["x", "Ġ=", "ĠĠ", "1", "2"]
 
 
 def test_saved_tokenizer_is_the_same(tokenizer, tmp_path):

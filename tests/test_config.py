@@ -1,0 +1,381 @@
+"""Every file of configs/ passes the check; impossible values are refused, in Python and on the command line."""
+
+import importlib.util
+import inspect
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from sgpo_jax import config as configs
+from sgpo_jax import losses
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / "configs").glob("*.py"))
+
+
+def load(file: Path) -> ConfigDict:
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+@pytest.fixture
+def config() -> ConfigDict:
+    """A valid configuration of all three stages."""
+    return load(ROOT / "configs" / "quickstart.py").lock()
+
+
+def assign(config, field, value):
+    *path, last = field.split(".")
+    for name in path:
+        config = config[name]
+    config[last] = value
+
+
+def fields(config, prefix=""):
+    """(dotted name, value) of every field."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def refused(config, field, value, allowed):
+    """Asserts that the check names the field, its value and what is allowed."""
+    with pytest.raises(ValueError) as error:
+        configs.check(config)
+    message = str(error.value)
+    assert message.startswith(f"config.{field}={value!r}: must"), message
+    assert allowed in message, message
+
+
+# ---- the files of configs/
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_config_passes(file, monkeypatch):
+    # Whoever runs it brings the files.
+    monkeypatch.setattr(configs, "_check_files", lambda config: None)
+    config = load(file)
+    configs.check(config)
+    with pytest.raises(AttributeError, match="batch"):
+        config.rl.bacth = 3
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_config_says_how_to_run_it(file):
+    assert f"python -m sgpo_jax.main --config=configs/{file.name} --workdir=" in file.read_text()
+
+
+def test_base_is_the_recipe_of_the_paper():
+    config = configs.base()
+    assert (config.rl.autonomous, config.rl.guided, config.rl.epochs, config.rl.learning_rate) == (8, 4, 10, 1e-6)
+    assert (config.rl.temperature, config.rl.top_p, config.rl.max_new_tokens) == (1.0, 0.95, 16384)
+    assert (config.rl.delta, config.rl.batch, config.rl.updates_per_batch) == (1.0, 128, 1)
+    assert (config.sft.batch, config.sft.epochs, config.sft.learning_rate) == (64, 10, 1e-5)
+    assert (config.sft.warmup_share, config.sft.validation_share) == (0.1, 0.1)
+    assert config.sft.max_response_tokens == 16384
+    assert (config.eval.temperature, config.eval.top_p, config.eval.max_new_tokens) == (0.6, 0.95, 32768)
+
+
+@pytest.mark.parametrize("function", [losses.clipped_surrogate, losses.adaptive_weight])
+def test_base_agrees_with_the_defaults_of_the_losses(function):
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    assert defaults == {name: configs.base().rl[name] for name in defaults}
+
+
+@pytest.mark.parametrize("name", ["qwen7b", "qwen1p5b", "llama8b"])
+def test_the_configs_of_the_paper_keep_its_recipe(name):
+    config, base = load(ROOT / "configs" / f"{name}.py"), configs.base()
+    for section in ("sft", "rl"):
+        changed = {field for field in base[section] if config[section][field] != base[section][field]}
+        assert changed <= {"micro_batch"}, section
+    samples = {benchmark: given.samples for benchmark, given in config.eval.sets.items()}
+    assert samples == {"MATH500": 4, "AMC23": 32, "OlympiadBench": 4, "AIME24": 32}
+
+
+# ---- the base
+
+
+def test_misspelt_fields_and_wrong_types_are_refused_at_once():
+    config = configs.base()
+    with pytest.raises(AttributeError, match='Did you mean "batch" instead of "bacth"'):
+        config.rl.bacth = 3
+    with pytest.raises(TypeError):
+        config.rl.batch = "3"
+    with pytest.raises(TypeError):
+        config.model.remat = "no"
+
+
+# ---- wrong values
+
+NUMBERS = [
+    (name, value)
+    for name, value in fields(load(ROOT / "configs" / "quickstart.py"))
+    if isinstance(value, int | float) and not isinstance(value, bool)
+]
+WRONG = [(name, -2) for name, _ in NUMBERS]
+WRONG += [(name, wrong) for name, value in NUMBERS if isinstance(value, float) for wrong in (math.nan, -math.inf)]
+
+
+@pytest.mark.parametrize(("field", "value"), WRONG)
+def test_no_number_may_be_anything(config, field, value):
+    assign(config, field, value)
+    refused(config, field, float(value) if isinstance(dict(NUMBERS)[field], float) else value, "must be ")
+
+
+CATALOGUE = [
+    ("seed", 2**32, "between 0 and 2**32 - 1"),
+    ("stages", (), "('sft', 'rl', 'eval'), in that order"),
+    ("stages", ("rl", "sft"), "('sft', 'rl', 'eval'), in that order"),
+    ("stages", ("rl", "rl"), "('sft', 'rl', 'eval'), in that order"),
+    ("stages", ("train",), "('sft', 'rl', 'eval'), in that order"),
+    ("max_skipped", 0, "at least 1"),
+    ("model.source", "", "'scratch'"),
+    ("model.tokenizer", "", "set when model.source is 'scratch'"),
+    ("model.dtype", "float16", "'float32' or 'bfloat16'"),
+    ("model.layers", 0, "at least 1"),
+    ("model.heads", 0, "at least 1"),
+    ("model.hidden", 100, "a multiple of 2 * model.heads = 8"),
+    ("data.train", "", "a source of problems"),
+    ("data.max_prompt_tokens", 0, "at least 1"),
+    ("data.sft_share", 1.5, "between 0.0 and 1.0"),
+    ("optimizer.b1", 1.0, "at least 0 and below 1"),
+    ("optimizer.b2", 1.0, "at least 0 and below 1"),
+    ("optimizer.eps", 0.0, "a finite number above 0"),
+    ("optimizer.clip_norm", 0.0, "a finite number above 0"),
+    ("optimizer.weight_decay", 1.5, "between 0.0 and 1.0"),
+    ("sft.batch", 0, "at least 1"),
+    ("sft.decay", "linear", "'constant' or 'cosine'"),
+    ("sft.learning_rate", 0.0, "a finite number above 0"),
+    ("sft.learning_rate", math.inf, "a finite number above 0"),
+    ("sft.micro_batch", 100, "divide sft.batch = 128, or be at least as large"),
+    ("sft.validation_share", 0.0, "between 0 and 1, both excluded"),
+    ("sft.validation_share", 1.0, "between 0 and 1, both excluded"),
+    ("sft.warmup_share", 1.1, "between 0.0 and 1.0"),
+    ("rl.batch", 0, "at least 1"),
+    ("rl.autonomous", 1, "at least 2"),
+    ("rl.guided", 0, "at least 1"),
+    ("rl.updates_per_batch", 0, "at least 1"),
+    ("rl.max_new_tokens", 0, "at least 1"),
+    ("rl.temperature", 0.0, "a finite number above 0"),
+    ("rl.top_p", 0.0, "above 0 and at most 1"),
+    ("rl.top_p", 1.01, "above 0 and at most 1"),
+    ("rl.top_k", -1, "at least 0"),
+    ("rl.clip_low", 1.1, "between 0.0 and 1.0"),
+    ("rl.delta", 0.0, "above 0"),
+    ("rl.gamma", 0.0, "a finite number above 0"),
+    ("rl.alpha0", math.inf, "a finite number, at least 0"),
+    ("rl.decay", "", "'constant' or 'cosine'"),
+    ("rl.learning_rate", math.inf, "a finite number above 0"),
+    ("rl.micro_batch", 24, "divide rl.batch = 32, or be at least as large"),
+    ("rl.micro_batch", 96, "divide rl.batch * rl.autonomous = 256, or be at least as large"),
+    ("eval.top_p", 0.0, "above 0 and at most 1"),
+    ("eval.batch", 0, "at least 1"),
+    ("eval.temperature", 0.0, None),
+    ("eval.sets.heldout.samples", 0, "a whole number from 1"),
+    ("eval.sets.heldout.source", "", "a source"),
+    ("checkpoint.every", 0, "at least 1"),
+    ("checkpoint.keep", 0, "at least 1"),
+    ("mesh.data", 0, "-1 or at least 1"),
+    ("mesh.tensor", -2, "-1 or at least 1"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "allowed"), CATALOGUE)
+def test_impossible_values_are_refused(config, field, value, allowed):
+    assign(config, field, value)
+    if field == "eval.temperature":
+        # Greedy: a second sample would be a copy of the first.
+        refused(config, "eval.sets.heldout.samples", 4, "1 when eval.temperature is 0")
+    else:
+        refused(config, field, value, allowed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "value", "allowed"),
+    [
+        ({"stages": ("sft",), "data.train": "", "sft.train": ""}, "sft.train", "", "set when data.train is empty"),
+        ({"sft.train": "", "data.sft_share": 0.0}, "data.sft_share", 0.0, "above 0 when sft.train is empty"),
+        ({"sft.train": "", "data.sft_share": 1.0}, "data.sft_share", 1.0, "below 1: RL needs problems too"),
+    ],
+)
+def test_impossible_combinations_are_refused(config, changes, field, value, allowed):
+    for name, change in changes.items():
+        assign(config, name, change)
+    refused(config, field, value, allowed)
+
+
+@pytest.mark.parametrize(
+    ("given", "allowed"),
+    [
+        ("data.jsonl", "ConfigDict(source=..., samples=...)"),
+        (3, "ConfigDict(source=..., samples=...)"),
+        (ConfigDict({"source": "hub"}), "ConfigDict(source=..., samples=...)"),
+        (ConfigDict({"source": "hub", "samples": 1, "greedy": True}), "ConfigDict(source=..., samples=...)"),
+        (ConfigDict({"source": "hub", "samples": "4"}), "a whole number from 1"),
+        (ConfigDict({"source": "hub", "samples": 2.5}), "a whole number from 1"),
+        (ConfigDict({"source": 5, "samples": 1}), "a source"),
+    ],
+)
+def test_malformed_evaluation_sets_are_refused(config, given, allowed):
+    with config.unlocked():
+        config.eval.sets.other = given
+    with pytest.raises(ValueError, match=re.escape(allowed)) as error:
+        configs.check(config)
+    assert str(error.value).startswith("config.eval.sets.other")
+    assert "\n" not in str(error.value)
+
+
+def test_evaluation_needs_a_set(config):
+    with config.unlocked():
+        del config.eval.sets["heldout"]
+    for stages, every in ((("eval",), 0), (("sft", "rl"), 5)):
+        config.stages, config.rl.eval_every = stages, every
+        with pytest.raises(ValueError, match=r"^config\.eval\.sets=\{\}: must be at least one name"):
+            configs.check(config)
+    config.rl.eval_every = 0
+    configs.check(config)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rl.delta": math.inf, "rl.clip_high": math.inf, "rl.alpha_max": math.inf},
+        {"rl.alpha0": 0.0, "rl.clip_low": 0.0, "rl.clip_high": 0.0, "rl.top_p": 1.0},
+        {"eval.temperature": 0.0, "eval.sets.heldout.samples": 1},
+        {"rl.micro_batch": 10_000, "sft.micro_batch": 64},
+        {"mesh.data": -1, "mesh.fsdp": 1},
+        {"optimizer.b1": 0.0, "seed": 2**32 - 1},
+        {"sft.train": "", "data.sft_share": 0.5},
+        {"sft.decay": "constant", "rl.decay": "cosine"},
+        # What does not run is not checked.
+        {"stages": ("eval",), "rl.batch": 0, "sft.batch": 0, "data.train": ""},
+        {"stages": ["rl"], "sft.learning_rate": 0.0, "eval.batch": 0},
+    ],
+)
+def test_unusual_but_possible_values_pass(config, changes):
+    for field, value in changes.items():
+        assign(config, field, value)
+    configs.check(config)
+
+
+# ---- files and meshes
+
+
+SOURCES = ["model.source", "model.tokenizer", "data.train", "sft.train", "eval.sets.heldout.source"]
+MISSING = ["none.jsonl", "./none", "../none", "/none/at/all", "~/none", "none.parquet", "none.gguf"]
+
+
+@pytest.mark.parametrize("field", SOURCES)
+@pytest.mark.parametrize("path", MISSING)
+def test_local_files_must_exist(config, field, path):
+    assign(config, field, path)
+    with pytest.raises(ValueError, match=re.escape(f"config.{field}={path!r}: there is no such file or folder")):
+        configs.check(config)
+
+
+def test_existing_files_and_names_elsewhere_pass(config, tmp_path):
+    file = tmp_path / "train.jsonl"
+    file.touch()
+    config.model.source, config.model.tokenizer = str(tmp_path), ""
+    config.data.train = str(file)
+    config.sft.train = "someone/some-data"
+    configs.check(config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "stages", "every"),
+    [
+        ("sft.batch", 126, ("sft", "rl", "eval"), 0),
+        ("sft.micro_batch", 126, ("sft",), 0),
+        ("rl.batch", 30, ("rl",), 0),
+        ("rl.micro_batch", 30, ("rl",), 0),
+        ("eval.batch", 30, ("eval",), 0),
+        ("eval.batch", 30, ("rl",), 5),
+    ],
+)
+def test_batches_must_divide_over_the_mesh(config, field, value, stages, every):
+    config.stages, config.rl.eval_every = stages, every
+    configs.check_mesh(config, 4)
+    assign(config, field, value)
+    with pytest.raises(ValueError, match=rf"config\.{field}={value}: must be a multiple of .* = 4"):
+        configs.check_mesh(config, 4)
+    configs.check_mesh(config, 1)
+    # A stage that does not run may have any batch.
+    config.stages = tuple(stage for stage in configs.STAGES if not field.startswith(stage))
+    config.rl.eval_every = 0
+    configs.check_mesh(config, 4)
+
+
+# ---- the command line
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.rl.bacth=3", r"--config\.rl\.bacth=3: config\.rl has no field 'bacth'; allowed: .*\bbatch\b"),
+        ("--config.rll.batch=3", r"config has no field 'rll'; allowed: .*\brl\b"),
+        ("--config.rl.batch.size=3", r"config\.rl\.batch has no field 'size'; .*a value"),
+        ("--config.eval.sets.other.samples=3", r"config\.eval\.sets has no field 'other'; allowed: one of heldout"),
+        ("-config.bacth", r"-config\.bacth: config has no field 'bacth'"),
+    ],
+)
+def test_unknown_fields_are_found(config, argument, message):
+    before = ["main.py", "--config=configs/quickstart.py", "--workdir=x", "--config.rl.batch=3", "--configs.rl.bacth=1"]
+    assert configs.unknown_field(config, before) is None
+    assert re.search(message, configs.unknown_field(config, [*before, argument, "--config.later=1"]))
+
+
+COMMANDS = {
+    "misspelt field": ("--config.rl.bacth=3", ["config.rl", "'bacth'", "batch"]),
+    "wrong type": ("--config.rl.batch=many", ["--config.rl.batch=many", "int"]),
+    "unknown stage": ("--config.stages=('train',)", ["config.stages=('train',)", "('sft', 'rl', 'eval')"]),
+    "unexpected argument": ("more", ["unexpected arguments: ['more']"]),
+}
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """The commands, all started at once: most of their time goes into imports."""
+    processes = {}
+    for name, (argument, _) in COMMANDS.items():
+        workdir = tmp_path_factory.mktemp("run") / "workdir"
+        command = [sys.executable, "-m", "sgpo_jax.main", "--config=configs/quickstart.py", f"--workdir={workdir}"]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen([*command, argument], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+        processes[name] = process, workdir
+    yield processes
+    for process, _ in processes.values():
+        process.kill()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_wrong_command_line_is_answered_in_a_line(started, name):
+    process, workdir = started[name]
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode not in (0, None)
+    assert "Traceback" not in output + errors
+    lines = (output + errors).strip().splitlines()
+    (line,) = [line for line in lines if all(part in line for part in COMMANDS[name][1])]
+    if name != "unexpected argument":  # absl shows how the command is used first
+        assert len(lines) <= 2, lines
+    assert not workdir.exists()
+
+
+def test_a_config_file_that_is_not_there_is_answered_in_a_line():
+    from sgpo_jax import main
+
+    with pytest.raises(SystemExit, match="^sgpo_jax: --config=configs/none.py:big: there is no such file$"):
+        main.parse_flags(["main.py", "--config=configs/none.py:big", "--workdir=x"])

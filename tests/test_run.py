@@ -1,0 +1,153 @@
+"""Whole runs of the command on a tiny world: all stages, the same again from a kill, and refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from sgpo_jax.metrics import read_jsonl
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMES = ("seconds", "tokens_per_second")
+TINY = {
+    "model.hidden": 16, "model.heads": 2, "model.mlp": 32, "model.layers": 1,
+    "data.train": "arithmetic:train,count=64", "sft.train": "arithmetic:pretraining,count=200",
+    "sft.batch": 16, "sft.micro_batch": 8, "sft.steps": 8, "sft.validate_every": 4, "sft.validation_share": 0.1,
+    "rl.batch": 4, "rl.micro_batch": 4, "rl.autonomous": 4, "rl.guided": 2, "rl.steps": 8, "rl.max_new_tokens": 6,
+    "rl.eval_every": 4, "eval.batch": 8, "eval.max_new_tokens": 6, "checkpoint.every": 3,
+    "eval.sets.heldout.source": "arithmetic:eval,count=12", "eval.sets.heldout.samples": 2,
+}  # fmt: skip
+
+
+def command(workdir, **overrides):
+    fields = TINY | {name.replace("__", "."): value for name, value in overrides.items()}
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    return [sys.executable, "-m", "sgpo_jax.main", f"--config={ROOT / 'configs/quickstart.py'}", f"--workdir={workdir}", *flags]
+
+
+def environment(devices=1):
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+
+
+def run(workdir, devices=1, **overrides):
+    done = subprocess.run(
+        command(workdir, **overrides), env=environment(devices), cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def rows(workdir, stage):
+    """Metrics rows without timings, which no two runs share."""
+    return [
+        {name: value for name, value in row.items() if not name.startswith(TIMES)}
+        for row in read_jsonl(workdir / f"{stage}.jsonl")
+    ]
+
+
+def parameters(workdir, stage, step):
+    """Every saved array of a checkpoint."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore((workdir / stage / "checkpoints" / str(step) / "state").absolute())
+
+
+def generations(workdir):
+    return {path.relative_to(workdir): path.read_text() for path in sorted(workdir.rglob("*_guided_*.jsonl"))} | {
+        path.relative_to(workdir): path.read_text() for path in sorted(workdir.rglob("*_unguided_*.jsonl"))
+    }
+
+
+def assert_same_run(first, second):
+    for stage in ("sft", "rl"):
+        assert rows(first, stage) == rows(second, stage)
+        assert [row["step"] for row in rows(first, stage)] == list(range(1, 9))
+        pair = parameters(first, stage, 8), parameters(second, stage, 8)
+        assert jax.tree.structure(pair[0]) == jax.tree.structure(pair[1])
+        for a, b in zip(*map(jax.tree.leaves, pair), strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert generations(first) == generations(second)
+    for name in ("before_unguided", "before_guided", "after_unguided", "after_guided"):
+        assert (first / "eval" / f"{name}.json").read_text() == (second / "eval" / f"{name}.json").read_text()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    return workdir, run(workdir)
+
+
+def test_a_run_leaves_metrics_checkpoints_generations_table_and_figures(undisturbed):
+    workdir, output = undisturbed
+    assert "Accuracy with 95 % bootstrap intervals" in output and "heldout (k=2)" in output
+    for name in ("config.json", "summary.png", "training.png", "eval/table.txt"):
+        assert (workdir / name).stat().st_size > 0
+    wanted = """reward_auto reward_guided alpha token_kl token_kl_max kl_clip_share entropy response_length truncated ratio
+        clip_share grad_norm logp_mismatch loss seconds_rollout seconds_reward seconds_update seconds_step
+        tokens_per_second_rollout tokens_per_second_update""".split()
+    row = read_jsonl(workdir / "rl.jsonl")[0]
+    assert not set(wanted) - set(row)
+    assert row["logp_mismatch_max"] < 1e-4, "sampler and trainer agree in float32"
+    steps = {int(path.name) for path in (workdir / "rl/checkpoints").iterdir() if path.name.isdigit()}
+    assert {6, 8} <= steps and len(steps) <= 3, "the last two, and the best"
+    assert len(read_jsonl(workdir / "eval/after/heldout_unguided_000008.jsonl")) == 24 or list(
+        (workdir / "eval/after").glob("heldout_unguided_*.jsonl")
+    )
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(undisturbed, tmp_path):
+    run(tmp_path / "again", rl__steps=2, rl__eval_every=0, eval__guided=False)
+    run(tmp_path / "other", rl__steps=2, rl__eval_every=0, eval__guided=False, seed=1)
+    first = rows(undisturbed[0], "sft")
+    assert rows(tmp_path / "again", "sft") == first
+    assert rows(tmp_path / "other", "sft") != first
+    # The learning rate of RL is constant, so its first steps do not depend on how many follow.
+    assert rows(tmp_path / "again", "rl") == rows(undisturbed[0], "rl")[:2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage,step", [("sft", 1), ("sft", 5), ("rl", 2), ("rl", 7)])
+def test_a_killed_run_resumes_bit_for_bit(undisturbed, tmp_path, stage, step):
+    process = subprocess.Popen(
+        command(tmp_path), env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    path, deadline = tmp_path / f"{stage}.jsonl", time.monotonic() + 300
+    try:
+        while not (path.is_file() and len(path.read_text().splitlines()) >= step):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "eval" / "after_guided.json").exists(), "killed too late to say anything"
+    run(tmp_path)
+    assert_same_run(undisturbed[0], tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_on_eight_devices_agrees_with_one(undisturbed, tmp_path):
+    sharded = {"eval__batch": 8, "mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+    run(tmp_path, devices=8, **sharded)
+    for stage in ("sft", "rl"):
+        for ours, theirs in zip(rows(undisturbed[0], stage), rows(tmp_path, stage), strict=True):
+            for name in ("loss", "grad_norm", "reward_auto", "response_length"):
+                if name in ours:
+                    assert ours[name] == pytest.approx(theirs[name], abs=1e-3)
+
+
+def test_another_config_in_the_same_workdir_is_refused(undisturbed):
+    workdir, _ = undisturbed
+    done = subprocess.run(
+        command(workdir, seed=3), env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1
+    assert f"config.seed=3: the run in {workdir} has 0" in done.stderr and "Traceback" not in done.stderr
+    assert json.loads((workdir / "config.json").read_text())["seed"] == 0, "a refused run changes nothing"
