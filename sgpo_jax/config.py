@@ -4,8 +4,8 @@ A file in `configs/` takes `base()`, changes what it needs and returns it; the c
 `--config.rl.batch=64`. Sections and equations are those of arXiv 2606.24064.
 """
 
-from collections.abc import Sequence
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +219,7 @@ def check(config: ConfigDict) -> None:
 
 
 def check_resume(config: ConfigDict, path: Path) -> None:
-    """Raises ValueError when the run that wrote its config to `path` had another value in a field that shapes results."""
+    """Raises ValueError when a field that shapes results differs from what an earlier run wrote to `path`."""
     if not path.is_file():
         return
     before, now = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(json.loads(to_json(config)))

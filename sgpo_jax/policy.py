@@ -45,7 +45,8 @@ def load(
     Raises:
       ValueError: for a model or tokenizer that cannot be read.
     """
-    folder = None
+    folder: Path | None = None
+    listed: tuple[int, ...] = ()  # stop tokens that a GGUF file names
     if source == "smollm2":
         source = gguf.smollm2_path()
     elif source != "scratch" and not source.endswith(".gguf"):
@@ -58,6 +59,7 @@ def load(
             return models.init(key, config)
     elif folder is None:
         params, config = gguf.load(source)
+        listed = gguf.stop_ids(source)
 
         def initial(key):
             return params
@@ -69,7 +71,7 @@ def load(
 
     if len(tok) > config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tok)} tokens, the model's vocabulary {config.vocab_size}")
-    stops = tokenizers.stop_ids(tok, folder)
+    stops = tuple(dict.fromkeys(tokenizers.stop_ids(tok, folder) + listed))
     return Policy(config, tok, stops, tokenizers.pad_id(tok), dtype, instruction), initial
 
 

@@ -30,7 +30,8 @@ TINY = {
 def command(workdir, **overrides):
     fields = TINY | {name.replace("__", "."): value for name, value in overrides.items()}
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
-    return [sys.executable, "-m", "sgpo_jax.main", f"--config={ROOT / 'configs/quickstart.py'}", f"--workdir={workdir}", *flags]
+    config = f"--config={ROOT / 'configs/quickstart.py'}"
+    return [sys.executable, "-m", "sgpo_jax.main", config, f"--workdir={workdir}", *flags]
 
 
 def environment(devices=1):
@@ -90,8 +91,8 @@ def test_a_run_leaves_metrics_checkpoints_generations_table_and_figures(undistur
     assert "Accuracy with 95 % bootstrap intervals" in output and "heldout (k=2)" in output
     for name in ("config.json", "summary.png", "training.png", "eval/table.txt"):
         assert (workdir / name).stat().st_size > 0
-    wanted = """reward_auto reward_guided alpha token_kl token_kl_max kl_clip_share entropy response_length truncated ratio
-        clip_share grad_norm logp_mismatch loss seconds_rollout seconds_reward seconds_update seconds_step
+    wanted = """reward_auto reward_guided alpha token_kl token_kl_max kl_clip_share entropy response_length truncated
+        ratio clip_share grad_norm logp_mismatch loss seconds_rollout seconds_reward seconds_update seconds_step
         tokens_per_second_rollout tokens_per_second_update""".split()
     row = read_jsonl(workdir / "rl.jsonl")[0]
     assert not set(wanted) - set(row)
