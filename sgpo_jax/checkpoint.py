@@ -34,7 +34,10 @@ class Checkpoints:
                 keep_checkpoints_without_metrics=False,
             ),
         ]
-        options = ocp.CheckpointManagerOptions(preservation_policy=policies.AnyPreservationPolicy(kept))
+        # Without best_fn the manager would not write the metrics, and a resumed run would not know its best.
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(kept), best_fn=lambda metrics: metrics[best]
+        )
         self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
 
     def __enter__(self) -> "Checkpoints":

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -93,6 +94,8 @@ def test_export_then_import_is_bit_exact(tmp_path, name, shard_bytes, dtype):
 
 
 def test_names_and_orientation_of_the_file(folder):
+    with safe_open(folder / "model.safetensors", framework="np") as file:
+        assert file.metadata() == {"format": "pt"}
     params, _ = huggingface.load(folder)
     tensors = load_file(folder / "model.safetensors")
     assert tensors["model.layers.2.mlp.down_proj.weight"].shape == (12, 20)
@@ -131,12 +134,15 @@ def test_dtype_is_converted_on_request_only(tmp_path, folder):
     edit(folder, lambda tensors: tensors.update({name: tensors[name].astype(ml_dtypes.bfloat16)}))
     with pytest.raises(ValueError, match=f"{name} is bfloat16 where others are float32"):
         huggingface.load(folder)
-    edit(folder, lambda tensors: tensors.update({name: tensors[name].astype(np.int32)}))
-    with pytest.raises(ValueError, match=f"{name} is int32"):
-        huggingface.load(folder, dtype="float32")
+    tensors = load_file(folder / "model.safetensors")
+    for other, code in ((np.int32, "I32"), (ml_dtypes.float8_e4m3fn, "F8_E4M3")):
+        save_file({**tensors, name: np.zeros(12, other)}, folder / "model.safetensors")
+        with pytest.raises(ValueError, match=f"{name} is {code}; supported: F16, BF16, F32, F64"):
+            huggingface.load(folder, dtype="float32")
 
 
 def test_given_config_replaces_the_file(folder):
+    assert huggingface.read_config(folder) == CONFIGS["llama"]
     (folder / "config.json").unlink()
     _, config = huggingface.load(folder, CONFIGS["llama"])
     assert config == CONFIGS["llama"]

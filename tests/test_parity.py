@@ -147,7 +147,7 @@ def test_cached_decoding(pair):
     tokens = np.where(mask, random_tokens(3, 15), 0)
     positions = np.asarray(positions_of(jnp.asarray(mask)))
     step = jax.jit(lambda cache, *row: apply(params, config, *row, cache))
-    cache, pieces = init_cache(config, 3, 20), []
+    cache, pieces = init_cache(config, 3, 15), []
     for start, stop in [(0, 9)] + [(i, i + 1) for i in range(9, 15)]:
         row = (jnp.asarray(x[:, start:stop]) for x in (tokens, positions, mask))
         hidden, cache = step(cache, *row)

@@ -50,7 +50,7 @@ _RECOMPUTED = "rotary_emb.inv_freq"  # a buffer that old versions of transformer
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-_CONVERTIBLE = {"float16", "float64", *_DTYPES}
+_READABLE = ("F16", "BF16", "F32", "F64")  # in the words of safetensors
 
 
 class _Slot(NamedTuple):
@@ -98,7 +98,7 @@ def load(
                     f"{_listed(promised ^ stored)}"
                 )
             handles.update(dict.fromkeys(stored, handle))
-        params = assemble(config, handles, lambda name: handles[name].get_tensor(name), dtype)
+        params = assemble(config, handles, lambda name: _read(handles[name], name), dtype)
     return params, config
 
 
@@ -115,7 +115,7 @@ def assemble(
     Args:
         config: the model's shape.
         names: every tensor of the checkpoint, by its Hugging Face name.
-        read: gives the tensor of a name as the checkpoint stores it.
+        read: gives the tensor of a name, floating point, as the checkpoint stores it.
         dtype: float32 or bfloat16; None keeps that of the tensors, which must then agree.
 
     Raises:
@@ -146,8 +146,6 @@ def assemble(
             raise ValueError(
                 f"tensor {name} has shape {tensor.shape}; the config asks for {slot.shape}"
             )
-        if tensor.dtype.name not in _CONVERTIBLE:
-            raise ValueError(f"tensor {name} is {tensor.dtype}; supported: {sorted(_CONVERTIBLE)}")
         if chosen is None:
             chosen = _checked_dtype(f"dtype of tensor {name}", tensor.dtype)
         if dtype is None and tensor.dtype != chosen:
@@ -278,6 +276,13 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="np")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def _read(handle: Any, name: str) -> np.ndarray:
+    stored = handle.get_slice(name).get_dtype()
+    if stored not in _READABLE:
+        raise ValueError(f"tensor {name} is {stored}; supported: {', '.join(_READABLE)}")
+    return handle.get_tensor(name)
 
 
 def _check_leaves(leaves: dict[str, Any], config: ModelConfig) -> None:

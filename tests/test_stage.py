@@ -1,0 +1,61 @@
+"""Checkpoints of a stage and what happens to a run whose updates are skipped."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sgpo_jax import stage
+from sgpo_jax.checkpoint import Checkpoints
+from sgpo_jax.train_step import Prompts, TrainState
+
+
+def state(value):
+    """A state whose every array tells which one it is."""
+    params = {"norm": {"scale": jnp.full(3, value, jnp.float32)}}
+    return TrainState(
+        step=jnp.int32(value), params=params, opt_state=(jnp.float32(value),), skipped=jnp.int32(0)
+    )
+
+
+@pytest.mark.parametrize(("higher", "best"), [(True, 2), (False, 3)])
+def test_the_last_few_and_the_best_are_kept(tmp_path, higher, best):
+    scores = {1: 0.5, 2: 0.9, 3: 0.1, 4: None, 5: 0.5, 6: 0.5, 7: None}
+    with Checkpoints(tmp_path, keep=2, best="score", higher_is_better=higher) as saved:
+        for step, score in scores.items():
+            saved.save(step, state(step), score)
+    with Checkpoints(tmp_path, keep=2, best="score", higher_is_better=higher) as saved:
+        assert sorted(int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()) == [best, 6, 7]
+        assert saved.best_step() == best and saved.latest_step() == 7
+        restored = saved.restore(best, state(0))
+    jax.tree.map(np.testing.assert_array_equal, restored, state(best))
+
+
+def test_without_scores_the_latest_is_the_best(tmp_path):
+    with Checkpoints(tmp_path, keep=3, best="score", higher_is_better=True) as saved:
+        assert saved.latest_step() is None and saved.best_step() is None
+        for step in (1, 2):
+            saved.save(step, state(step))
+        saved.wait()
+        assert saved.best_step() == 2
+
+
+def test_the_earliest_wins_a_tie(tmp_path):
+    with Checkpoints(tmp_path, keep=3, best="score", higher_is_better=True) as saved:
+        for step in (1, 2, 3):
+            saved.save(step, state(step), 0.5)
+        saved.wait()
+        assert saved.best_step() == 1
+
+
+def test_skipped_updates_keep_the_batch_and_stop_at_the_limit(tmp_path):
+    batch = {"prompts": Prompts(jnp.arange(6).reshape(2, 3), jnp.ones((2, 3), bool)), "length": jnp.array([4, 5])}
+    stage.watch_skipped(tmp_path, 6, 0, 2, batch)
+    assert not list(tmp_path.iterdir())
+    stage.watch_skipped(tmp_path, 7, 1, 2, batch)
+    with pytest.raises(FloatingPointError, match=r"step 8: .* 2 updates in a row \(max_skipped=2\).*skipped_batch_000008"):
+        stage.watch_skipped(tmp_path, 8, 2, 2, batch)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["skipped_batch_000007.npz", "skipped_batch_000008.npz"]
+    with np.load(tmp_path / "skipped_batch_000007.npz") as kept:
+        assert set(kept) == {"prompts/tokens", "prompts/mask", "length"}
+        np.testing.assert_array_equal(kept["prompts/tokens"], np.arange(6).reshape(2, 3))
