@@ -27,18 +27,20 @@ def get_config() -> ConfigDict:
     config.data.instruction = ""
     config.data.max_prompt_tokens = 64
 
+    config.optimizer.b2 = 0.95  # a few hundred steps are too short for 0.999
+
     config.sft.train = "arithmetic:pretraining,count=20000,preference=0.65"
     config.sft.use_strategy = True
     config.sft.batch = 128
-    config.sft.steps = 300
+    config.sft.steps = 320
     config.sft.learning_rate = 3e-3
     config.sft.max_response_tokens = 28
     config.sft.validation_share = 0.01
-    config.sft.validate_every = 100
+    config.sft.validate_every = 80
     config.sft.micro_batch = 128
 
     config.rl.batch = 32
-    config.rl.steps = 48
+    config.rl.steps = 50
     config.rl.learning_rate = 2e-4
     config.rl.max_new_tokens = 28
     config.rl.micro_batch = 256

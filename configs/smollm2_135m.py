@@ -26,23 +26,23 @@ def get_config() -> ConfigDict:
     config.data.max_prompt_tokens = 192
 
     config.sft.batch = 16
-    config.sft.steps = 20
-    config.sft.validate_every = 10
+    config.sft.steps = 16
+    config.sft.validate_every = 8
     config.sft.learning_rate = 5e-5
     config.sft.max_response_tokens = 56
     config.sft.micro_batch = 16
 
     config.rl.batch = 4
-    config.rl.steps = 12
+    config.rl.steps = 10
     config.rl.learning_rate = 1e-5
     config.rl.max_new_tokens = 56
     config.rl.micro_batch = 16
 
     with config.unlocked():
-        source = f"{SUMS},count=40,split=eval;{DIVISORS},count=40,split=eval"
+        source = f"{SUMS},count=32,split=eval;{DIVISORS},count=32,split=eval"
         config.eval.sets.heldout = ConfigDict({"source": source, "samples": 2})
     config.eval.guided = True
     config.eval.batch = 16
     config.eval.max_new_tokens = 56
-    config.checkpoint.every = 6
+    config.checkpoint.every = 5
     return config

@@ -5,13 +5,11 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sgpo_jax import config as configs
-from sgpo_jax import policy as policies
-from sgpo_jax import prompts, rl, sft, sharding, stage, summary
+from sgpo_jax import rl, sft, sharding, stage, summary
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and generations; resumes if it can.")
@@ -28,12 +26,7 @@ def run(config, workdir: Path) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "config.json").write_text(configs.to_json(config), encoding="utf-8")
 
-    instruction = prompts.INSTRUCTION if config.data.instruction == "default" else config.data.instruction
-    policy, load = policies.load(
-        config.model.source, config.model.tokenizer,
-        layers=config.model.layers, hidden=config.model.hidden, heads=config.model.heads, mlp=config.model.mlp,
-        dtype=jnp.dtype(config.model.dtype), instruction=instruction,
-    )  # fmt: skip
+    policy, load = stage.load_policy(config)
 
     def initial():
         return load(jax.random.key(config.seed))
@@ -51,7 +44,7 @@ def run(config, workdir: Path) -> None:
 
 
 def main(argv) -> None:
-    logging.set_verbosity(logging.WARNING)  # JAX and Orbax report every step of their start at INFO
+    logging.set_verbosity(logging.ERROR)  # JAX and Orbax report every step of theirs
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     try:

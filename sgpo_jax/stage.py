@@ -1,4 +1,4 @@
-"""What the SFT and the RL loop share: optimizer and state of a stage, its checkpoints, and skipped updates."""
+"""What the SFT and the RL loop share: policy, optimizer and state of a stage, its checkpoints, and skipped updates."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,18 +6,29 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import models, optim, sharding
+from sgpo_jax import models, optim, prompts, sharding
+from sgpo_jax import policy as policies
 from sgpo_jax.checkpoint import Checkpoints
 from sgpo_jax.policy import Policy
 from sgpo_jax.train_step import TrainState, init_state
 
 # stage: (metric of its best checkpoint, whether higher is better)
 BEST = {"sft": ("validation_loss", False), "rl": ("accuracy", True)}
+
+
+def load_policy(config: ConfigDict) -> tuple[Policy, Callable[[jax.Array], Any]]:
+    """`policy.load` of the model that the config names."""
+    model, instruction = config.model, config.data.instruction
+    return policies.load(
+        model.source, model.tokenizer, layers=model.layers, hidden=model.hidden, heads=model.heads, mlp=model.mlp,
+        dtype=jnp.dtype(model.dtype), instruction=prompts.INSTRUCTION if instruction == "default" else instruction,
+    )  # fmt: skip
 
 
 def optimizer(config: ConfigDict, stage: str, total_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:

@@ -125,6 +125,12 @@ def test_bfloat16_products_are_summed_in_float32(head_dtype):
     kl = token_kl(guided, unguided, head, chunk=5)
     assert kl.dtype == jnp.float32
     np.testing.assert_allclose(kl, dense_kl(*rounded, "forward"), rtol=1e-5, atol=2e-5)
+    # A CPU adds in float32 whatever it is asked for, so what is asked for is looked at too.
+    jaxpr = jax.make_jaxpr(lambda *args: (token_kl(*args), token_logprobs(*args[1:], targets)))(guided, unguided, head)
+    products = [equation for equation in equations(jaxpr.jaxpr) if equation.primitive.name == "dot_general"]
+    assert len(products) == 3
+    assert all(equation.invars[0].aval.dtype == jnp.bfloat16 for equation in products)
+    assert all(equation.outvars[0].aval.dtype == jnp.float32 for equation in products)
 
 
 def test_equal_contexts_have_no_kl():

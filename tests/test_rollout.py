@@ -51,6 +51,17 @@ def test_top_p_keeps_what_a_sort_keeps(logits, top_p):
         assert (actual[~most] == 0).all(), (row, top_p)
 
 
+def test_top_p_of_a_large_vocabulary():
+    # Hundreds of tokens lie close to the border here.
+    logits = np.random.default_rng(0).normal(size=(ROWS, 3000)).astype(np.float32)
+    for top_p in (0.1, 0.5, 0.9, 0.99):
+        kept = np.asarray(filtered(logits, top_p=top_p, top_k=0)) > 0
+        probs = np.exp(logits.astype(np.float64))
+        expected = [kept_by_top_p(row / row.sum(), top_p).sum() for row in probs]
+        # One token more or less, for rounding.
+        np.testing.assert_allclose(kept.sum(-1), expected, atol=1)
+
+
 @pytest.mark.parametrize(
     ("top_p", "top_k", "kept"),
     [
@@ -104,6 +115,12 @@ def test_the_quantile_is_that_of_a_running_sum(size, scale):
     border = np.abs(total[:, :, None] - uniform[:, None, :]).min(axis=1) < 2e-6
     assert border.mean() < 0.05
     np.testing.assert_array_equal(np.where(border, 0, tokens), np.where(border, 0, expected))
+
+
+def test_a_token_owns_the_half_open_interval_below_its_sum():
+    probs = jnp.broadcast_to(jnp.array([0.25, 0.0, 0.25, 0.5]), (6, 4))
+    tokens = inverse_cdf(probs, jnp.array([0.0, 0.125, 0.25, 0.375, 0.5, 0.75]))
+    np.testing.assert_array_equal(tokens, [0, 0, 2, 2, 3, 3])
 
 
 @pytest.mark.parametrize("size", [3, 128, 200])
@@ -357,16 +374,42 @@ def test_greedy_follows_the_argmax_of_the_uncached_forward_pass(run, tiny, tiny_
         np.testing.assert_array_equal(greedy.tokens[:, sample_index], tokens[:, 6:])
 
 
-@partial(jax.jit, static_argnames=("config", "dtype", "remat"))
-def training_logp(params, config, rollout, dtype=jnp.float32, remat=False):
-    """Log-probabilities `[B,G,T]` of the responses and their mask, as the update computes them."""
+def training_hidden(params, config, rollout, dtype=jnp.float32, remat=False):
+    """Hidden states `[R,T,D]` that predict the responses as the update computes them, the tokens, and the mask."""
     group = rollout.tokens.shape[1]
     prompts = Prompts(*(jnp.repeat(jnp.asarray(x), group, axis=0) for x in padded(PROMPTS, 6)))
     responses = {"tokens": rollout.tokens.reshape(-1, NEW), "length": rollout.lengths.reshape(-1)}
     hidden, mask = response_hidden(params, prompts, responses, config=config, dtype=dtype, remat=remat)
+    return hidden, responses, mask
+
+
+@partial(jax.jit, static_argnames=("config", "dtype", "remat"))
+def training_logp(params, config, rollout, dtype=jnp.float32, remat=False):
+    """Log-probabilities `[B,G,T]` of the responses in training, 0 after the end."""
+    hidden, responses, mask = training_hidden(params, config, rollout, dtype, remat)
     flat = hidden.reshape(-1, hidden.shape[-1])
     logp, _ = token_logprobs(flat, models.head(params, config), responses["tokens"].reshape(-1), chunk=16)
     return jnp.where(mask, logp.reshape(mask.shape), 0.0).reshape(rollout.tokens.shape)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"), [(0.7, 0.9, 0), (2.0, 1.0, 3), (0.7, 0.3, 0)], ids=["usual", "top-k", "narrow"]
+)
+def test_only_tokens_that_the_filters_keep_are_sampled(run, tiny, tiny_params, temperature, top_p, top_k):
+    rollout = run(temperature=temperature, top_p=top_p, top_k=top_k)
+    hidden, responses, _ = jax.jit(training_hidden, static_argnums=1)(tiny_params, tiny, rollout)
+    logits = np.asarray(hidden @ models.head(tiny_params, tiny), np.float64).reshape(-1, 64) / temperature
+    tokens = responses["tokens"].ravel()
+    if top_k:
+        limits = np.sort(logits, axis=-1)[:, -top_k]
+        logits = np.where(logits >= limits[:, None], logits, -np.inf)
+    probs = np.exp(logits - logits.max(-1, keepdims=True))
+    probs /= probs.sum(-1, keepdims=True)
+    # The tolerance is for probabilities of float32.
+    kept = np.array([kept_by_top_p(row, top_p + 1e-4)[token] for row, token in zip(probs, tokens, strict=True)])
+    assert kept.all()
+    assert (probs[np.arange(len(tokens)), tokens] > 0).all()
+    assert (probs[np.arange(len(tokens)), tokens] < probs.max(-1)).any()
 
 
 def test_log_probs_agree_with_the_training_path(plain, stopped, tiny, tiny_params):
