@@ -31,6 +31,8 @@ def token_logprobs(
     Returns:
       (log-probability `[N]`, entropy `[N]`), float32, nats; differentiable in `hidden` and `head`.
     """
+    if temperature <= 0:
+        raise ValueError(f"temperature={temperature}: must be above 0")
     chex.assert_rank([hidden, head, targets], [2, 2, 1])
     chex.assert_equal_shape_prefix([hidden, targets], 1)
 

@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 Outcome = Literal["correct", "wrong", "no_box", "timeout", "crash"]
@@ -297,14 +298,21 @@ def _serve(seconds: float, megabytes: int) -> None:
     except Exception as error:
         return reply(error=repr(error)[:500])
     reply(error=None)
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_REAL, seconds)
         outcome = "correct" if _equal(*json.loads(line)) else "wrong"
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         # math-verify calls a MemoryError wrong: none may come of what earlier answers left behind.
-        peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        reply(outcome=outcome, retire=peak > memory // 2)
+        reply(outcome=outcome, retire=_resident_bytes() > memory // 2)
+
+
+def _resident_bytes() -> int:
+    """Memory this process holds now; its peak, where that is not told."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        # Not on Linux, where a child inherits the peak of a large parent and would retire after every answer.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @lru_cache(maxsize=1024)

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -509,3 +510,15 @@ def test_no_worker_outlives_a_killed_parent() -> None:
         assert len(pids) == 2 and not any(map(gone, pids))
         parent.kill()
         assert wait_until(lambda: all(map(gone, pids)), 5.0)
+
+
+def test_a_large_parent_does_not_cost_a_worker_per_answer() -> None:
+    """A child inherits its parent's peak memory, which must not be taken for its own."""
+    ballast = np.ones(90_000_000)  # 720 MB, over half of a worker's limit
+    with closing(Pool(workers=1)) as pool:
+        pids = set()
+        for _ in range(3):
+            assert pool.grade([("\\frac12", "0.5")]) == ["correct"]
+            pids |= {worker.process.pid for worker in pool._workers.values()}
+            assert all(worker.process.poll() is None for worker in pool._workers.values())
+    assert len(pids) == 1 and ballast[0] == 1

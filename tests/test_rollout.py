@@ -497,3 +497,10 @@ def test_a_mesh_of_eight_devices_samples_the_same_tokens(shape, stopped, tiny, t
             group=2, max_new_tokens=NEW, temperature=0.7, top_p=0.9, top_k=0, stop_ids=stops, pad_id=PAD,
         )  # fmt: skip
     assert_same(jax.device_get(actual), expected)
+
+
+def test_nan_never_leaves_the_vocabulary():
+    token, _ = sampling.sample(
+        jnp.full((3, 130), jnp.nan), jnp.array([0.0, 0.5, 0.99]), temperature=1.0, top_p=0.9, top_k=0
+    )
+    assert jnp.all((token >= 0) & (token < 130))

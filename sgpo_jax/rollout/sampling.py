@@ -73,7 +73,8 @@ def inverse_cdf(probs: jax.Array, uniform: jax.Array) -> jax.Array:
     block, rest = _pick(mass, uniform * mass.sum(axis=-1))
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     entry, _ = _pick(inside, rest)
-    return block * _BLOCK + entry
+    # Only NaN gets past the vocabulary, into the padding of the last block.
+    return jnp.minimum(block * _BLOCK + entry, vocab - 1)
 
 
 def _pick(mass: jax.Array, point: jax.Array) -> tuple[jax.Array, jax.Array]:
