@@ -335,4 +335,4 @@ def test_wrong_shapes_of_kl_are_refused(shapes):
 @pytest.mark.parametrize("temperature", [0.0, -1.0])
 def test_temperature_must_be_positive(temperature):
     with pytest.raises(ValueError, match=f"temperature={temperature}: must be above 0"):
-        logprobs.token_logprobs(jnp.ones((2, 3)), jnp.ones((3, 5)), jnp.zeros(2, jnp.int32), temperature=temperature)
+        token_logprobs(jnp.ones((2, 3)), jnp.ones((3, 5)), jnp.zeros(2, jnp.int32), temperature=temperature)
