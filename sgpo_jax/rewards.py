@@ -303,15 +303,16 @@ def _serve(seconds: float, megabytes: int) -> None:
         outcome = "correct" if _equal(*json.loads(line)) else "wrong"
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         # math-verify calls a MemoryError wrong: none may come of what earlier answers left behind.
-        reply(outcome=outcome, retire=_resident_bytes() > memory // 2)
+        reply(outcome=outcome, retire=_peak_bytes() > memory // 2)
 
 
-def _resident_bytes() -> int:
-    """Memory this process holds now; its peak, where that is not told."""
+def _peak_bytes() -> int:
+    """The most memory this process has held."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    except OSError:
-        # Not on Linux, where a child inherits the peak of a large parent and would retire after every answer.
+        # Not ru_maxrss: a child inherits the peak of a large parent there, and would retire after every answer.
+        status = Path("/proc/self/status").read_text()
+        return int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0]) * 1024
+    except (OSError, IndexError):  # not on Linux
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
