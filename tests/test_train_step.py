@@ -88,7 +88,7 @@ def reference_loss(params, old_params, batch, delta, choose):
     return total / B
 
 
-def reference_choice(params, batch):
+def reference_choice(params, batch, reduce=np.sum):
     """(o+, alpha) of each problem by Eq. 4 and 6, or None."""
     choice = []
     for b in range(B):
@@ -98,7 +98,7 @@ def reference_choice(params, batch):
             tokens = batch.guided.tokens[b, j]
             if batch.guided.rewards[b, j] == 1:
                 scores[j] = float(
-                    log_probs(params, batch.prompts, b, tokens, length)[np.arange(length), tokens[:length]].sum()
+                    reduce(log_probs(params, batch.prompts, b, tokens, length)[np.arange(length), tokens[:length]])
                 )
         p_auto, p_guide = float(batch.autonomous.rewards[b].mean()), float(batch.guided.rewards[b].mean())
         alpha = min(max(0.5 * (p_guide - p_auto + 0.1) / (p_auto + 0.1), 0.0), 0.8)
@@ -135,6 +135,17 @@ def test_update_is_the_gradient_of_equation_7(delta):
     np.testing.assert_allclose(metrics["target_found"], np.mean([c is not None for c in choice]))
     if delta == 1.7:
         assert 0 < metrics["kl_clip_share"] < 1, "the clip must act on some tokens for this test to say anything"
+
+
+def test_the_target_is_chosen_by_the_sum_and_not_by_the_mean():
+    """In this batch the two rules choose different targets, so only the right one gives the gradient of Eq. 7."""
+    params, batch = make_params(), make_batch(seed=3)
+    choice = reference_choice(params, batch)
+    by_mean = reference_choice(params, batch, reduce=np.mean)
+    assert [c and c[0] for c in choice] != [c and c[0] for c in by_mean]
+    grads = jax.grad(reference_loss)(params, params, batch, float("inf"), choice)
+    state, _ = run(batch, params, delta=float("inf"))
+    assert_trees_close(jax.tree.map(jnp.subtract, params, state.params), grads, 1e-5)
 
 
 def test_several_updates_per_batch_keep_targets_and_old_policy():
