@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sgpo_jax import data, sharding, stage
-from sgpo_jax.evaluate import Graded, encode_prompts, evaluate_sets, grade, noise_key, pad_prompts, respond
+from sgpo_jax.evaluate import evaluate_sets
 from sgpo_jax.metrics import Writer
 from sgpo_jax.policy import Policy
+from sgpo_jax.respond import Graded, encode_prompts, grade, noise_key, pad_prompts, respond
 from sgpo_jax.rollout import STOP
 from sgpo_jax.train_step import Batch, Group, make_update
 

@@ -15,9 +15,9 @@ from ml_collections import ConfigDict
 
 from sgpo_jax import data, logprobs, models, sharding, stage
 from sgpo_jax import tokenizer as tokenizers
-from sgpo_jax.evaluate import pad_prompts
 from sgpo_jax.metrics import Writer
 from sgpo_jax.policy import Policy
+from sgpo_jax.respond import pad_prompts
 from sgpo_jax.train_step import Metrics, TrainState, accumulate, apply_gradients, in_micro_batches, response_hidden
 
 Encoded = tuple[list[int], list[int]]  # prompt and response tokens of a row

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sgpo_jax import data, evaluate, models, policy, rollout, sharding, tokenizer
+from sgpo_jax import data, evaluate, models, policy, respond, rollout, sharding, tokenizer
 from sgpo_jax.metrics import read_jsonl
 from sgpo_jax.rollout import LENGTH, STOP, Rollout
 
@@ -28,7 +28,7 @@ def rollout_of(small, texts, finish):
 
 def test_a_response_cut_at_the_limit_scores_0_even_when_right(small):
     texts = ["(a) sum 1 2 = 3. \\boxed{352}", " \\boxed{352}", " \\boxed{351}", " sum 3 4"]
-    graded = evaluate.grade(small[0], rollout_of(small[0], texts, [STOP, LENGTH, STOP, STOP]), ["352"])
+    graded = respond.grade(small[0], rollout_of(small[0], texts, [STOP, LENGTH, STOP, STOP]), ["352"])
     assert graded.texts == [texts]
     assert graded.rewards.tolist() == [[1.0, 0.0, 0.0, 0.0]]
     assert [v.outcome for v in graded.verdicts[0]] == ["correct", "correct", "wrong", "no_box"]
@@ -37,8 +37,8 @@ def test_a_response_cut_at_the_limit_scores_0_even_when_right(small):
 def test_answers_belong_to_their_problems(small):
     parts = [rollout_of(small[0], [f" \\boxed{{{answer}}}"] * 2, [STOP, STOP]) for answer in (352, 417)]
     both = Rollout(*(np.concatenate(fields) for fields in zip(*parts, strict=True)))
-    assert evaluate.grade(small[0], both, ["352", "417"]).rewards.tolist() == [[1, 1], [1, 1]]
-    assert evaluate.grade(small[0], both, ["417", "352"]).rewards.tolist() == [[0, 0], [0, 0]]
+    assert respond.grade(small[0], both, ["352", "417"]).rewards.tolist() == [[1, 1], [1, 1]]
+    assert respond.grade(small[0], both, ["417", "352"]).rewards.tolist() == [[0, 0], [0, 0]]
 
 
 def test_bootstrap_interval_of_a_known_case():
@@ -52,10 +52,10 @@ def test_bootstrap_interval_of_a_known_case():
 
 def test_noise_keys_differ_in_seed_purpose_and_step():
     triples = [(0, "autonomous", 0), (1, "autonomous", 0), (0, "guided", 0), (0, "autonomous", 1)]
-    keys = {tuple(jax.random.key_data(evaluate.noise_key(*triple)).tolist()) for triple in triples}
+    keys = {tuple(jax.random.key_data(respond.noise_key(*triple)).tolist()) for triple in triples}
     assert len(keys) == 4
     assert jnp.all(
-        jax.random.key_data(evaluate.noise_key(*triples[0])) == jax.random.key_data(evaluate.noise_key(*triples[0]))
+        jax.random.key_data(respond.noise_key(*triples[0])) == jax.random.key_data(respond.noise_key(*triples[0]))
     )
 
 
@@ -102,9 +102,9 @@ def test_policy_from_a_hugging_face_folder(small, tmp_path):
     )
     assert loaded.config == source.config and loaded.stop_ids == source.stop_ids and loaded.pad_id == source.pad_id
     jax.tree.map(np.testing.assert_array_equal, initial(jax.random.key(1)), params)
-    prompt = evaluate.encode_prompts(loaded._replace(instruction=""), data.load("arithmetic:eval,count=1"), False)
-    assert prompt == evaluate.encode_prompts(source, data.load("arithmetic:eval,count=1"), False)
-    tokens, mask = evaluate.pad_prompts(loaded, prompt, 20)
+    prompt = respond.encode_prompts(loaded._replace(instruction=""), data.load("arithmetic:eval,count=1"), False)
+    assert prompt == respond.encode_prompts(source, data.load("arithmetic:eval,count=1"), False)
+    tokens, mask = respond.pad_prompts(loaded, prompt, 20)
     out = rollout.generate(
         params, loaded.config, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(0), jnp.arange(1), group=2,
         max_new_tokens=3, temperature=1.0, top_p=1.0, top_k=0, stop_ids=loaded.stop_ids, pad_id=loaded.pad_id,
