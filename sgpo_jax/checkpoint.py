@@ -1,4 +1,4 @@
-"""Checkpoints of a stage: the whole TrainState, written by Orbax.
+"""Checkpoints of a stage: the whole TrainState and the seed of the run, written by Orbax.
 
 Kept are the last few and the best. A save is atomic, so a kill in the middle leaves the one before.
 """
@@ -20,10 +20,13 @@ class Checkpoints:
       keep: how many of the latest to keep; the best is kept besides.
       best: name of the metric, given to `save`, that tells which one is best.
       higher_is_better: whether the best is the highest or the lowest.
+      seed: of the run. With the step it fixes the data position and all noise, so a state is only restored under the
+        seed it was saved with.
     """
 
-    def __init__(self, folder: str | Path, keep: int, best: str, higher_is_better: bool):
+    def __init__(self, folder: str | Path, keep: int, best: str, higher_is_better: bool, seed: int):
         self._best = best
+        self._seed = seed
         self._higher_is_better = higher_is_better
         kept = [
             policies.LatestN(keep),
@@ -63,7 +66,7 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, score: float | None = None) -> None:
         """Saves the state after `step`; `score` is its value of the metric that tells the best one."""
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state))
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave({"seed": self._seed}))
         self._manager.save(step, args=args, metrics=None if score is None else {self._best: float(score)})
 
     def wait(self) -> None:
@@ -71,7 +74,14 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def restore(self, step: int, state: TrainState) -> TrainState:
-        """The state saved after `step`, placed as `state` (arrays or ShapeDtypeStructs with shardings)."""
+        """The state saved after `step`, placed as `state` (arrays or ShapeDtypeStructs with shardings).
+
+        Raises:
+          ValueError: it was saved under another seed.
+        """
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-        return self._manager.restore(step, args=args)["state"]
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(target), run=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=args)
+        if (seed := restored["run"]["seed"]) != self._seed:
+            raise ValueError(f"seed={self._seed}: the checkpoint {self._manager.directory / str(step)} has {seed}")
+        return restored["state"]

@@ -40,7 +40,7 @@ def optimizer(config: ConfigDict, stage: str, total_steps: int) -> tuple[optax.G
 
 def checkpoints(config: ConfigDict, workdir: Path, stage: str) -> Checkpoints:
     """The checkpoints of a stage."""
-    return Checkpoints(workdir / stage / "checkpoints", config.checkpoint.keep, *BEST[stage])
+    return Checkpoints(workdir / stage / "checkpoints", config.checkpoint.keep, *BEST[stage], config.seed)
 
 
 def state_shardings(policy: Policy, tx: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, TrainState]:

@@ -21,10 +21,10 @@ def state(value):
 @pytest.mark.parametrize(("higher", "best"), [(True, 2), (False, 3)])
 def test_the_last_few_and_the_best_are_kept(tmp_path, higher, best):
     scores = {1: 0.5, 2: 0.9, 3: 0.1, 4: None, 5: 0.5, 6: 0.5, 7: None}
-    with Checkpoints(tmp_path, keep=2, best="score", higher_is_better=higher) as saved:
+    with Checkpoints(tmp_path, keep=2, best="score", higher_is_better=higher, seed=0) as saved:
         for step, score in scores.items():
             saved.save(step, state(step), score)
-    with Checkpoints(tmp_path, keep=2, best="score", higher_is_better=higher) as saved:
+    with Checkpoints(tmp_path, keep=2, best="score", higher_is_better=higher, seed=0) as saved:
         assert sorted(int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()) == [best, 6, 7]
         assert saved.best_step() == best and saved.latest_step() == 7
         restored = saved.restore(best, state(0))
@@ -32,7 +32,7 @@ def test_the_last_few_and_the_best_are_kept(tmp_path, higher, best):
 
 
 def test_without_scores_the_latest_is_the_best(tmp_path):
-    with Checkpoints(tmp_path, keep=3, best="score", higher_is_better=True) as saved:
+    with Checkpoints(tmp_path, keep=3, best="score", higher_is_better=True, seed=0) as saved:
         assert saved.latest_step() is None and saved.best_step() is None
         for step in (1, 2):
             saved.save(step, state(step))
@@ -41,11 +41,21 @@ def test_without_scores_the_latest_is_the_best(tmp_path):
 
 
 def test_the_earliest_wins_a_tie(tmp_path):
-    with Checkpoints(tmp_path, keep=3, best="score", higher_is_better=True) as saved:
+    with Checkpoints(tmp_path, keep=3, best="score", higher_is_better=True, seed=0) as saved:
         for step in (1, 2, 3):
             saved.save(step, state(step), 0.5)
         saved.wait()
         assert saved.best_step() == 1
+
+
+def test_a_state_is_only_restored_under_its_seed(tmp_path):
+    with Checkpoints(tmp_path, keep=1, best="score", higher_is_better=True, seed=7) as saved:
+        saved.save(1, state(1))
+        saved.wait()
+        saved.restore(1, state(0))
+    with Checkpoints(tmp_path, keep=1, best="score", higher_is_better=True, seed=8) as saved:
+        with pytest.raises(ValueError, match=r"seed=8: the checkpoint .*/1 has 7"):
+            saved.restore(1, state(0))
 
 
 def test_skipped_updates_keep_the_batch_and_stop_at_the_limit(tmp_path):
