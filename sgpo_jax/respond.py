@@ -49,7 +49,7 @@ def respond(
 ) -> Rollout:
     """`generate` on the mesh, the result in host memory. `sampling` is passed on."""
     tokens, mask = sharding.put_rows(tuple(prompts), mesh)
-    rollout = generate(
+    rollout, _ = generate(
         params, policy.config, tokens, mask, key, sharding.put_rows(ids.astype(np.uint32), mesh),
         stop_ids=policy.stop_ids, pad_id=policy.pad_id, dtype=policy.dtype, **sampling,
     )  # fmt: skip

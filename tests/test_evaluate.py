@@ -105,7 +105,7 @@ def test_policy_from_a_hugging_face_folder(small, tmp_path):
     prompt = respond.encode_prompts(loaded._replace(instruction=""), data.load("arithmetic:eval,count=1"), False)
     assert prompt == respond.encode_prompts(source, data.load("arithmetic:eval,count=1"), False)
     tokens, mask = respond.pad_prompts(loaded, prompt, 20)
-    out = rollout.generate(
+    out, _ = rollout.generate(
         params, loaded.config, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(0), jnp.arange(1), group=2,
         max_new_tokens=3, temperature=1.0, top_p=1.0, top_k=0, stop_ids=loaded.stop_ids, pad_id=loaded.pad_id,
     )  # fmt: skip

@@ -238,7 +238,7 @@ def run(tiny, tiny_params):
         }  # fmt: skip
         tokens, mask = padded(prompts, length, fill)
         return jax.device_get(
-            generate(params, tiny, tokens, mask, jax.random.key(seed), np.array(ids, np.uint32), **settings)
+            generate(params, tiny, tokens, mask, jax.random.key(seed), np.array(ids, np.uint32), **settings)[0]
         )
 
     return run
@@ -471,7 +471,8 @@ def test_the_prompt_is_prefilled_once_per_problem(tiny, tiny_params):
         for equation, in_loop in equations(jaxpr.jaxpr)
         if equation.primitive.name == "dot_general"
     ]
-    prefill = [shape for shape, in_loop in products if not in_loop and length in shape]
+    # The last token of a prompt is the first that is decoded.
+    prefill = [shape for shape, in_loop in products if not in_loop and length - 1 in shape]
     # Seven projections, scores and weighted values of the one scanned layer.
     assert len(prefill) == 9
     assert all(shape[0] == batch for shape in prefill)
@@ -492,7 +493,7 @@ def test_a_mesh_of_eight_devices_samples_the_same_tokens(shape, stopped, tiny, t
     assert len(placed["layers"]["q"]["kernel"].sharding.device_set) == 8
     tokens, mask = sharding.put_rows(padded(PROMPTS), mesh)
     with jax.set_mesh(mesh):
-        actual = generate(
+        actual, _ = generate(
             placed, tiny, tokens, mask, jax.random.key(0), sharding.put_rows(np.array(IDS, np.uint32), mesh),
             group=2, max_new_tokens=NEW, temperature=0.7, top_p=0.9, top_k=0, stop_ids=stops, pad_id=PAD,
         )  # fmt: skip

@@ -108,15 +108,14 @@ class Decoder(nn.Module):
         embed = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype, name="embed")
         x = constrain(embed(tokens), BATCH, None, None)
         angle = positions[..., None] * jnp.asarray(rope_frequencies(config))
-        length = tokens.shape[1]
         if cache is None:
-            slots, seen, index, keys, values = jnp.arange(length), mask, 0, None, None
+            order, seen, index, keys, values = jnp.arange(tokens.shape[1]), mask[:, None, :], 0, None, None
+            # Within a row causality goes by slot, which also holds for segments packed one after another.
+            visible = (order <= order[:, None]) & (seen == mask[:, :, None]) & (seen != 0)
         else:
-            index = cache["index"]
-            seen = jax.lax.dynamic_update_slice(cache["mask"], mask, (0, index))
-            slots, keys, values = jnp.arange(seen.shape[1]), cache["key"], cache["value"]
-        # Causality goes by slot, so it holds for any padding; rotary angles go by position.
-        visible = (slots <= index + jnp.arange(length)[:, None]) & seen[:, None, :]
+            index, keys, values = cache["index"], cache["key"], cache["value"]
+            seen = jax.lax.dynamic_update_slice(cache["position"], jnp.where(mask, positions, -1), (0, index))
+            visible = (seen[:, None, :] <= positions[:, :, None]) & (seen[:, None, :] >= 0)
 
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
         layers = nn.scan(
@@ -128,7 +127,7 @@ class Decoder(nn.Module):
         )(config, self.dtype, name="layers")
         (x, keys, values), _ = layers((x, keys, values), jnp.arange(config.num_layers), angle, visible, index)
         if cache is not None:
-            cache = {"key": keys, "value": values, "mask": seen, "index": index + length}
+            cache = {"key": keys, "value": values, "position": seen, "index": index + tokens.shape[1]}
         hidden = nn.RMSNorm(epsilon=config.norm_eps, dtype=self.dtype, name="norm")(x)
         if not config.tie_embeddings and self.is_initializing():
             nn.Dense(config.vocab_size, use_bias=False, name="head")(hidden[:, :1])
@@ -165,8 +164,11 @@ def apply(
       config: the model's shape.
       tokens: `[B,T]` token ids.
       positions: `[B,T]` positions for the rotary embedding, 0 at each row's first real token.
-      mask: `[B,T]` bool, False on padding, which no token attends to. Padding may stand anywhere.
-      cache: from `init_cache`; its `S` slots must have room for T more tokens. It is written at one index for all rows.
+      mask: `[B,T]` bool, False on padding, which no token attends to. Padding may stand anywhere. Without a cache it may
+        be int32: several sequences packed into one row have the segments 1, 2, ..., attend only within their own, and 0
+        is padding.
+      cache: from `init_cache`. The tokens are written from slot `index` on, the same for all rows, and attend to every
+        slot of their row whose position is not after their own, wherever it stands.
       dtype: of activations and matrix products; norms, rotary angles and softmax are float32.
       remat: recompute each layer in the backward pass and keep only its input.
 
@@ -183,12 +185,12 @@ def head(params: dict[str, Any], config: ModelConfig) -> jax.Array:
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any = jnp.float32) -> Cache:
-    """Empty cache: key and value `[L,B,S,K,N]`, mask `[B,S]` bool, index of the next slot."""
+    """Empty cache: key and value `[L,B,S,K,N]`, position `[B,S]` of the token in each slot (-1: none), next slot."""
     shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
     return {
         "key": jnp.zeros(shape, dtype),
         "value": jnp.zeros(shape, dtype),
-        "mask": jnp.zeros((batch, slots), bool),
+        "position": jnp.full((batch, slots), -1, jnp.int32),
         "index": jnp.zeros((), jnp.int32),
     }
 

@@ -1,8 +1,13 @@
-"""Jitted generation: each prompt is prefilled once, its cache shared out to the G responses, then decoded together.
+"""Jitted generation with continuous batching: a fixed number of slots decodes, and a free slot takes the next response.
 
-Axis key: B prompts, G responses per prompt, R = B * G rows, P prompt length, T new tokens, V vocabulary.
+Each prompt is prefilled once. A slot's cache holds a copy of its prompt and a ring that all slots write at the same
+index: a response feeds at most T tokens, so its own entries are never overwritten, whenever it began.
+
+Axis key: W shards of the rows, B prompts, G responses per prompt, Q = B / W * G responses of a shard, R slots of a
+shard, P prompt length, T new tokens, V vocabulary.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,11 +17,13 @@ import numpy as np
 
 from sgpo_jax import models
 from sgpo_jax.rollout.sampling import sample
-from sgpo_jax.sharding import BATCH, constrain
+from sgpo_jax.sharding import BATCH, constrain, path_name
 
 Array = jax.Array | np.ndarray
 
 STOP, LENGTH = 0, 1  # finish reasons: ended by a stop token, or cut at the limit
+REFILL = 16  # slots are refilled when this fraction of them, 1/16, is free: each refill copies prompts
+NARROW, NARROWEST = 4, 8  # when nothing waits, the last responses decode in 1/4 of the slots, down to 8 of a shard
 
 
 class Rollout(NamedTuple):
@@ -28,10 +35,20 @@ class Rollout(NamedTuple):
     finish: Array  # [B,G] int32, STOP or LENGTH
 
 
+class _Slots(NamedTuple):
+    """What decodes now."""
+
+    item: jax.Array  # [W,R] response of the shard; Q: none
+    count: jax.Array  # [W,R] tokens of it so far
+    token: jax.Array  # [W,R] token to feed next, at first the prompt's last
+    cache: models.Cache  # of W * R rows and P - 1 + T slots
+
+
 @partial(
     jax.jit,
     static_argnames=(
-        "config", "group", "max_new_tokens", "temperature", "top_p", "top_k", "stop_ids", "pad_id", "dtype",
+        "config", "group", "max_new_tokens", "temperature", "top_p", "top_k", "stop_ids", "pad_id", "slots", "shards",
+        "dtype",
     ),
 )  # fmt: skip
 def generate(
@@ -49,12 +66,14 @@ def generate(
     top_k: int,
     stop_ids: tuple[int, ...],
     pad_id: int,
+    slots: int = 0,
+    shards: int = 1,
     dtype: Any = jnp.float32,
-) -> Rollout:
+) -> tuple[Rollout, jax.Array]:
     """Samples `group` responses to each prompt.
 
     The noise of a token depends on (key, problem id, sample, token position) and on nothing else, so a response does
-    not change with the batch it is sampled in.
+    not change with the batch it is sampled in, nor with the number of slots.
 
     Args:
       params, config: the policy.
@@ -67,78 +86,189 @@ def generate(
       temperature, top_p, top_k: see `sampling.sample`; temperature 0 is greedy.
       stop_ids: token ids that end a response.
       pad_id: fills `tokens` after the end.
-      dtype: of activations and cache.
+      slots: responses decoded at once, a multiple of `shards`; 0 decodes all.
+      shards: W, ways in which the prompts are split over devices; it divides B. Slots take prompts of their own shard.
+      dtype: of weights, activations and cache while decoding.
+
+    Returns:
+      (rollout, slot-steps `[]` int32: the tokens that could have been decoded in the same time with no slot idle).
     """
-    rows = prompts.shape[0] * group
-    head = models.head(params, config)
+    count, length = prompts.shape
+    if count % shards or slots % shards:
+        raise ValueError(f"shards={shards}: must divide the {count} prompts and slots={slots}")
+    if length == 1:  # decoding starts with the prompt's last token, and there must be something before it
+        prompts, mask = jnp.pad(prompts, ((0, 0), (1, 0))), jnp.pad(mask, ((0, 0), (1, 0)))
+    waiting = count // shards * group
+    width = min(slots // shards or waiting, waiting)
+    params = _cast(params, dtype)
+    head = _contiguous_head(params, config)
     stops = jnp.asarray(stop_ids, jnp.int32)
-    keys = jax.vmap(
-        lambda problem: jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, problem), i))(jnp.arange(group))
-    )(problem_ids).reshape(rows)
 
-    def choose(hidden, step):
-        """Hidden state `[R,D]` -> the token each row takes at `step`, and its log-probability."""
-        logits = jnp.dot(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        logits = constrain(logits, BATCH, None)
-        uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, step)))(keys)
-        return sample(logits, uniform, temperature=temperature, top_p=top_p, top_k=top_k)
-
-    def record(carry, token, logp, step):
-        tokens, logps, lengths, done = carry
-        tokens = tokens.at[:, step].set(jnp.where(done, pad_id, token))
-        logps = logps.at[:, step].set(jnp.where(done, 0.0, logp))
-        lengths = jnp.where(done, lengths, step + 1)
-        return tokens, logps, lengths, done | jnp.isin(token, stops)
-
-    cache = models.init_cache(config, prompts.shape[0], prompts.shape[1], dtype)
-    hidden, filled = models.apply(params, config, prompts, models.positions_of(mask), mask, cache, dtype=dtype)
+    cache = models.init_cache(config, count, prompts.shape[1] - 1, dtype)
+    early, seen = prompts[:, :-1], mask[:, :-1]
+    _, filled = models.apply(params, config, early, models.positions_of(mask)[:, :-1], seen, cache, dtype=dtype)
     assert filled is not None  # a cache went in
-    cache = _share(filled, group, max_new_tokens - 1)
-    prompt_lengths = jnp.repeat(mask.sum(axis=-1), group)
+    by_shard = partial(jnp.reshape, shape=(shards, count // shards))
+    last, prompt_lengths, problem_ids = by_shard(prompts[:, -1]), by_shard(mask.sum(axis=-1)), by_shard(problem_ids)
 
-    token, logp = choose(jnp.repeat(hidden[:, -1], group, axis=0), 0)
-    empty = (
-        jnp.full((rows, max_new_tokens), pad_id, jnp.int32),
-        jnp.zeros((rows, max_new_tokens), jnp.float32),
-        jnp.zeros(rows, jnp.int32),
-        jnp.zeros(rows, bool),
-    )
-    responses = record(empty, token, logp, 0)
+    def of_problem(values, item):
+        return jnp.take_along_axis(values, jnp.minimum(item // group, values.shape[1] - 1), axis=1)
 
     def decode(state):
-        step, token, cache, responses = state
-        position = (prompt_lengths + step - 1)[:, None]
-        seen = jnp.ones((rows, 1), bool)
-        hidden, cache = models.apply(params, config, token[:, None], position, seen, cache, dtype=dtype)
-        token, logp = choose(hidden[:, 0], step)
-        return step + 1, token, cache, record(responses, token, logp, step)
+        queued, now, out, steps = state
+        active = now.item < waiting
+        position = of_problem(prompt_lengths, now.item) - 1 + now.count
+        hidden, cache = models.apply(
+            params, config, *(x.reshape(-1, 1) for x in (now.token, position, active)), now.cache, dtype=dtype
+        )
+        assert cache is not None
+        index = jnp.where(cache["index"] == cache["position"].shape[1], ring, cache["index"]).astype(jnp.int32)
+        logits = constrain(jnp.dot(hidden[:, 0], head, preferred_element_type=jnp.float32), BATCH, None)
+        noise = [x.reshape(-1) for x in (of_problem(problem_ids, now.item), now.item % group, now.count)]
+        uniform = jax.vmap(lambda *ids: jax.random.uniform(_fold(key, *ids)))(*noise)
+        token, logp = sample(logits, uniform, temperature=temperature, top_p=top_p, top_k=top_k)
+        token, logp = token.reshape(now.item.shape), logp.reshape(now.item.shape)
+        stopped = jnp.isin(token, stops)
+        out = _record(out, now, token, logp, stopped)
+        ended = stopped | (now.count + 1 == max_new_tokens)
+        now = _Slots(jnp.where(ended, waiting, now.item), now.count + 1, token, {**cache, "index": index})
+        return queued, now, out, steps + now.item.size
 
-    def unfinished(state):
-        step, done = state[0], state[3][3]
-        return (step < max_new_tokens) & ~jnp.all(done)
+    def refill(state):
+        queued, now, out, steps = state
+        free = now.item == waiting
+        item = jnp.minimum(queued[:, None] + jnp.cumsum(free, axis=1) - 1, waiting)
+        fresh = free & (item < waiting)
+        item = jnp.where(fresh, item, now.item)
+        cache = _insert(now.cache, filled, fresh, item // group)
+        token = jnp.where(fresh, of_problem(last, item), now.token)
+        now = _Slots(item, jnp.where(fresh, 0, now.count), token, cache)
+        return queued + fresh.sum(axis=1), now, out, steps
 
-    state = jax.lax.while_loop(unfinished, decode, (jnp.int32(1), token, cache, responses))
-    tokens, logps, lengths, done = state[3]
-    finish = jnp.where(done, STOP, LENGTH)
-    shape = (prompts.shape[0], group)
-    return Rollout(
-        tokens.reshape(*shape, -1), logps.reshape(*shape, -1), lengths.reshape(shape), finish.reshape(shape)
+    ring = prompts.shape[1] - 1
+    cache = _laid_out(models.init_cache(config, shards * width, ring + max_new_tokens, dtype))
+    cache["index"] = jnp.int32(ring)
+    idle = jnp.full((shards, width), waiting, jnp.int32)
+    out = Rollout(
+        jnp.full((shards, waiting, max_new_tokens), pad_id, jnp.int32),
+        jnp.zeros((shards, waiting, max_new_tokens), jnp.float32),
+        jnp.zeros((shards, waiting), jnp.int32),
+        jnp.full((shards, waiting), LENGTH, jnp.int32),
     )
+    state = jnp.zeros(shards, jnp.int32), _Slots(idle, idle * 0, idle * 0, cache), out, jnp.int32(0)
+    state = _drain(state, waiting, refill, decode)
+    return Rollout(*(field.reshape(count, group, *field.shape[2:]) for field in state[2])), state[3]
 
 
-def _share(cache: dict[str, jax.Array], group: int, room: int) -> dict[str, jax.Array]:
-    """The prompts' cache `[L,B,P,K,N]`, repeated for each response, with `room` free slots: `[L,R,P+room,K,N]`."""
+def _drain(state: Any, waiting: int, refill: Callable, decode: Callable) -> Any:
+    """Decodes, in ever fewer slots once none waits, until every response has ended."""
 
-    def widen(x, axis):
-        x = jnp.repeat(x, group, axis=axis)
-        padding = [(0, 0)] * x.ndim
-        padding[axis + 1] = (0, room)
-        return jnp.pad(x, padding)
+    all_slots = width = state[1].item.shape[1]
 
+    def narrowed(width):
+        return width // NARROW if width // NARROW >= NARROWEST else 0
+
+    def busy(state, narrower):
+        going = (state[1].item < waiting).sum(axis=1)
+        return jnp.any(state[0] < waiting) | jnp.any(going > narrower)
+
+    def refill_due(state):
+        free = (state[1].item == waiting).sum(axis=1)
+        return jnp.any((state[0] < waiting) & (free >= max(all_slots // REFILL, 1)))
+
+    def refill_and_decode(state):
+        def going(state):
+            return busy(state, narrowed(all_slots)) & ~refill_due(state)
+
+        return jax.lax.while_loop(going, decode, refill(state))
+
+    step = refill_and_decode
+    while width:
+        narrower = narrowed(width)
+        state = jax.lax.while_loop(partial(busy, narrower=narrower), step, state)
+        if narrower:
+            state = state[0], _active_first(state[1], waiting, narrower), *state[2:]
+        step, width = decode, narrower
+    return state
+
+
+def _fold(key: jax.Array, *ids: jax.Array) -> jax.Array:
+    for i in ids:
+        key = jax.random.fold_in(key, i)
+    return key
+
+
+def _record(out: Rollout, now: _Slots, token: jax.Array, logp: jax.Array, stopped: jax.Array) -> Rollout:
+    """Writes each slot's token; a slot without a response points beyond the end, and is dropped."""
+
+    def write(tokens, logps, lengths, finish, item, count, token, logp, stopped):
+        return Rollout(
+            tokens.at[item, count].set(token, mode="drop"),
+            logps.at[item, count].set(logp, mode="drop"),
+            lengths.at[item].set(count + 1, mode="drop"),
+            finish.at[item].set(jnp.where(stopped, STOP, LENGTH), mode="drop"),
+        )
+
+    return jax.vmap(write)(*out, now.item, now.count, token, logp, stopped)
+
+
+def _insert(cache: models.Cache, prompts: models.Cache, fresh: jax.Array, problem: jax.Array) -> models.Cache:
+    """The slots' cache with the prompt of `problem` `[W,R]` in every `fresh` `[W,R]` slot, and nothing after it."""
+    shards, rows = fresh.shape
+    length = prompts["position"].shape[1]
+
+    def of_problem(values):
+        by_shard = values.reshape(shards, -1, *values.shape[1:])
+        return jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(by_shard, problem).reshape(-1, *values.shape[1:])
+
+    def where_fresh(new, old):
+        return jnp.where(fresh.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+
+    def copy(layer, caches):
+        # A layer at a time: the gathered prompts are as large as the part of the cache that they go to.
+        return tuple(
+            whole.at[layer, :, :length].set(where_fresh(of_problem(source[layer]), whole[layer, :, :length]))
+            for whole, source in zip(caches, (prompts["key"], prompts["value"]), strict=True)
+        )
+
+    keys, values = jax.lax.fori_loop(0, cache["key"].shape[0], copy, (cache["key"], cache["value"]))
+    ring = jnp.full((shards * rows, cache["position"].shape[1] - length), -1, jnp.int32)
+    position = where_fresh(jnp.concatenate([of_problem(prompts["position"]), ring], axis=1), cache["position"])
+    return {**cache, "key": keys, "value": values, "position": position}
+
+
+def _active_first(now: _Slots, waiting: int, width: int) -> _Slots:
+    """The `width` slots of each shard that hold every response still going."""
+    chosen = jnp.argsort(now.item == waiting, axis=1, stable=True)[:, :width]
+    shards, rows = now.item.shape
+
+    def pick(values, axis):
+        shape = values.shape
+        values = values.reshape(*shape[:axis], shards, rows, *shape[axis + 1 :])
+        picked = jax.vmap(lambda x, i: jnp.take(x, i, axis=axis), in_axes=(axis, 0), out_axes=axis)(values, chosen)
+        return picked.reshape(*shape[:axis], -1, *shape[axis + 1 :])
+
+    cache = {**now.cache, "position": pick(now.cache["position"], 0)}
+    cache |= {name: pick(now.cache[name], 1) for name in ("key", "value")}
+    fields = (jnp.take_along_axis(field, chosen, axis=1) for field in now[:3])
+    return _Slots(*fields, _laid_out(cache))
+
+
+def _laid_out(cache: models.Cache) -> models.Cache:
     layout = (None, BATCH, None, "tensor", None)
-    return {
-        "key": constrain(widen(cache["key"], 1), *layout),
-        "value": constrain(widen(cache["value"], 1), *layout),
-        "mask": widen(cache["mask"], 0),
-        "index": cache["index"],
-    }
+    return {**cache, **{name: constrain(cache[name], *layout) for name in ("key", "value")}}
+
+
+def _cast(params: Any, dtype: Any) -> Any:
+    """Matrices in the dtype they are multiplied in, once rather than at every token; norms and biases stay as they are."""
+
+    def cast(path, leaf):
+        return leaf.astype(dtype) if path_name(path).endswith(("kernel", "embedding")) else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def _contiguous_head(params: Any, config: models.ModelConfig) -> jax.Array:
+    """The head `[D,V]`; of a tied model a transposed copy, which is faster than transposing at every token."""
+    head = models.head(params, config)
+    return jax.lax.optimization_barrier(head) if config.tie_embeddings else head

@@ -1,0 +1,105 @@
+"""Continuous batching: the same responses from any number of slots, and few idle slot-steps."""
+
+import jax
+import numpy as np
+import pytest
+
+from sgpo_jax import policy, sharding
+from sgpo_jax.rollout import STOP, Rollout, engine, generate
+
+COUNT, GROUP, NEW, LENGTH, PAD = 24, 2, 24, 7, 63
+STOPS = tuple(range(1, 9))  # an eighth of the vocabulary, so that responses end at all lengths
+SETTINGS = {
+    "group": GROUP, "max_new_tokens": NEW, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "stop_ids": STOPS,
+    "pad_id": PAD,
+}  # fmt: skip
+
+
+def prompts(seed=0):
+    """Prompts of 1 to 7 tokens, padded on the left: tokens and mask `[B,P]`."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, LENGTH + 1, COUNT)
+    mask = np.arange(LENGTH) >= LENGTH - lengths[:, None]
+    return np.where(mask, rng.integers(9, PAD, (COUNT, LENGTH)), PAD).astype(np.int32), mask
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tiny_params):
+    def run(seed=0, **changes):
+        ids = np.arange(COUNT, dtype=np.uint32) * 7
+        rollout, slot_steps = generate(
+            tiny_params, tiny, *prompts(seed), jax.random.key(seed), ids, **(SETTINGS | changes)
+        )
+        return jax.device_get(rollout), int(slot_steps)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def at_once(run):
+    rollout, slot_steps = run()
+    # The test is about responses that end at different times.
+    assert rollout.lengths.min() <= 2 and rollout.lengths.max() == NEW and len(set(rollout.lengths.ravel())) > 8
+    assert (rollout.finish == STOP).any() and (rollout.finish != STOP).any()
+    return rollout, slot_steps
+
+
+def assert_same(actual, expected):
+    for name in ("tokens", "lengths", "finish"):
+        np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name))
+    np.testing.assert_allclose(actual.logp, expected.logp, atol=1e-5)
+
+
+@pytest.mark.parametrize("slots", [1, 3, 16, 40])
+def test_any_number_of_slots_gives_the_same_responses(run, at_once, slots):
+    assert_same(run(slots=slots)[0], at_once[0])
+
+
+@pytest.mark.parametrize(("slots", "shards"), [(8, 4), (4, 2), (0, 3)])
+def test_any_number_of_shards_gives_the_same_responses(run, at_once, slots, shards):
+    assert_same(run(slots=slots, shards=shards)[0], at_once[0])
+
+
+def test_slots_on_a_mesh_of_eight_devices(at_once, tiny, tiny_params):
+    mesh = sharding.make_mesh(2, 2, 2)
+    ids = sharding.put_rows(np.arange(COUNT, dtype=np.uint32) * 7, mesh)
+    with jax.set_mesh(mesh):
+        rollout, _ = generate(
+            policy.place(tiny_params, mesh), tiny, *sharding.put_rows(prompts(), mesh), jax.random.key(0), ids,
+            slots=8, shards=4, **SETTINGS,
+        )  # fmt: skip
+    assert_same(Rollout(*jax.device_get(rollout)), at_once[0])
+
+
+def test_one_slot_is_never_idle(run, at_once):
+    assert run(slots=1)[1] == at_once[0].lengths.sum()
+
+
+def test_few_slot_steps_are_idle(run, at_once):
+    rollout, slot_steps = run(slots=4)
+    assert rollout.lengths.sum() <= slot_steps <= rollout.lengths.sum() + 4 * NEW
+    # Decoding all until the longest ends, as a fixed batch does, would idle for half of the time.
+    assert rollout.lengths.sum() / slot_steps > 0.85 > 0.6 > rollout.lengths.mean() / NEW
+
+
+def test_the_last_responses_decode_in_fewer_slots(at_once):
+    rollout, slot_steps = at_once
+    going = [(rollout.lengths > step).sum() for step in range(NEW + 1)]
+    narrow = going[0] // engine.NARROW
+    assert narrow >= engine.NARROWEST > narrow // engine.NARROW, "one narrower width"
+    before = next(step for step in range(NEW) if going[step] <= narrow)
+    assert slot_steps == going[0] * before + narrow * (rollout.lengths.max() - before)
+
+
+def test_new_prompts_and_noise_compile_nothing(run):
+    run(slots=4)
+    compiled = generate._cache_size()
+    rollouts = [run(seed=seed, slots=4)[0] for seed in (1, 2)]
+    assert generate._cache_size() == compiled
+    assert (rollouts[0].lengths != rollouts[1].lengths).any()
+
+
+@pytest.mark.parametrize(("slots", "shards"), [(0, 5), (6, 4)])
+def test_shards_that_do_not_divide_are_refused(run, slots, shards):
+    with pytest.raises(ValueError, match=f"shards={shards}: must divide the 24 prompts and slots={slots}"):
+        run(slots=slots, shards=shards)
