@@ -164,8 +164,8 @@ def apply(
       config: the model's shape.
       tokens: `[B,T]` token ids.
       positions: `[B,T]` positions for the rotary embedding, 0 at each row's first real token.
-      mask: `[B,T]` bool, False on padding, which no token attends to. Padding may stand anywhere. Without a cache it may
-        be int32: several sequences packed into one row have the segments 1, 2, ..., attend only within their own, and 0
+      mask: `[B,T]` bool, False on padding, which no token attends to. Padding may stand anywhere. Without a cache it
+        may be int32: several sequences packed into one row are segments 1, 2, ..., attend only within their own, and 0
         is padding.
       cache: from `init_cache`. The tokens are written from slot `index` on, the same for all rows, and attend to every
         slot of their row whose position is not after their own, wherever it stands.

@@ -157,7 +157,7 @@ def generate(
     )
     state = jnp.zeros(shards, jnp.int32), _Slots(idle, idle * 0, idle * 0, cache), out, jnp.int32(0)
     state = _drain(state, waiting, refill, decode)
-    return Rollout(*(field.reshape(count, group, *field.shape[2:]) for field in state[2])), state[3]
+    return jax.tree.map(lambda field: field.reshape(count, group, *field.shape[2:]), state[2]), state[3]
 
 
 def _drain(state: Any, waiting: int, refill: Callable, decode: Callable) -> Any:
@@ -250,8 +250,8 @@ def _active_first(now: _Slots, waiting: int, width: int) -> _Slots:
 
     cache = {**now.cache, "position": pick(now.cache["position"], 0)}
     cache |= {name: pick(now.cache[name], 1) for name in ("key", "value")}
-    fields = (jnp.take_along_axis(field, chosen, axis=1) for field in now[:3])
-    return _Slots(*fields, _laid_out(cache))
+    item, count, token = (jnp.take_along_axis(field, chosen, axis=1) for field in now[:3])
+    return _Slots(item, count, token, _laid_out(cache))
 
 
 def _laid_out(cache: models.Cache) -> models.Cache:
@@ -260,7 +260,7 @@ def _laid_out(cache: models.Cache) -> models.Cache:
 
 
 def _cast(params: Any, dtype: Any) -> Any:
-    """Matrices in the dtype they are multiplied in, once rather than at every token; norms and biases stay as they are."""
+    """Matrices in the dtype they are multiplied in, once rather than at every token; norms and biases stay."""
 
     def cast(path, leaf):
         return leaf.astype(dtype) if path_name(path).endswith(("kernel", "embedding")) else leaf
