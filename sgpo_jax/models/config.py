@@ -67,7 +67,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.architecture not in _FAMILIES:
-            raise ValueError(f"architecture is {self.architecture!r}; supported: {', '.join(_FAMILIES)}")
+            raise ValueError(
+                f"architecture is {self.architecture!r}; supported: {', '.join(_FAMILIES)}"
+            )
         for field in (
             *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads"),
             *("head_dim", "mlp_size", "max_positions"),
@@ -77,7 +79,8 @@ class ModelConfig:
             _positive_number(field, getattr(self, field))
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_kv_heads is {self.num_kv_heads}; it must divide num_heads, which is {self.num_heads}"
+                f"num_kv_heads is {self.num_kv_heads}; it must divide num_heads, "
+                f"which is {self.num_heads}"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings need an even number")
@@ -88,7 +91,9 @@ class ModelConfig:
         _, qkv_bias, qk_norm, _ = _FAMILIES[self.architecture]
         for field, expected in (("qkv_bias", qkv_bias), ("qk_norm", qk_norm)):
             if getattr(self, field) is not expected:
-                raise ValueError(f"{field} is {getattr(self, field)!r}; {self.architecture} has {expected}")
+                raise ValueError(
+                    f"{field} is {getattr(self, field)!r}; {self.architecture} has {expected}"
+                )
 
 
 def from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
@@ -117,7 +122,8 @@ def from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
     if head_dim is None:
         if hidden_size % num_heads:
             raise ValueError(
-                f"head_dim is absent and hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}"
+                f"head_dim is absent and hidden_size {hidden_size} is not a multiple of "
+                f"num_attention_heads {num_heads}"
             )
         head_dim = hidden_size // num_heads
     rope_theta, rope_scaling = _rope(hf_config)

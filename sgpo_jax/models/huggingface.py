@@ -93,7 +93,10 @@ def load(
             handle = stack.enter_context(_open(folder / file))
             stored = set(handle.keys())
             if promised is not None and promised != stored:
-                raise ValueError(f"{_INDEX} and {file} of {folder} disagree about tensor {_listed(promised ^ stored)}")
+                raise ValueError(
+                    f"{_INDEX} and {file} of {folder} disagree about tensor "
+                    f"{_listed(promised ^ stored)}"
+                )
             handles.update(dict.fromkeys(stored, handle))
         params = assemble(config, handles, lambda name: _read(handles[name], name), dtype)
     return params, config
@@ -123,7 +126,8 @@ def assemble(
     if config.tie_embeddings and _HEAD in unknown:
         if _EMBEDDING in names and not np.array_equal(read(_HEAD), read(_EMBEDDING)):
             raise ValueError(
-                f"tensor {_HEAD} differs from {_EMBEDDING}, but the config says tie_word_embeddings is true"
+                f"tensor {_HEAD} differs from {_EMBEDDING}, "
+                "but the config says tie_word_embeddings is true"
             )
         unknown.remove(_HEAD)
     missing = layout.keys() - names
@@ -139,12 +143,15 @@ def assemble(
     for name, slot in layout.items():
         tensor = read(name)
         if tensor.shape != slot.shape:
-            raise ValueError(f"tensor {name} has shape {tensor.shape}; the config asks for {slot.shape}")
+            raise ValueError(
+                f"tensor {name} has shape {tensor.shape}; the config asks for {slot.shape}"
+            )
         if chosen is None:
             chosen = _checked_dtype(f"dtype of tensor {name}", tensor.dtype)
         if dtype is None and tensor.dtype != chosen:
             raise ValueError(
-                f"tensor {name} is {tensor.dtype} where others are {chosen}; give a dtype to convert all to"
+                f"tensor {name} is {tensor.dtype} where others are {chosen}; "
+                "give a dtype to convert all to"
             )
         if slot.path not in leaves:
             leaves[slot.path] = np.empty(shapes[slot.path], chosen)
@@ -193,7 +200,9 @@ def save(
         for path, leaf in leaves.items()
     }
     ids = _special_ids(tokenizer, stop_ids, config.vocab_size)
-    num_bytes = {name: math.prod(slot.shape) * stored[slot.path].itemsize for name, slot in layout.items()}
+    num_bytes = {
+        name: math.prod(slot.shape) * stored[slot.path].itemsize for name, slot in layout.items()
+    }
     shards = _shards(num_bytes, shard_bytes)
 
     partial = folder.with_name(f".{folder.name}.partial")
@@ -286,7 +295,9 @@ def _check_leaves(leaves: dict[str, Any], config: ModelConfig) -> None:
         )
     for path, shape in shapes.items():
         if leaves[path].shape != shape:
-            raise ValueError(f"params {path} has shape {leaves[path].shape}; the config asks for {shape}")
+            raise ValueError(
+                f"params {path} has shape {leaves[path].shape}; the config asks for {shape}"
+            )
 
 
 def _shards(num_bytes: dict[str, int], shard_bytes: int) -> dict[str, list[str]]:

@@ -39,7 +39,7 @@ class _Slots(NamedTuple):
     """What decodes now."""
 
     item: jax.Array  # [W,R] response of the shard; Q: none
-    count: jax.Array  # [W,R] tokens of it so far
+    sampled: jax.Array  # [W,R] tokens of it so far
     token: jax.Array  # [W,R] token to feed next, at first the prompt's last
     cache: models.Cache  # of W * R rows and P - 1 + T slots
 
@@ -117,21 +117,21 @@ def generate(
     def decode(state):
         queued, now, out, steps = state
         active = now.item < waiting
-        position = of_problem(prompt_lengths, now.item) - 1 + now.count
+        position = of_problem(prompt_lengths, now.item) - 1 + now.sampled
         hidden, cache = models.apply(
             params, config, *(x.reshape(-1, 1) for x in (now.token, position, active)), now.cache, dtype=dtype
         )
         assert cache is not None
         index = jnp.where(cache["index"] == cache["position"].shape[1], ring, cache["index"]).astype(jnp.int32)
         logits = constrain(jnp.dot(hidden[:, 0], head, preferred_element_type=jnp.float32), BATCH, None)
-        noise = [x.reshape(-1) for x in (of_problem(problem_ids, now.item), now.item % group, now.count)]
+        noise = [x.reshape(-1) for x in (of_problem(problem_ids, now.item), now.item % group, now.sampled)]
         uniform = jax.vmap(lambda *ids: jax.random.uniform(_fold(key, *ids)))(*noise)
         token, logp = sample(logits, uniform, temperature=temperature, top_p=top_p, top_k=top_k)
         token, logp = token.reshape(now.item.shape), logp.reshape(now.item.shape)
         stopped = jnp.isin(token, stops)
         out = _record(out, now, token, logp, stopped)
-        ended = stopped | (now.count + 1 == max_new_tokens)
-        now = _Slots(jnp.where(ended, waiting, now.item), now.count + 1, token, {**cache, "index": index})
+        ended = stopped | (now.sampled + 1 == max_new_tokens)
+        now = _Slots(jnp.where(ended, waiting, now.item), now.sampled + 1, token, {**cache, "index": index})
         return queued, now, out, steps + now.item.size
 
     def refill(state):
@@ -142,7 +142,7 @@ def generate(
         item = jnp.where(fresh, item, now.item)
         cache = _insert(now.cache, filled, fresh, item // group)
         token = jnp.where(fresh, of_problem(last, item), now.token)
-        now = _Slots(item, jnp.where(fresh, 0, now.count), token, cache)
+        now = _Slots(item, jnp.where(fresh, 0, now.sampled), token, cache)
         return queued + fresh.sum(axis=1), now, out, steps
 
     ring = prompts.shape[1] - 1
@@ -209,7 +209,7 @@ def _record(out: Rollout, now: _Slots, token: jax.Array, logp: jax.Array, stoppe
             finish.at[item].set(jnp.where(stopped, STOP, LENGTH), mode="drop"),
         )
 
-    return jax.vmap(write)(*out, now.item, now.count, token, logp, stopped)
+    return jax.vmap(write)(*out, now.item, now.sampled, token, logp, stopped)
 
 
 def _insert(cache: models.Cache, prompts: models.Cache, fresh: jax.Array, problem: jax.Array) -> models.Cache:
@@ -250,8 +250,8 @@ def _active_first(now: _Slots, waiting: int, width: int) -> _Slots:
 
     cache = {**now.cache, "position": pick(now.cache["position"], 0)}
     cache |= {name: pick(now.cache[name], 1) for name in ("key", "value")}
-    item, count, token = (jnp.take_along_axis(field, chosen, axis=1) for field in now[:3])
-    return _Slots(item, count, token, _laid_out(cache))
+    item, sampled, token = (jnp.take_along_axis(field, chosen, axis=1) for field in now[:3])
+    return _Slots(item, sampled, token, _laid_out(cache))
 
 
 def _laid_out(cache: models.Cache) -> models.Cache:
