@@ -42,14 +42,14 @@ def clipped_surrogate(
     Args:
       logp: `[T]` log-probabilities under the current policy; the gradient flows here alone.
       old_logp: `[T]` log-probabilities under the policy that sampled.
-      advantage: `[]` advantage of the response.
+      advantage: `[]` advantage of the response, or `[T]`, of each token.
       clip_low: largest decrease of the ratio that is still rewarded.
       clip_high: largest increase of the ratio that is still rewarded.
 
     Returns:
       `[T]` float32 loss, unmasked; reduce it with `sequence_mean`.
     """
-    chex.assert_rank([logp, old_logp, advantage], [1, 1, 0])
+    chex.assert_rank([logp, old_logp, advantage], [1, 1, {0, 1}])
     chex.assert_equal_shape([logp, old_logp])
     old_logp = jax.lax.stop_gradient(old_logp.astype(jnp.float32))
     advantage = jax.lax.stop_gradient(advantage.astype(jnp.float32))

@@ -16,7 +16,7 @@ from sgpo_jax.metrics import Writer
 from sgpo_jax.policy import Policy
 from sgpo_jax.respond import Graded, encode_prompts, grade, noise_key, pad_prompts, respond
 from sgpo_jax.rollout import STOP
-from sgpo_jax.train_step import Batch, Group, make_update
+from sgpo_jax.train_step import Batch, Group, make_update, pack_batch, specs
 
 
 def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[], Any], mesh: Mesh) -> None:
@@ -29,7 +29,8 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
 
     tx, rate = stage.optimizer(config, "rl", total * rl.updates_per_batch)
     _, shardings = stage.state_shardings(policy, tx, mesh)
-    terms = ("clip_low", "clip_high", "delta", "alpha0", "gamma", "alpha_max", "micro_batch", "updates_per_batch")
+    terms = ("clip_low", "clip_high", "delta", "updates_per_batch")
+    weights = {name: rl[name] for name in ("alpha0", "gamma", "alpha_max")}
     update = make_update(
         policy.config, tx, **{name: rl[name] for name in terms},
         dtype=policy.dtype, remat=config.model.remat, shardings=shardings,
@@ -59,8 +60,8 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
                 graded_auto, graded_guided = grade(policy, autonomous, answers), grade(policy, guided, answers)
                 times.append(time.perf_counter())
                 batch = Batch(unguided_prompts, guided_prompts, _group(graded_auto), _group(graded_guided))
-                batch = sharding.put_rows(batch, mesh)
-                state, device_metrics = update(state, batch)
+                packed = pack_batch(batch, micro_batch=rl.micro_batch, **weights)
+                state, device_metrics = update(state, sharding.put(packed, specs(packed), mesh))
                 metrics = {name: float(value) for name, value in device_metrics.items()}
                 times.append(time.perf_counter())
 

@@ -13,12 +13,12 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import data, logprobs, models, sharding, stage
+from sgpo_jax import data, logprobs, models, packing, sharding, stage
 from sgpo_jax import tokenizer as tokenizers
 from sgpo_jax.metrics import Writer
+from sgpo_jax.packing import Packed
 from sgpo_jax.policy import Policy
-from sgpo_jax.respond import pad_prompts
-from sgpo_jax.train_step import Metrics, TrainState, accumulate, apply_gradients, in_micro_batches, response_hidden
+from sgpo_jax.train_step import Metrics, TrainState, accumulate, apply_gradients, in_micro_batches, response_logprobs
 
 Encoded = tuple[list[int], list[int]]  # prompt and response tokens of a row
 
@@ -33,10 +33,10 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
 
     tx, rate = stage.optimizer(config, "sft", total)
     _, shardings = stage.state_shardings(policy, tx, mesh)
-    settings = {"micro_batch": config.sft.micro_batch, "dtype": policy.dtype, "remat": config.model.remat}
+    settings = {"dtype": policy.dtype, "remat": config.model.remat}
     update = make_update(policy.config, tx, shardings=shardings, **settings)
-    losses_of = make_losses(policy.config, **settings)
-    encode = partial(encode_batch, policy, encoded=encoded)
+    loss_of = make_losses(policy.config, **settings)
+    encode = partial(encode_batch, encoded=encoded, batch=config.sft.batch, micro_batch=config.sft.micro_batch)
 
     with stage.checkpoints(config, workdir, "sft") as saved, jax.set_mesh(mesh):
         state = stage.start(saved, initial, policy, tx, mesh)
@@ -46,8 +46,8 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
         with Writer(workdir, total, "sft", resume_step=first, enabled=jax.process_index() == 0) as writer:
             for step in range(first, total):
                 started = time.perf_counter()
-                batch = sharding.put_rows(encode(batches[step]), mesh)
-                state, device_metrics = update(state, batch)
+                batch = encode(batches[step])
+                state, device_metrics = update(state, put(batch, mesh))
                 metrics = {name: float(value) for name, value in device_metrics.items()}
                 seconds = time.perf_counter() - started
                 stage.watch_skipped(workdir / "sft", step + 1, int(metrics["skipped"]), config.max_skipped, batch)
@@ -56,7 +56,7 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
 
                 done, score = step + 1, None
                 if done % validate_every == 0 or done == total:
-                    score = validation_loss(losses_of, state.params, validation, encode, config.sft.batch, mesh)
+                    score = validation_loss(loss_of, state.params, validation, encode, config.sft.batch, mesh)
                     metrics["validation_loss"] = score
                 writer.write(done, metrics)
                 if score is not None or done % config.checkpoint.every == 0:
@@ -96,66 +96,83 @@ def load_rows(config: ConfigDict, policy: Policy) -> tuple[list[dict], list[dict
     return training, validation, {row["id"]: tokens[row["id"]] for row in kept}
 
 
-def encode_batch(policy: Policy, rows: Sequence[dict], encoded: dict[str, Encoded]) -> dict[str, Any]:
-    """Arrays for the update, padded to the longest prompt and response of the stage, so that shapes stay fixed."""
-    prompt_length, response_length = (max(map(len, part)) for part in zip(*encoded.values(), strict=True))
+def encode_batch(
+    rows: Sequence[dict], encoded: dict[str, Encoded], *, batch: int, micro_batch: int
+) -> tuple[Packed, np.ndarray]:
+    """At most `batch` responses after their prompts, packed in shapes that are those of the stage; and their tokens."""
     prompts, responses = zip(*(encoded[row["id"]] for row in rows), strict=True)
-    tokens, lengths = tokenizers.pad_right(responses, response_length, policy.pad_id)
-    return {"prompts": pad_prompts(policy, prompts, prompt_length), "tokens": tokens, "length": lengths}
+    longest = [max(map(len, part)) for part in zip(*encoded.values(), strict=True)]
+    packed = packing.pack(
+        [prompts], responses, range(len(rows)), lengths=[sum(longest)], micro_batch=min(micro_batch, batch), most=batch,
+        chunk=logprobs.CHUNK,
+    )  # fmt: skip
+    tokens, _ = tokenizers.pad_right(responses, longest[1], 0)
+    return packed, packing.of_sequence(tokens, packed)
 
 
-def _row_losses(params, rows, *, config, dtype, remat):
-    """Summed negative log-likelihood `[R]` of each response, nats."""
-    hidden, mask = response_hidden(params, rows["prompts"], rows, config=config, dtype=dtype, remat=remat)
-    flat, targets = hidden.reshape(-1, hidden.shape[-1]), rows["tokens"].reshape(-1)
-    logp, _ = logprobs.token_logprobs(flat, models.head(params, config), targets)
-    return -jnp.where(mask, logp.reshape(mask.shape), 0.0).sum(axis=-1)
+def _micro_batches(packed: Packed, tokens: Any) -> dict[str, Any]:
+    return {"rows": packed.contexts[0], "chunks": packed.chunks, "tokens": tokens, "inside": packed.owner >= 0}
 
 
 def make_update(
     config: models.ModelConfig,
     optimizer: optax.GradientTransformation,
     *,
-    micro_batch: int,
     dtype: Any = jnp.float32,
     remat: bool = False,
     shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """The jitted `update(state, rows) -> (state, metrics)` on the mean loss per response token; donates the state."""
-    row_losses = partial(_row_losses, config=config, dtype=dtype, remat=remat)
+    """The jitted `update(state, (packed, tokens)) -> (state, metrics)` on the mean loss per response token.
 
-    def update(state, rows):
-        tokens = rows["length"].sum()
-        # `accumulate` averages over rows; this turns it into the average over tokens.
-        scale = rows["length"].shape[0] / jnp.maximum(tokens, 1)
+    It donates the state.
+    """
 
-        def loss_fn(params, rows):
-            losses = row_losses(params, rows) * scale
-            return losses, {"loss": losses}
+    def update(state, batch):
+        packed, tokens = batch
+        count = (packed.owner >= 0).sum()
 
-        grads, metrics = accumulate(loss_fn, state.params, rows, micro_batch)
+        def loss_fn(params, micro):
+            logp, _ = response_logprobs(params, micro, config=config, dtype=dtype, remat=remat)
+            loss = -jnp.where(micro["inside"], logp, 0.0).sum() / jnp.maximum(count, 1)
+            return loss, {"loss": loss}
+
+        grads, metrics = accumulate(loss_fn, state.params, packed.count, _micro_batches(packed, tokens))
         state, grad_norm = apply_gradients(state, grads, optimizer)
-        metrics = {"loss": metrics["loss"].mean(), "grad_norm": grad_norm, "skipped": state.skipped, "tokens": tokens}
+        metrics |= {"grad_norm": grad_norm, "skipped": state.skipped, "tokens": count}
         return state.replace(step=state.step + 1), metrics
 
     return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def make_losses(config: models.ModelConfig, *, micro_batch: int, dtype: Any, remat: bool) -> Callable[[Any, Any], Any]:
-    """The jitted `losses(params, rows) -> [R]`: summed negative log-likelihood of each response, nats."""
-    row_losses = partial(_row_losses, config=config, dtype=dtype, remat=remat)
-    return jax.jit(lambda params, rows: in_micro_batches(partial(row_losses, params), rows, micro_batch))
+def make_losses(config: models.ModelConfig, *, dtype: Any, remat: bool) -> Callable[[Any, Any], jax.Array]:
+    """The jitted `loss(params, (packed, tokens)) -> []`: summed negative log-likelihood of the responses, nats."""
+
+    @jax.jit
+    def loss(params, batch):
+        packed, tokens = batch
+
+        def summed(micro):
+            logp, _ = response_logprobs(params, micro, config=config, dtype=dtype, remat=remat)
+            return -jnp.where(micro["inside"], logp, 0.0).sum()
+
+        return in_micro_batches(summed, packed.count, _micro_batches(packed, tokens)).sum()
+
+    return loss
 
 
 def validation_loss(
-    losses_of: Callable, params: Any, rows: Sequence[dict], encode: Callable, batch: int, mesh: Mesh
+    loss_of: Callable, params: Any, rows: Sequence[dict], encode: Callable, batch: int, mesh: Mesh
 ) -> float:
     """Mean loss per response token over `rows`, nats."""
     total, tokens = 0.0, 0
     for start in range(0, len(rows), batch):
-        part = list(rows[start : start + batch])
-        encoded = encode(part + part[-1:] * (batch - len(part)))
-        summed = sharding.fetch(losses_of(params, sharding.put_rows(encoded, mesh)))
-        total += float(np.sum(summed[: len(part)], dtype=np.float64))
-        tokens += int(encoded["length"][: len(part)].sum())
+        encoded = encode(rows[start : start + batch])
+        total += float(loss_of(params, put(encoded, mesh)))
+        tokens += int((encoded[0].owner >= 0).sum())
     return total / tokens
+
+
+def put(batch: tuple[Packed, np.ndarray], mesh: Mesh) -> tuple[Packed, jax.Array]:
+    packed, _ = batch
+    specs = packing.specs(packed)
+    return sharding.put(batch, (specs, specs.owner), mesh)

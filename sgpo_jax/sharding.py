@@ -87,10 +87,14 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def put(tree: Any, specs: Any, mesh: Mesh) -> Any:
+    """Host arrays onto the mesh, each as its PartitionSpec says. Every process passes the same arrays."""
+    return jax.tree.map(lambda x, spec: jax.device_put(np.asarray(x), NamedSharding(mesh, spec)), tree, specs)
+
+
 def put_rows(tree: Any, mesh: Mesh) -> Any:
     """Host arrays `[B, ...]` onto the mesh, rows split over data and fsdp. Every process passes the same arrays."""
-    sharding = NamedSharding(mesh, P(BATCH))
-    return jax.tree.map(lambda x: jax.device_put(np.asarray(x), sharding), tree)
+    return put(tree, jax.tree.map(lambda _: P(BATCH), tree), mesh)
 
 
 def fetch(tree: Any) -> Any:

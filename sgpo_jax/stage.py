@@ -79,7 +79,7 @@ def best_params(config: ConfigDict, workdir: Path, stage: str, policy: Policy, m
 
 
 def watch_skipped(folder: Path, step: int, skipped: int, limit: int, batch: Any) -> None:
-    """Keeps the batch of a skipped update; stops the run when `limit` updates in a row were skipped.
+    """Keeps the batch, in host memory, of a skipped update; stops the run when `limit` updates in a row were skipped.
 
     Raises:
       FloatingPointError: at the limit; the message names the saved batch.
@@ -87,7 +87,7 @@ def watch_skipped(folder: Path, step: int, skipped: int, limit: int, batch: Any)
     if not skipped:
         return
     path = folder / f"skipped_batch_{step:06d}.npz"
-    leaves, _ = jax.tree_util.tree_flatten_with_path(sharding.fetch(batch))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(jax.tree.map(np.asarray, batch))
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(path, **{sharding.path_name(key): value for key, value in leaves})

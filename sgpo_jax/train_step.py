@@ -1,8 +1,10 @@
 """The jitted update of SGPO (Eq. 7), and the parts of it that the SFT warm-up shares.
 
-Axis key: B problems, G responses of a group, R rows (one response each), P prompt length, T response tokens,
-N = R * T token positions, D hidden. Prompts are padded on the left and responses on the right, so that in every row the
-response begins at index P: the guided and the unguided context of a response are aligned by construction.
+Rollouts come padded, a row for each response, and are packed on the host (`pack_batch`), so that the update computes
+nothing for padding, for groups without a target, or for targets without weight.
+
+Axis key: B problems, G responses of a group, P prompt length, T response tokens, D hidden; packed: K micro-batches,
+M rows of a micro-batch, L tokens of a row, S chunks of response tokens, J of a row in a chunk, C = M * J.
 """
 
 from collections.abc import Callable
@@ -14,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from jax.sharding import PartitionSpec as P
 
-from sgpo_jax import logprobs, losses, models
+from sgpo_jax import logprobs, losses, models, packing
+from sgpo_jax.packing import Packed, Rows
 from sgpo_jax.sharding import BATCH, constrain
 
-Array = jax.Array | np.ndarray
+Array = Any  # numpy's on the host, JAX's in the update
 Metrics = dict[str, jax.Array]
 
 
@@ -48,12 +52,97 @@ class Prompts(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One step's rollouts. P and T of the two sides may differ."""
+    """One step's rollouts, padded, in host memory. P and T of the two sides may differ."""
 
     prompts: Prompts  # problem only
     guided_prompts: Prompts  # strategy and problem
     autonomous: Group  # sampled from `prompts`
     guided: Group  # sampled from `guided_prompts`
+
+
+class PackedBatch(NamedTuple):
+    """What the update needs of a batch: sequences packed, and numbers of each problem, group or response."""
+
+    autonomous: Packed  # B * G1 responses after `prompts`
+    autonomous_tokens: Array  # [K,S,M,J] int32
+    sampler_logp: Array  # [K,S,M,J] float32, nats
+    candidates: Packed  # correct guided responses after `prompts`, of problems where there is a choice
+    candidate_tokens: Array  # [K,S,M,J] int32
+    targets: Packed  # room for a target of each problem, after `prompts` and after `guided_prompts`
+    guided_tokens: Array  # [B,G2,T] int32
+    lengths: Array  # [B,G1] int32
+    guided_lengths: Array  # [B,G2] int32
+    rewards: Array  # [B,G1] float32
+    correct: Array  # [B,G2] bool
+    alpha: Array  # [B] float32, Eq. 6; 0 where no guided response is correct
+
+
+def pack_batch(
+    batch: Batch,
+    *,
+    micro_batch: int,
+    alpha0: float = 0.5,
+    gamma: float = 0.1,
+    alpha_max: float = 0.8,
+    chunk: int = logprobs.CHUNK,
+) -> PackedBatch:
+    """Packs a batch of rollouts, all in host memory.
+
+    Args:
+      batch: B problems.
+      micro_batch: M, rows of packed tokens whose activations are held at once.
+      alpha0, gamma, alpha_max: of `losses.adaptive_weight`.
+      chunk: response tokens whose logits are held at once.
+    """
+    batch = jax.tree.map(np.asarray, batch)
+    auto, guided = batch.autonomous, batch.guided
+    problems, length = len(auto.rewards), batch.prompts.tokens.shape[1] + auto.tokens.shape[2]
+    unguided_length = max(length, batch.prompts.tokens.shape[1] + guided.tokens.shape[2])
+    guided_length = batch.guided_prompts.tokens.shape[1] + guided.tokens.shape[2]
+    prompts, guided_prompts = (
+        [tokens[mask] for tokens, mask in zip(*each, strict=True)] for each in (batch.prompts, batch.guided_prompts)
+    )
+
+    correct = guided.rewards >= 1
+    p_auto, p_guide = (group.rewards.mean(axis=1) for group in (auto, guided))
+    alpha = np.asarray(losses.adaptive_weight(p_auto, p_guide, alpha0, gamma, alpha_max))
+    alpha = np.where(correct.any(axis=1), alpha, 0.0).astype(np.float32)
+
+    def pack(owners, contexts, responses, lengths, most):
+        return packing.pack(
+            contexts, responses, owners, lengths=lengths, micro_batch=min(micro_batch, most), most=most, chunk=chunk
+        )
+
+    def pack_group(group, wanted, length):
+        owners = np.flatnonzero(wanted)
+        rows = np.unravel_index(owners, wanted.shape)
+        responses = [group.tokens[b, i, : group.lengths[b, i]] for b, i in zip(*rows, strict=True)]
+        packed = pack(owners, [[prompts[b] for b in rows[0]]], responses, [length], wanted.size)
+        return packed, packing.of_sequence(group.tokens.reshape(wanted.size, -1), packed)
+
+    autonomous, autonomous_tokens = pack_group(auto, np.ones_like(auto.rewards, bool), length)
+    # A single candidate is the target, whatever its score.
+    choice = correct & (correct.sum(axis=1) > 1)[:, None] & (alpha > 0)[:, None]
+    candidates, candidate_tokens = pack_group(guided, choice, unguided_length)
+    # Which candidate it is the update finds out; the longest fits.
+    weighted = np.flatnonzero(alpha > 0)
+    longest = np.where(correct, guided.lengths, 0).max(axis=1)
+    contexts = [[each[b] for b in weighted] for each in (prompts, guided_prompts)]
+    room = [np.zeros(longest[b], np.int32) for b in weighted]
+    return PackedBatch(
+        autonomous, autonomous_tokens, packing.of_sequence(auto.logp.reshape(auto.rewards.size, -1), autonomous),
+        candidates, candidate_tokens, pack(weighted, contexts, room, [unguided_length, guided_length], problems),
+        guided.tokens, auto.lengths, guided.lengths, auto.rewards, correct, alpha,
+    )  # fmt: skip
+
+
+def specs(batch: PackedBatch) -> PackedBatch:
+    """PartitionSpecs of a packed batch."""
+
+    def spec(field):
+        return packing.specs(field) if isinstance(field, Packed) else P(None, None, BATCH) if field.ndim == 4 else P()
+
+    return PackedBatch(*map(spec, batch))
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
@@ -67,198 +156,174 @@ def make_update(
     config: models.ModelConfig,
     optimizer: optax.GradientTransformation,
     *,
-    micro_batch: int,
     updates_per_batch: int = 1,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
     delta: float = 1.0,
-    alpha0: float = 0.5,
-    gamma: float = 0.1,
-    alpha_max: float = 0.8,
     dtype: Any = jnp.float32,
     remat: bool = False,
-    chunk: int = logprobs.CHUNK,
     shardings: TrainState | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, PackedBatch], tuple[TrainState, Metrics]]:
     """The jitted `update(state, batch) -> (state, metrics)` of Eq. 7; the state is donated.
 
     Args:
       config: shape of the model.
       optimizer: applied to the gradient of the mean loss over the B problems.
-      micro_batch: rows whose activations are held at once; it divides B * G1, B * G2 and B, or exceeds them.
       updates_per_batch: optimizer steps on the same batch; targets, weights and old log-probabilities stay fixed.
-      clip_low, clip_high, delta, alpha0, gamma, alpha_max: see `losses`.
+      clip_low, clip_high, delta: see `losses`.
       dtype, remat: see `models.apply`.
-      chunk: token positions whose logits are held at once.
       shardings: of the state, which stays where it is; None leaves it to the compiler.
     """
-    hidden_states = partial(response_hidden, config=config, dtype=dtype, remat=remat)
-    sequence_mean = jax.vmap(losses.sequence_mean)
+    logprobs_of = partial(response_logprobs, config=config, dtype=dtype, remat=remat)
+    hidden_of = partial(response_hidden, config=config, dtype=dtype, remat=remat)
 
-    def unguided_logprobs(params, rows):
-        """Log-probability and entropy `[R,T]` of each response token without the strategy, and the mask `[R,T]`."""
-        hidden, mask = hidden_states(params, rows["prompts"], rows)
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        head = models.head(params, config)
-        logp, entropy = logprobs.token_logprobs(flat, head, rows["tokens"].reshape(-1), chunk=chunk)
-        return logp.reshape(mask.shape), entropy.reshape(mask.shape), mask
-
-    def grpo_loss(params, rows):
-        """L_GRPO (Eq. 1) of each autonomous response `[R]`, and metrics `[R]`."""
-        logp, entropy, mask = unguided_logprobs(params, rows)
-        old_logp = rows.get("old_logp", jax.lax.stop_gradient(logp))
-        surrogate = partial(losses.clipped_surrogate, clip_low=clip_low, clip_high=clip_high)
-        loss = sequence_mean(jax.vmap(surrogate)(logp, old_logp, rows["advantage"]), mask)
+    def grpo_loss(params, micro):
+        """L_GRPO (Eq. 1), summed over the micro-batch's tokens, each with its share of the mean; and metrics."""
+        logp, entropy = logprobs_of(params, micro)
+        old_logp = micro.get("old_logp", jax.lax.stop_gradient(logp))
+        advantage, share = micro["advantage"], micro["share"]
+        tokens = (x.reshape(-1) for x in (logp, old_logp, advantage))
+        loss = jnp.sum(share.reshape(-1) * losses.clipped_surrogate(*tokens, clip_low, clip_high))
         ratio = jnp.exp(logp - old_logp)
-        clipped = jnp.where(rows["advantage"][:, None] > 0, ratio > 1 + clip_high, ratio < 1 - clip_low)
-        mismatch = jnp.where(mask, jnp.abs(old_logp - rows["sampler_logp"]), 0.0)
-        return loss, {
-            "loss_grpo": loss,
-            "entropy": sequence_mean(entropy, mask),
-            "ratio": sequence_mean(ratio, mask),
-            "clip_share": sequence_mean(clipped, mask),
-            "logp_mismatch": sequence_mean(mismatch, mask),
-            "logp_mismatch_max": mismatch.max(axis=-1),
-        }
+        clipped = jnp.where(advantage > 0, ratio > 1 + clip_high, ratio < 1 - clip_low)
+        mismatch = jnp.where(share > 0, jnp.abs(old_logp - micro["sampler_logp"]), 0.0)
+        means = {"entropy": entropy, "ratio": ratio, "clip_share": clipped, "logp_mismatch": mismatch}
+        metrics = {name: jnp.sum(share * value) for name, value in means.items()}
+        return loss, metrics | {"loss_grpo": loss, "logp_mismatch_max": mismatch.max()}
 
-    def distillation_loss(params, rows):
-        """alpha * L_KD (Eq. 3, 5) of each target `[R]`, zero where none was found, and metrics `[R]`."""
-        unguided, mask = hidden_states(params, rows["prompts"], rows)
-        guided, _ = hidden_states(jax.lax.stop_gradient(params), rows["guided_prompts"], rows)
-        guided, unguided = (hidden.reshape(-1, hidden.shape[-1]) for hidden in (guided, unguided))
-        token_kl = logprobs.token_kl(guided, unguided, models.head(params, config), chunk=chunk).reshape(mask.shape)
-        loss = jax.vmap(partial(losses.distillation_loss, delta=delta))(token_kl, mask)
-        loss = jnp.where(rows["found"], rows["alpha"] * loss, 0.0)
-        return loss, {
-            "loss_kd": loss,
-            "token_kl": sequence_mean(token_kl, mask),
-            "token_kl_max": jnp.where(mask, token_kl, 0.0).max(axis=-1),
-            "kl_clip_share": sequence_mean(token_kl > delta, mask),
-        }
+    def distillation_loss(params, micro):
+        """alpha * L_KD (Eq. 3, 5), summed in the same way; the metrics are over the targets that have weight."""
+        unguided = hidden_of(params, micro["rows"])
+        guided = hidden_of(jax.lax.stop_gradient(params), micro["guided_rows"])
+        head = models.head(params, config)
+        token_kl = logprobs.chunked_kl(guided, unguided, head, micro["chunks"]).reshape(micro["share"].shape)
+        token_kl = jnp.where(micro["share"] > 0, token_kl, 0.0)
+        kept = losses.kl_clip_mask(token_kl.reshape(-1), delta).reshape(token_kl.shape)
+        # Selected rather than multiplied, so that an infinite KL is dropped too instead of giving inf * 0.
+        loss = jnp.sum(micro["alpha"] * micro["share"] * jnp.where(kept > 0, token_kl, 0.0))
+        metrics = {"token_kl": jnp.sum(micro["share"] * token_kl), "token_kl_max": token_kl.max()}
+        return loss, metrics | {"loss_kd": loss, "kl_clip_share": jnp.sum(micro["share"] * (1 - kept))}
 
     def select(params, batch):
-        """Rows for both losses, with what stays fixed for the batch: advantages, o+ (Eq. 4), alpha (Eq. 6)."""
-        auto, guided = batch.autonomous, batch.guided
-        autonomous = _rows(batch.prompts, auto)
-        autonomous["sampler_logp"] = auto.logp.reshape(autonomous["tokens"].shape)
-        autonomous["advantage"] = jax.vmap(losses.group_advantages)(auto.rewards).reshape(-1)
+        """Micro-batches of both losses, with what stays fixed for the batch: advantages, o+ (Eq. 4), alpha (Eq. 6)."""
+        problems, count = batch.alpha.shape[0], batch.rewards.size
+        advantages = jax.vmap(losses.group_advantages)(batch.rewards).reshape(-1)
+        packed = batch.autonomous
+        autonomous = _micro_batches(packed, batch.lengths.reshape(-1), count) | {
+            "tokens": batch.autonomous_tokens,
+            "sampler_logp": batch.sampler_logp,
+            "advantage": advantages[packed.owner],
+        }
         if updates_per_batch > 1:
             autonomous["old_logp"] = in_micro_batches(
-                lambda rows: unguided_logprobs(params, rows)[0], autonomous, micro_batch
+                lambda micro: logprobs_of(params, micro)[0], packed.count, autonomous
             )
 
-        def sequence_logp(rows):
-            logp, _, mask = unguided_logprobs(params, rows)
-            return jnp.where(mask, logp, 0.0).sum(axis=-1)
+        def scores(micro):
+            logp = jnp.where(micro["share"] > 0, logprobs_of(params, micro)[0], 0.0)
+            return jax.ops.segment_sum(logp.reshape(-1), micro["owner"].reshape(-1), batch.correct.size)
 
-        scores = in_micro_batches(sequence_logp, _rows(batch.prompts, guided), micro_batch)
-        index, found = jax.vmap(losses.select_target)(scores.reshape(guided.lengths.shape), guided.rewards >= 1)
-        problem = jnp.arange(index.shape[0])
-        targets = {
-            "prompts": batch.prompts,
-            "guided_prompts": batch.guided_prompts,
-            "tokens": guided.tokens[problem, index],
-            "length": guided.lengths[problem, index],
-            "found": found,
-            "alpha": losses.adaptive_weight(
-                auto.rewards.mean(axis=1), guided.rewards.mean(axis=1), alpha0, gamma, alpha_max
-            ),
-        }
+        packed = batch.candidates
+        candidates = _micro_batches(packed, batch.guided_lengths.reshape(-1), count)
+        candidates |= {"tokens": batch.candidate_tokens, "owner": packed.owner}
+        summed = in_micro_batches(scores, packed.count, candidates).sum(axis=0)
+        index, _ = jax.vmap(losses.select_target)(summed.reshape(batch.correct.shape), batch.correct)
+        problem = jnp.arange(problems)
+        tokens, lengths = batch.guided_tokens[problem, index], batch.guided_lengths[problem, index]
+
+        packed = batch.targets
+        weighted = jnp.maximum((batch.alpha > 0).sum(), 1)
+        targets = _micro_batches(packed, lengths, weighted)
+        chosen = tokens[packed.owner, packed.index]
+        rows, guided_rows = (_with_responses(rows, packed.owner, chosen) for rows in packed.contexts)
+        targets |= {"rows": rows, "guided_rows": guided_rows, "alpha": batch.alpha[packed.owner] * weighted / problems}
         return autonomous, targets
 
     def update(state, batch):
         autonomous, targets = jax.lax.stop_gradient(select(state.params, batch))
 
         def optimise(state, _):
-            grpo_grads, grpo = accumulate(grpo_loss, state.params, autonomous, micro_batch)
-            kd_grads, kd = accumulate(distillation_loss, state.params, targets, micro_batch)
+            grpo_grads, grpo = accumulate(grpo_loss, state.params, batch.autonomous.count, autonomous)
+            kd_grads, kd = accumulate(distillation_loss, state.params, batch.targets.count, targets)
             state, grad_norm = apply_gradients(state, jax.tree.map(jnp.add, grpo_grads, kd_grads), optimizer)
-            return state, {**grpo, **kd, "grad_norm": grad_norm}
+            return state, {**grpo, **kd, "grad_norm": grad_norm, "loss": grpo["loss_grpo"] + kd["loss_kd"]}
 
         state, measured = jax.lax.scan(optimise, state, None, length=updates_per_batch)
-        metrics = _summary(measured, targets["found"]) | {
-            "alpha": jnp.where(targets["found"], targets["alpha"], 0.0).mean(),
-            "target_found": targets["found"].mean(),
-            "skipped": state.skipped,
-        }
-        return state.replace(step=state.step + 1), metrics
+        metrics = {name: values.max() if name.endswith("_max") else values.mean() for name, values in measured.items()}
+        metrics |= {"alpha": batch.alpha.mean(), "target_found": batch.correct.any(axis=1).mean()}
+        return state.replace(step=state.step + 1), metrics | {"skipped": state.skipped}
 
     return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def _rows(prompts: Prompts, group: Group) -> dict[str, Any]:
-    """The responses of B groups as R = B * G rows, each with its problem's prompt."""
-    size = group.lengths.shape[1]
-    return {
-        "prompts": jax.tree.map(lambda x: jnp.repeat(x, size, axis=0), prompts),
-        "tokens": group.tokens.reshape(-1, group.tokens.shape[-1]),
-        "length": group.lengths.reshape(-1),
-    }
+def _micro_batches(packed: Packed, lengths: jax.Array, count: Any) -> dict[str, Any]:
+    """What every loss reads of K micro-batches. A token's share of the mean of `count` sequence means is in `share`."""
+    length = lengths[packed.owner]
+    inside = (packed.owner >= 0) & (packed.index < length)
+    share = jnp.where(inside, 1.0 / (jnp.maximum(length, 1) * count), 0.0)
+    return {"rows": packed.contexts[0], "chunks": packed.chunks, "share": share}
 
 
-def _summary(measured: Metrics, found: jax.Array) -> Metrics:
-    """Scalars from per-row metrics `[updates,R]`; those of the KL are over problems that have a target."""
-    metrics = {name: value.max() if name.endswith("_max") else value.mean() for name, value in measured.items()}
-    for name in ("token_kl", "token_kl_max", "kl_clip_share"):
-        value = jnp.where(found, measured[name], 0.0)
-        metrics[name] = value.max() if name.endswith("_max") else value.mean(0).sum() / jnp.maximum(found.sum(), 1)
-    metrics["loss"] = metrics["loss_grpo"] + metrics["loss_kd"]
-    return metrics
+def _with_responses(rows: Rows, owner: jax.Array, tokens: jax.Array) -> Rows:
+    """The rows with `tokens` `[K,S,M,J]` where the response tokens stand: after the slots that predict them."""
+
+    def write(row, slots, owner, tokens):
+        places = jnp.where(owner >= 0, slots + 1, row.size)
+        return row.at[places.reshape(-1)].set(tokens.reshape(-1), mode="drop")
+
+    by_row = jax.vmap(jax.vmap(write, in_axes=(0, 1, 1, 1)))
+    return rows._replace(tokens=by_row(rows.tokens, rows.slots, owner, tokens))
 
 
-def response_hidden(
-    params: Any, prompts: Prompts, rows: dict[str, Any], *, config: models.ModelConfig, dtype: Any, remat: bool
+def response_hidden(params: Any, rows: Rows, *, config: models.ModelConfig, dtype: Any, remat: bool) -> jax.Array:
+    """Hidden states `[S,C,D]` that predict the response tokens of one micro-batch."""
+    hidden, _ = models.apply(params, config, rows.tokens, rows.positions, rows.segments, dtype=dtype, remat=remat)
+    chunks, count, _ = rows.slots.shape
+    picked = jnp.take_along_axis(hidden, rows.slots.swapaxes(0, 1).reshape(count, -1, 1), axis=1)
+    picked = picked.reshape(count, chunks, -1, hidden.shape[-1]).swapaxes(0, 1)
+    return constrain(picked.reshape(chunks, -1, hidden.shape[-1]), None, BATCH, None)
+
+
+def response_logprobs(
+    params: Any, micro: dict[str, Any], *, config: models.ModelConfig, dtype: Any, remat: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Hidden states `[R,T,D]` that predict each response token after its prompt, and the response mask `[R,T]`."""
-    mask = jnp.arange(rows["tokens"].shape[1]) < rows["length"][:, None]
-    tokens = jnp.concatenate([prompts.tokens, rows["tokens"]], axis=1)
-    seen = jnp.concatenate([prompts.mask, mask], axis=1)
-    hidden, _ = models.apply(params, config, tokens, models.positions_of(seen), seen, dtype=dtype, remat=remat)
-    return hidden[:, prompts.tokens.shape[1] - 1 : -1], mask
+    """Log-probability and entropy `[S,M,J]` of the response tokens `micro["tokens"]`; 0 in unused chunks."""
+    hidden = response_hidden(params, micro["rows"], config=config, dtype=dtype, remat=remat)
+    targets = micro["tokens"].reshape(hidden.shape[:2])
+    logp, entropy = logprobs.chunked_logprobs(hidden, models.head(params, config), targets, micro["chunks"])
+    return logp.reshape(micro["tokens"].shape), entropy.reshape(micro["tokens"].shape)
 
 
 def accumulate(
-    loss_fn: Callable[[Any, Any], tuple[jax.Array, Metrics]], params: Any, rows: Any, micro_batch: int
+    loss_fn: Callable[[Any, Any], tuple[jax.Array, Metrics]], params: Any, count: jax.Array, micro_batches: Any
 ) -> tuple[Any, Metrics]:
-    """Float32 gradient of the mean of `loss_fn(params, rows) -> (losses [R], metrics [R])`, one micro-batch at a time.
+    """Float32 gradient of the sum of `loss_fn(params, micro) -> (loss, metrics)` over the first `count` micro-batches.
 
-    Equal to the gradient over all rows at once. Returns (gradient, metrics `[R]`).
+    Returns (gradient, metrics): each metric is summed, or, when its name ends in "_max", the largest.
     """
-    count = jax.tree.leaves(rows)[0].shape[0]
 
-    def total(params, micro):
-        loss, metrics = loss_fn(params, micro)
-        return loss.sum() / count, metrics
+    def add(k, sums):
+        grads, metrics = jax.grad(loss_fn, has_aux=True)(params, _at(micro_batches, k))
+        merged = {
+            name: (jnp.maximum if name.endswith("_max") else jnp.add)(sums[1][name], metrics[name]) for name in metrics
+        }
+        return jax.tree.map(jnp.add, sums[0], grads), merged
 
-    def add(sums, micro):
-        grads, metrics = jax.grad(total, has_aux=True)(params, micro)
-        return jax.tree.map(jnp.add, sums, grads), metrics
-
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-    grads, metrics = jax.lax.scan(add, zeros, _split(rows, micro_batch))
-    return grads, _join(metrics)
+    metrics = jax.eval_shape(loss_fn, params, _at(micro_batches, 0))[1]
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (params, metrics))
+    return jax.lax.fori_loop(0, count, add, zeros)
 
 
-def in_micro_batches(fn: Callable[[Any], Any], rows: Any, micro_batch: int) -> Any:
-    """`fn(rows)` over micro-batches of the leading axis, without gradient."""
-    return _join(jax.lax.map(fn, _split(rows, micro_batch)))
+def in_micro_batches(fn: Callable[[Any], jax.Array], count: jax.Array, micro_batches: Any) -> jax.Array:
+    """`fn(micro)` of the first `count` micro-batches, without gradient: `[K,...]`, 0 in the others."""
+    one = jax.eval_shape(fn, _at(micro_batches, 0))
+    total = jax.tree.leaves(micro_batches)[0].shape[0]
+    out = jnp.zeros((total, *one.shape), one.dtype)
+    return jax.lax.fori_loop(0, count, lambda k, out: out.at[k].set(fn(_at(micro_batches, k))), out)
 
 
-def _split(rows: Any, micro_batch: int) -> Any:
-    count = jax.tree.leaves(rows)[0].shape[0]
-    size = min(micro_batch, count)
-    if count % size:
-        raise ValueError(f"micro_batch={micro_batch} must divide the number of rows, {count}")
-
-    def split(x):
-        # Strided, so that rows sharded over devices stay spread over them within every micro-batch.
-        return constrain(x.reshape(size, -1, *x.shape[1:]).swapaxes(0, 1), None, BATCH)
-
-    return jax.tree.map(split, rows)
-
-
-def _join(rows: Any) -> Any:
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), rows)
+def _at(micro_batches: Any, k: Any) -> Any:
+    return jax.tree.map(lambda x: x[k], micro_batches)
 
 
 def apply_gradients(

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from test_train_step import make_params
 
 from sgpo_jax import models, optim, sharding
-from sgpo_jax.train_step import Batch, Group, Prompts, init_state, make_update
+from sgpo_jax.train_step import Batch, Group, Prompts, init_state, make_update, pack_batch, specs
 
 # Dimensions that 8 divides, so that every mesh applies; 2 key/value heads, so that tensor=4 and 8 split a head.
 CONFIG = models.ModelConfig(
@@ -50,9 +50,10 @@ def train(mesh):
     with jax.set_mesh(mesh):
         shardings = sharding.tree_shardings(state, mesh)
         state = jax.device_put(state, shardings)
-        update = make_update(CONFIG, tx, micro_batch=8, chunk=16, shardings=shardings)
+        update = make_update(CONFIG, tx, shardings=shardings)
         for step in range(3):
-            state, metrics = update(state, sharding.put_rows(make_batch(step), mesh))
+            packed = pack_batch(make_batch(step), micro_batch=8, chunk=16)
+            state, metrics = update(state, sharding.put(packed, specs(packed), mesh))
             losses.append(float(metrics["loss"]))
         leaf = state.params["layers"]["gate"]["kernel"]
         assert leaf.sharding.is_equivalent_to(shardings.params["layers"]["gate"]["kernel"], leaf.ndim)
