@@ -35,6 +35,10 @@ def base() -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.train = ""  # problems with solutions and strategies: see data.load
+    # Problems that are there twice, and those that share 13 words in a row with a problem of eval.sets, are counted and
+    # named in any case. Several responses to one problem may be meant; training on what is evaluated never is.
+    config.data.remove_duplicates = False
+    config.data.decontaminate = True
     config.data.sft_share = 1 / 3  # share of the problems kept for the warm-up; Sec. 4.1
     config.data.instruction = "default"  # closing line of every prompt; "default" is prompts.INSTRUCTION
     config.data.max_prompt_tokens = 1024  # tokens; longer prompts are left out, and counted
@@ -293,6 +297,9 @@ def _check_files(config: ConfigDict) -> None:
     fields += [f"eval.sets.{name}.source" for name in config.eval.sets]
     for field in fields:
         value = _get(config, field)
-        local = value.startswith((".", "/", "~")) or value.endswith((".jsonl", ".parquet", ".gguf"))
-        if local and not Path(value).expanduser().exists():
-            raise ValueError(f"config.{field}={value!r}: there is no such file or folder")
+        # Data sources may be several, each with options; see data.load.
+        for part in value.split(";") if not field.startswith("model.") else [value]:
+            name = part.partition("?")[0].strip()
+            local = name.startswith((".", "/", "~")) or name.endswith((".jsonl", ".parquet", ".gguf"))
+            if local and not Path(name).expanduser().exists():
+                raise ValueError(f"config.{field}={value!r}: there is no such file or folder as {name!r}")

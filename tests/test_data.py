@@ -40,10 +40,14 @@ def test_jsonl_keeps_known_fields_in_order(tmp_path):
         ("{", r":2: not valid JSON"),
         (b"\xff\xfe{}".decode("latin-1").encode("latin-1"), r":2: not valid JSON"),
         ("[1]", r":2: a list; allowed: a JSON object"),
-        ({"problem": "p", "answer": "1"}, r":2: field 'id' is missing; allowed: a non-empty string"),
-        ({"id": "x", "answer": "1"}, r":2: field 'problem' is missing"),
+        ({"problem": "p", "answer": "1"}, r":2: field 'id' is missing; the row has problem, answer"),
+        ({"id": "x", "answer": "1"}, r":2: field 'problem' is missing; the row has id, answer"),
         ({"id": "x", "problem": "p"}, r":2: field 'answer' is missing"),
-        ({"id": "x", "problem": "p", "answer": 5}, r":2: field 'answer' is 5; allowed: a non-empty string"),
+        ({"id": "x", "problem": "p", "answer": True}, r":2: field 'answer' is True; allowed: a non-empty string or"),
+        ('{"id": "x", "problem": "p", "answer": NaN}', r":2: field 'answer' is nan"),
+        ({"id": "x", "problem": 5, "answer": "1"}, r":2: field 'problem' is 5; allowed: .*messages with one of"),
+        ({"id": "x", "problem": "p" * 9999, "answer": {}}, r":2: field 'answer' is {}"),
+        ({"id": "x", "problem": ["p" * 9999], "answer": "1"}, r":2: field 'problem' is \['p{198}\.\.\.; allowed"),
         ({"id": "x", "problem": " ", "answer": "1"}, r":2: field 'problem' is ' '"),
         ({"id": None, "problem": "p", "answer": "1"}, r":2: field 'id' is None"),
         (row(5, strategy=""), r":2: field 'strategy' is ''"),
@@ -80,9 +84,9 @@ def test_parquet_and_folders(tmp_path):
 def test_missing_files_and_strange_sources(tmp_path):
     with pytest.raises(ValueError, match="there is no such file"):
         data.load(str(tmp_path / "absent.jsonl"))
-    with pytest.raises(ValueError, match="the folder has no .jsonl or .parquet file"):
+    with pytest.raises(ValueError, match=r"the folder has no .jsonl or .parquet file named \*"):
         data.load(str(tmp_path))
-    for source in ("", "what is this?", str(tmp_path / "absent")):
+    for source in ("", "what is this", str(tmp_path / "absent"), "owner/sums:split=test"):
         with pytest.raises(ValueError, match="allowed: a .jsonl or .parquet file, a folder of them"):
             data.load(source)
 
@@ -151,16 +155,16 @@ def test_hugging_face_datasets(monkeypatch):
         return table
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows = data.load("owner/sums:split=test,name=main,problem=question")
+    rows = data.load("owner/sums?split=test,name=main,problem=question")
     assert calls == [(("owner/sums", "main"), {"split": "test"})]
     assert rows == [{"id": f"owner/sums/test/{i}", "problem": f"{i}?", "answer": f"{i}"} for i in range(3)]
-    assert data.load("sums:problem=question,id=answer")[2]["id"] == "2"
+    assert data.load("sums?problem=question,id=answer")[2]["id"] == "2"
     with pytest.raises(ValueError, match="field 'problem' is missing"):
         data.load("owner/sums")
-    with pytest.raises(ValueError, match="column 'task'; allowed: question, answer, extra"):
-        data.load("owner/sums:problem=task")
-    with pytest.raises(ValueError, match="option 'spilt'; allowed: split, name, id"):
-        data.load("owner/sums:spilt=test")
+    with pytest.raises(ValueError, match=r"row 0: field 'problem' \(from 'task'\) is missing; the row has question, "):
+        data.load("owner/sums?problem=task")
+    with pytest.raises(ValueError, match="option 'spilt'; allowed: split, name, schema, id"):
+        data.load("owner/sums?spilt=test")
 
 
 @pytest.mark.parametrize(
@@ -204,16 +208,6 @@ def test_splits_are_pinned():
     rows = [row(i) for i in range(12)]
     assert [r["id"] for r in data.split_sft(rows)[0]] == ["p2", "p4", "p11"]
     assert [r["id"] for r in data.split_validation(rows, 0.3)[1]] == ["p2", "p8", "p9", "p11"]
-
-
-def test_filter_by_length_counts_everything():
-    rows = [row(i) for i in range(5)]
-    prompts = [[0] * n for n in (3, 4, 5, 5, 1)]
-    responses = [[0] * n for n in (9, 2, 9, 1, 2)]
-    kept, counts = data.filter_by_length(rows, prompt=(prompts, 4), response=(responses, 2))
-    assert kept == [rows[1], rows[4]]
-    assert counts == {"kept": 2, "prompt_too_long": 2, "response_too_long": 1}
-    assert data.filter_by_length(rows, prompt=(prompts, 5)) == (rows, {"kept": 5, "prompt_too_long": 0})
 
 
 # Batches
