@@ -293,6 +293,11 @@ def test_existing_files_and_names_elsewhere_pass(config, tmp_path):
     config.data.train = str(file)
     config.sft.train = "someone/some-data"
     configs.check(config)
+    config.data.train = f"{file}?problem=question,answer=final.0; {tmp_path}?files=*.jsonl"
+    configs.check(config)
+    config.data.train = f"{file};{tmp_path}/none.jsonl?problem=question"
+    with pytest.raises(ValueError, match=re.escape(f"there is no such file or folder as '{tmp_path}/none.jsonl'")):
+        configs.check(config)
 
 
 @pytest.mark.parametrize(
