@@ -205,6 +205,13 @@ def check(config: ConfigDict) -> None:
         _check_micro_batch(config, "rl.micro_batch", counts)
     for stage in ("rl", "eval"):
         need(f"{stage}.top_p", 0 < _get(config, f"{stage}.top_p") <= 1, "above 0 and at most 1")
+    for name, given in config.eval.sets.items():  # training reads them too, for contamination
+        field = f"eval.sets.{name}"
+        complete = isinstance(given, ConfigDict) and set(given) == {"source", "samples"}
+        need(field, complete, "ConfigDict(source=..., samples=...)")
+        # Unlike the fields of `base`, these have no type that the ConfigDict would hold them to.
+        need(f"{field}.source", isinstance(given.source, str) and bool(given.source), "a source: see data.load")
+        need(f"{field}.samples", isinstance(given.samples, int) and given.samples >= 1, "a whole number from 1")
     if "eval" in stages or config.rl.eval_every:
         need("eval.sets", len(config.eval.sets) > 0, "at least one name -> ConfigDict(source=..., samples=...)")
         whole(1, "eval.batch", "eval.max_new_tokens")
@@ -212,13 +219,7 @@ def check(config: ConfigDict) -> None:
         within(0.0, float("inf"), "eval.temperature")
         greedy = config.eval.temperature == 0
         for name, given in config.eval.sets.items():
-            field = f"eval.sets.{name}"
-            complete = isinstance(given, ConfigDict) and set(given) == {"source", "samples"}
-            need(field, complete, "ConfigDict(source=..., samples=...)")
-            # Unlike the fields of `base`, these have no type that the ConfigDict would hold them to.
-            need(f"{field}.source", isinstance(given.source, str) and bool(given.source), "a source: see data.load")
-            need(f"{field}.samples", isinstance(given.samples, int) and given.samples >= 1, "a whole number from 1")
-            need(f"{field}.samples", not greedy or given.samples == 1, "1 when eval.temperature is 0")
+            need(f"eval.sets.{name}.samples", not greedy or given.samples == 1, "1 when eval.temperature is 0")
     for axis in ("data", "fsdp", "tensor"):
         need(f"mesh.{axis}", config.mesh[axis] == -1 or config.mesh[axis] >= 1, "-1 or at least 1")
     _check_files(config)

@@ -196,7 +196,8 @@ def sift(source: str, evaluation: Mapping[str, str], *, remove_duplicates: bool,
     sets = {name: load(chosen) for name, chosen in evaluation.items()}
     for name, hits in cleaning.contaminated(sieve.rows, sets).items():
         sieve.leave_out(f"in {name}", hits.same, keep=not decontaminate)
-        sieve.leave_out(f"a common phrase of {name}", hits.phrase, keep=True)
+        if hits.phrase:
+            sieve.leave_out(f"a common phrase of {name}", hits.phrase, keep=True)
     return sieve
 
 

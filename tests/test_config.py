@@ -236,6 +236,9 @@ def test_malformed_evaluation_sets_are_refused(config, given, allowed):
         configs.check(config)
     assert str(error.value).startswith("config.eval.sets.other")
     assert "\n" not in str(error.value)
+    config.stages, config.rl.eval_every = ("rl",), 0  # reads the sets for contamination
+    with pytest.raises(ValueError, match=re.escape(allowed)):
+        configs.check(config)
 
 
 def test_evaluation_needs_a_set(config):
