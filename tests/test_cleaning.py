@@ -285,6 +285,24 @@ def test_both_stages_account_for_every_row(tmp_path, policy, capsys):
     assert {"leaked"} == {row["id"] for row in others} & {"leaked", "again"}
 
 
+def test_the_warm_up_leaves_out_what_the_template_has_opened(tmp_path, policy, monkeypatch):
+    """`tokenizer.continuation` has its own test; this one sees that the warm-up asks it, with the row's prompt."""
+    asked = {}
+
+    def continuation(tokenizer, prompt, solution):
+        asked[solution] = prompt
+        return " 7"
+
+    monkeypatch.setattr(sft.tokenizers, "continuation", continuation)
+    fields = small_config()
+    fields.sft.train = "arithmetic:train,count=30"
+    training, validation, encoded = sft.load_rows(fields, tmp_path, policy)
+    for row in training + validation:
+        prompt, response = encoded[row["id"]]
+        assert asked[row["solution"]] == prompt
+        assert response == sft.tokenizers.encode_response(policy.tokenizer, " 7", policy.stop_ids[0])
+
+
 def test_a_stage_with_checkpoints_refuses_other_rows(tmp_path, policy):
     fields = small_config()
     fields.data.train = "arithmetic:train,count=30"

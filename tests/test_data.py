@@ -484,6 +484,18 @@ def test_a_step_is_a_function_of_seed_and_step():
     assert first[100_000] == again[100_000]
 
 
+@given(st.integers(1, 30), st.data())
+def test_resuming_at_any_step_gives_the_batches_of_the_whole_run(count, draw):
+    """A checkpoint stores the step only: a fresh sequence, entered anywhere, goes on as the first one did."""
+    rows = [row(i) for i in range(count)]
+    size, seed = draw.draw(st.integers(1, count)), draw.draw(st.integers(0, 2**32 - 1))
+    begun = data.batches(rows, size, seed)
+    whole = [[r["id"] for r in begun[step]] for step in range(8)]
+    first = draw.draw(st.integers(0, 7))
+    resumed = data.batches([dict(r) for r in rows], size, seed)
+    assert [[r["id"] for r in resumed[step]] for step in range(first, 8)] == whole[first:]
+
+
 def test_batches_are_the_same_in_another_process():
     program = (
         "from sgpo_jax import data; rows = [{'id': str(i)} for i in range(50)]; "
