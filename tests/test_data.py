@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgpo_jax import data, rewards
@@ -484,6 +484,7 @@ def test_a_step_is_a_function_of_seed_and_step():
     assert first[100_000] == again[100_000]
 
 
+@settings(max_examples=20)
 @given(st.integers(1, 30), st.data())
 def test_resuming_at_any_step_gives_the_batches_of_the_whole_run(count, draw):
     """A checkpoint stores the step only: a fresh sequence, entered anywhere, goes on as the first one did."""
