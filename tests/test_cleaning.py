@@ -111,8 +111,9 @@ def test_a_telling_run_counts_beside_a_phrase():
 def test_a_row_is_found_in_the_first_set_that_has_it():
     text = " ".join(WORDS)
     sets = {"none": rows("x"), "one": rows(text, prefix="a"), "two": rows(text, prefix="b")}
-    hits = cleaning.contaminated(rows(text), sets)
-    assert {name: hit.same for name, hit in hits.items()} == {"none": {}, "one": {"r0": "a0"}, "two": {}}
+    for found in (text, f"Again: {text}"):
+        hits = cleaning.contaminated(rows(found), sets)
+        assert {name: hit.same for name, hit in hits.items()} == {"none": {}, "one": {"r0": "a0"}, "two": {}}
 
 
 def test_the_embedded_world_is_not_contaminated():

@@ -41,6 +41,7 @@ def test_jsonl_keeps_known_fields_in_order(tmp_path):
     [
         ("{", r":2: not valid JSON"),
         (b"\xff\xfe{}".decode("latin-1").encode("latin-1"), r":2: not valid JSON"),
+        ("[" * 100_000, r":2: not valid JSON"),
         ("[1]", r":2: a list; allowed: a JSON object"),
         ({"problem": "p", "answer": "1"}, r":2: field 'id' is missing; the row has problem, answer"),
         ({"id": "x", "answer": "1"}, r":2: field 'problem' is missing; the row has id, answer"),
@@ -81,6 +82,12 @@ def test_parquet_and_folders(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist([row(7), row(0)]), tmp_path / "c.parquet")
     with pytest.raises(ValueError, match=r"c\.parquet:2: field 'id' is 'p0', which .*a\.jsonl:1 has too"):
         data.load(str(tmp_path))
+
+
+def test_the_home_folder_may_be_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "a.jsonl", row(0))
+    assert data.load("~/a.jsonl") == data.load("~?files=a*") == [row(0)]
 
 
 def test_missing_files_and_strange_sources(tmp_path):

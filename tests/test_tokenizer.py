@@ -72,6 +72,8 @@ def test_a_response_does_not_repeat_what_the_template_has_opened(opening):
     for text in ("<think>\nso", "<think>so", "so <think>\n", "<think>\n<think>\n"):
         expected = text.removeprefix("<think>\n") if opening == "<think>\n" else text
         assert tokenizer.continuation(tok, prompt, text) == expected
+    letter_by_letter = tok.convert_tokens_to_ids([*"<think>", "\u010a"])  # a model that has no token for it
+    assert tokenizer.continuation(tok, prompt + letter_by_letter, "<think>\nso") == "so"
 
 
 @pytest.mark.parametrize(
