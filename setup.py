@@ -39,7 +39,7 @@ EXTRAS = {
     "smollm2": ["gguf>=0.19.0"],
     "gym": ["reasoning-gym>=0.1.25"],  # procedurally generated text problems
     "hub": ["datasets>=5.0"],  # parquet files and data sets of the Hugging Face hub
-    "tfds": ["tensorflow-datasets>=4.9.10"],  # for data pipelines of one's own; runs without TensorFlow
+    "tfds": ["tensorflow-datasets>=4.9.10"],  # data sets of TFDS, read without TensorFlow
     "tpu": ["jax[tpu]>=0.10.2"],
     "gpu": ["jax[cuda13]>=0.10.2"],  # driver 580 or newer; with an older one install jax[cuda12]
 }

@@ -35,6 +35,10 @@ def base() -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.train = ""  # problems with solutions and strategies: see data.load
+    # Problems that are there twice, and those that share 13 words in a row with a problem of eval.sets, are counted and
+    # named in any case. Several responses to one problem may be meant; training on what is evaluated never is.
+    config.data.remove_duplicates = False
+    config.data.decontaminate = True
     config.data.sft_share = 1 / 3  # share of the problems kept for the warm-up; Sec. 4.1
     config.data.instruction = "default"  # closing line of every prompt; "default" is prompts.INSTRUCTION
     config.data.max_prompt_tokens = 1024  # tokens; longer prompts are left out, and counted
@@ -201,6 +205,13 @@ def check(config: ConfigDict) -> None:
         _check_micro_batch(config, "rl.micro_batch", counts)
     for stage in ("rl", "eval"):
         need(f"{stage}.top_p", 0 < _get(config, f"{stage}.top_p") <= 1, "above 0 and at most 1")
+    for name, given in config.eval.sets.items():  # training reads them too, for contamination
+        field = f"eval.sets.{name}"
+        complete = isinstance(given, ConfigDict) and set(given) == {"source", "samples"}
+        need(field, complete, "ConfigDict(source=..., samples=...)")
+        # Unlike the fields of `base`, these have no type that the ConfigDict would hold them to.
+        need(f"{field}.source", isinstance(given.source, str) and bool(given.source), "a source: see data.load")
+        need(f"{field}.samples", isinstance(given.samples, int) and given.samples >= 1, "a whole number from 1")
     if "eval" in stages or config.rl.eval_every:
         need("eval.sets", len(config.eval.sets) > 0, "at least one name -> ConfigDict(source=..., samples=...)")
         whole(1, "eval.batch", "eval.max_new_tokens")
@@ -208,13 +219,7 @@ def check(config: ConfigDict) -> None:
         within(0.0, float("inf"), "eval.temperature")
         greedy = config.eval.temperature == 0
         for name, given in config.eval.sets.items():
-            field = f"eval.sets.{name}"
-            complete = isinstance(given, ConfigDict) and set(given) == {"source", "samples"}
-            need(field, complete, "ConfigDict(source=..., samples=...)")
-            # Unlike the fields of `base`, these have no type that the ConfigDict would hold them to.
-            need(f"{field}.source", isinstance(given.source, str) and bool(given.source), "a source: see data.load")
-            need(f"{field}.samples", isinstance(given.samples, int) and given.samples >= 1, "a whole number from 1")
-            need(f"{field}.samples", not greedy or given.samples == 1, "1 when eval.temperature is 0")
+            need(f"eval.sets.{name}.samples", not greedy or given.samples == 1, "1 when eval.temperature is 0")
     for axis in ("data", "fsdp", "tensor"):
         need(f"mesh.{axis}", config.mesh[axis] == -1 or config.mesh[axis] >= 1, "-1 or at least 1")
     _check_files(config)
@@ -293,6 +298,9 @@ def _check_files(config: ConfigDict) -> None:
     fields += [f"eval.sets.{name}.source" for name in config.eval.sets]
     for field in fields:
         value = _get(config, field)
-        local = value.startswith((".", "/", "~")) or value.endswith((".jsonl", ".parquet", ".gguf"))
-        if local and not Path(value).expanduser().exists():
-            raise ValueError(f"config.{field}={value!r}: there is no such file or folder")
+        # Data sources may be several, each with options; see data.load.
+        for part in value.split(";") if not field.startswith("model.") else [value]:
+            name = part.partition("?")[0].strip()
+            local = name.startswith((".", "/", "~")) or name.endswith((".jsonl", ".parquet", ".gguf"))
+            if local and not Path(name).expanduser().exists():
+                raise ValueError(f"config.{field}={value!r}: there is no such file or folder as {name!r}")

@@ -3,28 +3,52 @@
 A row is a dict of strings: `id`, `problem`, `answer` always; `solution` (the expert's response),
 `strategy`, `source`, `level` where they exist. Other fields are left out.
 
-A source is a string, several are joined with ";":
+A source is a string, several are joined with ";". Data sets take options after "?":
 
-    problems.jsonl, problems.parquet, or a folder of such files
+    problems.jsonl, problems.parquet               a file
+    folder?files=train-*                           the .jsonl and .parquet files of a folder, or those of that name
+    owner/name?split=train,name=main               a Hugging Face dataset, its split and configuration
+    tfds:name?split=train,data_dir=folder          a TFDS dataset in array_record files; TensorFlow is not needed
     arithmetic:train,count=4096,seed=1             the embedded world (or eval, or pretraining)
     reasoning_gym:gcd,chain_sum,count=500,seed=1   generated text problems; split=eval for others
-    owner/name:split=train,problem=question        a Hugging Face dataset, with its column names
+
+In a data set the fields may have other names and lie deeper: `problem=question`, `answer=reward_model.ground_truth`,
+`problem=prompt.1.content` (a list's items count from 0, or from -1 backwards). Where a problem or a solution is a list
+of messages, it is the last one of the user, or of the assistant. `schema=luffy` stands for the names of the LUFFY set
+(see SCHEMAS); further options add to it. A number is accepted as id, answer or level, and written out exactly.
+`solution=` (nothing) leaves an optional field unread.
+
+A source whose first row has no `id` gets numbers for ids: FILE/LINE, or NAME/SPLIT/NUMBER for the hub and TFDS; so does
+one with the option `id=` (nothing).
 """
 
 import hashlib
-import json
 import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 import grain
 
-from sgpo_jax.problems import arithmetic, gym
+from sgpo_jax import cleaning, sources
 
 REQUIRED = ("id", "problem", "answer")
 OPTIONAL = ("solution", "strategy", "source", "level")
-_SUFFIXES = (".jsonl", ".parquet")
+NUMBERS = ("id", "answer", "level")  # fields where a number is as good as its text
+ROLES = {"problem": "user", "solution": "assistant"}
+# Names of fields in well-known sets; fields of ours that they do not have may be absent.
+SCHEMAS = {
+    # Elliott/Openr1-Math-46k-8192. Of the prompt only the user's message counts, since prompts are made here; a null
+    # target is a problem without solution. The target's leading "<think>\n" stays: whether the model has to write it
+    # depends on its chat template, so the warm-up decides (tokenizer.continuation). Its data_source is always empty.
+    "luffy": {
+        "id": "extra_info.index",
+        "problem": "prompt",
+        "answer": "reward_model.ground_truth",
+        "solution": "target",
+    },
+}
+_ABSENT = object()
 
 
 def load(source: str) -> list[dict]:
@@ -34,179 +58,147 @@ def load(source: str) -> list[dict]:
         ValueError: an unknown source or option, or a wrong row: the message names file and line,
             field, value, and what is allowed.
     """
-    rows: list[dict] = []
+    return [row for rows in load_parts(source).values() for row in rows]
+
+
+def load_parts(source: str) -> dict[str, list[dict]]:
+    """`load`, each of the joined sources by itself."""
+    parts: dict[str, list[dict]] = {}
     places: dict[str, str] = {}
-    for part in source.split(";"):
-        for place, raw in _read(part.strip()):
-            row = _checked(raw, place)
+    for part in map(str.strip, source.split(";")):
+        rows = parts.setdefault(part, [])
+        for place, row in _read(part):
             if row["id"] in places:
                 raise ValueError(
                     f"{place}: field 'id' is {row['id']!r}, which {places[row['id']]} has too; "
-                    "allowed: a different id for every problem"
+                    "allowed: a different id for every problem ('id=' in a source's options numbers its rows)"
                 )
             places[row["id"]] = place
             rows.append(row)
-    return rows
+    return parts
 
 
-def _read(source: str) -> Iterator[tuple[str, Any]]:
-    """(place, unchecked row) for every row of one source."""
-    name, _, rest = source.partition(":")
-    path = Path(source)
-    if name == "arithmetic":
-        rows: Any = enumerate(_arithmetic(source, rest))
-    elif name == "reasoning_gym":
-        rows = enumerate(_reasoning_gym(source, rest))
-    elif source and path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.suffix in _SUFFIXES)
-        if not files:
-            raise ValueError(f"source {source!r}: the folder has no .jsonl or .parquet file")
-        for file in files:
-            yield from _read_file(file)
-        return
-    elif path.suffix in _SUFFIXES:
-        yield from _read_file(path)
-        return
-    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        rows = _hub(source, name, rest)
+def _read(source: str) -> Iterator[tuple[str, dict]]:
+    """(place, checked row) for every row of one source."""
+    options, rows = sources.read(source, ("schema", *REQUIRED, *OPTIONAL))
+    schema = options.pop("schema", None)
+    if schema is not None and schema not in SCHEMAS:
+        raise ValueError(f"source {source!r}: schema is {schema!r}; allowed: {', '.join(SCHEMAS)}")
+    for field in ("problem", "answer"):
+        if options.get(field) == "":
+            raise ValueError(f"source {source!r}: option {field} is empty; allowed: the name of a field")
+    paths = {field: field for field in REQUIRED + OPTIONAL} | SCHEMAS.get(schema or "", {}) | options
+    unseen = {field for field, path in options.items() if path}
+    names, numbered = "", False
+    for i, (place, number, raw) in enumerate(rows):
+        if not isinstance(raw, dict):
+            raise ValueError(f"{place}: a {type(raw).__name__}; allowed: a JSON object")
+        found = {field: _find(raw, path) for field, path in paths.items() if path}
+        if i == 0:
+            names = ", ".join(raw)
+            numbered = "id" not in options and found["id"] is _ABSENT or not paths["id"]
+        if numbered:
+            found["id"] = number
+        unseen -= {field for field, value in found.items() if value is not _ABSENT}
+        yield place, _checked(found, paths, place, raw)
+    if names and unseen:
+        wrong = ", ".join(f"{field}={paths[field]}" for field in sorted(unseen))
+        raise ValueError(f"source {source!r}: no row has {wrong}; the first row has {names}")
+
+
+def _find(value: Any, path: str) -> Any:
+    """What lies at a dotted path: `_ABSENT` where a step leads nowhere, None from a null on."""
+    if isinstance(value, Mapping) and path in value:  # also a name with dots in it
+        return value[path]
+    step, dot, rest = path.partition(".")
+    if value is None:
+        return None
+    if isinstance(value, Mapping) and step in value:
+        inner = value[step]
+    elif isinstance(value, list) and re.fullmatch(r"-?\d{1,9}", step) and -len(value) <= int(step) < len(value):
+        inner = value[int(step)]
     else:
-        raise ValueError(
-            f"source {source!r}; allowed: a .jsonl or .parquet file, a folder of them, "
-            "arithmetic:..., reasoning_gym:..., or a Hugging Face dataset id with its options"
-        )
-    for number, row in rows:
-        yield f"{source}, row {number}", row
+        return _ABSENT
+    return _find(inner, rest) if dot else inner
 
 
-def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
-    if not path.is_file():
-        raise ValueError(f"source {str(path)!r}: there is no such file")
-    if path.suffix == ".parquet":
-        try:
-            import pyarrow.parquet as parquet
-        except ImportError as error:
-            raise ImportError(f"{path}: reading parquet needs the extra 'hub'") from error
-        for number, row in enumerate(parquet.read_table(path).to_pylist(), start=1):
-            yield f"{path}:{number}", row
-        return
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield f"{path}:{number}", json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: not valid JSON ({error})") from error
-
-
-def _checked(row: Any, place: str) -> dict:
-    """The row's known fields, as strings; None stands for an absent optional field."""
-    if not isinstance(row, dict):
-        raise ValueError(f"{place}: a {type(row).__name__}; allowed: a JSON object")
+def _checked(found: Mapping[str, Any], paths: Mapping[str, str], place: str, raw: Mapping) -> dict:
+    """The fields as strings; one that is null or absent is left out if it is optional."""
     checked = {}
-    for field in REQUIRED + OPTIONAL:
-        value = row.get(field)
-        if value is None and field in OPTIONAL:
+    for field, value in found.items():
+        if field in OPTIONAL and (value is None or value is _ABSENT):
             continue
-        if field == "level" and isinstance(value, int) and not isinstance(value, bool):
-            value = str(value)
-        if not isinstance(value, str) or not value.strip():
-            found = repr(value) if field in row else "missing"
-            raise ValueError(f"{place}: field '{field}' is {found}; allowed: a non-empty string")
-        checked[field] = value
+        text = _text(field, value)
+        if text is None or not text.strip():
+            name = f"'{field}'" if paths[field] in ("", field) else f"'{field}' (from {paths[field]!r})"
+            if value is _ABSENT:
+                raise ValueError(f"{place}: field {name} is missing; the row has {_short(', '.join(raw))}")
+            raise ValueError(f"{place}: field {name} is {_short(repr(value))}; allowed: {_allowed(field)}")
+        checked[field] = text
     return checked
 
 
-def _options(source: str, text: str) -> tuple[list[str], dict[str, Any]]:
-    """(plain words, options) of "word,key=value,..."; values may be numbers, true and false."""
-    words: list[str] = []
-    options: dict[str, Any] = {}
-    for item in filter(None, (part.strip() for part in text.split(","))):
-        key, equals, value = item.partition("=")
-        if not equals:
-            words.append(item)
-        elif key in options:
-            raise ValueError(f"source {source!r}: option {key} is there twice; allowed: once")
-        else:
-            options[key] = _value(value)
-    for key in ("count", "seed"):
-        if key in options and type(options[key]) is not int:
-            raise ValueError(f"source {source!r}: {key} is {options[key]!r}; allowed: an integer")
-    return words, options
+def _allowed(field: str) -> str:
+    """What `_text` accepts, in words."""
+    allowed = "a non-empty string"
+    if field in NUMBERS:
+        allowed += " or a number"
+    if field in ROLES:
+        allowed += f", or messages with one of the {ROLES[field]}"
+    return allowed
 
 
-def _value(text: str) -> int | float | bool | str:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+def _text(field: str, value: Any) -> str | None:
+    """A field's value as text, or None if it cannot be: see the module's text for numbers and messages."""
+    if field in ROLES and not isinstance(value, str):
+        value = _last_message(value, ROLES[field])
+    if field in NUMBERS and isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+        if isinstance(value, int):
+            return str(value)
+        number = Decimal(str(value))
+        if number.is_finite():
+            # Without an exponent, unless that would be a very long text.
+            return format(number, "f") if abs(number.adjusted()) <= 100 else str(number)
+    return value if isinstance(value, str) else None
 
 
-def _reject_unknown(source: str, options: dict, allowed: Sequence[str]) -> None:
-    for key in options:
-        if key not in allowed:
-            raise ValueError(f"source {source!r}: option {key!r}; allowed: {', '.join(allowed)}")
+def _last_message(value: Any, role: str) -> Any:
+    """The content of the role's last message, or None."""
+    if isinstance(value, Mapping):  # some readers give a list of mappings as a mapping of lists
+        contents, roles = value.get("content"), value.get("role")
+        if not (isinstance(contents, list) and isinstance(roles, list) and len(contents) == len(roles)):
+            return None
+        value = [{"role": r, "content": content} for r, content in zip(roles, contents, strict=True)]
+    if not isinstance(value, list):
+        return None
+    texts = [turn.get("content") for turn in value if isinstance(turn, Mapping) and turn.get("role") == role]
+    return texts[-1] if texts else None
 
 
-def _arithmetic(source: str, text: str) -> list[dict]:
-    words, options = _options(source, text)
-    allowed = {split: ["count", "seed"] for split in arithmetic.SPLITS}
-    allowed["pretraining"] = ["count", "seed", "preference", "guided_share"]
-    if len(words) != 1 or words[0] not in allowed:
-        raise ValueError(f"source {source!r}: {words}; allowed: exactly one of {list(allowed)}")
-    _reject_unknown(source, options, allowed[words[0]])
-    options = {"count": None, "seed": 0, **options}
-    if words[0] == "pretraining":
-        return arithmetic.pretraining(**options)
-    return arithmetic.problems(split=words[0], **options)
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def _reasoning_gym(source: str, text: str) -> list[dict]:
-    """The families' problems in equal parts; further options go to every family's generator."""
-    families, options = _options(source, text)
-    if not families or len(set(families)) < len(families):
-        raise ValueError(f"source {source!r}: {families}; allowed: one or more different families")
-    count, seed = options.pop("count", 0), options.pop("seed", 0)
-    if count < len(families):
-        raise ValueError(
-            f"source {source!r}: count is {count}; allowed: at least {len(families)}, one problem a family"
-        )
-    share, extra = divmod(count, len(families))
-    return [
-        row for i, family in enumerate(families) for row in gym.problems(family, share + (i < extra), seed, **options)
-    ]
+def sift(source: str, evaluation: Mapping[str, str], *, remove_duplicates: bool, decontaminate: bool) -> cleaning.Sieve:
+    """The rows of a source for training, with duplicates and evaluation problems found, and left out if so wished.
 
+    Args:
+        source: as in `load`.
+        evaluation: name of each evaluation set -> its source.
+        remove_duplicates: leave out every row whose problem an earlier one has (`cleaning.duplicates`).
+        decontaminate: leave out every row that shares its problem with an evaluation set (`cleaning.contaminated`).
 
-def _hub(source: str, name: str, text: str) -> Iterator[tuple[int, dict]]:
-    """Rows of a Hugging Face dataset; a dataset without ids gets its row numbers."""
-    words, options = _options(source, text)
-    if words:
-        raise ValueError(f"source {source!r}: {words}; allowed: options such as split=train")
-    _reject_unknown(source, options, ("split", "name", *REQUIRED, *OPTIONAL))
-    try:
-        import datasets
-    except ImportError as error:
-        raise ValueError(
-            f"source {source!r} is taken for a Hugging Face dataset, which needs the extra 'hub'"
-        ) from error
-    split = options.pop("split", "train")
-    try:
-        table = datasets.load_dataset(name, options.pop("name", None), split=split)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"source {source!r} is neither a local file or folder, nor a Hugging Face dataset "
-            f"that can be loaded ({error})"
-        ) from error
-    for column in options.values():
-        if column not in table.column_names:
-            raise ValueError(f"source {source!r}: column {column!r}; allowed: {', '.join(table.column_names)}")
-    for number, row in enumerate(table):
-        row = {**row, **{field: row[column] for field, column in options.items()}}
-        yield number, {"id": f"{name}/{split}/{number}", **row}
+    Raises:
+        ValueError: as `load`.
+    """
+    sieve = cleaning.Sieve(load_parts(source))
+    sieve.leave_out("duplicate", cleaning.duplicates(sieve.rows), keep=not remove_duplicates)
+    sets = {name: load(chosen) for name, chosen in evaluation.items()}
+    for name, hits in cleaning.contaminated(sieve.rows, sets).items():
+        sieve.leave_out(f"in {name}", hits.same, keep=not decontaminate)
+        if hits.phrase:
+            sieve.leave_out(f"a common phrase of {name}", hits.phrase, keep=True)
+    return sieve
 
 
 def _share_of(row: dict, salt: str) -> float:
@@ -235,29 +227,6 @@ def split_validation(rows: Sequence[dict], share: float = 0.1) -> tuple[list[dic
     """(rows for training, rows for validation): about `share` of them are held out, by id."""
     held_out, training = _split(rows, share, "validation")
     return training, held_out
-
-
-def filter_by_length(
-    rows: Sequence[dict], **limited: tuple[Sequence[Sequence[int]], int]
-) -> tuple[list[dict], dict[str, int]]:
-    """The rows that fit, and how many did not and why.
-
-    Args:
-        rows: problems.
-        limited: for each part that has a limit, such as "prompt", (the token ids of every row's part, most tokens).
-
-    Returns:
-        (rows kept, counts), counts with the keys kept, PART_too_long for every part, which add up to the number of rows
-        (a row too long in several parts is counted for the first).
-    """
-    kept = []
-    counts = {"kept": 0, **{f"{part}_too_long": 0 for part in limited}}
-    for i, row in enumerate(rows):
-        long = [part for part, (tokens, limit) in limited.items() if len(tokens[i]) > limit]
-        counts[f"{long[0]}_too_long" if long else "kept"] += 1
-        if not long:
-            kept.append(row)
-    return kept, counts
 
 
 def steps_per_epoch(rows: Sequence[dict], batch_size: int) -> int:

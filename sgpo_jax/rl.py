@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import data, sharding, stage
+from sgpo_jax import cleaning, data, sharding, stage
 from sgpo_jax.evaluate import evaluate_sets
 from sgpo_jax.metrics import Writer
 from sgpo_jax.policy import Policy
@@ -22,7 +22,7 @@ from sgpo_jax.train_step import Batch, Group, make_update, pack_batch, specs
 def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[], Any], mesh: Mesh) -> None:
     """Runs RL, or what is left of it; checkpoints, metrics and generations go to `workdir/rl`."""
     rl = config.rl
-    rows, prompts = load_rows(config, policy)
+    rows, prompts = load_rows(config, workdir, policy)
     batches = data.batches(rows, rl.batch, config.seed)
     total = rl.steps or rl.epochs * data.steps_per_epoch(rows, rl.batch)
     sampling = {name: rl[name] for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
@@ -80,28 +80,30 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
                     saved.save(done, state, score)
 
 
-def load_rows(config: ConfigDict, policy: Policy) -> tuple[list[dict], dict[bool, dict[str, list[int]]]]:
-    """(problems, guided? -> id -> prompt tokens) of RL; says what was left out.
+def load_rows(config: ConfigDict, workdir: Path, policy: Policy) -> tuple[list[dict], dict[bool, dict[str, list[int]]]]:
+    """(problems, guided? -> id -> prompt tokens) of RL; an account of those left out goes to `workdir`.
 
     Raises:
-      ValueError: there are fewer problems than a batch needs.
+      ValueError: there are fewer problems than a batch needs, or others than the run began with.
     """
-    rows = data.load(config.data.train)
+    sieve = stage.sift(config, config.data.train)
     if not config.sft.train:
-        _, rows = data.split_sft(rows, config.data.sft_share)
-    with_strategy = [row for row in rows if "strategy" in row]
-    encoded = {guided: encode_prompts(policy, with_strategy, guided) for guided in (False, True)}
+        warm_up, _ = data.split_sft(sieve.rows, config.data.sft_share)
+        sieve.leave_out("for the warm-up", {row["id"]: "" for row in warm_up})
+    sieve.leave_out("without strategy", {row["id"]: "" for row in sieve.rows if "strategy" not in row})
+    ids = [row["id"] for row in sieve.rows]
+    encoded = {guided: encode_prompts(policy, sieve.rows, guided) for guided in (False, True)}
     # The guided prompt is the longer one.
-    kept, counts = data.filter_by_length(with_strategy, prompt=(encoded[True], config.data.max_prompt_tokens))
-    print(f"RL: {len(rows)} rows, without strategy {len(rows) - len(with_strategy)}, {counts}", flush=True)
-    if len(kept) < config.rl.batch:
-        raise ValueError(f"RL has {len(kept)} problems, fewer than rl.batch={config.rl.batch}")
-    ids, kept_ids = [row["id"] for row in with_strategy], {row["id"] for row in kept}
+    long = cleaning.too_long(sieve.rows, encoded[True], config.data.max_prompt_tokens)
+    sieve.leave_out("prompt too long", long)
+    stage.account(sieve, workdir, "rl")
+    if len(sieve.rows) < config.rl.batch:
+        raise ValueError(f"RL has {len(sieve.rows)} problems, fewer than rl.batch={config.rl.batch}")
     prompts = {
-        guided: {id: tokens for id, tokens in zip(ids, encoded[guided], strict=True) if id in kept_ids}
+        guided: {id: tokens for id, tokens in zip(ids, encoded[guided], strict=True) if id not in long}
         for guided in encoded
     }
-    return kept, prompts
+    return sieve.rows, prompts
 
 
 def _group(graded: Graded) -> Group:

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import data, logprobs, models, packing, sharding, stage
+from sgpo_jax import cleaning, data, logprobs, models, packing, sharding, stage
 from sgpo_jax import tokenizer as tokenizers
 from sgpo_jax.metrics import Writer
 from sgpo_jax.packing import Packed
@@ -25,7 +25,7 @@ Encoded = tuple[list[int], list[int]]  # prompt and response tokens of a row
 
 def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[], Any], mesh: Mesh) -> None:
     """Runs the warm-up, or what is left of it; checkpoints and metrics go to `workdir/sft`."""
-    training, validation, encoded = load_rows(config, policy)
+    training, validation, encoded = load_rows(config, workdir, policy)
     batches = data.batches(training, config.sft.batch, config.seed)
     epoch = data.steps_per_epoch(training, config.sft.batch)
     total = config.sft.steps or config.sft.epochs * epoch
@@ -63,37 +63,39 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
                     saved.save(done, state, score)
 
 
-def load_rows(config: ConfigDict, policy: Policy) -> tuple[list[dict], list[dict], dict[str, Encoded]]:
-    """(training rows, validation rows, id -> prompt and response tokens) of the warm-up; says what was left out.
+def load_rows(config: ConfigDict, workdir: Path, policy: Policy) -> tuple[list[dict], list[dict], dict[str, Encoded]]:
+    """(training rows, validation rows, id -> prompt and response tokens); an account of the rest goes to `workdir`.
 
     Raises:
-      ValueError: there are too few rows.
+      ValueError: there are too few rows, or others than the run began with.
     """
-    if config.sft.train:
-        rows = data.load(config.sft.train)
-    else:
-        rows, _ = data.split_sft(data.load(config.data.train), config.data.sft_share)
-    solved = [row for row in rows if "solution" in row]
-    shown = [row.get("strategy") if config.sft.use_strategy else None for row in solved]
-    prompts = [
-        tokenizers.encode_prompt(policy.tokenizer, row["problem"], strategy, policy.instruction)
-        for row, strategy in zip(solved, shown, strict=True)
-    ]
-    responses = [tokenizers.encode_response(policy.tokenizer, row["solution"], policy.stop_ids[0]) for row in solved]
-    limits = {
-        "prompt": (prompts, config.data.max_prompt_tokens),
-        "response": (responses, config.sft.max_response_tokens),
-    }
-    kept, counts = data.filter_by_length(solved, **limits)
-    print(f"SFT: {len(rows)} rows, without solution {len(rows) - len(solved)}, {counts}", flush=True)
-    training, validation = data.split_validation(kept, config.sft.validation_share)
+    sieve = stage.sift(config, config.sft.train or config.data.train)
+    if not config.sft.train:
+        _, others = data.split_sft(sieve.rows, config.data.sft_share)
+        sieve.leave_out("for RL", {row["id"]: "" for row in others})
+    sieve.leave_out("without solution", {row["id"]: "" for row in sieve.rows if "solution" not in row})
+    encoded = {row["id"]: _encode(config, policy, row) for row in sieve.rows}
+    prompts, responses = ([encoded[row["id"]][part] for row in sieve.rows] for part in (0, 1))
+    long_prompts = cleaning.too_long(sieve.rows, prompts, config.data.max_prompt_tokens)
+    long_responses = cleaning.too_long(sieve.rows, responses, config.sft.max_response_tokens)
+    sieve.leave_out("prompt too long", long_prompts)
+    sieve.leave_out("response too long", long_responses)
+    stage.account(sieve, workdir, "sft")
+    training, validation = data.split_validation(sieve.rows, config.sft.validation_share)
+    print(f"SFT: {len(training)} rows for training, {len(validation)} for validation", flush=True)
     if len(training) < config.sft.batch or not validation:
         raise ValueError(
             f"SFT has {len(training)} rows for training and {len(validation)} for validation; "
             f"it needs sft.batch={config.sft.batch} and at least 1"
         )
-    tokens = dict(zip((row["id"] for row in solved), zip(prompts, responses, strict=True), strict=True))
-    return training, validation, {row["id"]: tokens[row["id"]] for row in kept}
+    return training, validation, {row["id"]: encoded[row["id"]] for row in sieve.rows}
+
+
+def _encode(config: ConfigDict, policy: Policy, row: dict) -> Encoded:
+    strategy = row.get("strategy") if config.sft.use_strategy else None
+    prompt = tokenizers.encode_prompt(policy.tokenizer, row["problem"], strategy, policy.instruction)
+    solution = tokenizers.continuation(policy.tokenizer, prompt, row["solution"])
+    return prompt, tokenizers.encode_response(policy.tokenizer, solution, policy.stop_ids[0])
 
 
 def encode_batch(

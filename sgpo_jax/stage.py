@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import models, optim, prompts, sharding
+from sgpo_jax import cleaning, data, models, optim, prompts, sharding
 from sgpo_jax import policy as policies
 from sgpo_jax.checkpoint import Checkpoints
 from sgpo_jax.policy import Policy
@@ -29,6 +29,26 @@ def load_policy(config: ConfigDict) -> tuple[Policy, Callable[[jax.Array], Any]]
         model.source, model.tokenizer, layers=model.layers, hidden=model.hidden, heads=model.heads, mlp=model.mlp,
         dtype=jnp.dtype(model.dtype), instruction=prompts.INSTRUCTION if instruction == "default" else instruction,
     )  # fmt: skip
+
+
+def sift(config: ConfigDict, source: str) -> cleaning.Sieve:
+    """`data.sift` against the evaluation sets of the config."""
+    sets = {name: chosen.source for name, chosen in config.eval.sets.items()}
+    fields = config.data
+    return data.sift(source, sets, remove_duplicates=fields.remove_duplicates, decontaminate=fields.decontaminate)
+
+
+def account(sieve: cleaning.Sieve, workdir: Path, stage: str) -> None:
+    """Prints what became of the rows of a stage and records it in `workdir`.
+
+    Raises:
+      ValueError: the stage has a checkpoint, but began with other rows.
+    """
+    first = jax.process_index() == 0
+    if first:
+        sieve.table(f"{stage.upper()}: {len(sieve.rows)} rows of {sum(sieve.read.values())}")
+    started = any((workdir / stage / "checkpoints").glob("[0-9]*"))
+    cleaning.record(sieve, workdir, stage, resuming=started, write=first)
 
 
 def optimizer(config: ConfigDict, stage: str, total_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:

@@ -104,6 +104,16 @@ def encode_prompt(
     return cast(list[int], ids)
 
 
+def continuation(tokenizer: PreTrainedTokenizerFast, prompt: list[int], response: str) -> str:
+    """The response without a leading "<think>\\n" that the prompt already ends with, as some chat templates do."""
+    opening = "<think>\n"
+    if not response.startswith(opening):
+        return response
+    # The opening is at most as many tokens as characters.
+    end = tokenizer.decode(prompt[-len(opening) :], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return response.removeprefix(opening) if str(end).endswith(opening) else response
+
+
 def encode_response(tokenizer: PreTrainedTokenizerFast, text: str, stop_id: int) -> list[int]:
     """Token ids of a response, closed by the stop token, which is part of the response.
 

@@ -236,6 +236,9 @@ def test_malformed_evaluation_sets_are_refused(config, given, allowed):
         configs.check(config)
     assert str(error.value).startswith("config.eval.sets.other")
     assert "\n" not in str(error.value)
+    config.stages, config.rl.eval_every = ("rl",), 0  # reads the sets for contamination
+    with pytest.raises(ValueError, match=re.escape(allowed)):
+        configs.check(config)
 
 
 def test_evaluation_needs_a_set(config):
@@ -293,6 +296,11 @@ def test_existing_files_and_names_elsewhere_pass(config, tmp_path):
     config.data.train = str(file)
     config.sft.train = "someone/some-data"
     configs.check(config)
+    config.data.train = f"{file}?problem=question,answer=final.0; {tmp_path}?files=*.jsonl"
+    configs.check(config)
+    config.data.train = f"{file};{tmp_path}/none.jsonl?problem=question"
+    with pytest.raises(ValueError, match=re.escape(f"there is no such file or folder as '{tmp_path}/none.jsonl'")):
+        configs.check(config)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from sgpo_jax import data
+from sgpo_jax import data, rewards
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -39,11 +41,16 @@ def test_jsonl_keeps_known_fields_in_order(tmp_path):
     [
         ("{", r":2: not valid JSON"),
         (b"\xff\xfe{}".decode("latin-1").encode("latin-1"), r":2: not valid JSON"),
+        ("[" * 100_000, r":2: not valid JSON"),
         ("[1]", r":2: a list; allowed: a JSON object"),
-        ({"problem": "p", "answer": "1"}, r":2: field 'id' is missing; allowed: a non-empty string"),
-        ({"id": "x", "answer": "1"}, r":2: field 'problem' is missing"),
+        ({"problem": "p", "answer": "1"}, r":2: field 'id' is missing; the row has problem, answer"),
+        ({"id": "x", "answer": "1"}, r":2: field 'problem' is missing; the row has id, answer"),
         ({"id": "x", "problem": "p"}, r":2: field 'answer' is missing"),
-        ({"id": "x", "problem": "p", "answer": 5}, r":2: field 'answer' is 5; allowed: a non-empty string"),
+        ({"id": "x", "problem": "p", "answer": True}, r":2: field 'answer' is True; allowed: a non-empty string or"),
+        ('{"id": "x", "problem": "p", "answer": NaN}', r":2: field 'answer' is nan"),
+        ({"id": "x", "problem": 5, "answer": "1"}, r":2: field 'problem' is 5; allowed: .*messages with one of"),
+        ({"id": "x", "problem": "p" * 9999, "answer": {}}, r":2: field 'answer' is {}"),
+        ({"id": "x", "problem": ["p" * 9999], "answer": "1"}, r":2: field 'problem' is \['p{198}\.\.\.; allowed"),
         ({"id": "x", "problem": " ", "answer": "1"}, r":2: field 'problem' is ' '"),
         ({"id": None, "problem": "p", "answer": "1"}, r":2: field 'id' is None"),
         (row(5, strategy=""), r":2: field 'strategy' is ''"),
@@ -77,12 +84,18 @@ def test_parquet_and_folders(tmp_path):
         data.load(str(tmp_path))
 
 
+def test_the_home_folder_may_be_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "a.jsonl", row(0))
+    assert data.load("~/a.jsonl") == data.load("~?files=a*") == [row(0)]
+
+
 def test_missing_files_and_strange_sources(tmp_path):
     with pytest.raises(ValueError, match="there is no such file"):
         data.load(str(tmp_path / "absent.jsonl"))
-    with pytest.raises(ValueError, match="the folder has no .jsonl or .parquet file"):
+    with pytest.raises(ValueError, match=r"the folder has no .jsonl or .parquet file named \*"):
         data.load(str(tmp_path))
-    for source in ("", "what is this?", str(tmp_path / "absent")):
+    for source in ("", "what is this", str(tmp_path / "absent"), "owner/sums:split=test"):
         with pytest.raises(ValueError, match="allowed: a .jsonl or .parquet file, a folder of them"):
             data.load(source)
 
@@ -151,16 +164,16 @@ def test_hugging_face_datasets(monkeypatch):
         return table
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows = data.load("owner/sums:split=test,name=main,problem=question")
+    rows = data.load("owner/sums?split=test,name=main,problem=question")
     assert calls == [(("owner/sums", "main"), {"split": "test"})]
     assert rows == [{"id": f"owner/sums/test/{i}", "problem": f"{i}?", "answer": f"{i}"} for i in range(3)]
-    assert data.load("sums:problem=question,id=answer")[2]["id"] == "2"
+    assert data.load("sums?problem=question,id=answer")[2]["id"] == "2"
     with pytest.raises(ValueError, match="field 'problem' is missing"):
         data.load("owner/sums")
-    with pytest.raises(ValueError, match="column 'task'; allowed: question, answer, extra"):
-        data.load("owner/sums:problem=task")
-    with pytest.raises(ValueError, match="option 'spilt'; allowed: split, name, id"):
-        data.load("owner/sums:spilt=test")
+    with pytest.raises(ValueError, match=r"row 0: field 'problem' \(from 'task'\) is missing; the row has question, "):
+        data.load("owner/sums?problem=task")
+    with pytest.raises(ValueError, match="option 'spilt'; allowed: split, name, schema, id"):
+        data.load("owner/sums?spilt=test")
 
 
 @pytest.mark.parametrize(
@@ -169,6 +182,7 @@ def test_hugging_face_datasets(monkeypatch):
         ("datasets", "owner/name", "extra 'hub'"),
         ("pyarrow.parquet", "x.parquet", "extra 'hub'"),
         ("reasoning_gym", "reasoning_gym:gcd,count=1", "extra 'gym'"),
+        ("tensorflow_datasets", "tfds:gsm8k", "extra 'tfds'"),
     ],
 )
 def test_an_absent_package_is_named_by_its_extra(monkeypatch, tmp_path, package, source, error):
@@ -177,6 +191,253 @@ def test_an_absent_package_is_named_by_its_extra(monkeypatch, tmp_path, package,
     (tmp_path / "x.parquet").write_bytes(b"")
     with pytest.raises((ImportError, ValueError), match=error):
         data.load(source)
+
+
+# Other names, deeper fields, messages, numbers
+
+
+def turns(*pairs):
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+MESSAGES = turns(("system", "s"), ("user", "first"), ("assistant", "a1"), ("user", "last"), ("assistant", "a2"))
+
+
+def write_parquet(path, *rows):
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(list(rows)), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ""])
+def test_fields_by_other_names_and_in_depth(tmp_path, suffix):
+    raw = {
+        "uid": 7, "chat": MESSAGES, "task": {"final": {"value": 42}, "hints": ["no", "yes"]}, "task.grade": "hard",
+        "id": 3, "problem": 1, "solution": "not this",
+    }  # fmt: skip
+    folder = tmp_path / "a:b=c"
+    folder.mkdir()
+    (write_parquet if suffix == ".parquet" else write)(folder / f"set{suffix or '.jsonl'}", raw)
+    path = folder / f"set{suffix}" if suffix else folder
+    options = "problem=chat,solution=chat,answer=task.final.value,id=uid,strategy=task.hints.-1,level=task.grade"
+    expected = {"id": "7", "problem": "last", "answer": "42", "solution": "a2", "strategy": "yes", "level": "hard"}
+    assert data.load(f"{path}?{options}") == [expected]
+    del expected["solution"]
+    changed = options.replace("problem=chat,solution=chat", " problem = chat.1.content , solution =")
+    assert data.load(f"{path}?{changed}") == [{**expected, "problem": "first"}]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("problem=qestion", r"a\.jsonl:1: field 'problem' \(from 'qestion'\) is missing; the row has question, meta"),
+        ("problem=question,answer=meta.2", r"field 'answer' \(from 'meta.2'\) is missing"),
+        ("problem=question,answer=meta.-3", r"field 'answer' \(from 'meta.-3'\) is missing"),
+        ("problem=question,answer=meta", r"field 'answer' \(from 'meta'\) is \['x', None\]; allowed: a non-empty"),
+        ("problem=question,answer=meta.1", r"field 'answer' \(from 'meta.1'\) is None"),
+        ("problem=question,answer=meta.1.x", r"field 'answer' \(from 'meta.1.x'\) is None"),
+        ("problem=question,answer=meta.0,solution=soluton", r"no row has solution=soluton; the first row has question"),
+        ("problem=question,answer=", "option answer is empty; allowed: the name of a field"),
+        ("problem=question,answer=meta.0,answer=meta.0", "option answer is there twice"),
+        ("question", "'question'; allowed: options such as"),
+        ("question=problem", "option 'question'; allowed: schema, id, problem, answer, solution"),
+        ("schema=lufy", "schema is 'lufy'; allowed: luffy"),
+    ],
+)
+def test_a_wrong_mapping_is_named(tmp_path, options, message):
+    file = write(tmp_path / "a.jsonl", {"question": "q", "meta": ["x", None]})
+    with pytest.raises(ValueError, match=message):
+        data.load(f"{file}?{options}")
+
+
+def test_an_optional_field_may_be_absent_in_some_rows(tmp_path):
+    file = write(tmp_path / "a.jsonl", row(0), row(1, hint={"text": "h"}), row(2, hint=None))
+    assert [r.get("strategy") for r in data.load(f"{file}?strategy=hint.text")] == [None, "h", None]
+
+
+@pytest.mark.parametrize(
+    "messages, message",
+    [
+        (turns(("system", "s")), "field 'problem' is"),
+        (turns(("user", "p"), ("user", 5)), "field 'problem' is"),
+        ({"role": ["user"], "content": ["a", "b"]}, "field 'problem' is"),
+        ([], "field 'problem' is"),
+    ],
+)
+def test_messages_without_the_role_are_refused(tmp_path, messages, message):
+    file = write(tmp_path / "a.jsonl", {"id": "a", "problem": messages, "answer": "1"})
+    with pytest.raises(ValueError, match=message):
+        data.load(str(file))
+
+
+def test_messages_may_be_a_mapping_of_lists(tmp_path):
+    columns = {name: [turn[name] for turn in MESSAGES] for name in ("role", "content")}
+    file = write(tmp_path / "a.jsonl", {"id": "a", "problem": columns, "answer": "1", "solution": columns})
+    assert data.load(str(file)) == [{"id": "a", "problem": "last", "answer": "1", "solution": "a2"}]
+
+
+@pytest.mark.parametrize(
+    "written, text",
+    [
+        ("42", "42"),
+        ("-0", "0"),
+        ("27.0", "27.0"),
+        ("0.10", "0.10"),
+        ("3.14159265358979323846", "3.14159265358979323846"),
+        ("123456789012345678901234567890", "123456789012345678901234567890"),
+        ("1e3", "1000"),
+        ("2.5E-7", "0.00000025"),
+        ("1e999999999", "1E+999999999"),
+    ],
+)
+def test_numbers_are_written_out_exactly(tmp_path, written, text):
+    file = tmp_path / "a.jsonl"
+    file.write_text(f'{{"id": 3, "problem": "p", "answer": {written}}}')
+    assert data.load(str(file)) == [{"id": "3", "problem": "p", "answer": text}]
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**63), 2**63 - 1))
+def test_a_number_of_a_parquet_file_keeps_its_value(number):
+    text = data._text("answer", number)
+    assert type(number)(text) == number
+
+
+def test_a_written_out_number_is_graded_as_the_number():
+    verdicts = rewards.score([r"\boxed{27}", r"\boxed{0.1}", r"\boxed{26}"], ["27.0", "0.10", "27.0"])
+    assert [verdict.reward for verdict in verdicts] == [1.0, 1.0, 0.0]
+
+
+def test_rows_without_ids_are_numbered_by_file_and_line(tmp_path):
+    def lines(count):
+        return [{"problem": f"{i}?", "answer": i} for i in range(count)]
+
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "b.jsonl", *lines(2))
+        write_parquet(tmp_path / name / "a.parquet", *lines(3))
+    expected = ["a/1", "a/2", "a/3", "b/1", "b/2"]
+    assert [r["id"] for r in data.load(str(tmp_path / "here"))] == expected
+    assert [r["id"] for r in data.load(str(tmp_path / "there"))] == expected
+    assert [r["id"] for r in data.load(f"{tmp_path / 'here'}?files=b*")] == expected[3:]
+    same = write(tmp_path / "same.jsonl", row(0), row(0))
+    with pytest.raises(ValueError, match="field 'id' is 'p0'.*'id=' in a source's options"):
+        data.load(str(same))
+    assert [r["id"] for r in data.load(f"{same}?id=")] == ["same/1", "same/2"]
+    with pytest.raises(ValueError, match=r"here: *|no .jsonl or .parquet file named c\*"):
+        data.load(f"{tmp_path / 'here'}?files=c*")
+
+
+def luffy(i, target="<think>\nFirst.\n</think>\n\\boxed{1}"):
+    return {
+        "data_source": "",
+        "prompt": turns(("system", "Your task is"), ("user", f"{i}?")),
+        "target": target and turns(("assistant", target)),
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": str(i)},
+        "extra_info": {"split": "default", "index": i},
+    }
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "hub"])
+def test_the_luffy_schema(tmp_path, kind, monkeypatch):
+    raw = [luffy(0), luffy(1, target=None), luffy(2, target="No thought.")]
+    if kind == "hub":
+        datasets = pytest.importorskip("datasets")
+        monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: datasets.Dataset.from_list(raw))
+        source = "Elliott/Openr1-Math-46k-8192"
+    else:
+        source = (write_parquet if kind == "parquet" else write)(tmp_path / f"train.{kind}", *raw)
+    assert data.load(f"{source}?schema=luffy") == [
+        {"id": "0", "problem": "0?", "answer": "0", "solution": "<think>\nFirst.\n</think>\n\\boxed{1}"},
+        {"id": "1", "problem": "1?", "answer": "1"},
+        {"id": "2", "problem": "2?", "answer": "2", "solution": "No thought."},
+    ]
+    numbered = data.load(f"{source}?schema=luffy,id=,solution=,level=ability")
+    assert [r.get("solution") for r in numbered] == [None] * 3 and numbered[0]["level"] == "math"
+    without_targets = [{name: value for name, value in luffy(5).items() if name != "target"}]
+    assert "solution" not in data.load(f"{write(tmp_path / 'valid.jsonl', *without_targets)}?schema=luffy")[0]
+
+
+def test_a_broken_parquet_file_is_named(tmp_path):
+    pytest.importorskip("pyarrow.parquet")
+    whole = write_parquet(tmp_path / "whole.parquet", row(0)).read_bytes()
+    for content in (b"", b"PAR1 no", whole[: len(whole) // 2]):
+        (tmp_path / "x.parquet").write_bytes(content)
+        with pytest.raises(ValueError, match="x.parquet: cannot be read as parquet"):
+            data.load(str(tmp_path / "x.parquet"))
+
+
+PREPARE_TFDS = """
+import sys
+import numpy as np
+import tensorflow_datasets as tfds
+
+class TinySums(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+    def _info(self):
+        turns = tfds.features.Sequence({"role": tfds.features.Text(), "content": tfds.features.Text()})
+        features = {"question": tfds.features.Text(), "target": np.int64, "raw": np.bytes_, "turns": turns,
+                    "rates": tfds.features.Sequence(np.float32), "hints": tfds.features.Sequence(np.str_),
+                    "meta": {"level": np.int32}}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+    def _split_generators(self, download):
+        return {"train": self._generate_examples(5), "test": self._generate_examples(2)}
+    def _generate_examples(self, count):
+        for i in range(count):
+            turns = [{"role": "user", "content": f"{i} + \u00e9?"}, {"role": "assistant", "content": f"s{i}"}]
+            yield i, {"question": f"{i} + 1?", "target": i + 1, "rates": [i + 0.1], "raw": b"\\xff",
+                      "meta": {"level": i}, "turns": turns, "hints": ["a", f"h{i}"]}
+
+TinySums(data_dir=sys.argv[1], file_format="array_record").download_and_prepare()
+"""
+READ_TFDS = """
+import json, sys
+from sgpo_jax import data
+for source in sys.argv[1:]:
+    try:
+        print(json.dumps(data.load(source)))
+    except ValueError as error:
+        print(json.dumps(str(error)))
+assert "tensorflow_datasets" in sys.modules and "tensorflow" not in sys.modules
+"""
+
+
+def test_tfds_without_tensorflow(tmp_path):
+    """A data set is really prepared and read back, in fresh processes, where TensorFlow must not be imported."""
+    pytest.importorskip("tensorflow_datasets")
+
+    def python(program, *arguments):
+        command = [sys.executable, "-c", program, *map(str, arguments)]
+        root = Path(__file__).resolve().parents[1]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.splitlines()
+
+    python(PREPARE_TFDS, tmp_path)
+    names = "problem=turns,solution=turns,answer=target,level=meta.level,strategy=hints.1,source=question"
+    refused = {
+        f"tfds:tiny_sums?split=valid,data_dir={tmp_path}": "TFDS cannot load it (Unknown split 'valid'",
+        f"tfds:huge_sums?data_dir={tmp_path}": "TFDS cannot load it (Dataset huge_sums not found.)",
+        f"tfds:tiny_sums?data_dir={tmp_path}": "row 0: field 'problem' is missing; the row has hints, ",
+        f"tfds:tiny_sums?data_dir={tmp_path},problem=raw,answer=rates.0": r"field 'problem' (from 'raw') is b'\xff'",
+        "tfds:tiny_sums?spilt=train": "option 'spilt'; allowed: split, data_dir, schema",
+    }
+    whole, sliced, *errors = map(
+        json.loads,
+        python(
+            READ_TFDS,
+            f"tfds:tiny_sums?split=train,data_dir={tmp_path},{names}",
+            f"tfds:tiny_sums:1.0.0?split=test[:1],data_dir={tmp_path},problem=question,answer=rates.0",
+            *refused,
+        ),
+    )
+    assert [r["id"] for r in whole] == [f"tiny_sums/train/{i}" for i in range(5)]
+    by_level = {r.pop("level"): r for r in whole}
+    expected = {"problem": "3 + \u00e9?", "answer": "4", "solution": "s3", "strategy": "h3", "source": "3 + 1?"}
+    assert by_level["3"] == {"id": by_level["3"]["id"], **expected} and len(by_level) == 5
+    assert (sliced[0]["problem"], sliced[0]["answer"]) in [("0 + 1?", "0.1"), ("1 + 1?", "1.1")] and len(sliced) == 1
+    for message, error in zip(refused.values(), errors, strict=True):
+        assert message in error
 
 
 # Splitting
@@ -206,16 +467,6 @@ def test_splits_are_pinned():
     assert [r["id"] for r in data.split_validation(rows, 0.3)[1]] == ["p2", "p8", "p9", "p11"]
 
 
-def test_filter_by_length_counts_everything():
-    rows = [row(i) for i in range(5)]
-    prompts = [[0] * n for n in (3, 4, 5, 5, 1)]
-    responses = [[0] * n for n in (9, 2, 9, 1, 2)]
-    kept, counts = data.filter_by_length(rows, prompt=(prompts, 4), response=(responses, 2))
-    assert kept == [rows[1], rows[4]]
-    assert counts == {"kept": 2, "prompt_too_long": 2, "response_too_long": 1}
-    assert data.filter_by_length(rows, prompt=(prompts, 5)) == (rows, {"kept": 5, "prompt_too_long": 0})
-
-
 # Batches
 
 
@@ -238,6 +489,19 @@ def test_a_step_is_a_function_of_seed_and_step():
     assert [again[step] for step in reversed(range(20))] == in_order[::-1]
     assert [other[step] for step in range(20)] != in_order
     assert first[100_000] == again[100_000]
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 30), st.data())
+def test_resuming_at_any_step_gives_the_batches_of_the_whole_run(count, draw):
+    """A checkpoint stores the step only: a fresh sequence, entered anywhere, goes on as the first one did."""
+    rows = [row(i) for i in range(count)]
+    size, seed = draw.draw(st.integers(1, count)), draw.draw(st.integers(0, 2**32 - 1))
+    begun = data.batches(rows, size, seed)
+    whole = [[r["id"] for r in begun[step]] for step in range(8)]
+    first = draw.draw(st.integers(0, 7))
+    resumed = data.batches([dict(r) for r in rows], size, seed)
+    assert [[r["id"] for r in resumed[step]] for step in range(first, 8)] == whole[first:]
 
 
 def test_batches_are_the_same_in_another_process():

@@ -64,6 +64,18 @@ def test_special_tokens_in_a_text_are_plain_text():
     assert tokenizer.decode(tok, response, len(response)) == problem
 
 
+@pytest.mark.parametrize("opening", ["<think>\n", "<think>\n\n", "\n", "no <think>", ""])
+def test_a_response_does_not_repeat_what_the_template_has_opened(opening):
+    tok = byte_level(LLAMA.replace("assistant<|/head|>{%", f"assistant<|/head|>{opening}{{%"))
+    prompt = tokenizer.encode_prompt(tok, "<think>\n", instruction="")
+    assert str(tok.decode(prompt)).endswith(f"<|/head|>{opening}")
+    for text in ("<think>\nso", "<think>so", "so <think>\n", "<think>\n<think>\n"):
+        expected = text.removeprefix("<think>\n") if opening == "<think>\n" else text
+        assert tokenizer.continuation(tok, prompt, text) == expected
+    letter_by_letter = tok.convert_tokens_to_ids([*"<think>", "\u010a"])  # a model that has no token for it
+    assert tokenizer.continuation(tok, prompt + letter_by_letter, "<think>\nso") == "so"
+
+
 @pytest.mark.parametrize(
     "text", ["2 + 3 = 5 . Then , so it 's n't \\boxed{5}", "  two\n\n spaces \t", "é😀 ∑ <think>a</think>", "a"]
 )
