@@ -52,6 +52,7 @@ _UNIT = (
 )
 _POWER = r"(?:\s*\^\s*\{?-?[0-9]\}?)?"
 _DECIMAL, _DEGREES, _RADIANS = r"([0-9]+(?:\.[0-9]+)?)", r"\^ ?\{? ?\\circ ?\}?", r"\\\1(\\frac{\2 \\pi}{180})"
+_PMATRIX = r"\\begin{pmatrix}\1\\end{pmatrix}"
 _MONTHS = "jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec"
 # Words that change what a number says, so that they are no decoration.
 _QUALIFIER = re.compile(
@@ -84,7 +85,12 @@ _READABLE: list[tuple[str, Any]] = [
     (r"(?:\\(?:left|right) ?)?\\langle", "("),
     (r"(?:\\(?:left|right) ?)?\\rangle", ")"),
     (r"\\\\\[[^\]]{0,9}\]", r"\\\\"),  # the row spacing of a matrix
+    (r"(?:\\left ?)?[(\[] ?\\begin\{array\} ?\{[clr| ]*\}(.*)\\end\{array\} ?(?:\\right ?)?[)\]]", _PMATRIX),
     (r"([a-z0-9])!\^", r"(\1!)^"),
+    (r"\\varnothing(?![a-z])", r"\\emptyset "),
+    (r"\\log_\{? ?e ?\}?(?![a-z])", r"\\ln "),
+    (r" ?(?:=|\\approx) ?-?[0-9]*\.[0-9]+ ?(?:\\[lc]?dots|\.\.\.)$", ""),  # \frac13 = 0.333...
+    (r"^" + _BOX + r"\{ ?([A-Z](?: ?, ?[A-Z])+) ?\}$", r"\1"),  # \text{A, B}
     (r"^([-+]?[0-9]+) ([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}"),  # 1 4/5
     # Bases: (52)_8, 52_{\text{base }8}, 52_{\text{eight}} (its word by `_base`).
     (r"\(([0-9]+)\)_", r"\1_"),
@@ -105,6 +111,7 @@ _SET_UNIT = (
     rf"(?:\\(?:text|mbox|hbox) ?\{{(?! ?(?i:[ap]\.? ?m\b|(?:{_MONTHS})[a-z]*))[^{{}}]*\}}"
     rf"|{_BOX}\{{ ?(?:[mghsL]|{_UNIT}){_POWER} ?\}})"
 )
+_SET_UNIT = rf"(?:{_SET_UNIT}|\\[dt]?frac ?\{{ ?{_SET_UNIT} ?\}} ?\{{ ?{_SET_UNIT}{_POWER} ?\}})"
 _TRAILING_UNIT = re.compile(
     rf"(?<=[0-9A-Za-z}})\]!]) ?(?:{_SET_UNIT}{_POWER}|(?<![A-Za-z]){_UNIT}{_POWER}(?![A-Za-z]))"
     rf"(?: ?(?:/|\\cdot|per) ?(?:{_SET_UNIT}|{_UNIT}|[hsm]){_POWER})?$",
@@ -155,7 +162,7 @@ def normalize_answer(text: str) -> str:
     return (_union(text) or text).strip()
 
 
-_RELATION = re.compile(r"\\(?:leqslant|geqslant|leq?|geq?|lt|gt)(?![a-z])|[<>=]")
+_RELATION = re.compile(r"\\(?:leqslant|geqslant|leq?|geq?|lt|gt)(?![a-z])|[<>]=?|=")
 _CONNECTIVE = re.compile(
     r",? ?(?:\\text ?\{ ?(or|and) ?\}|(?<![A-Za-z\\])(or|and)(?![A-Za-z])|\\(lor|vee|land|wedge)(?![a-z]))"
 )
@@ -164,24 +171,31 @@ _CONNECTIVE = re.compile(
 def _union(text: str) -> str | None:
     r"""`x<2 \text{ or } x>3` as a union of intervals, "and" as their intersection; None for any other text."""
     pieces = _CONNECTIVE.split(text)
-    words = {word for word in (x for i, x in enumerate(pieces) if i % 4) if word}
+    words = {word for i, word in enumerate(pieces) if i % 4 and word}
     sides = [_interval(piece) for piece in pieces[::4]]
+    if len(sides) == 1 and sides[0] and len(re.findall(">|\\\\g", text)) == 2:
+        return sides[0][1]  # 5 > x > 1, which math-verify reads only the other way round
     if len(sides) < 2 or None in sides or len({side[0] for side in sides if side}) > 1:
         return None
-    if not any(_RELATION.search(piece.replace("=", "")) for piece in pieces[::4]):
+    if all(side[1].startswith(r"\{") for side in sides if side):
         return None  # x=1 or x=2: a list
-    union, intersection = words <= {"or", "lor", "vee"}, words <= {"and", "land", "wedge"}
-    if not (union or intersection):
+    if words <= {"or", "lor", "vee"}:
+        return r" \cup ".join(side[1] for side in sides if side)
+    if not words <= {"and", "land", "wedge"}:
         return None
-    return (r" \cup " if union else r" \cap ").join(side[1] for side in sides if side)
+    intervals = sorted((side[1] for side in sides if side), key=lambda side: side.startswith(r"(-\infty"))
+    joined = r" \cap ".join(intervals)
+    # x > 2 and x < 5: (2,\infty) \cap (-\infty,5), which math-verify does not simplify
+    return re.sub(r"^([(\[].*),\\infty\) \\cap \(-\\infty,(.*[)\]])$", r"\1,\2", joined)
 
 
 def _interval(piece: str) -> tuple[str, str] | None:
     r"""(variable, interval) of one relation such as `x \le 3`, `2<x<5` or `x=1`, else None."""
     ends = [end.strip() for end in _RELATION.split(piece)]
-    signs = [re.sub("[a-z]", "", sign) if sign in "<=>" else sign[1] + ("=" if "e" in sign else "")
-             for sign in _RELATION.findall(piece)]  # fmt: skip
-    signs = [{"l": "<", "l=": "<=", "g": ">", "g=": ">="}.get(sign, sign) for sign in signs]
+    signs = [
+        sign if sign[0] in "<=>" else ("<" if sign[1] == "l" else ">") + "=" * ("e" in sign)
+        for sign in _RELATION.findall(piece)
+    ]
     if not all(ends) or not 2 <= len(ends) <= 3:
         return None
     if len(ends) == 3:
@@ -206,8 +220,12 @@ def _interval(piece: str) -> tuple[str, str] | None:
 _INTEGER = re.compile(r"([+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+))(?:\.0*)?(?:_\{?([0-9]+)\}?)?")
 _WRAPPED = re.compile(_BOX + r"\{([A-Za-z .'()-]*)\}")
 _CHOICE = re.compile(rf"{_BOX}\{{ ?\(?([A-Z])\)? ?\}}|\(([A-Z])\)")
-_CHOSEN = re.compile(r"(?:option|choice|answer)? ?(?:\(([a-z])\).*|([a-z])(?:[).:].*)?)", re.IGNORECASE)
+_CHOSEN = re.compile(
+    r"(?:option|choice|answer)?:? ?(?!.*\b(?:and|or)\b|.*\([a-z]\).*\([a-z]\))(?:\(([a-z])\).*|([a-z])(?:[).:].*)?)",
+    re.IGNORECASE,
+)
 _CLOCK = re.compile(r"([0-9]{1,2})(?: ?: ?([0-5][0-9]))? *(?:([ap])\.? ?m\.?)?", re.IGNORECASE)
+_DOTS = re.compile(r"\\[lc]?dots|\.\.\.")
 _MONTH = re.compile(rf"\b({_MONTHS})[a-z]*\b\.?", re.IGNORECASE)
 
 
@@ -264,7 +282,7 @@ def compare_text(gold: str, answer: str) -> bool | None:
     if g and a:
         same_base = g[2] == a[2] or not (g[2] and a[2])
         return same_base and int(g[1].replace(",", "")) == int(a[1].replace(",", ""))
-    if _QUALIFIER.findall(gold) != _QUALIFIER.findall(answer):
+    if _QUALIFIER.findall(gold) != _QUALIFIER.findall(answer) or bool(_DOTS.search(gold)) != bool(_DOTS.search(answer)):
         return False
     if (same := _choice(gold, answer)) is not None:
         return same

@@ -2,8 +2,8 @@
 
     python -P grader.py SECONDS MEGABYTES MODULE:FUNCTION SYS_PATH_AS_JSON
 
-An empty MODULE:FUNCTION is math-verify. It reads requests from stdin, one JSON object a line, and answers each with one line; it imports neither jax nor this
-package. `rewards` starts it, and kills it when need be.
+An empty MODULE:FUNCTION is math-verify. It reads requests from stdin, one JSON object a line, and answers each with one
+line; it imports neither jax nor this package. `rewards` starts it, and kills it when need be.
 """
 
 import contextlib
@@ -87,7 +87,10 @@ def _calling(reward: str, path: list[str]) -> Callable[[dict], dict[str, Any]]:
 
 def _compare(request: dict) -> dict[str, Any]:
     """Whether one of the pairs (gold, answer) of normalised texts is equal."""
-    return {"outcome": "correct" if any(_equal(gold, answer) for gold, answer in request["pairs"]) else "wrong"}
+    try:
+        return {"outcome": "correct" if any(_equal(gold, answer) for gold, answer in request["pairs"]) else "wrong"}
+    except Exception:  # of a library, on text that it did not expect
+        return {"outcome": "crash"}
 
 
 @lru_cache(maxsize=1024)
@@ -118,10 +121,25 @@ def _equal(gold: str, answer: str) -> bool:
 
     g, a = _parse(gold), _parse(answer)
     same = verify(g, a, timeout_seconds=None, allow_set_relation_comp=True)  # not symmetric
-    if same and not _far_apart(g[0], a[0]):
+    if (same and not _far_apart(g[0], a[0])) or _same_equation(g[:1], a[:1]):
         return True
     bare = re.sub(r"\\?%", "", gold), re.sub(r"\\?%", "", answer)
     return bare != (gold, answer) and _equal(*bare)
+
+
+def _same_equation(gold: list[Any], answer: list[Any]) -> bool:
+    """Whether two equations are the same one, brought to other sides or multiplied by a number."""
+    from sympy import Eq, Expr, cancel
+
+    if not all(isinstance(value, Eq) for value in gold + answer):
+        return False
+    if not all(isinstance(side, Expr) for value in gold + answer for side in value.args):
+        return False
+    g, a = (value.lhs - value.rhs for value in gold + answer)
+    if not (g.free_symbols and a.free_symbols):
+        return False
+    factor = cancel(g / a)
+    return bool(factor.is_number and factor.is_finite and factor != 0)
 
 
 def _far_apart(gold: Any, answer: Any) -> bool:

@@ -221,6 +221,15 @@ def test_policy(pool: Pool) -> None:
     assert [case for case in found if case[2] != case[3]] == []
 
 
+def test_grading_pairs(pool: Pool) -> None:
+    lines = (Path(__file__).parent / "grading_pairs.txt").read_text(encoding="utf-8").splitlines()[1:]
+    pairs = [line[2:].split(" ¦ ") for line in lines]
+    golds, answers = zip(*pairs, strict=True)
+    verdicts = score(boxed(list(answers)), list(golds), pool=pool)
+    found = [(line, verdict.outcome) for line, verdict in zip(lines, verdicts, strict=True)]
+    assert [case for case in found if {"R": "correct", "W": "wrong"}[case[0][0]] != case[1]] == []
+
+
 # id -> why our verdict differs on purpose
 BY_POLICY = {78: "the answer stands outside a box; the prompt asks for one"}
 
