@@ -87,6 +87,7 @@ _READABLE: list[tuple[str, Any]] = [
     (r"\\\\\[[^\]]{0,9}\]", r"\\\\"),  # the row spacing of a matrix
     (r"(?:\\left ?)?[(\[] ?\\begin\{array\} ?\{[clr| ]*\}(.*)\\end\{array\} ?(?:\\right ?)?[)\]]", _PMATRIX),
     (r"([a-z0-9])!\^", r"(\1!)^"),
+    (r"^[a-z] ?(\([^()\[\]]*\]|\[[^()\[\]]*\))$", r"\1"),  # t(0,4], a slip for t \in (0,4]
     (r"\\varnothing(?![a-z])", r"\\emptyset "),
     (r"\\log_\{? ?e ?\}?(?![a-z])", r"\\ln "),
     (r" ?(?:=|\\approx) ?-?[0-9]*\.[0-9]+ ?(?:\\[lc]?dots|\.\.\.)$", ""),  # \frac13 = 0.333...

@@ -8,7 +8,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sgpo_jax import config as configs
-from sgpo_jax import rl, sft, sharding, stage, summary
+from sgpo_jax import rewards, rl, sft, sharding, stage, summary
 from sgpo_jax.command import parse_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
@@ -22,6 +22,7 @@ def run(config, workdir: Path) -> None:
     mesh = sharding.make_mesh(**config.mesh)
     configs.check_mesh(config, mesh.shape["data"] * mesh.shape["fsdp"])
     configs.check_resume(config, workdir / "config.json")
+    rewards.check(config.rl.reward)
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "config.json").write_text(configs.to_json(config), encoding="utf-8")

@@ -8,7 +8,6 @@ differ: docs/rewards.md. `judge` does the same for rows, or calls `module:functi
 import atexit
 import json
 import os
-import re
 import select
 import signal
 import subprocess
@@ -189,15 +188,29 @@ def score(responses: list[str], answers: list[str], *, pool: Pool | None = None)
         None if box is None else (normalize_answer(gold), normalize_answer(box))
         for gold, box in zip(answers, boxes, strict=True)
     ]
-    equal = {pair: compare_text(*pair) for pair in pairs if pair}
-    undecided = [pair for pair, same in equal.items() if same is None]
     outcomes: dict[tuple[str, str] | None, Outcome] = {None: "no_box"}
-    outcomes |= {pair: "correct" if same else "wrong" for pair, same in equal.items()}
-    outcomes |= zip(undecided, (pool or _shared_pool).grade(undecided), strict=True)
+    outcomes.update(_compare([pair for pair in pairs if pair], pool or _shared_pool))
     return [
         Verdict(float(outcomes[pair] == "correct"), outcomes[pair], box and box[:MAX_ANSWER])
         for pair, box in zip(pairs, boxes, strict=True)
     ]
+
+
+def equal(pairs: Sequence[tuple[str, str]]) -> list[bool]:
+    """Whether the answers of each pair are the same, as a gold answer and a response's would be."""
+    normal = [(normalize_answer(first), normalize_answer(second)) for first, second in pairs]
+    outcomes = _compare(normal, _shared_pool)
+    return [outcomes[pair] == "correct" for pair in normal]
+
+
+def _compare(pairs: Sequence[tuple[str, str]], pool: Pool) -> dict[tuple[str, str], Outcome]:
+    """Pair of normalised answers -> "correct", "wrong", "timeout" or "crash"; each pair is compared once."""
+    same = {pair: compare_text(*pair) for pair in pairs}
+    undecided = [pair for pair, certain in same.items() if certain is None]
+    outcomes: dict[tuple[str, str], Outcome] = {
+        pair: "correct" if certain else "wrong" for pair, certain in same.items()
+    }
+    return outcomes | dict(zip(undecided, pool.grade(undecided), strict=True))
 
 
 def judge(responses: list[str], rows: Sequence[dict], reward: str = "") -> list[Verdict]:
@@ -229,13 +242,13 @@ def judge(responses: list[str], rows: Sequence[dict], reward: str = "") -> list[
 
 
 def check(reward: str) -> None:
-    """Loads a user's reward function in a worker, as grading will.
+    """Loads a user's reward function in a worker, as grading will; nothing to do for "", the verifier.
 
     Raises:
-        ValueError: it is not `module:function`, or cannot be loaded.
+        ValueError: it cannot be loaded.
     """
-    if not re.fullmatch(r"[\w.]+:\w+", reward):
-        raise ValueError(f"config.rl.reward={reward!r}: must be '' (the verifier) or 'module:function'")
+    if not reward:
+        return
     try:
         _Worker(6.0, 1024, reward).kill()
     except RuntimeError as error:

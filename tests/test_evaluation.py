@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sgpo_jax import data, evaluate, models, policy, respond, rollout, sharding, tokenizer
+from sgpo_jax import data, evaluation, models, policy, respond, rollout, scores, sharding, tokenizer
 from sgpo_jax.metrics import read_jsonl
 from sgpo_jax.rollout import LENGTH, STOP, Rollout
 
@@ -28,7 +28,7 @@ def rollout_of(small, texts, finish):
 
 def test_a_response_cut_at_the_limit_scores_0_even_when_right(small):
     texts = ["(a) sum 1 2 = 3. \\boxed{352}", " \\boxed{352}", " \\boxed{351}", " sum 3 4"]
-    graded = respond.grade(small[0], rollout_of(small[0], texts, [STOP, LENGTH, STOP, STOP]), ["352"])
+    graded = respond.grade(small[0], rollout_of(small[0], texts, [STOP, LENGTH, STOP, STOP]), [{"answer": "352"}])
     assert graded.texts == [texts]
     assert graded.rewards.tolist() == [[1.0, 0.0, 0.0, 0.0]]
     assert [v.outcome for v in graded.verdicts[0]] == ["correct", "correct", "wrong", "no_box"]
@@ -37,17 +37,18 @@ def test_a_response_cut_at_the_limit_scores_0_even_when_right(small):
 def test_answers_belong_to_their_problems(small):
     parts = [rollout_of(small[0], [f" \\boxed{{{answer}}}"] * 2, [STOP, STOP]) for answer in (352, 417)]
     both = Rollout(*(np.concatenate(fields) for fields in zip(*parts, strict=True)))
-    assert respond.grade(small[0], both, ["352", "417"]).rewards.tolist() == [[1, 1], [1, 1]]
-    assert respond.grade(small[0], both, ["417", "352"]).rewards.tolist() == [[0, 0], [0, 0]]
+    rows = [{"answer": "352"}, {"answer": "417"}]
+    assert respond.grade(small[0], both, rows).rewards.tolist() == [[1, 1], [1, 1]]
+    assert respond.grade(small[0], both, rows[::-1]).rewards.tolist() == [[0, 0], [0, 0]]
 
 
 def test_bootstrap_interval_of_a_known_case():
     values = np.repeat([0.0, 1.0], [70, 30])
-    low, high = evaluate.bootstrap(values)
+    low, high = scores.bootstrap(values)
     normal = 1.96 * np.sqrt(0.3 * 0.7 / 100)
     assert low == pytest.approx(0.3 - normal, abs=0.015) and high == pytest.approx(0.3 + normal, abs=0.015)
-    assert evaluate.bootstrap(np.full(5, 0.25)) == (0.25, 0.25)
-    assert evaluate.bootstrap(values) == (low, high)
+    assert scores.bootstrap(np.full(5, 0.25)) == (0.25, 0.25)
+    assert scores.bootstrap(values) == (low, high)
 
 
 def test_noise_keys_differ_in_seed_purpose_and_step():
@@ -65,7 +66,7 @@ def test_evaluate_reports_what_the_generations_say(small, tmp_path):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
 
     def run(batch, step=0, guided=False):
-        return evaluate.evaluate(
+        return evaluation.evaluate(
             *small, rows, mesh, name="set", seed=0, step=step, guided=guided, samples=3, batch=batch,
             path=tmp_path / f"{batch}_{step}_{guided}.jsonl", **settings,
         )  # fmt: skip
