@@ -188,11 +188,11 @@ def score(responses: list[str], answers: list[str], *, pool: Pool | None = None)
         None if box is None else (normalize_answer(gold), normalize_answer(box))
         for gold, box in zip(answers, boxes, strict=True)
     ]
-    outcomes: dict[tuple[str, str] | None, Outcome] = {None: "no_box"}
-    outcomes.update(_compare([pair for pair in pairs if pair], pool or _shared_pool))
+    compared = _compare([pair for pair in pairs if pair], pool or _shared_pool)
+    outcomes: list[Outcome] = ["no_box" if pair is None else compared[pair] for pair in pairs]
     return [
-        Verdict(float(outcomes[pair] == "correct"), outcomes[pair], box and box[:MAX_ANSWER])
-        for pair, box in zip(pairs, boxes, strict=True)
+        Verdict(float(outcome == "correct"), outcome, box and box[:MAX_ANSWER])
+        for outcome, box in zip(outcomes, boxes, strict=True)
     ]
 
 
@@ -229,7 +229,9 @@ def judge(responses: list[str], rows: Sequence[dict], reward: str = "") -> list[
     if len(responses) != len(rows):
         raise ValueError(f"{len(responses)} responses for {len(rows)} rows; must be equal")
     with _reward_lock:
-        pool = _reward_pools.setdefault(reward, Pool(reward=reward))
+        if reward not in _reward_pools:
+            _reward_pools[reward] = Pool(reward=reward)
+        pool = _reward_pools[reward]
     requests = [{"problem": row, "response": text} for row, text in zip(rows, responses, strict=True)]
     replies = pool.ask(requests)
     if notes := [reply["note"] for reply in replies if "note" in reply]:

@@ -346,6 +346,10 @@ COMMANDS = {
     "misspelt field": ("--config.rl.bacth=3", ["config.rl", "'bacth'", "batch"]),
     "wrong type": ("--config.rl.batch=many", ["--config.rl.batch=many", "int"]),
     "unknown stage": ("--config.stages=('train',)", ["config.stages=('train',)", "('sft', 'rl', 'eval')"]),
+    "missing reward function": (
+        "--config.rl.reward=no_such_module:f",
+        ["config.rl.reward='no_such_module:f'", "No module named 'no_such_module'"],
+    ),
     "unexpected argument": ("more", ["unexpected arguments: ['more']"]),
 }
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sgpo_jax import data, evaluation, models, policy, respond, rollout, scores, sharding, tokenizer
+from sgpo_jax import data, evaluation, models, policy, respond, rollout, sharding, tokenizer
 from sgpo_jax.metrics import read_jsonl
 from sgpo_jax.rollout import LENGTH, STOP, Rollout
 
@@ -40,15 +40,6 @@ def test_answers_belong_to_their_problems(small):
     rows = [{"answer": "352"}, {"answer": "417"}]
     assert respond.grade(small[0], both, rows).rewards.tolist() == [[1, 1], [1, 1]]
     assert respond.grade(small[0], both, rows[::-1]).rewards.tolist() == [[0, 0], [0, 0]]
-
-
-def test_bootstrap_interval_of_a_known_case():
-    values = np.repeat([0.0, 1.0], [70, 30])
-    low, high = scores.bootstrap(values)
-    normal = 1.96 * np.sqrt(0.3 * 0.7 / 100)
-    assert low == pytest.approx(0.3 - normal, abs=0.015) and high == pytest.approx(0.3 + normal, abs=0.015)
-    assert scores.bootstrap(np.full(5, 0.25)) == (0.25, 0.25)
-    assert scores.bootstrap(values) == (low, high)
 
 
 def test_noise_keys_differ_in_seed_purpose_and_step():
