@@ -81,6 +81,88 @@ def test_evaluate_reports_what_the_generations_say(small, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
+SETTINGS = {"max_new_tokens": 6, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+
+
+def evaluate_five(small, path, **changed):
+    rows = data.load("arithmetic:eval,count=5")
+    arguments = {"name": "set", "seed": 0, "step": 3, "guided": False, "samples": 3, "batch": 2, **SETTINGS, **changed}
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    return evaluation.evaluate(*small, arguments.pop("rows", rows), mesh, path=path, **arguments)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.45, 0.55, 0.95, 1.0])
+def test_an_evaluation_cut_anywhere_goes_on_to_the_same_bytes(small, tmp_path, monkeypatch, share):
+    path = tmp_path / "set.jsonl"
+    # Texts of several bytes a character, so that a cut may fall inside one.
+    monkeypatch.setattr(respond.tokenizers, "decode", lambda tok, tokens, length: "\u20ac" * int(length))
+    whole = evaluate_five(small, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: round(share * len(content))])
+    sampled = []
+    original = evaluation.respond
+    monkeypatch.setattr(evaluation, "respond", lambda *a, **k: sampled.append(a[3].tolist()) or original(*a, **k))
+    assert evaluate_five(small, path) == whole
+    assert path.read_bytes() == content
+    lines = [n for n in range(0, 6, 2) if content[: round(share * len(content))].count(b"\n") < 3 * min(n + 2, 5)]
+    assert [ids[0] for ids in sampled] == lines, "whole problems are not sampled again"
+
+
+def test_a_file_made_with_other_settings_is_refused_or_made_anew(small, tmp_path):
+    path = tmp_path / "set.jsonl"
+    first = evaluate_five(small, path)
+    content = path.read_bytes()
+    other_rows = data.load("arithmetic:eval,count=4")
+    changes = [{"seed": 1}, {"step": 4}, {"samples": 2}, {"temperature": 0.5}, {"model": "other"}, {"rows": other_rows}]
+    for changed in changes:
+        name = "problems" if "rows" in changed else next(iter(changed))
+        with pytest.raises(ValueError, match=rf"set.jsonl was made with {name} .*choose another --out"):
+            evaluate_five(small, path, **changed)
+        assert path.read_bytes() == content
+    assert evaluate_five(small, path, batch=5) == first, "how many at once makes no difference"
+    evaluate_five(small, path, seed=1, restart=True)
+    assert path.read_bytes() != content
+    assert evaluate_five(small, path, restart=True) == first
+    assert path.read_bytes() == content
+
+
+def test_what_is_unsolvable_as_stated_is_counted_both_ways(small, tmp_path, monkeypatch):
+    rows = data.load("arithmetic:eval,count=5")
+    monkeypatch.setattr(evaluation.unsolvable, "reason", lambda problem: problem == rows[1]["problem"] or None)
+    monkeypatch.setattr(respond.rewards, "judge", lambda texts, rows, reward: [VERDICTS[row["id"]] for row in rows])
+    monkeypatch.setattr(respond, "STOP", respond.STOP | 1)  # a response cut at the limit counts as well
+    VERDICTS = {row["id"]: respond.rewards.Verdict(float(i != 1), "correct", "1") for i, row in enumerate(rows)}
+    result = evaluate_five(small, tmp_path / "set.jsonl")
+    kept = [value for i, value in enumerate(result["per_problem"]) if i != 1]
+    assert (result["problems"], result["solvable"]["problems"]) == (5, 4)
+    assert result["solvable"]["per_problem"] == kept
+    assert result["accuracy"] == pytest.approx(np.mean(result["per_problem"]))
+    assert result["solvable"]["accuracy"] == pytest.approx(np.mean(kept))
+
+
+def graded(*answers, outcomes, finish=None):
+    """One problem whose responses gave these answers."""
+    verdicts = [
+        respond.rewards.Verdict(float(outcome == "correct"), outcome, answer)
+        for answer, outcome in zip(answers, outcomes, strict=True)
+    ]
+    shape = (1, len(answers))
+    ends = np.array([finish or [STOP] * len(answers)])
+    empty = Rollout(np.zeros((*shape, 1), int), np.zeros((*shape, 1)), np.ones(shape, int), ends)
+    return respond.Graded(empty, [[""] * len(answers)], [verdicts], np.array([[v.reward for v in verdicts]]))
+
+
+def test_equal_answers_share_a_vote():
+    wrong = ["wrong"] * 7
+    votes = evaluation._votes(graded(r"\frac12", "0.5", "x+1", "1+x", "7", r"\frac{2}{4}", "7.0", outcomes=wrong))
+    assert votes == [[0, 0, 1, 1, 2, 0, 2]]
+    mixed = ["wrong", "correct", "correct", "no_box", "wrong", "timeout", "timeout"]
+    votes = evaluation._votes(graded("8", "3", "9/3", None, "08", "9^{9^9}", "9^{9^9}", outcomes=mixed))
+    assert votes == [[0, 1, 1, -1, 0, 2, 2]]
+    votes = evaluation._votes(graded("8", "8", outcomes=wrong[:2], finish=[LENGTH, STOP]))
+    assert votes == [[-1, 0]]
+
+
 def test_policy_from_a_hugging_face_folder(small, tmp_path):
     """What policy.load reads from an exported folder is what was exported."""
     folder = tmp_path / "model"

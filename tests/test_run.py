@@ -150,6 +150,21 @@ def test_a_run_on_eight_devices_agrees_with_one(undisturbed, tmp_path):
                     assert ours[name] == pytest.approx(theirs[name], abs=1e-3)
 
 
+def test_the_evaluate_command_measures_what_the_run_measured(undisturbed, tmp_path):
+    workdir, _ = undisturbed
+    flags = [flag for flag in command(workdir)[3:] if not flag.startswith("--workdir")]
+    done = subprocess.run(
+        [sys.executable, "-m", "sgpo_jax.evaluate", *flags, f"--checkpoint={workdir}", f"--out={tmp_path}"],
+        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours = json.loads((tmp_path / "results.json").read_text())
+    for kind in ("unguided", "guided"):
+        theirs = json.loads((workdir / "eval" / f"after_{kind}.json").read_text())
+        assert ours["model"] == f"{workdir} after rl step {theirs['step']}"
+        assert ours["results"][kind] == theirs["results"]
+
+
 def test_the_trained_model_is_exported_for_transformers(undisturbed, tmp_path):
     workdir, _ = undisturbed
     step = min(int(path.name) for path in (workdir / "rl/checkpoints").iterdir() if path.name.isdigit())
