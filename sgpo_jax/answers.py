@@ -123,7 +123,7 @@ def _base(match: re.Match[str]) -> str:
     name = match[1] or match[2]
     if name in _NUMBERS:
         name = str(_NUMBERS.index(name))
-    return f"_{{{name}}}"
+    return f"_{{{name}}}" if name else ""
 
 
 def _magnitude(match: re.Match[str]) -> str:

@@ -20,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgpo_jax import rewards
-from sgpo_jax.rewards import Pool, extract_boxed, normalize_answer, score
+from sgpo_jax.answers import compare_text, extract_boxed, normalize_answer, readings
+from sgpo_jax.rewards import Pool, score
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DATA = REPOSITORY.parent / "shared" / "data"
@@ -150,6 +151,29 @@ def test_huge_text_takes_linear_time(piece: str) -> None:
     extract_boxed(text)
     normalize_answer(text)
     assert time.perf_counter() - start < 2.0  # 0.1 s here; a quadratic rule takes minutes
+
+
+PIECES = r"""
+    \text{ } { ( [ \text{a} \frac{ \text{m}/ cm per 1 x<2 or and x>2 \pm \mp \begin{array}{c} \end{array} \forall for all
+    percent ^\circ \sin( million _\text{ _{\text{base } !^ \langle not at least \ldots ... (A) \\[2pt] = 0.\overline{3}
+    A, jan sq. in , 6:00 p.m. \left an matrix \{ 1/2
+"""
+
+
+@settings(max_examples=300)
+@given(
+    pieces=st.lists(st.sampled_from(PIECES.split()), min_size=1, max_size=12),
+    gap=st.sampled_from(["", " "]),
+    gold=st.sampled_from(["5", "x+1", r"\pm 3", "(1,2)", r"\text{(A)}", r"\begin{pmatrix}1\\2\end{pmatrix}"]),
+)
+def test_the_rules_for_short_text_are_quick_on_any_text(pieces: list[str], gap: str, gold: str) -> None:
+    """They run in the program itself, without a limit."""
+    text = (gap.join(pieces) * 1000)[: rewards.MAX_ANSWER - 1]
+    start = time.perf_counter()
+    normal = normalize_answer(text)
+    assert compare_text(gold, normal) in (None, True, False)
+    assert all(len(part) <= rewards.MAX_ANSWER for pair in readings(gold, normal) for part in pair)
+    assert time.perf_counter() - start < 2.0
 
 
 # Policy
