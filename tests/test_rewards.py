@@ -155,8 +155,8 @@ def test_huge_text_takes_linear_time(piece: str) -> None:
 
 PIECES = r"""
     \text{ } { ( [ \text{a} \frac{ \text{m}/ cm per 1 x<2 or and x>2 \pm \mp \begin{array}{c} \end{array} for all
-    \forall percent ^\circ \sin( million _\text{ _{\text{base } !^ \langle not at least \ldots ... (A) \\[2pt] = 0.\overline{3}
-    A, jan sq. in , 6:00 p.m. \left an matrix \{ 1/2
+    \forall percent ^\circ \sin( million _\text{ _{\text{base } !^ \langle not \ldots ... (A) \\[2pt] =
+    A, jan sq. in , 6:00 p.m. \left an matrix \{ 1/2 \begin{array}{c} \end{array} for all at least
 """
 
 
