@@ -41,16 +41,16 @@ def test_the_most_votes_win_and_the_first_of_a_tie(votes, sample):
 
 
 def test_values_of_each_problem():
-    rewards = np.array([[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0.5, 0, 0, 1]])
-    votes = np.array([[1, 0, 0, 1], [-1, -1, -1, -1], [0, 0, 0, 0], [0, 0, 1, 2]])
+    rewards = np.array([[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0.5, 0, 0, 1], [1, 0, 0, 0]])
+    votes = np.array([[1, 0, 0, 1], [-1, -1, -1, -1], [0, 0, 0, 0], [0, 0, 1, 2], [0, 1, 1, 1]])
     values = scores.per_problem(rewards, votes)
     assert list(values) == ["accuracy", "pass@1", "pass@2", "pass@4", "maj@1", "maj@2", "maj@4"]
-    np.testing.assert_allclose(values["accuracy"], [0.5, 0, 1, 0.375])
-    np.testing.assert_allclose(values["pass@1"], [0.5, 0, 1, 0.25])  # 0.5 is not correct
-    np.testing.assert_allclose(values["pass@2"], [5 / 6, 0, 1, 0.5])
-    np.testing.assert_allclose(values["pass@4"], [1, 0, 1, 1])
-    np.testing.assert_allclose(values["maj@2"], [0, 0, 1, 0.5])
-    np.testing.assert_allclose(values["maj@4"], [0, 0, 1, 0.5])
+    np.testing.assert_allclose(values["accuracy"], [0.5, 0, 1, 0.375, 0.25])
+    np.testing.assert_allclose(values["pass@1"], [0.5, 0, 1, 0.25, 0.25])  # 0.5 is not correct
+    np.testing.assert_allclose(values["pass@2"], [5 / 6, 0, 1, 0.5, 0.5])
+    np.testing.assert_allclose(values["pass@4"], [1, 0, 1, 1, 1])
+    np.testing.assert_allclose(values["maj@2"], [0, 0, 1, 0.5, 1])
+    np.testing.assert_allclose(values["maj@4"], [0, 0, 1, 0.5, 0])
     assert scores.powers_of_two(1) == [1] and scores.powers_of_two(6) == [1, 2, 4, 6]
 
 
