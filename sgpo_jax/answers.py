@@ -151,6 +151,7 @@ def normalize_answer(text: str) -> str:
     text = text.strip()
     if len(text) > MAX_ANSWER:
         return text
+    text = _without_braces(text)
     for pattern, replacement in _READABLE:
         text = re.sub(pattern, replacement, text)
     text = text.strip()
@@ -161,6 +162,20 @@ def normalize_answer(text: str) -> str:
     if _plain(text).lower() in _NUMBERS:
         return str(_NUMBERS.index(_plain(text).lower()))
     return (_union(text) or text).strip()
+
+
+def _without_braces(text: str) -> str:
+    """{5} as 5."""
+    if re.search(r"\\(?:choose|over|atop)\b", text):
+        return text
+    while text.startswith("{") and text.endswith("}") and not text.endswith(r"\}"):
+        depth = 0
+        for brace in re.finditer(r"\\.|[{}]", text[:-1], re.DOTALL):
+            depth += (brace[0] == "{") - (brace[0] == "}")
+            if depth == 0:
+                return text  # {a}{b}
+        text = text[1:-1].strip()
+    return text
 
 
 _RELATION = re.compile(r"\\(?:leqslant|geqslant|leq?|geq?|lt|gt)(?![a-z])|[<>]=?|=")

@@ -120,8 +120,10 @@ def _equal(gold: str, answer: str) -> bool:
     from math_verify import verify
 
     g, a = _parse(gold), _parse(answer)
-    same = verify(g, a, timeout_seconds=None, allow_set_relation_comp=True)  # not symmetric
-    if (same and not _far_apart(g[0], a[0])) or _same_equation(g[:1], a[:1]):
+    # First what is quick. verify is not symmetric.
+    if not _far_apart(g[0], a[0]) and verify(g, a, timeout_seconds=None, allow_set_relation_comp=True):
+        return True
+    if _same_equation(g[:1], a[:1]):
         return True
     bare = re.sub(r"\\?%", "", gold), re.sub(r"\\?%", "", answer)
     return bare != (gold, answer) and _equal(*bare)

@@ -1,5 +1,7 @@
 """A reward of the user's own: the same pool and limits as the verifier, failures counted and never fatal."""
 
+import os
+import signal
 import warnings
 from contextlib import closing
 
@@ -48,6 +50,13 @@ def test_what_is_no_reward_is_counted_and_the_next_response_graded(response, out
     assert verdicts[0].reward == 0.0
 
 
+def test_a_worker_that_does_not_read_a_long_response_is_killed_at_the_limit():
+    judge("answer:2", "answer:2")
+    for worker in rewards._reward_pools[GOOD]._workers.values():
+        os.kill(worker.process.pid, signal.SIGSTOP)
+    assert [v.outcome for v in judge("x" * 300_000)] == ["timeout"]
+
+
 def test_the_user_is_told_what_went_wrong():
     with pytest.warns(UserWarning, match=r"reward_functions:by_row: KeyError: 'why'"):
         rewards.judge(["raise:why"], [ROW], GOOD)
@@ -86,7 +95,7 @@ class Spelled:
 
 def test_a_function_drives_the_rewards_of_a_rollout(monkeypatch):
     monkeypatch.setattr(tokenizer, "decode", lambda tok, tokens, length: tok.decode(tokens[:length]))
-    texts = ["answer:2", "answer:9", "value:third", "value:one", "value:nan", "answer:2"]
+    texts = ["answer:2", "answer:9", "value:third", "value:one", "value:nan", "answer:5"]
     width = max(map(len, texts))
     tokens = np.array([[ord(c) for c in text.ljust(width)] for text in texts]).reshape(2, 3, width)
     lengths = np.array([len(text) for text in texts]).reshape(2, 3)
@@ -95,6 +104,6 @@ def test_a_function_drives_the_rewards_of_a_rollout(monkeypatch):
     policy = Policy(None, Spelled(), (0,), 0, np.float32, "")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        graded = grade(policy, rollout, [ROW, ROW | {"answer": "7"}], GOOD)
-    assert graded.rewards.tolist() == [[1.0, 0.0, 0.25], [1.0, 0.0, 0.0]]
-    assert [v.outcome for v in graded.verdicts[1]] == ["correct", "invalid", "wrong"]
+        graded = grade(policy, rollout, [ROW, ROW | {"answer": "5"}], GOOD)
+    assert graded.rewards.tolist() == [[1.0, 0.0, 0.25], [1.0, 0.0, 0.0]], "the last one is right, but cut"
+    assert [v.outcome for v in graded.verdicts[1]] == ["correct", "invalid", "correct"]
