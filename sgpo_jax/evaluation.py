@@ -188,7 +188,6 @@ def _resume(path: Path, settings: dict[str, Any], rows: Sequence[dict], numbers:
     for line in kept:
         numbers[place[line["id"]], line["sample"]] = _numbers(line)
     whole = ~np.isnan(numbers).any(axis=(1, 2))
-    numbers[~whole] = np.nan
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace(path, "".join(_text(line) for line in kept if whole[place[line["id"]]]))
     _replace(beside, json.dumps(settings, indent=1) + "\n")

@@ -91,7 +91,7 @@ def evaluate_five(small, path, **changed):
     return evaluation.evaluate(*small, arguments.pop("rows", rows), mesh, path=path, **arguments)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.05, 0.45, 0.55, 0.95, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.45, 0.7, 0.95, 1.0])
 def test_an_evaluation_cut_anywhere_goes_on_to_the_same_bytes(small, tmp_path, monkeypatch, share):
     path = tmp_path / "set.jsonl"
     # Texts of several bytes a character, so that a cut may fall inside one.
@@ -106,6 +106,17 @@ def test_an_evaluation_cut_anywhere_goes_on_to_the_same_bytes(small, tmp_path, m
     assert path.read_bytes() == content
     lines = [n for n in range(0, 6, 2) if content[: round(share * len(content))].count(b"\n") < 3 * min(n + 2, 5)]
     assert [ids[0] for ids in sampled] == lines, "whole problems are not sampled again"
+
+
+def test_what_the_file_says_of_a_whole_problem_stays(small, tmp_path):
+    path = tmp_path / "set.jsonl"
+    evaluate_five(small, path)
+    lines = path.read_text().splitlines()
+    graded_by_hand = lines[6].replace('"reward": 0.0', '"reward": 1.0')
+    assert graded_by_hand != lines[6]
+    path.write_text("\n".join([*lines[:6], graded_by_hand, *lines[7:10]]) + "\n")  # problem 3 is torn, 4 is not there
+    assert evaluate_five(small, path)["per_problem"][2] == pytest.approx(1 / 3)
+    assert path.read_text().splitlines() == [*lines[:6], graded_by_hand, *lines[7:]]
 
 
 def test_a_file_made_with_other_settings_is_refused_or_made_anew(small, tmp_path):
