@@ -120,6 +120,8 @@ def _equal(gold: str, answer: str) -> bool:
     from math_verify import verify
 
     g, a = _parse(gold), _parse(answer)
+    if not (g and a):
+        return False
     # First what is quick. verify is not symmetric.
     if not _far_apart(g[0], a[0]) and verify(g, a, timeout_seconds=None, allow_set_relation_comp=True):
         return True

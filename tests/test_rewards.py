@@ -312,6 +312,10 @@ def test_text_comparison_needs_no_worker() -> None:
         assert processes(pool) == []
 
 
+def test_an_answer_that_is_nothing_to_mathematics_is_wrong(pool: Pool) -> None:
+    assert [v.outcome for v in score(boxed(["'", "x+2"]), ["204", "'"], pool=pool)] == ["wrong", "wrong"]
+
+
 def test_long_answers_are_wrong_unless_identical() -> None:
     long = "1" + "0" * 5000
     verdicts = score(boxed([long, long, "5" + " " * 200_000 + "6"]), ["1", long, "5"])
