@@ -52,6 +52,9 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
+    def all_steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
     def best_step(self) -> int | None:
         """Step of the best checkpoint, the earliest on a tie; the latest when none carries the metric."""
         steps = self._manager.all_steps()

@@ -5,6 +5,7 @@ A file in `configs/` takes `base()`, changes what it needs and returns it; the c
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ def base() -> ConfigDict:
     config.rl.top_p = 0.95
     config.rl.top_k = 0  # 0 keeps the whole vocabulary
     config.rl.max_new_tokens = 16384  # tokens; a longer response is cut and scores 0
+    config.rl.reward = ""  # "" is the verifier, else "module:function" with function(row, response) -> 0..1
     config.rl.clip_low = 0.2  # Eq. 1
     config.rl.clip_high = 0.28  # Eq. 1
     config.rl.delta = 1.0  # nats; tokens with a larger KL are masked; Eq. 5
@@ -203,6 +205,8 @@ def check(config: ConfigDict) -> None:
         batch, auto, guided = config.rl.batch, config.rl.autonomous, config.rl.guided
         counts = {"rl.batch": batch, "rl.batch * rl.autonomous": batch * auto, "rl.batch * rl.guided": batch * guided}
         _check_micro_batch(config, "rl.micro_batch", counts)
+    named = re.fullmatch(r"([A-Za-z_][\w.]*:[A-Za-z_]\w*)?", config.rl.reward)
+    need("rl.reward", named is not None, "'' (the verifier) or 'module:function'")
     for stage in ("rl", "eval"):
         need(f"{stage}.top_p", 0 < _get(config, f"{stage}.top_p") <= 1, "above 0 and at most 1")
     for name, given in config.eval.sets.items():  # training reads them too, for contamination
@@ -225,14 +229,20 @@ def check(config: ConfigDict) -> None:
     _check_files(config)
 
 
-def check_resume(config: ConfigDict, path: Path) -> None:
-    """Raises ValueError when a field that shapes results differs from what an earlier run wrote to `path`."""
+def check_resume(config: ConfigDict, path: Path, only: Sequence[str] = ("",)) -> None:
+    """Raises ValueError when a field that shapes results differs from what an earlier run wrote to `path`.
+
+    Args:
+      config: of this run.
+      path: of the earlier run's config, as `to_json` wrote it; where there is none, all is well.
+      only: what the fields that matter begin with.
+    """
     if not path.is_file():
         return
     before, now = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(json.loads(to_json(config)))
     for field in sorted(before.keys() | now.keys()):
         free = any(field == name or field.startswith(name + ".") for name in MAY_CHANGE)
-        if not free and before.get(field) != now.get(field):
+        if not free and field.startswith(tuple(only)) and before.get(field) != now.get(field):
             raise ValueError(
                 f"config.{field}={now.get(field)!r}: the run in {path.parent} has {before.get(field)!r}; "
                 "go on with the same value, or choose another --workdir"

@@ -1,139 +1,182 @@
-"""Sampling a set of problems and grading it: avg@k and pass@k with bootstrap intervals, every generation on disk."""
+"""Evaluation on benchmarks: avg@k, pass@k and maj@k of a checkpoint or a model, beside what the paper reports.
+
+    python -m sgpo_jax.evaluate --config=configs/NAME.py --checkpoint=WORKDIR[:best|last|STEP] [--out=DIR]
+    python -m sgpo_jax.evaluate --config=configs/NAME.py --model=FOLDER --out=DIR
+
+The sets, the number of samples and the decoding are the config's (`eval`). --model takes a Hugging Face folder or hub
+id, a .gguf file, or "smollm2". Every response goes to DIR with its verdict; the same command resumes after a kill.
+"""
 
 import json
 import os
-from collections.abc import Sequence
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
 
-from sgpo_jax import data
-from sgpo_jax.policy import Policy
-from sgpo_jax.respond import Graded, encode_prompts, grade, noise_key, pad_prompts, respond
-from sgpo_jax.rollout import STOP, Rollout
+from sgpo_jax import config as configs
+from sgpo_jax import metrics, paper, rewards, scores, sharding, stage
+from sgpo_jax import policy as policies
+from sgpo_jax.command import parse_flags
+from sgpo_jax.evaluation import evaluate_sets
 
-RESAMPLES = 2000  # of the bootstrap
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run, with :best (the default), :last or :STEP.")
+_MODEL = flags.DEFINE_string("model", None, "Hugging Face folder or hub id, .gguf file, or 'smollm2'.")
+_OUT = flags.DEFINE_string("out", None, "Folder for generations and results; resumes if it can.")
+_PAPER = flags.DEFINE_string("paper", "", "The paper's row to print beside, MODEL:METHOD, such as qwen7b:sgpo.")
+_LIMIT = flags.DEFINE_integer("limit", 0, "First problems of each set that are evaluated; 0 is all.", lower_bound=0)
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One process of several: call jax.distributed.initialize().")
+flags.mark_flag_as_required("config")
 
 
-def bootstrap(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean of per-problem values `[M]`, resampling problems."""
-    count = len(values)
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES)
-    low, high = np.percentile(draws @ values / count, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def evaluate(
-    policy: Policy,
-    params: Any,
-    rows: Sequence[dict],
-    mesh: Mesh,
-    *,
-    name: str,
-    seed: int,
-    step: int,
-    guided: bool,
-    samples: int,
-    batch: int,
-    path: Path,
-    **sampling: Any,
-) -> dict[str, Any]:
-    """Samples k responses to each problem and grades them.
+def run(config: ConfigDict, checkpoint: str | None, out: str | None, paper_row: str, limit: int) -> dict[str, Any]:
+    """Evaluates what `checkpoint` names, or the config's model, and writes and prints the results.
 
     Args:
-      policy, params: what is evaluated.
-      rows: M problems.
-      mesh: where it runs.
-      name: of the set; with `seed`, `step` and `guided` it fixes the noise.
-      guided: show the strategies.
-      samples: k.
-      batch: problems generated for at once.
-      path: JSONL file for every generation with its verdict; written when all are done.
-      sampling: max_new_tokens, temperature, top_p, top_k.
+      config: with `eval.sets`; its model is what is evaluated, or what the checkpoint was trained from.
+      checkpoint: "WORKDIR", "WORKDIR:best", "WORKDIR:last" or "WORKDIR:STEP", or None.
+      out: folder of the results; None is WORKDIR/evaluate.
+      paper_row: see `paper.row`; "" is none.
+      limit: first problems of each set; 0 is all.
 
     Returns:
-      accuracy (avg@k) with low and high (95 % bootstrap over problems), pass_at_k, mean length in tokens, shares
-      truncated and of each outcome, and per_problem: `[M]` accuracies.
+      {"unguided" or "guided": {set: result of `evaluation.evaluate`}}.
+
+    Raises:
+      ValueError: no such checkpoint, set or paper row, or `out` holds an evaluation with other settings.
     """
-    prompts = encode_prompts(policy, rows, guided)
-    length = max(map(len, prompts))
-    key = noise_key(seed, f"{name}/{'guided' if guided else 'unguided'}", step)
-    graded: list[Graded] = []
-    for start in range(0, len(rows), batch):
-        # The last batch is filled up, so that every batch has one shape.
-        ids = np.minimum(np.arange(start, start + batch), len(rows) - 1)
-        padded = pad_prompts(policy, [prompts[i] for i in ids], length)
-        rollout = respond(policy, params, padded, ids, key, mesh, group=samples, **sampling)
-        real = min(batch, len(rows) - start)
-        rollout = Rollout(*(field[:real] for field in rollout))
-        graded.append(grade(policy, rollout, [row["answer"] for row in rows[start : start + real]]))
-    if jax.process_index() == 0:
-        _write_generations(path, rows, graded, step)
-    reward = np.concatenate([g.rewards for g in graded])
-    outcomes = [verdict.outcome for g in graded for group in g.verdicts for verdict in group]
-    per_problem = reward.mean(axis=1)
-    low, high = bootstrap(per_problem)
-    shares = {outcome: outcomes.count(outcome) / len(outcomes) for outcome in ("no_box", "timeout", "crash")}
-    return {
-        "accuracy": float(per_problem.mean()),
-        "low": low,
-        "high": high,
-        "pass_at_k": float(reward.max(axis=1).mean()),
-        "length": float(np.mean(np.concatenate([g.rollout.lengths for g in graded]))),
-        "truncated": float(np.mean(np.concatenate([g.rollout.finish for g in graded]) != STOP)),
-        **shares,
-        "per_problem": per_problem.tolist(),
-    }
-
-
-def evaluate_sets(
-    config: ConfigDict, folder: Path, policy: Policy, params: Any, mesh: Mesh, step: int, guided: bool = False
-) -> dict[str, dict[str, Any]]:
-    """`evaluate` on every set of the config; generations go to `folder`."""
-    fields = config.eval
-    sampling = {name: fields[name] for name in ("batch", "max_new_tokens", "temperature", "top_p", "top_k")}
+    reported = paper.row(paper_row) if paper_row else None
+    rewards.check(config.rl.reward)
+    mesh = sharding.make_mesh(**config.mesh)
+    configs.check_mesh(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    workdir, found = _find(config, checkpoint) if checkpoint else (None, None)
+    if not (out or workdir):
+        raise ValueError("--out: must be given with --model")
+    folder = Path(out).expanduser() if out else Path(str(workdir)) / "evaluate"
+    policy, load = stage.load_policy(config)
+    if workdir and found:
+        params, step = stage.params_at(config, workdir, *found, policy, mesh), found[1]
+        model = f"{workdir} after {found[0]} step {step}"
+    else:
+        params, step, model = policies.place(load(jax.random.key(config.seed)), mesh), 0, config.model.source
     results = {}
-    for name, chosen in fields.sets.items():
-        rows = data.load(chosen.source)
-        if guided:
-            rows = [row for row in rows if "strategy" in row]
-        if not rows:
-            continue
-        path = folder / f"{name}_{'guided' if guided else 'unguided'}_{step:06d}.jsonl"
-        results[name] = evaluate(
-            policy, params, rows, mesh, name=name, seed=config.seed, step=step, guided=guided,
-            samples=chosen.samples, path=path, **sampling,
-        )  # fmt: skip
+    for kind in ("unguided", "guided") if config.eval.guided else ("unguided",):
+        with jax.set_mesh(mesh):
+            results[kind] = evaluate_sets(
+                config, folder, policy, params, mesh, step, kind == "guided", limit=limit, model=model, restart=False
+            )
+    if jax.process_index() == 0:
+        _report(config, folder, model, results, reported, limit)
     return results
 
 
-def _write_generations(path: Path, rows: Sequence[dict], graded: Sequence[Graded], step: int) -> None:
-    """One line per response, in a file that appears only when whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _find(config: ConfigDict, checkpoint: str) -> tuple[Path, tuple[str, int]]:
+    """(folder of the run, (stage, step)) of a checkpoint: of RL if the run has come so far, else of SFT."""
+    name, colon, which = checkpoint.rpartition(":")
+    if not colon or not (which in ("best", "last") or which.isdigit()):
+        name, which = checkpoint, "best"
+    workdir = Path(name).expanduser()
+    configs.check_resume(config, workdir / "config.json", only=("model.", "data.instruction"))
+    for part in ("rl", "sft"):
+        step = stage.find_step(config, workdir, part, which)
+        if step is not None:
+            return workdir, (part, step)
+    raise ValueError(f"--checkpoint={checkpoint}: there is no such checkpoint in {workdir}/rl or {workdir}/sft")
+
+
+def _report(
+    config: ConfigDict,
+    folder: Path,
+    model: str,
+    results: dict[str, dict[str, dict[str, Any]]],
+    reported: tuple[str, dict[str, float]] | None,
+    limit: int,
+) -> None:
+    """Prints the table; writes it and all numbers to `folder`."""
+    title, cells = reported or ("", {})
+    cells = {name.lower(): value for name, value in cells.items()}
+    columns = ["set", "problems", "k", "avg@k, %", "pass@k, %", "maj@k, %", "tokens", "cut, %"]
+    lines = []
+    order = {name.lower(): i for i, name in enumerate(paper.SETS)}
+    for kind, sets in results.items():
+        for name in sorted(sets, key=lambda name: order.get(name.lower(), len(order))):
+            result = sets[name]
+            k = config.eval.sets[name].samples
+            label = name if kind == "unguided" else f"{name}, guided"
+            line = _line(label, result, f"{result['problems']} of {result['available']}", k)
+            lines.append([*line, _cell(cells, name) if kind == "unguided" else ""])
+            if "solvable" in result:
+                few = result["solvable"]
+                lines.append([*_line(f"{label}, solvable as stated", few, str(few["problems"]), k), ""])
+        if len(sets) > 1:
+            means, value = _average(sets)
+            low, high = scores.interval(means)
+            label = "Average" if kind == "unguided" else "Average, guided"
+            average = f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+            lines.append([label, "", "", average, "", "", "", "", _cell(cells, label)])
+    head = f"{model}; 95 % bootstrap intervals over problems"
+    if limit:
+        head = f"SUBSET, the first {limit} problems of each set (--limit): no benchmark result. {head}"
+    if reported:
+        columns.append(f"paper: {title}")
+    table = metrics.table(head, columns, [line[: len(columns)] for line in lines])
+    _write(folder / "table.txt", table)
+    content = {
+        "model": model, "limit": limit, "seed": config.seed, "reward": config.rl.reward,
+        "eval": json.loads(config.eval.to_json()), "results": results,
+        "paper": {"row": title, "percent": reported[1]} if reported else None,
+    }  # fmt: skip
+    _write(folder / "results.json", json.dumps(content, indent=1) + "\n")
+    print(f"Every response with its verdict: {folder}", flush=True)
+
+
+def _line(label: str, result: dict[str, Any], problems: str, k: int) -> list[str]:
+    def percent(name: str) -> str:
+        low, high = result["intervals"][name]
+        return f"{100 * result[name]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+    rates = [percent(name) for name in ("accuracy", f"pass@{k}", f"maj@{k}")]
+    return [label, problems, str(k), *rates, f"{result['length']:.0f}", f"{100 * result['truncated']:.1f}"]
+
+
+def _average(sets: dict[str, dict[str, Any]]) -> tuple[np.ndarray, float]:
+    """(bootstrapped means, value) of the plain mean of the sets' accuracies; each set is resampled on its own."""
+    means = [scores.bootstrap_means(np.array(result["per_problem"]), seed) for seed, result in enumerate(sets.values())]
+    return np.mean(means, axis=0), float(np.mean([result["accuracy"] for result in sets.values()]))
+
+
+def _cell(cells: dict[str, float], name: str) -> str:
+    return f"{cells[name.lower()]:.1f}" if name.lower() in cells else ""
+
+
+def _write(path: Path, text: str) -> None:
     unfinished = path.with_suffix(".partial")
-    remaining = iter(rows)
-    with unfinished.open("w", encoding="utf-8") as file:
-        for part in graded:
-            for i, group in enumerate(part.texts):
-                row = next(remaining)
-                for sample, text in enumerate(group):
-                    verdict = part.verdicts[i][sample]
-                    line = {
-                        "step": step,
-                        "id": row["id"],
-                        "sample": sample,
-                        "problem": row["problem"],
-                        "answer": row["answer"],
-                        "response": text,
-                        "extracted": verdict.extracted,
-                        "outcome": verdict.outcome,
-                        "reward": float(part.rewards[i, sample]),
-                        "tokens": int(part.rollout.lengths[i, sample]),
-                        "truncated": bool(part.rollout.finish[i, sample] != STOP),
-                    }
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
+
+
+def main(argv) -> None:
+    logging.set_verbosity(logging.ERROR)  # JAX and Orbax report every step of theirs
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    try:
+        if _CHECKPOINT.value and _MODEL.value:
+            raise ValueError("--checkpoint and --model: give one of them")
+        config = _CONFIG.value
+        config.stages, config.data.train, config.sft.train = ("eval",), "", ""  # training reads these, this does not
+        config.model.source = _MODEL.value or config.model.source
+        configs.check(config)
+        if _DISTRIBUTED.value:
+            jax.distributed.initialize()
+        run(config, _CHECKPOINT.value, _OUT.value, _PAPER.value, _LIMIT.value)
+    except (ValueError, ImportError) as error:
+        sys.exit(f"sgpo_jax: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

@@ -185,18 +185,18 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         ValueError: for any other line that is not a JSON object, naming file and line.
     """
     rows = []
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    lines = Path(path).read_bytes().split(b"\n")  # a torn line may end inside a character
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: not a JSON object: {line[:80]!r}")
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             if number == len(lines):
                 break
             raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: not a JSON object: {line[:80]!r}")
         rows.append(row)
     return rows
 

@@ -56,15 +56,21 @@ def respond(
     return sharding.fetch(rollout)
 
 
-def grade(policy: Policy, rollout: Rollout, answers: Sequence[str]) -> Graded:
-    """Texts and grades of a rollout; a response cut at the limit gets reward 0."""
+def grade(policy: Policy, rollout: Rollout, rows: Sequence[dict], reward: str = "") -> Graded:
+    """Texts and grades of a rollout for B problems; a response cut at the limit gets reward 0.
+
+    Args:
+      policy, rollout: where the tokens come from.
+      rows: B problems.
+      reward: as in `rewards.judge`: "" is the verifier.
+    """
     texts = [
         [tokenizers.decode(policy.tokenizer, tokens, length) for tokens, length in zip(*group, strict=True)]
         for group in zip(rollout.tokens, rollout.lengths, strict=True)
     ]
     size = rollout.lengths.shape[1]
     flat = [text for group in texts for text in group]
-    verdicts = rewards.score(flat, [answer for answer in answers for _ in range(size)])
+    verdicts = rewards.judge(flat, [row for row in rows for _ in range(size)], reward)
     grouped = [verdicts[i : i + size] for i in range(0, len(verdicts), size)]
-    reward = np.array([[verdict.reward for verdict in group] for group in grouped], np.float32)
-    return Graded(rollout, texts, grouped, np.where(rollout.finish == STOP, reward, 0.0).astype(np.float32))
+    values = np.array([[verdict.reward for verdict in group] for group in grouped], np.float32)
+    return Graded(rollout, texts, grouped, np.where(rollout.finish == STOP, values, 0.0).astype(np.float32))

@@ -1,142 +1,38 @@
-r"""Answer extraction and verification: the outcome reward of a response.
+r"""The outcome reward of a response: the verifier, or a function of the user's own, in processes that can be killed.
 
-`score` takes the last balanced \boxed{...} of each response and compares it with the gold answer:
-as text where certain, else by math-verify in processes that can be killed: answers are hostile.
-
-What counts as correct, where opinions differ:
-  * Only a box (\boxed or \fbox) counts: the one that closes last, not in an unfinished <think>.
-  * 0.333333 is 1/3, 0.33333 is not: decimals agree to 6 places, and never differ by over 0.1 %.
-  * Percent signs and units are decoration: 62.5\% takes 62.5 and 0.625, 90^\circ takes 90.
-  * Lists and sets are unordered, tuples are not. (2, \infty) takes x > 2, y = 2x takes 2x.
-  * 52_8 takes 52, not 52_9. i is the imaginary unit. Words are compared as strings.
-
-This file is also the program of the workers (`_serve`): it imports neither jax nor this package.
+`score` takes the last balanced \boxed{...} of each response and compares it with the gold answer: as text where
+certain (`answers`), else by math-verify (`grader`), since answers are hostile. What counts as correct where opinions
+differ: docs/rewards.md. `judge` does the same for rows, or calls `module:function` for each of them.
 """
 
 import atexit
-import contextlib
 import json
 import os
-import re
-import resource
 import select
 import signal
 import subprocess
 import sys
 import threading
+import time
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import IO, Any, Literal, cast
 
-Outcome = Literal["correct", "wrong", "no_box", "timeout", "crash"]
+from sgpo_jax.answers import MAX_ANSWER, compare_text, extract_boxed, normalize_answer, readings
 
-MAX_ANSWER = 1000  # characters; a longer answer is wrong unless it is the gold letter by letter
+Outcome = Literal["correct", "wrong", "no_box", "timeout", "crash", "invalid"]
+FAILURES: tuple[Outcome, ...] = ("no_box", "timeout", "crash", "invalid")  # ways to score 0 without being wrong
 
 
 @dataclass(frozen=True)
 class Verdict:
     """Grade of one response. `extracted` is the box's content, cut at MAX_ANSWER, None without."""
 
-    reward: float  # 0.0 or 1.0
-    outcome: Outcome
+    reward: float  # 0.0 or 1.0; from a user's function anything between, too
+    outcome: Outcome  # "correct" is a reward of 1; "invalid" is a user's function that returned no number from 0 to 1
     extracted: str | None
-
-
-# A box, an escaped character (\{ opens no group) or a brace. In `\\boxed` the first \ is a slip.
-_TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\(?:\\(?!boxed|fbox)|[^\\])|[{}]", re.DOTALL)
-
-
-def extract_boxed(text: str) -> str | None:
-    r"""Content of the balanced \boxed{...} that closes last, after the last "</think>", or None.
-
-    Takes time linear in the length of the text. Of nested boxes the outermost counts.
-    """
-    text = text.rpartition("</think>")[2]
-    if text.lstrip().startswith("<think>"):
-        return None  # an unfinished thought
-    last: slice | None = None
-    opened: list[re.Match[str]] = []
-    for token in _TOKEN.finditer(text):
-        if token[0] == "}":
-            start = opened.pop() if opened else token
-            if len(start[0]) > 1:  # a box, not a plain group
-                last = slice(start.end(), token.start())
-        elif token[0] == "{" or len(token[0]) > 2:
-            opened.append(token)
-    return None if last is None else text[last]
-
-
-_SYMBOLS: dict[str, str | int | None] = {
-    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ",
-    "π": r"\pi ", "°": r"^\circ ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
-    "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "，": ",",
-    "²": "^2", "³": "^3",
-}  # fmt: skip
-_REWRITES = [
-    (r"(?<!\\)\\[()\[\]]|\\?\$", ""),  # math delimiters and dollars
-    (r"√\s*([0-9]+|[a-z])", r"\\sqrt{\1}"),
-    (r"\b(?:np|numpy|math)\.([a-z]+)", r"\\\1"),
-    (r"\*\*", "^"),
-    (r"\\(?:mathrm|text)\{([ie])\}", r"\1"),
-    (r"(?<=[0-9])i\b", " i"),
-    (r"_\{ ?\\(?:max|min) ?\}|^\s*\\approx", ""),
-    # One number: 10,\!080 and 10\,080 and 10{,}080, then 10 080 at the end.
-    (r"(?<=[0-9])(?:,?\\!|\\[,;: ]|\{,\}|~)\s*(?=[0-9]{3}(?![0-9]))", ""),
-    (r"\\!", ""),
-    (r"(?<!\\)(?:\\[ ,;:]|~|\\q?quad\b)|\s+", " "),
-    (r"(?<=[0-9]) (?=[0-9]{3}(?: [0-9]{3}){0,5}$)", ""),
-    # 1e-05, which LaTeX reads as 1*e - 05; "2e - 3" with spaces stays Euler's number.
-    (
-        r"(?<![\w.}\\])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE]\+?(-?)0{0,3}([0-9]{1,6})(?![\w.^{/])",
-        r"\1 \\times 10^{\2\3}",
-    ),
-    (r"(?<=[0-9])\.(?= ?(?:$|[-+*/^,;)\]}]))", ""),  # 1./3
-    (r"(?<!\\left)(?<!\\right)(?<!\.)\. *$", ""),  # a full stop
-]
-
-
-def normalize_answer(text: str) -> str:
-    """Rewrite an answer, gold or predicted, into LaTeX that math-verify reads as it was meant.
-
-    Removes dollars, thousands separators, spacing commands and a final full stop; rewrites
-    e-notation, Python's spelling (`**`, `1./3`, `np.arcsin`) and common Unicode symbols.
-    """
-    text = text.translate(str.maketrans(_SYMBOLS))
-    for pattern, replacement in _REWRITES:
-        text = re.sub(pattern, replacement, text)
-    return text.strip()
-
-
-_INTEGER = re.compile(r"([+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+))(?:\.0*)?(?:_\{?([0-9]+)\}?)?")
-_WRAPPED = re.compile(r"\\(?:text|mbox|textbf|textrm|mathrm|mathbf) ?\{([A-Za-z .'()-]*)\}")
-
-
-def _words(text: str) -> list[str] | None:
-    """The sides (one or two, sorted) of an answer in words such as `even` or `MR=MC`, else None."""
-    wrapped = _WRAPPED.fullmatch(text)
-    if not wrapped and not (re.fullmatch(r"[A-Za-z =]+", text) and re.search("[A-Za-z]{4}", text)):
-        return None
-    plain = wrapped[1] if wrapped else text
-    if re.search(r"\b(?:and|or)\b", plain):
-        return None  # a list, for math-verify
-    return sorted(re.sub("[^a-z=]", "", plain.lower()).split("="))
-
-
-def _compare_text(gold: str, answer: str) -> bool | None:
-    """Equality of two normalised answers where it is certain without mathematics, else None."""
-    if gold == answer:
-        return bool(gold)
-    if not (0 < len(gold) <= MAX_ANSWER and 0 < len(answer) <= MAX_ANSWER):
-        return False
-    g, a = _INTEGER.fullmatch(gold), _INTEGER.fullmatch(answer)
-    if g and a:
-        same_base = g[2] == a[2] or not (g[2] and a[2])
-        return same_base and int(g[1].replace(",", "")) == int(a[1].replace(",", ""))
-    words = _words(gold), _words(answer)
-    return None if None in words else words[0] == words[1]
 
 
 class _Worker:
@@ -146,21 +42,25 @@ class _Worker:
     __main__, no pickle. Raises RuntimeError if it cannot start.
     """
 
-    def __init__(self, seconds: float, megabytes: int):
+    def __init__(self, seconds: float, megabytes: int, reward: str = ""):
         self.seconds = seconds
+        program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "grader.py")
+        # A user's module is found where this program would find it.
+        path = json.dumps([os.path.abspath(folder) for folder in sys.path])
         # -P keeps this folder off sys.path, the hash seed makes sympy's orderings repeatable, and
         # in a session of its own Ctrl-C does not reach it: it ends when its stdin closes.
         self.process = subprocess.Popen(
-            [sys.executable, "-P", os.path.abspath(__file__), str(0.75 * seconds), str(megabytes)],
+            [sys.executable, "-P", program, str(0.75 * seconds), str(megabytes), reward, path],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
             start_new_session=True,
-            env={**os.environ, "PYTHONHASHSEED": "0"},
+            env={**os.environ, "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
         )
         self.stdin = cast(IO[bytes], self.process.stdin)
         self.stdout = cast(IO[bytes], self.process.stdout)
+        os.set_blocking(self.stdin.fileno(), False)
         try:
             error = self._read(120.0)["error"]  # imports: 0.5 s, on a busy host much longer
         except (TimeoutError, EOFError) as failure:
@@ -169,21 +69,29 @@ class _Worker:
             self.kill()
             raise RuntimeError(f"a grading worker did not start: {error}")
 
-    def grade(self, gold: str, answer: str) -> Outcome:
-        """Compare two normalised answers; the process may be dead afterwards."""
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The reply to a request, with its "outcome"; the process may be dead afterwards."""
         try:
-            # Two answers are at most 24 kB of JSON, a pipe holds 64: this cannot block.
-            self.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
+            self._write(json.dumps(request).encode() + b"\n", self.seconds)
             reply = self._read(self.seconds)
         except TimeoutError:
             self.kill()
-            return "timeout"
+            return {"outcome": "timeout"}
         except (EOFError, OSError):
             self.kill()
-            return "timeout" if self.process.returncode == -signal.SIGALRM else "crash"
+            return {"outcome": "timeout" if self.process.returncode == -signal.SIGALRM else "crash"}
         if reply["retire"]:
             self.kill()
-        return reply["outcome"]
+        return reply
+
+    def _write(self, line: bytes, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        poller = select.poll()
+        poller.register(self.stdin, select.POLLOUT)
+        while line:
+            if not poller.poll(max(0.0, 1000 * (deadline - time.monotonic()))):
+                raise TimeoutError
+            line = line[os.write(self.stdin.fileno(), line) :]
 
     def _read(self, seconds: float) -> dict[str, Any]:
         poller = select.poll()  # not select(), which fails when the run has over 1024 open files
@@ -208,29 +116,34 @@ class Pool:
         seconds: wall-clock limit of one grading. The process ends itself after 75 % of it, so that
             the start of its successor fits in too; what is stuck even so is killed at the limit.
         megabytes: limit of each process' address space.
+        reward: `module:function` of a user's own reward; "" is the verifier.
     """
 
-    def __init__(self, workers: int | None = None, seconds: float = 6.0, megabytes: int = 1024):
+    def __init__(self, workers: int | None = None, seconds: float = 6.0, megabytes: int = 1024, reward: str = ""):
         count = min(8, os.cpu_count() or 1) if workers is None else workers
         for name, value in [("workers", count), ("seconds", seconds), ("megabytes", megabytes)]:
             if not value > 0:
                 raise ValueError(f"{name} is {value!r}; it must be positive")
-        self._limits = (seconds, megabytes)
+        self._arguments = (seconds, megabytes, reward)
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="grading")
         self._workers: dict[int, _Worker] = {}  # by thread
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Outcome]:
         """Grade (gold, answer) pairs of normalised answers, in order."""
-        return list(self._threads.map(self._grade, pairs))
+        return [reply["outcome"] for reply in self.ask([{"pairs": readings(*pair)} for pair in pairs])]
 
-    def _grade(self, pair: tuple[str, str]) -> Outcome:
+    def ask(self, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The workers' replies, in order."""
+        return list(self._threads.map(self._ask, requests))
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         thread = threading.get_ident()
         worker = self._workers.get(thread)
         if worker is None or worker.process.poll() is not None:
             if worker is not None:
                 worker.kill()  # closes its pipes
-            worker = self._workers[thread] = _Worker(*self._limits)
-        return worker.grade(*pair)
+            worker = self._workers[thread] = _Worker(*self._arguments)
+        return worker.ask(request)
 
     def close(self) -> None:
         """Drop what waits, end the threads and the workers; at most one grading's time."""
@@ -240,15 +153,22 @@ class Pool:
 
 
 _shared_pool = Pool()  # starts nothing before the first item
+_reward_pools: dict[str, Pool] = {}
+_reward_lock = threading.Lock()
 
 
-def _renew_shared_pool() -> None:
-    global _shared_pool
-    _shared_pool = Pool()
+def _renew_pools() -> None:
+    global _shared_pool, _reward_pools, _reward_lock
+    _shared_pool, _reward_pools, _reward_lock = Pool(), {}, threading.Lock()
 
 
-os.register_at_fork(after_in_child=_renew_shared_pool)  # a fork has not its parent's threads
-atexit.register(lambda: _shared_pool.close())
+def _close_pools() -> None:
+    for pool in (_shared_pool, *_reward_pools.values()):
+        pool.close()
+
+
+os.register_at_fork(after_in_child=_renew_pools)  # a fork has not its parent's threads
+atexit.register(_close_pools)
 
 
 def score(responses: list[str], answers: list[str], *, pool: Pool | None = None) -> list[Verdict]:
@@ -268,91 +188,70 @@ def score(responses: list[str], answers: list[str], *, pool: Pool | None = None)
         None if box is None else (normalize_answer(gold), normalize_answer(box))
         for gold, box in zip(answers, boxes, strict=True)
     ]
-    equal = {pair: _compare_text(*pair) for pair in pairs if pair}
-    undecided = [pair for pair, same in equal.items() if same is None]
-    outcomes: dict[tuple[str, str] | None, Outcome] = {None: "no_box"}
-    outcomes |= {pair: "correct" if same else "wrong" for pair, same in equal.items()}
-    outcomes |= zip(undecided, (pool or _shared_pool).grade(undecided), strict=True)
+    compared = _compare([pair for pair in pairs if pair], pool or _shared_pool)
+    outcomes: list[Outcome] = ["no_box" if pair is None else compared[pair] for pair in pairs]
     return [
-        Verdict(float(outcomes[pair] == "correct"), outcomes[pair], box and box[:MAX_ANSWER])
-        for pair, box in zip(pairs, boxes, strict=True)
+        Verdict(float(outcome == "correct"), outcome, box and box[:MAX_ANSWER])
+        for outcome, box in zip(outcomes, boxes, strict=True)
     ]
 
 
-def _serve(seconds: float, megabytes: int) -> None:
-    """A worker: grade lines [gold, answer] of stdin until it closes, as when the parent dies."""
-    # SIGALRM's default action ends the process even inside C code and with its parent gone.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    memory = megabytes * 2**20
-    for kind, limit in [(resource.RLIMIT_CORE, 0), (resource.RLIMIT_AS, memory)]:
-        with contextlib.suppress(ValueError):  # the system allows even less
-            resource.setrlimit(kind, (limit, resource.getrlimit(kind)[1]))
-    replies = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # what a library prints must not become a reply
+def equal(pairs: Sequence[tuple[str, str]]) -> list[bool]:
+    """Whether the answers of each pair are the same, as a gold answer and a response's would be."""
+    normal = [(normalize_answer(first), normalize_answer(second)) for first, second in pairs]
+    outcomes = _compare(normal, _shared_pool)
+    return [outcomes[pair] == "correct" for pair in normal]
 
-    def reply(**fields: object) -> None:
-        replies.write(json.dumps(fields).encode() + b"\n")
 
+def _compare(pairs: Sequence[tuple[str, str]], pool: Pool) -> dict[tuple[str, str], Outcome]:
+    """Pair of normalised answers -> "correct", "wrong", "timeout" or "crash"; each pair is compared once."""
+    same = {pair: compare_text(*pair) for pair in pairs}
+    undecided = [pair for pair, certain in same.items() if certain is None]
+    outcomes: dict[tuple[str, str], Outcome] = {
+        pair: "correct" if certain else "wrong" for pair, certain in same.items()
+    }
+    return outcomes | dict(zip(undecided, pool.grade(undecided), strict=True))
+
+
+def judge(responses: list[str], rows: Sequence[dict], reward: str = "") -> list[Verdict]:
+    """Grade each response to the problem of its row; order kept, from any thread, on hostile text.
+
+    Args:
+        responses: texts.
+        rows: one for each response, with its `answer`, and what else the user's function reads.
+        reward: "" is `score`; else `module:function`, called as `function(row, response)`, whose result is the reward.
+
+    Raises:
+        ValueError: lists of different length, or a function that cannot be loaded.
+    """
+    if not reward:
+        return score(responses, [row["answer"] for row in rows])
+    if len(responses) != len(rows):
+        raise ValueError(f"{len(responses)} responses for {len(rows)} rows; must be equal")
+    with _reward_lock:
+        if reward not in _reward_pools:
+            _reward_pools[reward] = Pool(reward=reward)
+        pool = _reward_pools[reward]
+    requests = [{"problem": row, "response": text} for row, text in zip(rows, responses, strict=True)]
+    replies = pool.ask(requests)
+    if notes := [reply["note"] for reply in replies if "note" in reply]:
+        warnings.warn(f"the reward {reward}: {notes[0]}", stacklevel=2)
+    boxes = [extract_boxed(response) for response in responses]
+    return [
+        Verdict(reply.get("reward", 0.0), reply["outcome"], box and box[:MAX_ANSWER])
+        for reply, box in zip(replies, boxes, strict=True)
+    ]
+
+
+def check(reward: str) -> None:
+    """Loads a user's reward function in a worker, as grading will; nothing to do for "", the verifier.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    if not reward:
+        return
     try:
-        _equal("1", "2")  # the imports, and the tables of the first parse
-    except Exception as error:
-        return reply(error=repr(error)[:500])
-    reply(error=None)
-    for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        outcome = "correct" if _equal(*json.loads(line)) else "wrong"
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
-        # math-verify calls a MemoryError wrong: none may come of what earlier answers left behind.
-        reply(outcome=outcome, retire=_peak_bytes() > memory // 2)
-
-
-def _peak_bytes() -> int:
-    """The most memory this process has held."""
-    try:
-        # Not ru_maxrss: a child inherits the peak of a large parent there, and would retire after every answer.
-        status = Path("/proc/self/status").read_text()
-        return int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0]) * 1024
-    except (OSError, IndexError):  # not on Linux
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-@lru_cache(maxsize=1024)
-def _parse(text: str) -> list[Any]:
-    """What math-verify reads in a normalised answer: a sympy object if any, then the string."""
-    from math_verify import LatexExtractionConfig, parse  # only workers need it
-    from sympy import I, Symbol
-
-    # LaTeX only, as plain expressions go through eval; first match only and no unanchored search,
-    # which would dig a number out of what does not parse. Its time limits are off: SIGALRM is ours.
-    config = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
-    text = rf"\boxed{{{text}}}"
-    parsed = parse(text, config, extraction_mode="first_match", parsing_timeout=None)
-    unit = {Symbol("i", real=False): I}  # for math-verify i is any symbol
-    with contextlib.suppress(TypeError):  # and so it is for us in 1 < i
-        parsed = [value if isinstance(value, str) else value.xreplace(unit) for value in parsed]
-    return parsed
-
-
-def _equal(gold: str, answer: str) -> bool:
-    """Equality of two normalised answers by math-verify, with or without percent signs."""
-    from math_verify import verify
-
-    g, a = _parse(gold), _parse(answer)
-    same = verify(g, a, timeout_seconds=None, allow_set_relation_comp=True)  # not symmetric
-    if same and not _far_apart(g[0], a[0]):
-        return True
-    bare = re.sub(r"\\?%", "", gold), re.sub(r"\\?%", "", answer)
-    return bare != (gold, answer) and _equal(*bare)
-
-
-def _far_apart(gold: Any, answer: Any) -> bool:
-    """Whether two sympy numbers differ by over 0.1 %: math-verify takes 1e-20 for 1e-19."""
-    g, a = (getattr(value, "rhs", value) for value in (gold, answer))
-    if not (getattr(g, "is_number", False) and getattr(a, "is_number", False)):
-        return False
-    g, a = g.doit().evalf(), a.doit().evalf()
-    return g not in (0, a) and bool(abs(g - a) > 1e-3 * abs(g))
-
-
-if __name__ == "__main__":
-    _serve(float(sys.argv[1]), int(sys.argv[2]))
+        _Worker(6.0, 1024, reward).kill()
+    except RuntimeError as error:
+        raise ValueError(f"config.rl.reward={reward!r}: {error}") from error

@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import cleaning, data, sharding, stage
-from sgpo_jax.evaluate import evaluate_sets
+from sgpo_jax import cleaning, data, rewards, sharding, stage
+from sgpo_jax.evaluation import evaluate_sets
 from sgpo_jax.metrics import Writer
 from sgpo_jax.policy import Policy
 from sgpo_jax.respond import Graded, encode_prompts, grade, noise_key, pad_prompts, respond
@@ -52,12 +52,13 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
         with Writer(workdir, total, "rl", resume_step=first, enabled=jax.process_index() == 0) as writer:
             for step in range(first, total):
                 batch_rows = batches[step]
-                answers = [row["answer"] for row in batch_rows]
                 times = [time.perf_counter()]
                 unguided_prompts, autonomous = rollout(state.params, batch_rows, step, guided=False)
                 guided_prompts, guided = rollout(state.params, batch_rows, step, guided=True)
                 times.append(time.perf_counter())
-                graded_auto, graded_guided = grade(policy, autonomous, answers), grade(policy, guided, answers)
+                graded_auto, graded_guided = (
+                    grade(policy, group, batch_rows, rl.reward) for group in (autonomous, guided)
+                )
                 times.append(time.perf_counter())
                 batch = Batch(unguided_prompts, guided_prompts, _group(graded_auto), _group(graded_guided))
                 packed = pack_batch(batch, micro_batch=rl.micro_batch, **weights)
@@ -120,7 +121,7 @@ def _rollout_metrics(autonomous: Graded, guided: Graded) -> dict[str, float]:
         "response_length": float(autonomous.rollout.lengths.mean()),
         "response_length_guided": float(guided.rollout.lengths.mean()),
         "truncated": float((autonomous.rollout.finish != STOP).mean()),
-        **{name: outcomes.count(name) / len(outcomes) for name in ("no_box", "timeout", "crash")},
+        **{name: outcomes.count(name) / len(outcomes) for name in rewards.FAILURES},
     }
 
 

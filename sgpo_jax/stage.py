@@ -90,12 +90,25 @@ def start(
 
 def best_params(config: ConfigDict, workdir: Path, stage: str, policy: Policy, mesh: Mesh) -> Any | None:
     """Parameters of the best checkpoint of a stage, or None when the stage has none."""
+    step = find_step(config, workdir, stage, "best")
+    return None if step is None else params_at(config, workdir, stage, step, policy, mesh)
+
+
+def find_step(config: ConfigDict, workdir: Path, stage: str, which: str) -> int | None:
+    """Step of the "best" or "last" checkpoint of a stage, or `which` itself; None when there is no such checkpoint."""
     if not (workdir / stage / "checkpoints").is_dir():
         return None
+    with checkpoints(config, workdir, stage) as saved:
+        if which in ("best", "last"):
+            return saved.best_step() if which == "best" else saved.latest_step()
+        return int(which) if which.isdigit() and int(which) in saved.all_steps() else None
+
+
+def params_at(config: ConfigDict, workdir: Path, stage: str, step: int, policy: Policy, mesh: Mesh) -> Any:
+    """Parameters of the checkpoint after `step` of a stage."""
     tx, _ = optimizer(config, stage, total_steps=1)  # only its state's shape matters here
     with checkpoints(config, workdir, stage) as saved:
-        step = saved.best_step()
-        return None if step is None else restore(saved, step, policy, tx, mesh).params
+        return restore(saved, step, policy, tx, mesh).params
 
 
 def watch_skipped(folder: Path, step: int, skipped: int, limit: int, batch: Any) -> None:

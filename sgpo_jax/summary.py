@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sgpo_jax import metrics, plots, stage
-from sgpo_jax.evaluate import bootstrap, evaluate_sets
+from sgpo_jax.evaluation import evaluate_sets
 from sgpo_jax.policy import Policy
+from sgpo_jax.scores import bootstrap
 
 SHOWN = 3  # problems of each set whose answers are printed
 
@@ -81,7 +82,8 @@ def _show(config: ConfigDict, workdir: Path, folder: Path, results: dict[str, An
             new = after and after[kind][name]
             line = [f"{name} (k={config.eval.sets[name].samples})", kind, _interval(old)]
             line += [_interval(new), _gain(old, new)] if new else ["-", "-"]
-            for metric, form in (("pass_at_k", ".3f"), ("length", ".1f"), ("truncated", ".3f")):
+            k = config.eval.sets[name].samples
+            for metric, form in ((f"pass@{k}", ".3f"), ("length", ".1f"), ("truncated", ".3f")):
                 line.append(" -> ".join(f"{result[metric]:{form}}" for result in (old, new) if result))
             lines.append(line)
     title = "Accuracy with 95 % bootstrap intervals over problems" + (", before and after RL" if after else "")
@@ -93,7 +95,7 @@ def _show(config: ConfigDict, workdir: Path, folder: Path, results: dict[str, An
     if after and rows:
         first = next(iter(before["unguided"]))
         old_bars, new_bars = (
-            {kind: (sets[first]["accuracy"], sets[first]["low"], sets[first]["high"]) for kind, sets in when.items()}
+            {kind: (sets[first]["accuracy"], *sets[first]["intervals"]["accuracy"]) for kind, sets in when.items()}
             for when in (before, after)
         )
         plots.summary(rows, old_bars, new_bars, workdir / "summary.png")
@@ -103,7 +105,8 @@ def _show(config: ConfigDict, workdir: Path, folder: Path, results: dict[str, An
 
 
 def _interval(result: dict[str, Any]) -> str:
-    return f"{result['accuracy']:.3f} [{result['low']:.3f}, {result['high']:.3f}]"
+    low, high = result["intervals"]["accuracy"]
+    return f"{result['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _gain(old: dict[str, Any], new: dict[str, Any]) -> str:

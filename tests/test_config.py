@@ -64,6 +64,8 @@ def test_every_config_passes(file, monkeypatch):
     # Whoever runs it brings the files.
     monkeypatch.setattr(configs, "_check_files", lambda config: None)
     config = load(file)
+    if file.stem == "benchmarks":  # on any model
+        config.stages, config.model.source = ("eval",), "any"
     configs.check(config)
     with pytest.raises(AttributeError, match="batch"):
         config.rl.bacth = 3
@@ -71,7 +73,9 @@ def test_every_config_passes(file, monkeypatch):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_config_says_how_to_run_it(file):
-    assert f"python -m sgpo_jax.main --config=configs/{file.name} --workdir=" in file.read_text()
+    text = file.read_text()
+    commands = [f"sgpo_jax.{command} --config=configs/{file.name} --" for command in ("main", "evaluate")]
+    assert any(f"python -m {command}" in text for command in commands)
 
 
 def test_base_is_the_recipe_of_the_paper():
@@ -350,6 +354,10 @@ COMMANDS = {
     "misspelt field": ("--config.rl.bacth=3", ["config.rl", "'bacth'", "batch"]),
     "wrong type": ("--config.rl.batch=many", ["--config.rl.batch=many", "int"]),
     "unknown stage": ("--config.stages=('train',)", ["config.stages=('train',)", "('sft', 'rl', 'eval')"]),
+    "missing reward function": (
+        "--config.rl.reward=no_such_module:f",
+        ["config.rl.reward='no_such_module:f'", "No module named 'no_such_module'"],
+    ),
     "unexpected argument": ("more", ["unexpected arguments: ['more']"]),
 }
 
@@ -383,7 +391,7 @@ def test_a_wrong_command_line_is_answered_in_a_line(started, name):
 
 
 def test_a_config_file_that_is_not_there_is_answered_in_a_line():
-    from sgpo_jax import main
+    from sgpo_jax import command
 
     with pytest.raises(SystemExit, match="^sgpo_jax: --config=configs/none.py:big: there is no such file$"):
-        main.parse_flags(["main.py", "--config=configs/none.py:big", "--workdir=x"])
+        command.parse_flags(["main.py", "--config=configs/none.py:big", "--workdir=x"])

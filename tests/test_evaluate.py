@@ -1,123 +1,63 @@
-"""Grading of rollouts, intervals, and the evaluation of a set."""
+"""The evaluation command: what it evaluates, prints, writes and refuses."""
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+import json
+
 import pytest
 
-from sgpo_jax import data, evaluate, models, policy, respond, rollout, sharding, tokenizer
+from sgpo_jax import config as configs
+from sgpo_jax import evaluate, evaluation
 from sgpo_jax.metrics import read_jsonl
-from sgpo_jax.rollout import LENGTH, STOP, Rollout
 
 
-@pytest.fixture(scope="module")
-def small():
-    """(policy, params) of a random decoder for the embedded world."""
-    small, initial = policy.load(
-        "scratch", "arithmetic", layers=1, hidden=16, heads=2, mlp=16, dtype=jnp.float32, instruction=""
-    )
-    return small, initial(jax.random.key(0))
+@pytest.fixture
+def config():
+    config = configs.base()
+    config.stages, config.model.source, config.model.tokenizer = ("eval",), "scratch", "arithmetic"
+    config.model.layers, config.model.hidden, config.model.heads, config.model.mlp = 1, 16, 2, 16
+    config.data.instruction, config.model.dtype = "", "float32"
+    config.eval.batch, config.eval.max_new_tokens, config.mesh.fsdp, config.mesh.data = 8, 5, 1, -1
+    with config.unlocked():
+        for name, samples in {"MATH500": 3, "own": 2}.items():
+            config.eval.sets[name] = configs.ConfigDict({"source": "arithmetic:eval,count=9", "samples": samples})
+    return config
 
 
-def rollout_of(small, texts, finish):
-    """A rollout `[1,G]` that says `texts`."""
-    tokens = [tokenizer.encode_response(small.tokenizer, text, small.stop_ids[0]) for text in texts]
-    padded, lengths = tokenizer.pad_right(tokens, max(map(len, tokens)), small.pad_id)
-    return Rollout(padded[None], np.zeros((1, *padded.shape), np.float32), lengths[None], np.array([finish]))
+def test_it_prints_and_writes_measured_beside_reported(config, tmp_path, capsys, monkeypatch):
+    results = evaluate.run(config, None, str(tmp_path / "out"), "qwen7b:sgpo", limit=6)
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert any(line.startswith("SUBSET, the first 6 problems of each set") for line in lines)
+    cells = {
+        line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:-1]] for line in lines if "│" in line
+    }
+    assert cells["MATH500"][0] == "6 of 9" and cells["MATH500"][-1] == "82.7"
+    assert cells["own"][-1] == "" and cells["Average"][-1] == "52.1"
+    assert list(cells) == ["MATH500", "own", "Average"]
+    assert "Qwen2.5-7B-Instruct, SGPO" in printed
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert written["results"] == json.loads(json.dumps(results)) and written["limit"] == 6
+    assert (tmp_path / "out" / "table.txt").read_text() in printed
+    lines = read_jsonl(tmp_path / "out" / "own_unguided_000000.jsonl")
+    assert len(lines) == 12 and {"response", "outcome", "extracted", "reward", "truncated"} <= set(lines[0])
+
+    monkeypatch.setattr(evaluation, "respond", lambda *args, **kwargs: pytest.fail("all of it is there"))
+    assert evaluate.run(config, None, str(tmp_path / "out"), "", limit=6) == results
+    assert "paper" not in capsys.readouterr().out
+    config.eval.temperature = 0.7
+    with pytest.raises(ValueError, match=r"temperature 0.6, now 0.7; go on with the same, or choose another --out"):
+        evaluate.run(config, None, str(tmp_path / "out"), "", limit=6)
 
 
-def test_a_response_cut_at_the_limit_scores_0_even_when_right(small):
-    texts = ["(a) sum 1 2 = 3. \\boxed{352}", " \\boxed{352}", " \\boxed{351}", " sum 3 4"]
-    graded = respond.grade(small[0], rollout_of(small[0], texts, [STOP, LENGTH, STOP, STOP]), ["352"])
-    assert graded.texts == [texts]
-    assert graded.rewards.tolist() == [[1.0, 0.0, 0.0, 0.0]]
-    assert [v.outcome for v in graded.verdicts[0]] == ["correct", "correct", "wrong", "no_box"]
-
-
-def test_answers_belong_to_their_problems(small):
-    parts = [rollout_of(small[0], [f" \\boxed{{{answer}}}"] * 2, [STOP, STOP]) for answer in (352, 417)]
-    both = Rollout(*(np.concatenate(fields) for fields in zip(*parts, strict=True)))
-    assert respond.grade(small[0], both, ["352", "417"]).rewards.tolist() == [[1, 1], [1, 1]]
-    assert respond.grade(small[0], both, ["417", "352"]).rewards.tolist() == [[0, 0], [0, 0]]
-
-
-def test_bootstrap_interval_of_a_known_case():
-    values = np.repeat([0.0, 1.0], [70, 30])
-    low, high = evaluate.bootstrap(values)
-    normal = 1.96 * np.sqrt(0.3 * 0.7 / 100)
-    assert low == pytest.approx(0.3 - normal, abs=0.015) and high == pytest.approx(0.3 + normal, abs=0.015)
-    assert evaluate.bootstrap(np.full(5, 0.25)) == (0.25, 0.25)
-    assert evaluate.bootstrap(values) == (low, high)
-
-
-def test_noise_keys_differ_in_seed_purpose_and_step():
-    triples = [(0, "autonomous", 0), (1, "autonomous", 0), (0, "guided", 0), (0, "autonomous", 1)]
-    keys = {tuple(jax.random.key_data(respond.noise_key(*triple)).tolist()) for triple in triples}
-    assert len(keys) == 4
-    assert jnp.all(
-        jax.random.key_data(respond.noise_key(*triples[0])) == jax.random.key_data(respond.noise_key(*triples[0]))
-    )
-
-
-def test_evaluate_reports_what_the_generations_say(small, tmp_path):
-    rows = data.load("arithmetic:eval,count=5")
-    settings = {"max_new_tokens": 6, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-
-    def run(batch, step=0, guided=False):
-        return evaluate.evaluate(
-            *small, rows, mesh, name="set", seed=0, step=step, guided=guided, samples=3, batch=batch,
-            path=tmp_path / f"{batch}_{step}_{guided}.jsonl", **settings,
-        )  # fmt: skip
-
-    result = run(2)
-    lines = read_jsonl(tmp_path / "2_0_False.jsonl")
-    assert [(line["id"], line["sample"]) for line in lines] == [(row["id"], i) for row in rows for i in range(3)]
-    assert result["accuracy"] == pytest.approx(np.mean([line["reward"] for line in lines]))
-    assert result["truncated"] == pytest.approx(np.mean([line["truncated"] for line in lines]))
-    assert result["length"] == pytest.approx(np.mean([line["tokens"] for line in lines]))
-    assert result["no_box"] == pytest.approx(np.mean([line["outcome"] == "no_box" for line in lines]))
-    assert len(result["per_problem"]) == 5
-    run(4)
-    responses = [line["response"] for line in lines]
-    in_other_batches = [line["response"] for line in read_jsonl(tmp_path / "4_0_False.jsonl")]
-    assert in_other_batches == responses
-    run(2, step=1)
-    run(2, guided=True)
-    for name in ("2_1_False", "2_0_True"):
-        assert [line["response"] for line in read_jsonl(tmp_path / f"{name}.jsonl")] != responses
-    assert not list(tmp_path.glob("*.partial"))
-
-
-def test_policy_from_a_hugging_face_folder(small, tmp_path):
-    """What policy.load reads from an exported folder is what was exported."""
-    folder = tmp_path / "model"
-    source, params = small
-    models_saved = policy.huggingface.save(
-        folder, params, source.config, tokenizer=source.tokenizer, stop_ids=source.stop_ids
-    )
-    assert models_saved is None
-    loaded, initial = policy.load(
-        str(folder), "", layers=0, hidden=0, heads=0, mlp=0, dtype=jnp.float32, instruction="x"
-    )
-    assert loaded.config == source.config and loaded.stop_ids == source.stop_ids and loaded.pad_id == source.pad_id
-    jax.tree.map(np.testing.assert_array_equal, initial(jax.random.key(1)), params)
-    prompt = respond.encode_prompts(loaded._replace(instruction=""), data.load("arithmetic:eval,count=1"), False)
-    assert prompt == respond.encode_prompts(source, data.load("arithmetic:eval,count=1"), False)
-    tokens, mask = respond.pad_prompts(loaded, prompt, 20)
-    out, _ = rollout.generate(
-        params, loaded.config, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(0), jnp.arange(1), group=2,
-        max_new_tokens=3, temperature=1.0, top_p=1.0, top_k=0, stop_ids=loaded.stop_ids, pad_id=loaded.pad_id,
-    )  # fmt: skip
-    assert out.tokens.shape == (1, 2, 3)
-
-
-def test_a_tokenizer_larger_than_the_vocabulary_is_refused(small, tmp_path):
-    source, _ = small
-    config = models.ModelConfig(**{**source.config.__dict__, "vocab_size": 50})
-    params = models.init(jax.random.key(0), config)
-    policy.huggingface.save(tmp_path / "model", params, config)
-    with pytest.raises(ValueError, match=r"tokenizer has 126 tokens, the model's vocabulary 50"):
-        policy.load(
-            str(tmp_path / "model"), "arithmetic", layers=0, hidden=0, heads=0, mlp=0, dtype=jnp.float32, instruction=""
-        )
+def test_wrong_arguments_are_refused_before_any_work(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate.stage, "load_policy", lambda config: pytest.fail("too late"))
+    for arguments, message in [
+        ((None, None, "", 0), "--out: must be given with --model"),
+        ((None, "out", "qwen7b:ppo", 0), "--paper=qwen7b:ppo: must be one of"),
+        ((f"{tmp_path}", None, "", 0), "there is no such checkpoint in"),
+        (
+            (f"{tmp_path}:last", None, "", 0),
+            f"--checkpoint={tmp_path}:last: there is no such checkpoint in {tmp_path}/rl",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            evaluate.run(config, *arguments)

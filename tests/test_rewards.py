@@ -20,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgpo_jax import rewards
-from sgpo_jax.rewards import Pool, extract_boxed, normalize_answer, score
+from sgpo_jax.answers import compare_text, extract_boxed, normalize_answer, readings
+from sgpo_jax.rewards import Pool, score
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DATA = REPOSITORY.parent / "shared" / "data"
@@ -152,6 +153,29 @@ def test_huge_text_takes_linear_time(piece: str) -> None:
     assert time.perf_counter() - start < 2.0  # 0.1 s here; a quadratic rule takes minutes
 
 
+PIECES = r"""
+    \text{ } { ( [ \text{a} \frac{ \text{m}/ cm per 1 x<2 or and x>2 \pm \mp \begin{array}{c} \end{array} for all
+    \forall percent ^\circ \sin( million _\text{ _{\text{base } !^ \langle not \ldots ... (A) \\[2pt] =
+    A, jan sq. in , 6:00 p.m. \left an matrix \{ 1/2 \begin{array}{c} \end{array} for all at least
+"""
+
+
+@settings(max_examples=300)
+@given(
+    pieces=st.lists(st.sampled_from(PIECES.split()), min_size=1, max_size=12),
+    gap=st.sampled_from(["", " "]),
+    gold=st.sampled_from(["5", "x+1", r"\pm 3", "(1,2)", r"\text{(A)}", r"\begin{pmatrix}1\\2\end{pmatrix}"]),
+)
+def test_the_rules_for_short_text_are_quick_on_any_text(pieces: list[str], gap: str, gold: str) -> None:
+    """They run in the program itself, without a limit."""
+    text = (gap.join(pieces) * 1000)[: rewards.MAX_ANSWER - 1]
+    start = time.perf_counter()
+    normal = normalize_answer(text)
+    assert compare_text(gold, normal) in (None, True, False)
+    assert all(len(part) <= rewards.MAX_ANSWER for pair in readings(gold, normal) for part in pair)
+    assert time.perf_counter() - start < 2.0
+
+
 # Policy
 
 
@@ -221,6 +245,15 @@ def test_policy(pool: Pool) -> None:
     assert [case for case in found if case[2] != case[3]] == []
 
 
+def test_grading_pairs(pool: Pool) -> None:
+    lines = (Path(__file__).parent / "grading_pairs.txt").read_text(encoding="utf-8").splitlines()[1:]
+    pairs = [line[2:].split(" ¦ ") for line in lines]
+    golds, answers = zip(*pairs, strict=True)
+    verdicts = score(boxed(list(answers)), list(golds), pool=pool)
+    found = [(line, verdict.outcome) for line, verdict in zip(lines, verdicts, strict=True)]
+    assert [case for case in found if {"R": "correct", "W": "wrong"}[case[0][0]] != case[1]] == []
+
+
 # id -> why our verdict differs on purpose
 BY_POLICY = {78: "the answer stands outside a box; the prompt asks for one"}
 
@@ -277,6 +310,10 @@ def test_text_comparison_needs_no_worker() -> None:
         verdicts = score(boxed(["7", "8", "10^{10^9}"]), ["7", "7", "10^{10^9}"], pool=pool)
         assert [v.outcome for v in verdicts] == ["correct", "wrong", "correct"]
         assert processes(pool) == []
+
+
+def test_an_answer_that_is_nothing_to_mathematics_is_wrong(pool: Pool) -> None:
+    assert [v.outcome for v in score(boxed(["'", "x+2"]), ["204", "'"], pool=pool)] == ["wrong", "wrong"]
 
 
 def test_long_answers_are_wrong_unless_identical() -> None:

@@ -107,10 +107,15 @@ def test_a_run_leaves_metrics_checkpoints_generations_table_and_figures(undistur
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(undisturbed, tmp_path):
     run(tmp_path / "again", rl__steps=2, rl__eval_every=0, eval__guided=False)
-    run(tmp_path / "other", rl__steps=2, rl__eval_every=0, eval__guided=False, seed=1)
+    half = "tests.reward_functions:half"  # of the user's own
+    run(tmp_path / "other", rl__steps=2, rl__eval_every=0, eval__guided=False, seed=1, rl__reward=half)
     first = rows(undisturbed[0], "sft")
     assert rows(tmp_path / "again", "sft") == first
     assert rows(tmp_path / "other", "sft") != first
+    for row in rows(tmp_path / "other", "rl"):
+        assert row["reward_auto"] == pytest.approx(0.5 * (1 - row["truncated"]), abs=1e-6)
+    for path in (tmp_path / "other").rglob("heldout_*.jsonl"):
+        assert {line["reward"] for line in read_jsonl(path)} <= {0.0, 0.5}
     # The learning rate of RL is constant, so its first steps do not depend on how many follow.
     assert rows(tmp_path / "again", "rl") == rows(undisturbed[0], "rl")[:2]
 
@@ -143,6 +148,21 @@ def test_a_run_on_eight_devices_agrees_with_one(undisturbed, tmp_path):
             for name in ("loss", "grad_norm", "reward_auto", "response_length"):
                 if name in ours:
                     assert ours[name] == pytest.approx(theirs[name], abs=1e-3)
+
+
+def test_the_evaluate_command_measures_what_the_run_measured(undisturbed, tmp_path):
+    workdir, _ = undisturbed
+    flags = [flag for flag in command(workdir)[3:] if not flag.startswith("--workdir")]
+    done = subprocess.run(
+        [sys.executable, "-m", "sgpo_jax.evaluate", *flags, f"--checkpoint={workdir}", f"--out={tmp_path}"],
+        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours = json.loads((tmp_path / "results.json").read_text())
+    for kind in ("unguided", "guided"):
+        theirs = json.loads((workdir / "eval" / f"after_{kind}.json").read_text())
+        assert ours["model"] == f"{workdir} after rl step {theirs['step']}"
+        assert ours["results"][kind] == theirs["results"]
 
 
 def test_the_trained_model_is_exported_for_transformers(undisturbed, tmp_path):

@@ -1,0 +1,382 @@
+r"""The text side of grading: finding an answer in a response, rewriting it into plain LaTeX, comparing it as text.
+
+Every rule serves gold answers and predictions alike, unless it says otherwise. What a rule leaves open is for
+mathematics (`grader`), which sees the pairs that `readings` returns.
+"""
+
+import re
+from itertools import product
+from typing import Any
+
+MAX_ANSWER = 1000  # characters; a longer answer is wrong unless it is the gold letter by letter
+
+# A box, an escaped character (\{ opens no group) or a brace. In `\\boxed` the first \ is a slip.
+_TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\(?:\\(?!boxed|fbox)|[^\\])|[{}]", re.DOTALL)
+
+
+def extract_boxed(text: str) -> str | None:
+    r"""Content of the balanced \boxed{...} that closes last, after the last "</think>", or None.
+
+    Takes time linear in the length of the text. Of nested boxes the outermost counts.
+    """
+    text = text.rpartition("</think>")[2]
+    if text.lstrip().startswith("<think>"):
+        return None  # an unfinished thought
+    last: slice | None = None
+    opened: list[re.Match[str]] = []
+    for token in _TOKEN.finditer(text):
+        if token[0] == "}":
+            start = opened.pop() if opened else token
+            if len(start[0]) > 1:  # a box, not a plain group
+                last = slice(start.end(), token.start())
+        elif token[0] == "{" or len(token[0]) > 2:
+            opened.append(token)
+    return None if last is None else text[last]
+
+
+_SYMBOLS: dict[str, str | int | None] = {
+    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ",
+    "π": r"\pi ", "°": r"^\circ ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
+    "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "，": ",",
+    "²": "^2", "³": "^3", "¢": r"\text{ cents}", "€": "", "£": "", "½": r"\frac{1}{2}",
+}  # fmt: skip
+_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+_MAGNITUDES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_BOX = r"\\(?:text|textbf|textrm|textit|textsf|mbox|hbox|mathrm|mathbf|mathit|mathsf|operatorname)\s*"
+# Units with more than one letter, which nobody takes for variables; those of one letter: see `_without_words`.
+_UNIT = (
+    r"(?:(?:sq(?:uare|\.)?|cu(?:bic|\.)?) ?)?"
+    r"(?:[cmkd]m|[km]g|lbs?|oz|ft|in|mi|yd|mph|kmh|km/h|m/s|k?Hz|hrs?|mins?|secs?|"
+    r"(?:inch|foot|feet|yard|mile|(?:centi|milli|kilo|deci)?met(?:er|re)|(?:milli)?lit(?:er|re)|(?:kilo)?gram|pound|"
+    r"ounce|hour|minute|second|day|week|month|year|degree|radian|cent|dollar|unit|point)(?:s|es)?|USD)"
+)
+_POWER = r"(?:\s*\^\s*\{?-?[0-9]\}?)?"
+_DECIMAL, _DEGREES, _RADIANS = r"([0-9]+(?:\.[0-9]+)?)", r"\^ ?\{? ?\\circ ?\}?", r"\\\1(\\frac{\2 \\pi}{180})"
+_PMATRIX = r"\\begin{pmatrix}\1\\end{pmatrix}"
+_MONTHS = "jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec"
+# Words that change what a number says, so that they are no decoration.
+_QUALIFIER = re.compile(
+    r"\b(?:not|or (?:more|less|fewer|greater)|at (?:least|most)|(?:more|less|greater|fewer|other) than|except)\b"
+)
+
+_REWRITES = [
+    (r"(?<!\\)\\[()\[\]]|\\?\$", ""),  # math delimiters and dollars
+    (r"√\s*([0-9]+|[a-z])", r"\\sqrt{\1}"),
+    (r"\b(?:np|numpy|math)\.([a-z]+)", r"\\\1"),
+    (r"\*\*", "^"),
+    (r"\\(?:mathrm|text)\{([ie])\}", r"\1"),
+    (r"(?<=[0-9])i\b", " i"),
+    (r"_\{ ?\\(?:max|min) ?\}|^\s*\\approx", ""),
+    # One number: 10,\!080 and 10\,080 and 10{,}080, then 10 080 at the end.
+    (r"(?<=[0-9])(?:,?\\!|\\[,;: ]|\{,\}|~)\s*(?=[0-9]{3}(?![0-9]))", ""),
+    (r"\\!", ""),
+    (r"(?<!\\)(?:\\[ ,;:]|~|\\q?quad\b)|\s+", " "),
+    (r"(?<=[0-9]) (?=[0-9]{3}(?: [0-9]{3}){0,5}$)", ""),
+    # 1e-05, which LaTeX reads as 1*e - 05; "2e - 3" with spaces stays Euler's number.
+    (
+        r"(?<![\w.}\\])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE]\+?(-?)0{0,3}([0-9]{1,6})(?![\w.^{/])",
+        r"\1 \\times 10^{\2\3}",
+    ),
+    (r"(?<=[0-9])\.(?= ?(?:$|[-+*/^,;)\]}]))", ""),  # 1./3
+    (r"(?<!\\left)(?<!\\right)(?<!\.)\. *$", ""),  # a full stop
+    # Each of the rules above takes linear time, whatever the text. Those below see at most MAX_ANSWER characters.
+]
+_READABLE: list[tuple[str, Any]] = [
+    (r"(?:\\(?:left|right) ?)?\\langle", "("),
+    (r"(?:\\(?:left|right) ?)?\\rangle", ")"),
+    (r"\\\\\[[^\]]{0,9}\]", r"\\\\"),  # the row spacing of a matrix
+    (r"(?:\\left ?)?[(\[] ?\\begin\{array\} ?\{[clr| ]*\}(.*)\\end\{array\} ?(?:\\right ?)?[)\]]", _PMATRIX),
+    (r"([a-z0-9])!\^", r"(\1!)^"),
+    (r"^[a-z] ?(\([^()\[\]]*\]|\[[^()\[\]]*\))$", r"\1"),  # t(0,4], a slip for t \in (0,4]
+    (r"\\varnothing(?![a-z])", r"\\emptyset "),
+    (r"\\log_\{? ?e ?\}?(?![a-z])", r"\\ln "),
+    (r" ?(?:=|\\approx) ?-?[0-9]*\.[0-9]+ ?(?:\\[lc]?dots|\.\.\.)$", ""),  # \frac13 = 0.333...
+    (r"^" + _BOX + r"\{ ?([A-Z](?: ?, ?[A-Z])+) ?\}$", r"\1"),  # \text{A, B}
+    (r"^([-+]?[0-9]+) ([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}"),  # 1 4/5
+    # Bases: (52)_8, 52_{\text{base }8}, 52_{\text{eight}} (its word by `_base`).
+    (r"\(([0-9]+)\)_", r"\1_"),
+    (r"_\{? ?" + _BOX + r"\{ ?(?:base )?([a-z]{2,8}|[0-9]{1,2})? ?\} ?([0-9]{0,2})\}?", lambda match: _base(match)),
+    # Prose around an answer.
+    (r"^" + _BOX + r"\{ ?(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer(?: is)?:? ?\}", ""),
+    (r"^" + _BOX + r"\{ ?([-+]?[0-9][0-9,.]*)( [A-Za-z .]+)\}$", r"\1\\text{\2}"),  # \text{12 ways}
+    (r",? ?(?:" + _BOX + r"\{[ ,]*for (?:all|any|every|each)\b[^{}<>=]*\}|\\forall\b|\bfor all\b)[^0-9<>=]*$", ""),
+    (r" ?\(?" + _BOX + r"\{ ?percent(?:age)? ?\}\)?|(?<=[0-9]) ?percent\b", r"\\%"),
+    (r"(?<=[0-9]) ?(?:" + _BOX + r"\{)? ?(thousand|million|billion|trillion)\b ?\}?", lambda match: _magnitude(match)),
+    # Degrees are those of an angle inside a trigonometric function, decoration elsewhere.
+    (rf"\\(sin|cos|tan|cot|sec|csc) ?(?:\\left ?)?[({{]? ?{_DECIMAL} ?{_DEGREES}(?: ?(?:\\right ?)?[)}}])?", _RADIANS),
+    (rf"{_DEGREES}(?: ?(?:[CF]\b|{_BOX}\{{ ?[CF] ?\}}))?", ""),
+    (r"(-?)([0-9]*)\.([0-9]*)\\(?:overline|bar|dot) ?(?:\{ ?([0-9]+) ?\}|([0-9]))", lambda match: _repeating(match)),
+]
+# Any words in \text{}, but no hour of the day and no month; in other fonts, where variables are as well, units.
+_SET_UNIT = (
+    rf"(?:\\(?:text|mbox|hbox) ?\{{(?! ?(?i:[ap]\.? ?m\b|(?:{_MONTHS})[a-z]*))[^{{}}]*\}}"
+    rf"|{_BOX}\{{ ?(?:[mghsL]|{_UNIT}){_POWER} ?\}})"
+)
+_SET_UNIT = rf"(?:{_SET_UNIT}|\\[dt]?frac ?\{{ ?{_SET_UNIT} ?\}} ?\{{ ?{_SET_UNIT}{_POWER} ?\}})"
+_TRAILING_UNIT = re.compile(
+    rf"(?<=[0-9A-Za-z}})\]!]) ?(?:{_SET_UNIT}{_POWER}|(?<![A-Za-z]){_UNIT}{_POWER}(?![A-Za-z]))"
+    rf"(?: ?(?:/|\\cdot|per) ?(?:{_SET_UNIT}|{_UNIT}|[hsm]){_POWER})?$",
+)
+
+
+def _base(match: re.Match[str]) -> str:
+    name = match[1] or match[2]
+    if name in _NUMBERS:
+        name = str(_NUMBERS.index(name))
+    return f"_{{{name}}}" if name else ""
+
+
+def _magnitude(match: re.Match[str]) -> str:
+    return rf" \times 10^{{{_MAGNITUDES[match[1]]}}}"
+
+
+def _repeating(match: re.Match[str]) -> str:
+    """0.1\\overline{6} as a fraction."""
+    sign, whole, start, period = match[1], match[2] or "0", match[3], match[4] or match[5]
+    below = (10 ** len(period) - 1) * 10 ** len(start)
+    above = int(whole + start + period) - int(whole + start)
+    return rf"{sign}\frac{{{above}}}{{{below}}}"
+
+
+def normalize_answer(text: str) -> str:
+    """Rewrite an answer, gold or predicted, into LaTeX that math-verify reads as it was meant.
+
+    Removes dollars, thousands separators, spacing commands, units and a final full stop; rewrites
+    e-notation, Python's spelling (`**`, `1./3`, `np.arcsin`), repeating decimals, unions of inequalities and
+    common Unicode symbols.
+    """
+    text = text.translate(str.maketrans(_SYMBOLS))
+    for pattern, replacement in _REWRITES:
+        text = re.sub(pattern, replacement, text)
+    text = text.strip()
+    if len(text) > MAX_ANSWER:
+        return text
+    text = _without_braces(text)
+    for pattern, replacement in _READABLE:
+        text = re.sub(pattern, replacement, text)
+    text = text.strip()
+    if not _QUALIFIER.search(text):
+        bare = _TRAILING_UNIT.sub("", text)
+        while bare != text:
+            text, bare = bare, _TRAILING_UNIT.sub("", bare)
+    if _plain(text).lower() in _NUMBERS:
+        return str(_NUMBERS.index(_plain(text).lower()))
+    return (_union(text) or text).strip()
+
+
+def _without_braces(text: str) -> str:
+    """{5} as 5."""
+    if re.search(r"\\(?:choose|over|atop)\b", text):
+        return text
+    while text.startswith("{") and text.endswith("}") and not text.endswith(r"\}"):
+        depth = 0
+        for brace in re.finditer(r"\\.|[{}]", text[:-1], re.DOTALL):
+            depth += (brace[0] == "{") - (brace[0] == "}")
+            if depth == 0:
+                return text  # {a}{b}
+        text = text[1:-1].strip()
+    return text
+
+
+_RELATION = re.compile(r"\\(?:leqslant|geqslant|leq?|geq?|lt|gt)(?![a-z])|[<>]=?|=")
+_CONNECTIVE = re.compile(
+    r",? ?(?:\\text ?\{ ?(or|and) ?\}|(?<![A-Za-z\\])(or|and)(?![A-Za-z])|\\(lor|vee|land|wedge)(?![a-z]))"
+)
+
+
+def _union(text: str) -> str | None:
+    r"""`x<2 \text{ or } x>3` as a union of intervals, "and" as their intersection; None for any other text."""
+    pieces = _CONNECTIVE.split(text)
+    words = {word for i, word in enumerate(pieces) if i % 4 and word}
+    sides = [_interval(piece) for piece in pieces[::4]]
+    if len(sides) == 1 and sides[0] and len(re.findall(">|\\\\g", text)) == 2:
+        return sides[0][1]  # 5 > x > 1, which math-verify reads only the other way round
+    if len(sides) < 2 or None in sides or len({side[0] for side in sides if side}) > 1:
+        return None
+    if all(side[1].startswith(r"\{") for side in sides if side):
+        return None  # x=1 or x=2: a list
+    if words <= {"or", "lor", "vee"}:
+        return r" \cup ".join(side[1] for side in sides if side)
+    if not words <= {"and", "land", "wedge"}:
+        return None
+    intervals = sorted((side[1] for side in sides if side), key=lambda side: side.startswith(r"(-\infty"))
+    joined = r" \cap ".join(intervals)
+    # x > 2 and x < 5: (2,\infty) \cap (-\infty,5), which math-verify does not simplify
+    return re.sub(r"^([(\[].*),\\infty\) \\cap \(-\\infty,(.*[)\]])$", r"\1,\2", joined)
+
+
+def _interval(piece: str) -> tuple[str, str] | None:
+    r"""(variable, interval) of one relation such as `x \le 3`, `2<x<5` or `x=1`, else None."""
+    ends = [end.strip() for end in _RELATION.split(piece)]
+    signs = [
+        sign if sign[0] in "<=>" else ("<" if sign[1] == "l" else ">") + "=" * ("e" in sign)
+        for sign in _RELATION.findall(piece)
+    ]
+    if not all(ends) or not 2 <= len(ends) <= 3:
+        return None
+    if len(ends) == 3:
+        if not re.fullmatch("[A-Za-z]", ends[1]) or signs[0][0] != signs[1][0] or signs[0] == "=":
+            return None
+        if signs[0][0] == ">":
+            ends, signs = ends[::-1], [sign.replace(">", "<") for sign in signs[::-1]]
+        low, variable, high = ends
+        return variable, f"{'[' if '=' in signs[0] else '('}{low},{high}{']' if '=' in signs[1] else ')'}"
+    (left, right), sign = ends, signs[0]
+    if not re.fullmatch("[A-Za-z]", left):
+        left, right, sign = right, left, sign.translate(str.maketrans("<>", "><"))
+    if not re.fullmatch("[A-Za-z]", left):
+        return None
+    if sign == "=":
+        return left, rf"\{{{right}\}}"
+    if sign[0] == "<":
+        return left, rf"(-\infty,{right}{']' if '=' in sign else ')'}"
+    return left, rf"{'[' if '=' in sign else '('}{right},\infty)"
+
+
+_INTEGER = re.compile(r"([+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+))(?:\.0*)?(?:_\{?([0-9]+)\}?)?")
+_WRAPPED = re.compile(_BOX + r"\{([A-Za-z .'()-]*)\}")
+_CHOICE = re.compile(rf"{_BOX}\{{ ?\(?([A-Z])\)? ?\}}|\(([A-Z])\)")
+_CHOSEN = re.compile(
+    r"(?:option|choice|answer)?:? ?(?!.*\b(?:and|or)\b|.*\([a-z]\).*\([a-z]\))(?:\(([a-z])\).*|([a-z])(?:[).:].*)?)",
+    re.IGNORECASE,
+)
+_CLOCK = re.compile(r"([0-9]{1,2})(?: ?: ?([0-5][0-9]))? *(?:([ap])\.? ?m\.?)?", re.IGNORECASE)
+_DOTS = re.compile(r"\\[lc]?dots|\.\.\.")
+_MONTH = re.compile(rf"\b({_MONTHS})[a-z]*\b\.?", re.IGNORECASE)
+
+
+def _words(text: str) -> list[str] | None:
+    """The sides (one or two, sorted) of an answer in words such as `even` or `MR=MC`, else None."""
+    wrapped = _WRAPPED.fullmatch(text)
+    if not wrapped and not (re.fullmatch(r"[A-Za-z =]+", text) and re.search("[A-Za-z]{4}", text)):
+        return None
+    plain = (wrapped[1] if wrapped else text).lower()
+    if re.search(r"\b(?:and|or)\b", plain):
+        return None  # a list, for math-verify
+    plain = re.sub(r"\b(?:an?|the) |(?<=[a-z]{3})s\b", "", plain.strip())
+    return sorted(re.sub("[^a-z=]", "", plain).split("="))
+
+
+def _plain(text: str) -> str:
+    r"""The text without \text{...} and its like around parts of it."""
+    return re.sub(_BOX + r"\{([^{}]*)\}", r"\1", text).replace("{:}", ":").strip()
+
+
+def _clock(text: str) -> tuple[int, int, str] | None:
+    """(hour, minute, "a", "p" or "") of a time of the day, which has minutes or names its half of the day."""
+    match = _CLOCK.fullmatch(_plain(text))
+    if not match or not (match[2] or match[3]):
+        return None
+    return int(match[1]), int(match[2] or 0), (match[3] or "").lower()
+
+
+def _date(text: str) -> list[str] | None:
+    """The sorted parts of a date that names its month."""
+    month = _MONTH.search(_plain(text))
+    if not month or not re.search("[0-9]", text):
+        return None
+    rest = re.sub(r"(?<=[0-9])(?:st|nd|rd|th)\b|\bof\b", "", _plain(text).replace(month[0], " ").lower())
+    return sorted(re.findall(r"\w+", rest) + [month[1].lower()])
+
+
+def _choice(gold: str, answer: str) -> bool | None:
+    """Whether the answer names the letter that the gold is, None when the gold is no letter of a choice."""
+    letter = _CHOICE.fullmatch(gold)
+    if not letter:
+        return None
+    chosen = _CHOSEN.fullmatch(_plain(answer))
+    return chosen is not None and (chosen[1] or chosen[2]).upper() == (letter[1] or letter[2])
+
+
+def compare_text(gold: str, answer: str) -> bool | None:
+    """Equality of two normalised answers where it is certain without mathematics, else None."""
+    if gold == answer:
+        return bool(gold)
+    if not (0 < len(gold) <= MAX_ANSWER and 0 < len(answer) <= MAX_ANSWER):
+        return False
+    g, a = _INTEGER.fullmatch(gold), _INTEGER.fullmatch(answer)
+    if g and a:
+        same_base = g[2] == a[2] or not (g[2] and a[2])
+        return same_base and int(g[1].replace(",", "")) == int(a[1].replace(",", ""))
+    if bool(_DOTS.search(gold)) != bool(_DOTS.search(answer)):
+        return False
+    if (same := _choice(gold, answer)) is not None:
+        return same
+    times = _clock(gold), _clock(answer)
+    if times[0] and times[1]:
+        same = times[0][:2] == times[1][:2] and times[0][2] in ("", times[1][2])
+        if same or times[0][2] or times[1][2]:  # else they may be ratios
+            return same
+    for form in (_words, _date):
+        forms = form(gold), form(answer)
+        if None not in forms:
+            return forms[0] == forms[1]
+    return None
+
+
+def readings(gold: str, answer: str) -> list[tuple[str, str]]:
+    r"""The pairs of texts, each a way to read two normalised answers, of which one must be equal.
+
+    First the answers as they are; then with every \pm written out, and a column vector as a tuple beside a tuple.
+    """
+    answer = _without_words(answer) if not _has_letters(gold) else answer
+    golds, answers = [gold, *_signs(gold)], [answer, *_signs(answer)]
+    if ("matrix" in gold) != ("matrix" in answer):
+        golds, answers = ([_vector(text) for text in texts] for texts in (golds, answers))
+    return [pair for pair in product(golds, answers) if max(map(len, pair)) <= MAX_ANSWER]
+
+
+def _has_letters(text: str) -> bool:
+    return bool(re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text)))
+
+
+def _without_words(answer: str) -> str:
+    """An answer without the words after its number, and without units of one letter: `12 hours`, `27 m`."""
+    if _QUALIFIER.search(answer):
+        return answer
+    word = "(?!(?:and|or)\\b)[A-Za-z]"
+    words = rf"(?<=[0-9}})]) ?(?:{word}{{3,}}(?: {word}{{2,}})*| [mghsL](?:\^\{{?[23]\}}?|/[hs])?)$"
+    return re.sub(words, "", answer)
+
+
+def _vector(text: str) -> str:
+    column = re.fullmatch(r"\\begin\{[pb]?matrix\}([^&]*)\\end\{[pb]?matrix\}", text)
+    return "(" + ", ".join(filter(None, map(str.strip, column[1].split(r"\\")))) + ")" if column else text
+
+
+def _signs(text: str) -> list[str]:
+    r"""The list with every \pm written out: signs that change together, then, without a \mp, each on its own."""
+    count = len(re.findall(r"\\[pm][mp](?![a-z])", text))
+    if not 1 <= count <= 4:
+        return []
+    inner = re.fullmatch(r"(?:\\left ?)?\\\{(.*?)(?:\\right ?)?\\\}", text)
+    items = _split(inner[1] if inner else text)
+    together = [variant for item in items for variant in _vary(item, linked=True)]
+    apart = [variant for item in items for variant in _vary(item, linked=r"\mp" in item)]
+    return [", ".join(variants) for variants in ([together, apart] if together != apart else [together])]
+
+
+def _vary(item: str, linked: bool) -> list[str]:
+    parts = re.split(r"(\\pm|\\mp)(?![a-z])", item)
+    signs = parts[1::2]
+    if not signs:
+        return [item]
+    choices = [(1,) * len(signs), (-1,) * len(signs)] if linked else product((1, -1), repeat=len(signs))
+    variants = []
+    for choice in choices:
+        written = [sign if i % 2 == 0 else "+" if (sign == r"\pm") == (choice[i // 2] > 0) else "-"
+                   for i, sign in enumerate(parts)]  # fmt: skip
+        variants.append(re.sub(r"(^|[(\[{,=]) ?\+", r"\1", "".join(written)).strip())
+    return variants
+
+
+def _split(text: str) -> list[str]:
+    """The parts between the commas that stand in no bracket."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts]

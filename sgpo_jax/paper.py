@@ -1,0 +1,39 @@
+"""What the paper reports: Table 1 of arXiv 2606.24064, accuracy in percent, to be printed beside what is measured."""
+
+SETS = ("MATH500", "AMC23", "OlympiadBench", "AIME24", "Average")
+MODELS = {"qwen1p5b": "Qwen2.5-1.5B-Instruct", "qwen7b": "Qwen2.5-7B-Instruct", "llama8b": "Llama 8B Instruct"}
+METHODS = {
+    "base": "base", "sft": "SFT", "sft_grpo": "SFT+GRPO", "hpt": "HPT", "luffy": "LUFFY", "sgpo": "SGPO",
+}  # fmt: skip
+
+# model -> method -> one number for each of SETS, or the average alone where no more is known of a model.
+TABLE: dict[str, dict[str, tuple[float, ...]]] = {
+    "qwen7b": {
+        "base": (75.2, 43.0, 38.8, 11.8, 42.2),
+        "sft": (76.4, 42.1, 40.0, 12.4, 42.7),
+        "sft_grpo": (80.3, 52.7, 48.4, 18.0, 49.9),
+        "hpt": (79.1, 53.5, 48.8, 17.0, 49.6),
+        "luffy": (78.0, 53.0, 47.6, 16.4, 48.8),
+        "sgpo": (82.7, 55.9, 50.0, 19.7, 52.1),
+    },
+    "qwen1p5b": {
+        "base": (23.2,), "sft": (22.2,), "sft_grpo": (26.9,), "hpt": (28.2,), "luffy": (28.5,), "sgpo": (29.9,),
+    },
+    "llama8b": {
+        "base": (20.4,), "sft": (22.4,), "sft_grpo": (25.2,), "hpt": (26.3,), "luffy": (26.5,), "sgpo": (27.6,),
+    },
+}  # fmt: skip
+
+
+def row(name: str) -> tuple[str, dict[str, float]]:
+    """(title, {set: accuracy in percent}) of "model:method", with the cells that are known.
+
+    Raises:
+        ValueError: for a name that is not in the table.
+    """
+    model, _, method = name.partition(":")
+    if method not in TABLE.get(model, {}):
+        raise ValueError(f"--paper={name}: must be one of {', '.join(MODELS)}, ':', and one of {', '.join(METHODS)}")
+    cells = TABLE[model][method]
+    sets = SETS if len(cells) == len(SETS) else SETS[-1:]
+    return f"{MODELS[model]}, {METHODS[method]}", dict(zip(sets, cells, strict=True))

@@ -1,0 +1,76 @@
+"""Statistics of graded samples: avg@k, pass@k, maj@k, and bootstrap intervals over problems; numpy alone.
+
+Axis key: M problems, K samples of each.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from math import comb
+
+import numpy as np
+
+RESAMPLES = 2000  # of the bootstrap
+
+
+def bootstrap_means(values: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Means `[RESAMPLES]` of per-problem values `[M]` over problems drawn with replacement."""
+    count = len(values)
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES) @ values / count
+
+
+def interval(means: np.ndarray) -> tuple[float, float]:
+    """95 % interval of bootstrapped means."""
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def bootstrap(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean of per-problem values `[M]`, resampling problems."""
+    return interval(bootstrap_means(values, seed))
+
+
+def pass_at(correct: int, samples: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k samples is correct: 1 - C(n - c, k) / C(n, k).
+
+    Raises:
+      ValueError: there are fewer than k samples.
+    """
+    if not (1 <= k <= samples and 0 <= correct <= samples):
+        raise ValueError(
+            f"correct={correct}, samples={samples}, k={k}: must be 0 <= correct <= samples, 1 <= k <= samples"
+        )
+    return 1.0 - comb(samples - correct, k) / comb(samples, k)
+
+
+def winner(votes: Sequence[int]) -> int | None:
+    """Sample whose answer most samples share, the earliest one of it; None when no sample votes.
+
+    Args:
+      votes: `[K]` class of each sample's answer, -1 for none. Of classes with as many votes the one that was voted for
+        first wins.
+    """
+    counts = Counter(vote for vote in votes if vote >= 0)  # keeps the order of the first vote
+    return None if not counts else list(votes).index(max(counts, key=lambda vote: counts[vote]))
+
+
+def powers_of_two(samples: int) -> list[int]:
+    """1, 2, 4, ... and the number of samples itself."""
+    return [*(2**i for i in range(samples.bit_length()) if 2**i < samples), samples]
+
+
+def per_problem(rewards: np.ndarray, votes: np.ndarray) -> dict[str, np.ndarray]:
+    """`[M]` values of each problem: accuracy, pass@k and maj@k for k = 1, 2, 4, ..., K.
+
+    Args:
+      rewards: `[M,K]`, from 0 to 1; 1 is correct.
+      votes: `[M,K]` see `winner`; maj@k is over the first k samples.
+    """
+    samples = rewards.shape[1]
+    correct = (rewards >= 1).sum(axis=1)
+    values = {"accuracy": rewards.mean(axis=1)}
+    for k in powers_of_two(samples):
+        values[f"pass@{k}"] = np.array([pass_at(int(c), samples, k) for c in correct])
+    for k in powers_of_two(samples):
+        elected = [winner(row[:k]) for row in votes.tolist()]
+        values[f"maj@{k}"] = np.array([0.0 if j is None else row[j] for j, row in zip(elected, rewards, strict=True)])
+    return values

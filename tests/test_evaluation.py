@@ -1,0 +1,213 @@
+"""Grading of rollouts, intervals, and the evaluation of a set."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sgpo_jax import data, evaluation, models, policy, respond, rollout, sharding, tokenizer
+from sgpo_jax.metrics import read_jsonl
+from sgpo_jax.rollout import LENGTH, STOP, Rollout
+
+
+@pytest.fixture(scope="module")
+def small():
+    """(policy, params) of a random decoder for the embedded world."""
+    small, initial = policy.load(
+        "scratch", "arithmetic", layers=1, hidden=16, heads=2, mlp=16, dtype=jnp.float32, instruction=""
+    )
+    return small, initial(jax.random.key(0))
+
+
+def rollout_of(small, texts, finish):
+    """A rollout `[1,G]` that says `texts`."""
+    tokens = [tokenizer.encode_response(small.tokenizer, text, small.stop_ids[0]) for text in texts]
+    padded, lengths = tokenizer.pad_right(tokens, max(map(len, tokens)), small.pad_id)
+    return Rollout(padded[None], np.zeros((1, *padded.shape), np.float32), lengths[None], np.array([finish]))
+
+
+def test_a_response_cut_at_the_limit_scores_0_even_when_right(small):
+    texts = ["(a) sum 1 2 = 3. \\boxed{352}", " \\boxed{352}", " \\boxed{351}", " sum 3 4"]
+    graded = respond.grade(small[0], rollout_of(small[0], texts, [STOP, LENGTH, STOP, STOP]), [{"answer": "352"}])
+    assert graded.texts == [texts]
+    assert graded.rewards.tolist() == [[1.0, 0.0, 0.0, 0.0]]
+    assert [v.outcome for v in graded.verdicts[0]] == ["correct", "correct", "wrong", "no_box"]
+
+
+def test_answers_belong_to_their_problems(small):
+    parts = [rollout_of(small[0], [f" \\boxed{{{answer}}}"] * 2, [STOP, STOP]) for answer in (352, 417)]
+    both = Rollout(*(np.concatenate(fields) for fields in zip(*parts, strict=True)))
+    rows = [{"answer": "352"}, {"answer": "417"}]
+    assert respond.grade(small[0], both, rows).rewards.tolist() == [[1, 1], [1, 1]]
+    assert respond.grade(small[0], both, rows[::-1]).rewards.tolist() == [[0, 0], [0, 0]]
+
+
+def test_noise_keys_differ_in_seed_purpose_and_step():
+    triples = [(0, "autonomous", 0), (1, "autonomous", 0), (0, "guided", 0), (0, "autonomous", 1)]
+    keys = {tuple(jax.random.key_data(respond.noise_key(*triple)).tolist()) for triple in triples}
+    assert len(keys) == 4
+    assert jnp.all(
+        jax.random.key_data(respond.noise_key(*triples[0])) == jax.random.key_data(respond.noise_key(*triples[0]))
+    )
+
+
+def test_evaluate_reports_what_the_generations_say(small, tmp_path):
+    rows = data.load("arithmetic:eval,count=5")
+    settings = {"max_new_tokens": 6, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+
+    def run(batch, step=0, guided=False):
+        return evaluation.evaluate(
+            *small, rows, mesh, name="set", seed=0, step=step, guided=guided, samples=3, batch=batch,
+            path=tmp_path / f"{batch}_{step}_{guided}.jsonl", **settings,
+        )  # fmt: skip
+
+    result = run(2)
+    lines = read_jsonl(tmp_path / "2_0_False.jsonl")
+    assert [(line["id"], line["sample"]) for line in lines] == [(row["id"], i) for row in rows for i in range(3)]
+    assert result["accuracy"] == pytest.approx(np.mean([line["reward"] for line in lines]))
+    assert result["truncated"] == pytest.approx(np.mean([line["truncated"] for line in lines]))
+    assert result["length"] == pytest.approx(np.mean([line["tokens"] for line in lines]))
+    assert result["no_box"] == pytest.approx(np.mean([line["outcome"] == "no_box" for line in lines]))
+    assert len(result["per_problem"]) == 5
+    run(4)
+    responses = [line["response"] for line in lines]
+    in_other_batches = [line["response"] for line in read_jsonl(tmp_path / "4_0_False.jsonl")]
+    assert in_other_batches == responses
+    run(2, step=1)
+    run(2, guided=True)
+    for name in ("2_1_False", "2_0_True"):
+        assert [line["response"] for line in read_jsonl(tmp_path / f"{name}.jsonl")] != responses
+    assert not list(tmp_path.glob("*.partial"))
+
+
+SETTINGS = {"max_new_tokens": 6, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+
+
+def evaluate_five(small, path, **changed):
+    rows = data.load("arithmetic:eval,count=5")
+    arguments = {"name": "set", "seed": 0, "step": 3, "guided": False, "samples": 3, "batch": 2, **SETTINGS, **changed}
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    return evaluation.evaluate(*small, arguments.pop("rows", rows), mesh, path=path, **arguments)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.45, 0.7, 0.9, 1.0])
+def test_an_evaluation_cut_anywhere_goes_on_to_the_same_bytes(small, tmp_path, monkeypatch, share):
+    path = tmp_path / "set.jsonl"
+    # Texts of several bytes a character, so that a cut may fall inside one.
+    monkeypatch.setattr(respond.tokenizers, "decode", lambda tok, tokens, length: "\u20ac" * int(length))
+    whole = evaluate_five(small, path)
+    content = path.read_bytes()
+    cut = (
+        content.index("\u20ac".encode(), round(share * len(content))) + 1
+        if 0 < share < 1
+        else round(share * len(content))
+    )
+    path.write_bytes(content[:cut])
+    sampled = []
+    original = evaluation.respond
+    monkeypatch.setattr(evaluation, "respond", lambda *a, **k: sampled.append(a[3].tolist()) or original(*a, **k))
+    assert evaluate_five(small, path) == whole
+    assert path.read_bytes() == content
+    lines = [n for n in range(0, 6, 2) if content[:cut].count(b"\n") < 3 * min(n + 2, 5)]
+    assert [ids[0] for ids in sampled] == lines, "whole problems are not sampled again"
+
+
+def test_what_the_file_says_of_a_whole_problem_stays(small, tmp_path):
+    path = tmp_path / "set.jsonl"
+    evaluate_five(small, path)
+    lines = path.read_text().splitlines()
+    graded_by_hand = lines[6].replace('"reward": 0.0', '"reward": 1.0')
+    assert graded_by_hand != lines[6]
+    path.write_text("\n".join([*lines[:6], graded_by_hand, *lines[7:10]]) + "\n")  # problem 3 is torn, 4 is not there
+    assert evaluate_five(small, path)["per_problem"][2] == pytest.approx(1 / 3)
+    assert path.read_text().splitlines() == [*lines[:6], graded_by_hand, *lines[7:]]
+
+
+def test_a_file_made_with_other_settings_is_refused_or_made_anew(small, tmp_path):
+    path = tmp_path / "set.jsonl"
+    first = evaluate_five(small, path)
+    content = path.read_bytes()
+    other_rows = data.load("arithmetic:eval,count=4")
+    changes = [{"seed": 1}, {"step": 4}, {"samples": 2}, {"temperature": 0.5}, {"model": "other"}, {"rows": other_rows}]
+    for changed in changes:
+        name = "problems" if "rows" in changed else next(iter(changed))
+        with pytest.raises(ValueError, match=rf"set.jsonl was made with {name} .*choose another --out"):
+            evaluate_five(small, path, **changed)
+        assert path.read_bytes() == content
+    assert evaluate_five(small, path, batch=5) == first, "how many at once makes no difference"
+    evaluate_five(small, path, seed=1, restart=True)
+    assert path.read_bytes() != content
+    assert evaluate_five(small, path, restart=True) == first
+    assert path.read_bytes() == content
+
+
+def test_what_is_unsolvable_as_stated_is_counted_both_ways(small, tmp_path, monkeypatch):
+    rows = data.load("arithmetic:eval,count=5")
+    monkeypatch.setattr(evaluation.unsolvable, "reason", lambda problem: problem == rows[1]["problem"] or None)
+    monkeypatch.setattr(respond.rewards, "judge", lambda texts, rows, reward: [VERDICTS[row["id"]] for row in rows])
+    monkeypatch.setattr(respond, "STOP", respond.STOP | 1)  # a response cut at the limit counts as well
+    VERDICTS = {row["id"]: respond.rewards.Verdict(float(i != 1), "correct", "1") for i, row in enumerate(rows)}
+    result = evaluate_five(small, tmp_path / "set.jsonl")
+    kept = [value for i, value in enumerate(result["per_problem"]) if i != 1]
+    assert (result["problems"], result["solvable"]["problems"]) == (5, 4)
+    assert result["solvable"]["per_problem"] == kept
+    assert result["accuracy"] == pytest.approx(np.mean(result["per_problem"]))
+    assert result["solvable"]["accuracy"] == pytest.approx(np.mean(kept))
+
+
+def graded(*answers, outcomes, finish=None):
+    """One problem whose responses gave these answers."""
+    verdicts = [
+        respond.rewards.Verdict(float(outcome == "correct"), outcome, answer)
+        for answer, outcome in zip(answers, outcomes, strict=True)
+    ]
+    shape = (1, len(answers))
+    ends = np.array([finish or [STOP] * len(answers)])
+    empty = Rollout(np.zeros((*shape, 1), int), np.zeros((*shape, 1)), np.ones(shape, int), ends)
+    return respond.Graded(empty, [[""] * len(answers)], [verdicts], np.array([[v.reward for v in verdicts]]))
+
+
+def test_equal_answers_share_a_vote():
+    wrong = ["wrong"] * 7
+    votes = evaluation._votes(graded(r"\frac12", "0.5", "x+1", "1+x", "7", r"\frac{2}{4}", "7.0", outcomes=wrong))
+    assert votes == [[0, 0, 1, 1, 2, 0, 2]]
+    mixed = ["wrong", "correct", "correct", "no_box", "wrong", "timeout", "timeout"]
+    votes = evaluation._votes(graded("8", "3", "9/3", None, "08", "9^{9^9}", "9^{9^9}", outcomes=mixed))
+    assert votes == [[0, 1, 1, -1, 0, 2, 2]]
+    votes = evaluation._votes(graded("8", "8", outcomes=wrong[:2], finish=[LENGTH, STOP]))
+    assert votes == [[-1, 0]]
+
+
+def test_policy_from_a_hugging_face_folder(small, tmp_path):
+    """What policy.load reads from an exported folder is what was exported."""
+    folder = tmp_path / "model"
+    source, params = small
+    models_saved = policy.huggingface.save(
+        folder, params, source.config, tokenizer=source.tokenizer, stop_ids=source.stop_ids
+    )
+    assert models_saved is None
+    loaded, initial = policy.load(
+        str(folder), "", layers=0, hidden=0, heads=0, mlp=0, dtype=jnp.float32, instruction="x"
+    )
+    assert loaded.config == source.config and loaded.stop_ids == source.stop_ids and loaded.pad_id == source.pad_id
+    jax.tree.map(np.testing.assert_array_equal, initial(jax.random.key(1)), params)
+    prompt = respond.encode_prompts(loaded._replace(instruction=""), data.load("arithmetic:eval,count=1"), False)
+    assert prompt == respond.encode_prompts(source, data.load("arithmetic:eval,count=1"), False)
+    tokens, mask = respond.pad_prompts(loaded, prompt, 20)
+    out, _ = rollout.generate(
+        params, loaded.config, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(0), jnp.arange(1), group=2,
+        max_new_tokens=3, temperature=1.0, top_p=1.0, top_k=0, stop_ids=loaded.stop_ids, pad_id=loaded.pad_id,
+    )  # fmt: skip
+    assert out.tokens.shape == (1, 2, 3)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(small, tmp_path):
+    source, _ = small
+    config = models.ModelConfig(**{**source.config.__dict__, "vocab_size": 50})
+    params = models.init(jax.random.key(0), config)
+    policy.huggingface.save(tmp_path / "model", params, config)
+    with pytest.raises(ValueError, match=r"tokenizer has 126 tokens, the model's vocabulary 50"):
+        policy.load(
+            str(tmp_path / "model"), "arithmetic", layers=0, hidden=0, heads=0, mlp=0, dtype=jnp.float32, instruction=""
+        )
