@@ -16,7 +16,6 @@ RUNTIME = [
     "numpy>=2.0",
     "ml-dtypes>=0.5",  # bfloat16 for numpy
     "transformers>=5.23,<6",  # tokenizers and chat templates
-    "jinja2>=3.1",  # chat templates, for transformers
     "huggingface-hub>=1.31",  # models of the hub by name
     "tokenizers>=0.23.1",  # the quickstart's own small tokenizer
     "jinja2>=3.1",  # chat templates; transformers needs it for them but does not ask for it

@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config = configs.base()
     config.model.source = "smollm2"
     config.model.dtype = "float32"
-    config.model.remat = False
+    config.model.remat = True
 
     config.data.train = f"{SUMS},count=300;{DIVISORS},count=300"
     config.data.max_prompt_tokens = 192
@@ -30,13 +30,13 @@ def get_config() -> ConfigDict:
     config.sft.validate_every = 8
     config.sft.learning_rate = 5e-5
     config.sft.max_response_tokens = 56
-    config.sft.micro_batch = 16
+    config.sft.micro_batch = 4
 
     config.rl.batch = 4
     config.rl.steps = 10
-    config.rl.learning_rate = 1e-5
+    config.rl.learning_rate = 3e-6
     config.rl.max_new_tokens = 56
-    config.rl.micro_batch = 16
+    config.rl.micro_batch = 4
 
     with config.unlocked():
         source = f"{SUMS},count=32,split=eval;{DIVISORS},count=32,split=eval"

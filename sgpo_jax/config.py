@@ -5,7 +5,6 @@ A file in `configs/` takes `base()`, changes what it needs and returns it; the c
 """
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,7 @@ def base() -> ConfigDict:
     config.sft.max_response_tokens = 16384  # tokens; longer responses are left out, and counted
     config.sft.validation_share = 0.1  # share of the rows held out; the lowest loss on them starts RL
     config.sft.validate_every = 0  # steps; 0 is once an epoch
-    config.sft.micro_batch = 64  # responses whose activations are held at once, over all devices
+    config.sft.micro_batch = 64  # rows of packed responses whose activations are held at once, over all devices
 
     config.rl = ConfigDict()  # Algorithm 1
     config.rl.batch = 128  # problems per step (derived: the paper's curves end near step 440)
@@ -80,13 +79,14 @@ def base() -> ConfigDict:
     config.rl.top_k = 0  # 0 keeps the whole vocabulary
     config.rl.max_new_tokens = 16384  # tokens; a longer response is cut and scores 0
     config.rl.reward = ""  # "" is the verifier, else "module:function" with function(row, response) -> 0..1
+    config.rl.slots = 0  # responses of a group decoded at once, over all devices; 0 is all. Changes no response
     config.rl.clip_low = 0.2  # Eq. 1
     config.rl.clip_high = 0.28  # Eq. 1
     config.rl.delta = 1.0  # nats; tokens with a larger KL are masked; Eq. 5
     config.rl.alpha0 = 0.5  # Eq. 6
     config.rl.gamma = 0.1  # Eq. 6
     config.rl.alpha_max = 0.8  # Eq. 6
-    config.rl.micro_batch = 64  # responses whose activations are held at once, over all devices
+    config.rl.micro_batch = 64  # rows of packed responses whose activations are held at once, over all devices
     config.rl.eval_every = 0  # steps between evaluations during training; 0 is never
 
     config.eval = ConfigDict()
@@ -97,6 +97,7 @@ def base() -> ConfigDict:
     config.eval.top_p = 0.95
     config.eval.top_k = 0
     config.eval.max_new_tokens = 32768  # tokens
+    config.eval.slots = 0  # as in rl
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 20  # steps
@@ -189,24 +190,18 @@ def check(config: ConfigDict) -> None:
         whole(0, "sft.validate_every")
         share = config.sft.validation_share
         need("sft.validation_share", 0 < share < 1, "between 0 and 1, both excluded")
-        _check_micro_batch(config, "sft.micro_batch", {"sft.batch": config.sft.batch})
     if "rl" in stages:
         need("data.train", bool(config.data.train), "a source of problems: see data.load")
         need("data.sft_share", config.data.sft_share < 1 or bool(config.sft.train), "below 1: RL needs problems too")
         whole(1, "rl.guided", "rl.updates_per_batch", "rl.max_new_tokens")
         # A group of one has no spread, so its advantage is always 0.
         whole(2, "rl.autonomous")
-        whole(0, "rl.top_k", "rl.eval_every")
+        whole(0, "rl.top_k", "rl.slots", "rl.eval_every")
         positive("rl.temperature", "rl.gamma")
         need("rl.alpha0", 0 <= config.rl.alpha0 < float("inf"), "a finite number, at least 0")
         within(0.0, 1.0, "rl.clip_low")
         need("rl.delta", config.rl.delta > 0, "above 0 (float('inf') masks no token)")
         within(0.0, float("inf"), "rl.clip_high", "rl.alpha_max")
-        batch, auto, guided = config.rl.batch, config.rl.autonomous, config.rl.guided
-        counts = {"rl.batch": batch, "rl.batch * rl.autonomous": batch * auto, "rl.batch * rl.guided": batch * guided}
-        _check_micro_batch(config, "rl.micro_batch", counts)
-    named = re.fullmatch(r"([A-Za-z_][\w.]*:[A-Za-z_]\w*)?", config.rl.reward)
-    need("rl.reward", named is not None, "'' (the verifier) or 'module:function'")
     for stage in ("rl", "eval"):
         need(f"{stage}.top_p", 0 < _get(config, f"{stage}.top_p") <= 1, "above 0 and at most 1")
     for name, given in config.eval.sets.items():  # training reads them too, for contamination
@@ -219,7 +214,7 @@ def check(config: ConfigDict) -> None:
     if "eval" in stages or config.rl.eval_every:
         need("eval.sets", len(config.eval.sets) > 0, "at least one name -> ConfigDict(source=..., samples=...)")
         whole(1, "eval.batch", "eval.max_new_tokens")
-        whole(0, "eval.top_k")
+        whole(0, "eval.top_k", "eval.slots")
         within(0.0, float("inf"), "eval.temperature")
         greedy = config.eval.temperature == 0
         for name, given in config.eval.sets.items():
@@ -264,8 +259,10 @@ def check_mesh(config: ConfigDict, data_ways: int) -> None:
     """Raises ValueError unless every batch of rows divides over the `data_ways` devices that rows are split over."""
     training = [stage for stage in ("sft", "rl") if stage in config.stages]
     fields = [f"{stage}.{field}" for stage in training for field in ("batch", "micro_batch")]
+    if "rl" in training:
+        fields.append("rl.slots")
     if "eval" in config.stages or config.rl.eval_every:
-        fields.append("eval.batch")
+        fields += ["eval.batch", "eval.slots"]
     for field in fields:
         if _get(config, field) % data_ways:
             raise ValueError(
@@ -293,13 +290,6 @@ def _get(config: ConfigDict, field: str) -> Any:
     for name in field.split("."):
         config = config[name]
     return config
-
-
-def _check_micro_batch(config: ConfigDict, field: str, counts: dict[str, int]) -> None:
-    size = _get(config, field)
-    for name, count in counts.items():
-        if count % min(size, count):
-            raise ValueError(f"config.{field}={size}: must divide {name} = {count}, or be at least as large")
 
 
 def _check_files(config: ConfigDict) -> None:

@@ -42,6 +42,7 @@ def evaluate(
     guided: bool,
     samples: int,
     batch: int,
+    slots: int = 0,
     path: Path,
     reward: str = "",
     model: str = "",
@@ -58,6 +59,7 @@ def evaluate(
       guided: show the strategies.
       samples: K.
       batch: problems generated for at once.
+      slots: responses decoded at once; 0 is all of a batch.
       path: JSONL file for every generation with its verdict; grows by a batch of problems at a time. What it was made
         with stands beside it, in a file that ends in .settings.json.
       reward: as in `rewards.judge`.
@@ -95,7 +97,7 @@ def evaluate(
         # The last batch is filled up, so that every batch has one shape.
         ids = np.minimum(np.arange(start, start + batch), len(rows) - 1)
         padded = pad_prompts(policy, [prompts[i] for i in ids], length)
-        rollout = respond(policy, params, padded, ids, key, mesh, group=samples, **sampling)
+        rollout, _ = respond(policy, params, padded, ids, key, mesh, group=samples, slots=slots, **sampling)
         rollout = Rollout(*(field[: part.stop - start] for field in rollout))
         lines = _lines(rows[part], grade(policy, rollout, rows[part], reward), step)
         for i, group in zip(range(part.start, part.stop), lines, strict=True):
@@ -149,7 +151,7 @@ def evaluate_sets(
 ) -> dict[str, dict[str, Any]]:
     """`evaluate` on every set of the config, or on the first `limit` problems of each; generations go to `folder`."""
     fields = config.eval
-    sampling = {name: fields[name] for name in ("batch", "max_new_tokens", "temperature", "top_p", "top_k")}
+    sampling = {name: fields[name] for name in ("batch", "slots", "max_new_tokens", "temperature", "top_p", "top_k")}
     results = {}
     for name, chosen in fields.sets.items():
         rows = data.load(chosen.source)

@@ -46,14 +46,15 @@ def pad_prompts(policy: Policy, prompts: Sequence[list[int]], length: int) -> Pr
 
 def respond(
     policy: Policy, params: Any, prompts: Prompts, ids: np.ndarray, key: jax.Array, mesh: Mesh, **sampling: Any
-) -> Rollout:
-    """`generate` on the mesh, the result in host memory. `sampling` is passed on."""
+) -> tuple[Rollout, int]:
+    """`generate` on the mesh: the rollout in host memory, and its slot-steps. `sampling` is passed on."""
     tokens, mask = sharding.put_rows(tuple(prompts), mesh)
-    rollout, _ = generate(
+    rollout, slot_steps = generate(
         params, policy.config, tokens, mask, key, sharding.put_rows(ids.astype(np.uint32), mesh),
-        stop_ids=policy.stop_ids, pad_id=policy.pad_id, dtype=policy.dtype, **sampling,
+        stop_ids=policy.stop_ids, pad_id=policy.pad_id, dtype=policy.dtype,
+        shards=mesh.shape["data"] * mesh.shape["fsdp"], **sampling,
     )  # fmt: skip
-    return sharding.fetch(rollout)
+    return sharding.fetch(rollout), int(slot_steps)
 
 
 def grade(policy: Policy, rollout: Rollout, rows: Sequence[dict], reward: str = "") -> Graded:

@@ -25,7 +25,7 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
     rows, prompts = load_rows(config, workdir, policy)
     batches = data.batches(rows, rl.batch, config.seed)
     total = rl.steps or rl.epochs * data.steps_per_epoch(rows, rl.batch)
-    sampling = {name: rl[name] for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
+    sampling = {name: rl[name] for name in ("slots", "max_new_tokens", "temperature", "top_p", "top_k")}
 
     tx, rate = stage.optimizer(config, "rl", total * rl.updates_per_batch)
     _, shardings = stage.state_shardings(policy, tx, mesh)
@@ -53,8 +53,8 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
             for step in range(first, total):
                 batch_rows = batches[step]
                 times = [time.perf_counter()]
-                unguided_prompts, autonomous = rollout(state.params, batch_rows, step, guided=False)
-                guided_prompts, guided = rollout(state.params, batch_rows, step, guided=True)
+                unguided_prompts, (autonomous, slot_steps) = rollout(state.params, batch_rows, step, guided=False)
+                guided_prompts, (guided, _) = rollout(state.params, batch_rows, step, guided=True)
                 times.append(time.perf_counter())
                 graded_auto, graded_guided = (
                     grade(policy, group, batch_rows, rl.reward) for group in (autonomous, guided)
@@ -69,6 +69,7 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
                 done = step + 1
                 stage.watch_skipped(workdir / "rl", done, int(metrics["skipped"]), config.max_skipped, batch)
                 metrics |= _rollout_metrics(graded_auto, graded_guided) | _speed(times, autonomous, guided)
+                metrics["slots_used"] = float(autonomous.lengths.sum() / slot_steps)
                 metrics["learning_rate"] = float(rate(step * rl.updates_per_batch))
                 score = None
                 if rl.eval_every and (done % rl.eval_every == 0 or done == total):
