@@ -1,6 +1,5 @@
 """The command: `python -m sgpo_jax.main --config=configs/NAME.py --workdir=DIR [--config.field=value ...]`."""
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sgpo_jax import config as configs
-from sgpo_jax import rl, sft, sharding, stage, summary
+from sgpo_jax import command, rl, sft, sharding, stage, summary
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and generations; resumes if it can.")
@@ -56,20 +55,5 @@ def main(argv) -> None:
         sys.exit(f"sgpo_jax: {error}")
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser; config_flags alone would answer a file or a field that does not exist with a stack trace."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--config", default="")
-    file = early.parse_known_args(argv)[0].config
-    if file and not Path(file.split(":")[0]).is_file():
-        sys.exit(f"sgpo_jax: --config={file}: there is no such file")
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError):
-        if unknown := configs.unknown_field(flags.FLAGS["config"].parser.parse(file), argv):
-            sys.exit(f"sgpo_jax: {unknown}")
-        raise
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=command.parse_flags)

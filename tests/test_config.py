@@ -375,7 +375,7 @@ def test_a_wrong_command_line_is_answered_in_a_line(started, name):
 
 
 def test_a_config_file_that_is_not_there_is_answered_in_a_line():
-    from sgpo_jax import main
+    from sgpo_jax import command
 
     with pytest.raises(SystemExit, match="^sgpo_jax: --config=configs/none.py:big: there is no such file$"):
-        main.parse_flags(["main.py", "--config=configs/none.py:big", "--workdir=x"])
+        command.parse_flags(["main.py", "--config=configs/none.py:big", "--workdir=x"])
