@@ -7,8 +7,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sgpo_jax import config as configs
 from sgpo_jax import command, rl, sft, sharding, stage, summary
+from sgpo_jax import config as configs
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and generations; resumes if it can.")
