@@ -1,14 +1,14 @@
 r"""Does a strategy give away the answer, or a value that the expert calculated on the way to it?
 
-Values are compared as numbers: 1/2, \frac12, 0.5, 50 % and "half" are one value, and so are 5 and -5 (a sign is easily put
-into words). An answer that is no plain number is compared by `rewards.score` with every formula of the strategy. What small
-numbers may stand where is a matter of judgement. A strategy refused without need costs one of several candidates, one that
-leaks teaches the wrong thing: doubt goes against the strategy. The rules, which docs/strategies.md explains:
+Values are compared as numbers: 1/2, \frac12, 0.5, 50 % and "half" are one value, and so are 5 and -5 (a sign is easily
+put into words). An answer that is no plain number is compared by `rewards.score` with every formula of the strategy.
+What small numbers may stand where is a matter of judgement. A strategy refused without need costs one of several
+candidates, one that leaks teaches the wrong thing: doubt goes against the strategy. docs/strategies.md says more:
 
-  * The answer must not stand anywhere. If it is 0, 1 or 2, or if the problem shows it too, it must only not be stated as the
-    answer.
+  * The answer must not stand anywhere. If it is 0, 1 or 2, or if the problem shows it too, it must only not be stated
+    as the answer.
   * No other number of the expert's solution may stand anywhere unless the problem shows it. Whole numbers up to 12 and
-    everyday ones (60 minutes, 100 %, 360 degrees) must only not be stated as a result, "= 4"; 0, 1 and 2 may even be that.
+    everyday ones (60 minutes, 100 %, 360 degrees) must only not be stated as a result, "= 4"; 0, 1, 2 may even be that.
   * Exponents, indices, ordinals and counts of the text itself ("degree 3", "4 cases", "2nd") are not values.
 """
 
@@ -122,8 +122,8 @@ def _pair(first: tuple[Fraction, int, int] | None, second: Fraction, text: str, 
 def find(strategy: str, problem: str, answer: str, solution: str) -> tuple[str, str]:
     """What a strategy gives away, as (reason, detail), or ("", "").
 
-    The reasons: "leak_answer"; "leak_value", a value that the expert calculated; "leak_unchecked", formulas that are too
-    many, or cannot be compared with the answer in the time there is.
+    The reasons: "leak_answer"; "leak_value", a value that the expert calculated; "leak_unchecked", formulas that are
+    too many, or cannot be compared with the answer in the time there is.
     """
     if "\\boxed" in strategy or "\\fbox" in strategy:
         return "leak_answer", "a box"
