@@ -23,6 +23,7 @@ from sgpo_jax import rewards
 
 RULES_VERSION = "1"  # of the checks here and in strategy_text; verdicts of another version are made anew
 MAX_FORMULAS = 40  # of one strategy
+MAX_TEXT = 200_000  # characters of a problem or solution whose numbers are looked at
 SMALL = 12
 TRIVIAL = (0, 1, 2)
 EVERYDAY = (24, 30, 52, 60, 90, 100, 180, 360, 365, 1000, 3600)
@@ -58,13 +59,22 @@ class Found(NamedTuple):
 
     value: Fraction  # its magnitude
     shown: str
-    stated: bool  # as what something equals
-    as_answer: bool  # as the answer or result
+    before: str  # the text that leads to it
+
+    @property
+    def stated(self) -> bool:
+        """Whether the text says that something equals it."""
+        return _STATED.search(self.before) is not None
+
+    @property
+    def as_answer(self) -> bool:
+        """Whether the text calls it the answer or the result."""
+        return _AS_ANSWER.search(self.before) is not None
 
 
 def numbers(text: str) -> Iterator[Found]:
     """Every number of a text, alone and as part of a fraction, power or percentage; see the module's text."""
-    text = _tidy(text)
+    text = _tidy(text[:MAX_TEXT])
     previous: tuple[Fraction, int, int] | None = None
     for match in _NUMBER.finditer(text):
         start, end = match.span()
@@ -75,15 +85,15 @@ def numbers(text: str) -> Iterator[Found]:
         pair = _pair(previous, value, text, start)
         if pair is not None and previous is not None:
             lead = text[max(0, previous[1] - 48) : previous[1]]
-            yield _found(pair, text[previous[1] : end], re.sub(r"\\[dt]?frac ?\{?$", "", lead))
+            yield Found(pair, text[previous[1] : end], re.sub(r"\\[dt]?frac ?\{?$", "", lead))
         if percent := _PERCENT.match(after):
-            yield _found(value / 100, match[0] + percent[0], before)
+            yield Found(value / 100, match[0] + percent[0], before)
         previous = value, start, end
+        found = Found(value, match[0], before)
         index = before.rstrip(" {").endswith(("^", "_"))
-        counted = value <= SMALL and bool(_COUNTED.match(after) or _NAMED.search(before))
-        stated = _STATED.search(before) is not None
-        if not (index or _ORDINAL.match(after) or (counted and not stated)):
-            yield _found(value, match[0], before)
+        counted = value <= SMALL and bool(_COUNTED.match(after) or _NAMED.search(before)) and not found.stated
+        if not (index or counted or _ORDINAL.match(after)):
+            yield found
 
 
 def _tidy(text: str) -> str:
@@ -92,17 +102,15 @@ def _tidy(text: str) -> str:
     return re.sub(r"\\[dt]?frac ?([0-9])([0-9])", r"\\frac{\1}{\2}", text)
 
 
-def _found(value: Fraction, shown: str, before: str) -> Found:
-    return Found(value, shown, bool(_STATED.search(before)), bool(_AS_ANSWER.search(before)))
-
-
 def _value(text: str) -> Fraction | None:
     text = text.lower()
     if text[0].isalpha():
         tens, _, unit = text.replace("-", " ").partition(" ")
         return _WORDS[tens] + (_WORDS[unit] if unit else 0)
     text = text.replace(",", "")
-    return Fraction(text) if len(text) <= 40 else None  # no answer has more digits
+    if len(text) > 40:
+        return None  # no answer has more digits
+    return Fraction(int(text)) if text.isdigit() else Fraction(text)
 
 
 def _pair(first: tuple[Fraction, int, int] | None, second: Fraction, text: str, start: int) -> Fraction | None:
@@ -131,7 +139,7 @@ def find(strategy: str, problem: str, answer: str, solution: str) -> tuple[str, 
     final = plain_value(answer)
     by_expert = [*numbers(solution), *numbers(answer)]
     of_expert = {found.value for found in by_expert} - given
-    everyday = set(EVERYDAY) - {found.value for found in by_expert if found.stated}
+    everyday = set(EVERYDAY) - {found.value for found in by_expert if found.value in EVERYDAY and found.stated}
     near = sorted(float(value) for value in of_expert if value.denominator > 1)
     for found in numbers(strategy):
         value = found.value
@@ -176,7 +184,7 @@ def plain_value(answer: str) -> Fraction | None:
 
 _MATH = re.compile(r"\$([^$]{1,200})\$|\\\(([^$]{1,200}?)\\\)|\\\[([^$]{1,200}?)\\\]")
 _RELATION = re.compile(r"=|≈|\\approx|<|>|\\l?eq?\b|\\g?eq?\b|≤|≥|≠|\\ne\b")
-_LETTERS = re.compile(r"\\(?:text|mathrm|mbox|textbf) ?\{([A-Za-z .'-]{1,60})\}|([A-Za-z][A-Za-z .'-]{0,60})")
+_LETTERS = re.compile(r"\\(?:text|mathrm|mbox|textbf) ?\{([A-Za-z .'()-]{1,60})\}|\(?([A-Za-z][A-Za-z .'-]{0,60})\)?")
 
 
 def _formula_leak(strategy: str, problem: str, answer: str, final: Fraction | None) -> tuple[str, str]:

@@ -243,7 +243,7 @@ def local(
     top_p: float,
     max_prompt_tokens: int,
     batch: int,
-    gather: float = 0.2,
+    gather: float = 0.5,
 ) -> Ask:
     """A model of ours in process. Requests that wait at the same time are answered as one batch.
 
