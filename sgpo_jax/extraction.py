@@ -94,13 +94,18 @@ def digest(*parts: str | None) -> str:
     return hashlib.sha256(repr(parts).encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
 
-def payer(id: str, ask: Ask, journal: Journal, meter: Meter, model: str) -> Paid:
-    """`paid` for one problem: the journal's reply to a request, or a new one, in the journal before it is used."""
+def payer(id: str, ask: Ask, journal: Journal, meter: Meter, model: str, stop: threading.Event) -> Paid:
+    """`paid` for one problem: the journal's reply to a request, or a new one, in the journal before it is used.
+
+    Nothing new is asked for once `stop` is set.
+    """
 
     def paid(stage: str, index: int, prompt: str, choices: int, max_tokens: int) -> Reply:
         key = id, stage, index, digest(prompt)
         record = journal.reply(key)
         if record is None:
+            if stop.is_set():
+                raise Unavailable("stopped")
             most = len(prompt.encode()) + _OVERHEAD, choices * max_tokens
             meter.reserve(most)
             try:
@@ -237,14 +242,14 @@ def work_through(
     stop: threading.Event,
     done: Callable[[str], None],
 ) -> str:
-    """Runs `work` on every row in threads; what is under way when it stops is finished first.
+    """Runs `work` on every row in threads; requests under way when it stops are finished first.
 
     Args:
       rows: problems.
       work: row -> reason of its verdict.
       concurrency: rows worked on at once.
       max_failures: rows in a row left open by requests that fail, which end it.
-      stop: set when it ends early, so that waiting for retries ends too.
+      stop: set when it ends early; `work` heeds it before each request, and waiting for a retry ends.
       done: called after each row with the reason, or with "left_open".
 
     Returns:
@@ -252,7 +257,13 @@ def work_through(
     """
 
     def guarded(row: dict[str, str]) -> str | None:
-        return None if stop.is_set() else work(row)
+        if stop.is_set():
+            return None
+        try:
+            return work(row)
+        except (Denied, BudgetReached):
+            stop.set()  # here, so that no other thread starts anything more
+            raise
 
     why, failures = "", 0
     with ThreadPoolExecutor(concurrency) as pool:
@@ -263,7 +274,6 @@ def work_through(
                     reason = future.result()
                 except (Denied, BudgetReached) as error:
                     why = why or str(error)
-                    stop.set()
                 except (Refused, Unavailable) as error:
                     done("left_open")
                     failures += 1

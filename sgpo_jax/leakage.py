@@ -23,7 +23,7 @@ from sgpo_jax import rewards
 
 RULES_VERSION = "1"  # of the checks here and in strategy_text; verdicts of another version are made anew
 MAX_FORMULAS = 40  # of one strategy
-MAX_TEXT = 200_000  # characters of a problem or solution whose numbers are looked at
+MAX_TEXT = 100_000  # characters of a problem or solution whose numbers are looked at
 SMALL = 12
 TRIVIAL = (0, 1, 2)
 EVERYDAY = (24, 30, 52, 60, 90, 100, 180, 360, 365, 1000, 3600)

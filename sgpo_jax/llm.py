@@ -110,8 +110,9 @@ def endpoint(
     stop = stop or threading.Event()
 
     def clean(text: str) -> str:
-        text = text[:MAX_TEXT].encode("utf-8", "replace").decode()  # half a surrogate pair cannot be written to a file
-        return text.replace(key, "[key]") if len(key) >= SHORTEST_SECRET else text
+        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be written to a file
+        text = text.replace(key, "[key]") if len(key) >= SHORTEST_SECRET else text
+        return text[:MAX_TEXT]  # not before: half a key is too much as well
 
     def send(request: Request) -> bytes:
         deadline = time.monotonic() + timeout
@@ -146,7 +147,8 @@ def endpoint(
                 lost = reply.prompt_tokens, reply.completion_tokens
                 why = "a reply without choices"
             except openai.APIStatusError as error:
-                why = clean(f"{error.status_code}: {error.message}"[:500])
+                why = error.message.removeprefix(f"Error code: {error.status_code} - ")
+                why = clean(f"{error.status_code}: {why}")[:500]
                 code = error.body.get("code") if isinstance(error.body, dict) else None
                 if error.status_code in (401, 402, 403, 404) or code == "insufficient_quota":
                     raise Denied(why) from None
@@ -157,7 +159,7 @@ def endpoint(
                 wait = max(wait, retry_after(error.response.headers.get("retry-after", "")))
             # The HTTP library has exceptions of its own for a connection that breaks off; RecursionError: nested JSON.
             except Exception as error:
-                why = clean(f"{type(error).__name__}: {error}"[:500])
+                why = clean(f"{type(error).__name__}: {error}")[:500]
             if attempt < retries:
                 retried(why)
                 if stop.wait(wait):

@@ -59,7 +59,7 @@ def run(config: ConfigDict, workdir: Path, to: Path) -> str:
         ask = _model(config, fields.strong, name, "strong", meter, stop)
 
         def work(row: dict[str, str]) -> str:
-            verdict = extract(row, payer(row["id"], ask, log, meter, name), **limits)
+            verdict = extract(row, payer(row["id"], ask, log, meter, name, stop), **limits)
             made_by = {"model": name, "version": prompts.PROMPT_VERSION}
             log.append({"kind": "verdict", "id": row["id"], **_valid_for(row), **verdict, **made_by})
             return verdict["reason"]
@@ -111,7 +111,7 @@ def audit(config: ConfigDict, workdir: Path) -> str:
         ask = _model(config, fields.judge, name, "judge", meter, stop)
 
         def work(row: dict[str, str]) -> str:
-            rating = rate(row, payer(row["id"], ask, log, meter, name), **limits)
+            rating = rate(row, payer(row["id"], ask, log, meter, name, stop), **limits)
             log.append({"kind": "verdict", "id": row["id"], "row": digest(row["strategy"]), **rating})
             return "rated" if rating["mean"] is not None else "unrated"
 

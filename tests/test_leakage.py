@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgpo_jax import leakage
+from sgpo_jax import leakage, strategy_text
+from sgpo_jax.problems import gym
 
 PROBLEM = "Mia has 48 beads and half as many shells. How many has she in 3 years?"
 SOLUTION = "She has 48/2 = 24 shells. There are 48 + 24 = 72 things. Step 2: 7 days, so 72 * 7 = 504, x^5, 2.5 = 5/2."
@@ -132,6 +133,7 @@ def test_too_many_formulas_are_refused():
     assert reason(formulas, "y+1", "p", "s") == "leak_unchecked"
 
 
+@pytest.mark.slow
 def test_a_formula_that_takes_too_long_is_refused():
     assert reason("look at $9^{9^{9^{9}}}$ first", "x+1", "p", "s") == "leak_unchecked"
 
@@ -141,7 +143,8 @@ def test_a_formula_that_takes_too_long_is_refused():
     [
         ("72", 72), ("\\$18", 18), ("1/2", Fraction(1, 2)), ("\\frac{1}{2}", Fraction(1, 2)), ("-3.5", Fraction(7, 2)),
         ("50\\%", Fraction(1, 2)), ("27 \\text{ cm}", 27), ("10,080", 10080), ("90^\\circ", 90), ("2^{10}", 1024),
-        ("3\\sqrt{2}", None), ("2\\pi", None), ("(3,4)", None), ("x=3", None), ("C", None), ("", None), ("9" * 99, None),
+        ("3\\sqrt{2}", None), ("2\\pi", None), ("(3,4)", None), ("x=3", None), ("C", None), ("", None),
+        ("9" * 99, None),
     ],
 )  # fmt: skip
 def test_answers_that_are_one_number(answer, value):
@@ -149,12 +152,10 @@ def test_answers_that_are_one_number(answer, value):
 
 
 numbers = st.integers(13, 9999).filter(lambda n: n not in leakage.EVERYDAY)
-FORMS = st.sampled_from(
-    ["{n}", "{n}.0", "{t}/2", "\\frac{{{t}}}{{2}}", "$ {n} $", "({n})", "{n},", "{n}.", "\\frac {{{t}}}{{2}}"]
-)
+FORMS = ["{n}", "{n}.0", "{t}/2", "\\frac{{{t}}}{{2}}", "$ {n} $", "({n})", "{n},", "{n}.", "\\frac {{{t}}}{{2}}"]
 
 
-@given(numbers, FORMS)
+@given(numbers, st.sampled_from(FORMS))
 def test_every_form_of_a_number_is_found(n, form):
     shown = form.format(n=n, t=2 * n)
     for text in (f"take {shown} of them", f"so it is {shown}", shown):
@@ -171,10 +172,22 @@ def test_no_text_breaks_the_check(strategy, problem, answer, solution):
 
 @pytest.mark.parametrize(
     "piece",
-    ["1", "1,000", "1/", "2^", "\\frac{", "}{", "%", " ", "is ", "=", "$", "\\(", "one ", "-", "seventy-", "1 ", "frac{1}{2} ", "^{3", "("],
+    ["1", "1,000", "1/", "2^", "\\frac{", "}{", "%", " ", "is ", "=", "$", "\\(", "one ", "-", "seventy-", "1 ",
+     "frac{1}{2} ", "^{3", "("],
 )  # fmt: skip
 def test_a_megabyte_of_numbers_takes_no_time(piece):
     text = piece * (1_000_000 // len(piece))
     started = time.process_time()
-    leakage.find(text[:2000], text, text[:2000], text)
-    assert time.process_time() - started < 10.0
+    leakage.find(text[:2000], "p", text[:2000], text)
+    assert time.process_time() - started < 6.0
+
+
+def test_good_strategies_pass_and_the_same_with_the_answer_do_not():
+    pytest.importorskip("reasoning_gym")
+    for family in gym.FAMILIES:
+        for row in gym.problems(family, 8, 3):
+            parsed = strategy_text.parse(row["strategy"])
+            assert parsed.reason == ""
+            texts = row["problem"], row["answer"], row["solution"]
+            assert leakage.find(parsed.strategy, *texts) == ("", "")
+            assert leakage.find(f"{parsed.strategy}. The answer is {row['answer']}", *texts)[0] == "leak_answer"

@@ -238,7 +238,7 @@ def small():
 
 
 def local(small, **options):
-    chosen = {"seed": 0, "temperature": 1.0, "top_p": 1.0, "max_prompt_tokens": 24, "batch": 4, "gather": 0.3}
+    chosen = {"seed": 0, "temperature": 1.0, "top_p": 1.0, "max_prompt_tokens": 24, "batch": 4, "gather": 0.05}
     return llm.local(*small, **(chosen | options))
 
 
@@ -263,7 +263,7 @@ def test_waiting_requests_share_a_batch(small, monkeypatch):
     calls = []
     monkeypatch.setattr(llm, "respond", lambda *a, **k: calls.append(k["max_new_tokens"]) or respond(*a, **k))
     respond = __import__("sgpo_jax.respond", fromlist=["respond"]).respond
-    ask = local(small, gather=1.0)
+    ask = local(small, gather=0.5)
     mixed = [*requests(4), llm.Request("long", "Prices at copper market: 1 1", 2, 7)]
     with ThreadPoolExecutor(5) as pool:
         replies = list(pool.map(ask, mixed))

@@ -18,16 +18,19 @@ GOOD = "Problem type: linear equation\nStrategy: isolate the unknown\nSteps: (a)
     [
         GOOD,
         "Problem type: linear equation. Strategy: isolate the unknown. Steps: (a) move the constants (b) divide",
-        "**Problem Type:** linear equation\n\n**Strategy:** isolate the unknown\n\n**Steps:**\n(a) move the constants\n(b) divide",
-        "### Problem type: linear equation\n### Strategy: isolate the unknown\n### Steps:\n1. move the constants\n2. divide",
+        "**Problem Type:** linear equation\n\n**Strategy:** isolate the unknown\n\n"
+        "**Steps:**\n(a) move the constants\n(b) divide",
+        "### Problem type: linear equation\n### Strategy: isolate the unknown\n### Steps:\n1. move the constants\n"
+        "2. divide",
         "1. Problem type: linear equation\n2. Strategy: isolate the unknown\n3. Steps:\n- move the constants\n- divide",
-        "PROBLEM TYPE： linear equation\nSTRATEGY： isolate the unknown\nSTEPS： Step 1: move the constants\nStep 2: divide",
+        "PROBLEM TYPE： linear equation\nSTRATEGY： isolate the unknown\nSTEPS： Step 1: move the constants\n"
+        "Step 2: divide",
         f"Sure! Here is what you asked for:\n\n{GOOD}\n\nI hope this helps. Let me know!",
         f"<think>\nProblem type: wrong. Steps: (a) one\n</think>\n\n{GOOD}",
         GOOD.replace("\n", "\r\n"),
         GOOD.replace("linear", "lin\u200bear\x00"),
         GOOD.replace("(a) move the constants (b)", "\n\n(a) move\n   the constants\n\n(b)"),
-        "Problem type: linear equation\nStrategy: isolate the unknown\nSteps: **a)** move the constants\n**b)** divide;",
+        "Problem type: linear equation\nStrategy: isolate the unknown\nSteps: **a)** move the constants\n**b)** divide",
     ],
 )  # fmt: skip
 def test_many_ways_to_write_the_three_parts(reply):
@@ -66,7 +69,7 @@ def test_the_one_form_is_read_as_itself():
         (GOOD.replace("linear", "linear " * 200), "stop", "too_long"),
         (GOOD.replace("divide", "divide (c) " + "and more " * 110 + "(d) " + "and more " * 110), "stop", "too_long"),
         (GOOD + " x" * 20_000, "stop", "too_long"),
-        (GOOD.replace("linear equation", "一元一次方程式的求解問題").replace("isolate the unknown", "移項並合併同類項求出未知數"), "stop", "language"),
+        (GOOD.replace("isolate the unknown", "移項並合併同類項求出未知數的值再代回原方程式檢驗"), "stop", "language"),
         (GOOD.replace("isolate the unknown", "перенести известные величины в правую часть"), "stop", "language"),
     ],
 )  # fmt: skip
@@ -186,7 +189,8 @@ def test_every_well_formed_strategy_is_read_back(kind, principle, steps):
 
 @pytest.mark.parametrize(
     "piece",
-    ["a", " ", "\n", "[", "]", "[[", "<think>", "</think>", "Steps:", "steps ", "(a)", "\n- ", "**", "1.", "[0.1,", "\n \n", "題", ". "],
+    ["a", " ", "\n", "[", "]", "[[", "<think>", "</think>", "Steps:", "steps ", "(a)", "\n- ", "**", "1.", "[0.1,",
+     "\n \n", "題", ". "],
 )  # fmt: skip
 def test_a_megabyte_of_anything_takes_no_time(piece):
     text = piece * (1_000_000 // len(piece))
