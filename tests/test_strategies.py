@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from importlib.util import find_spec
@@ -301,6 +302,22 @@ def test_a_server_that_is_down_stops_the_command(tmp_path, rows):
     assert len(server.requests) <= 8 and not verdicts and not written
 
 
+def test_an_interrupt_ends_it_after_what_is_under_way():
+    finished, stop = [], threading.Event()
+
+    def work(row):
+        time.sleep(0.1)
+        finished.append(row["id"])
+        return "kept"
+
+    def interrupt(reason):
+        raise KeyboardInterrupt
+
+    rows = [{"id": str(i)} for i in range(50)]
+    why = extraction.work_through(rows, work, concurrency=2, max_failures=1, stop=stop, done=interrupt)
+    assert why == "interrupted" and stop.is_set() and 1 <= len(finished) <= 5
+
+
 # ---- budgets
 
 
@@ -331,8 +348,6 @@ def test_a_budget_waits_for_requests_under_way():
     meter = extraction.Meter(0.0, 0.0, budget_tokens=100)
     meter.reserve((50, 40))
     meter.count(5, 5)
-    import threading
-
     threading.Timer(0.2, meter.release, [(50, 40)]).start()
     started = time.monotonic()
     meter.reserve((50, 40))
