@@ -391,8 +391,6 @@ EXTRACT = [
 ]
 WRONG_EXTRACT = [(name, type(value)(-2)) for name, value in EXTRACT]
 WRONG_EXTRACT += [(name, bad) for name, value in EXTRACT if isinstance(value, float) for bad in (math.nan, math.inf)]
-    (name, wrong) for name, value in EXTRACT if isinstance(value, float) for wrong in (math.nan, math.inf)
-]
 
 
 def test_the_config_of_the_extraction_passes(monkeypatch):
