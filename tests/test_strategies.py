@@ -124,6 +124,7 @@ def test_a_finished_extraction_asks_nothing_again(tmp_path, rows, capsys):
         rows([problems(1)[0] | {"answer": "1"}, *problems(5)[1:]])
         run(tmp_path, server)
         assert len(server.requests) == asked + 12, "another answer is only checked anew: the prompts are the same"
+        assert [r["id"] for r in records(tmp_path) if r["kind"] == "verdict"].count("sum/0") == 2
         changed = problems(1)[0]
         rows([changed | {"problem": changed["problem"] + " Hurry."}, *problems(5)[1:]])
         run(tmp_path, server)
@@ -292,6 +293,30 @@ def test_problems_are_left_open_where_requests_fail(tmp_path, rows):
     with ChatServer(helpful) as server:
         _, written, _ = run(tmp_path, server)
     assert len(written) == 6 and len(server.requests) == 6
+
+
+def test_failures_count_in_a_row(tmp_path, rows):
+    rows(problems(6))
+    broken = ("What is 138 ", "What is 152 ")  # the second problem and the fourth
+    with ChatServer(
+        lambda prompt, *rest: failure(400) if any(b in prompt for b in broken) else helpful(prompt, *rest)
+    ) as server:
+        why, written, _ = run(tmp_path, server, max_failures=2, concurrency=1)
+    assert why == "" and len(written) == 4
+
+
+def test_nothing_new_is_asked_for_once_it_stops(tmp_path):
+    stop, asked = threading.Event(), []
+    reply = extraction.Reply(["x"], ["stop"], 1, 1)
+    with journal.Journal(tmp_path / "j.jsonl", {}) as log:
+        meter = extraction.Meter(0.0, 0.0)
+        paid = extraction.payer("p", lambda request: asked.append(request) or reply, log, meter, "m", stop)
+        assert paid("score", 0, "prompt", 1, 5) == reply
+        stop.set()
+        assert paid("score", 0, "prompt", 1, 5) == reply, "what is paid for can be used"
+        with pytest.raises(extraction.Unavailable, match="stopped"):
+            paid("score", 1, "prompt", 1, 5)
+    assert [request.id for request in asked] == ["p/score/0"]
 
 
 def test_a_server_that_is_down_stops_the_command(tmp_path, rows):
