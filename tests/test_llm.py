@@ -264,7 +264,8 @@ def test_waiting_requests_share_a_batch(small, monkeypatch):
     monkeypatch.setattr(llm, "respond", lambda *a, **k: calls.append(k["max_new_tokens"]) or respond(*a, **k))
     respond = __import__("sgpo_jax.respond", fromlist=["respond"]).respond
     ask = local(small, gather=0.5)
-    mixed = [*requests(4), llm.Request("long", "Prices at copper market: 1 1", 2, 7)]
+    first, *rest = requests(4)
+    mixed = [first, llm.Request("long", "Prices at copper market: 1 1", 2, 7), *rest]
     with ThreadPoolExecutor(5) as pool:
         replies = list(pool.map(ask, mixed))
     assert sorted(calls) == [6, 7], "four of one shape at once, the fifth by itself"
