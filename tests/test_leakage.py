@@ -41,6 +41,7 @@ def reason(strategy, answer, problem=PROBLEM, solution=SOLUTION):
         ("90^\\circ", "a right angle, 90 degrees"),
         ("27 \\text{ cm}", "measure 27 cm"),
         ("4", "divide by 4"),
+        ("4", "so there are 4 cases"),
         ("\\sqrt{12}", "note $2\\sqrt{3}$ here"),
         ("\\sqrt{12}", "note \\sqrt{12} here"),
         ("x^2+1", "write it as $1 + x^2$"),
@@ -70,6 +71,7 @@ def test_the_answer_does_not_stand_in_any_form(answer, strategy):
         ("2", "in 2 steps, halve the 2 ends of a degree 2 curve"),
         ("4", "a degree 4 polynomial in 4 variables, x^4 + a_4, the 4th of 4 cases"),
         ("0", "set the derivative equal to 0"),
+        ("0", "note that $2 - 2$ vanishes"),
         ("1", "let one side be 1 unit"),
         ("72", "a 720-page book"),
         ("72", "multiply 7 and 2"),
@@ -122,6 +124,11 @@ def test_a_formula_that_the_problem_shows_may_stand():
 )
 def test_calculated_values(strategy, expected):
     assert reason(strategy, "1000000", PROBLEM, SOLUTION + " An hour has 60 minutes.") == expected
+
+
+def test_a_value_near_a_given_one_is_no_leak():
+    assert reason("use 2.496 here", "7", "At 2.5 each?", "2.5 each") == ""
+    assert reason("use 2.496 here", "7", "At 3 each?", "2.5 each") == "leak_value"
 
 
 def test_parts_of_an_answer_are_values_too():
