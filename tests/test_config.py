@@ -15,7 +15,8 @@ from sgpo_jax import config as configs
 from sgpo_jax import losses
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = sorted((ROOT / "configs").glob("*.py"))
+# configs/strategies.py belongs to another command.
+FILES = [file for file in sorted((ROOT / "configs").glob("*.py")) if file.stem != "strategies"]
 
 
 def load(file: Path) -> ConfigDict:
@@ -127,7 +128,7 @@ def test_misspelt_fields_and_wrong_types_are_refused_at_once():
 NUMBERS = [
     (name, value)
     for name, value in fields(load(ROOT / "configs" / "quickstart.py"))
-    if isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, int | float) and not isinstance(value, bool) and not name.startswith("extract.")
 ]
 WRONG = [(name, -2) for name, _ in NUMBERS]
 WRONG += [(name, wrong) for name, value in NUMBERS if isinstance(value, float) for wrong in (math.nan, -math.inf)]
@@ -398,3 +399,49 @@ def test_a_config_file_that_is_not_there_is_answered_in_a_line():
 
     with pytest.raises(SystemExit, match="^sgpo_jax: --config=configs/none.py:big: there is no such file$"):
         command.parse_flags(["main.py", "--config=configs/none.py:big", "--workdir=x"])
+
+
+# ---- the extraction of strategies
+
+EXTRACT = [
+    (f"extract.{name}", value)
+    for name, value in fields(configs.base().extract)
+    if isinstance(value, int | float) and not isinstance(value, bool)
+]
+WRONG_EXTRACT = [(name, type(value)(-2)) for name, value in EXTRACT]
+WRONG_EXTRACT += [(name, bad) for name, value in EXTRACT if isinstance(value, float) for bad in (math.nan, math.inf)]
+
+
+def test_the_config_of_the_extraction_passes(monkeypatch):
+    file = ROOT / "configs" / "strategies.py"
+    monkeypatch.setattr(configs, "_check_files", lambda config: None)
+    configs.check_extract(load(file))
+    assert "python -m sgpo_jax.strategies --config=configs/strategies.py --workdir=" in file.read_text()
+    assert load(file).extract.candidates == 5 and load(file).extract.audit_sample == 500, "App. B and H"
+
+
+@pytest.mark.parametrize(("field", "value"), WRONG_EXTRACT)
+def test_no_number_of_the_extraction_may_be_anything(field, value):
+    config = configs.base()
+    config.extract.source = "problems"
+    configs.check_extract(config)
+    assign(config, field, value)
+    with pytest.raises(ValueError, match=f"^config.{field}={value!r}: must be "):
+        configs.check_extract(config)
+
+
+def test_the_extraction_needs_a_source_that_exists():
+    config = configs.base()
+    with pytest.raises(ValueError, match=r"^config.extract.source='': must be a source of problems"):
+        configs.check_extract(config)
+    config.extract.source = "nowhere/problems.jsonl"
+    with pytest.raises(ValueError, match="^config.extract.source='nowhere/problems.jsonl': there is no such file"):
+        configs.check_extract(config)
+
+
+def test_a_training_run_may_change_the_extraction(config, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(configs.to_json(config))
+    config.extract.candidates = 3
+    config.extract.strong.name = "other"
+    configs.check_resume(config, path)
