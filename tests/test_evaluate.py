@@ -17,7 +17,7 @@ def config():
     config.data.instruction, config.model.dtype = "", "float32"
     config.eval.batch, config.eval.max_new_tokens, config.mesh.fsdp, config.mesh.data = 8, 5, 1, -1
     with config.unlocked():
-        for name, samples in {"MATH500": 3, "own": 2}.items():
+        for name, samples in {"MATH500": 3, "A_set": 2}.items():
             config.eval.sets[name] = configs.ConfigDict({"source": "arithmetic:eval,count=9", "samples": samples})
     return config
 
@@ -31,13 +31,13 @@ def test_it_prints_and_writes_measured_beside_reported(config, tmp_path, capsys,
         line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:-1]] for line in lines if "│" in line
     }
     assert cells["MATH500"][0] == "6 of 9" and cells["MATH500"][-1] == "82.7"
-    assert cells["own"][-1] == "" and cells["Average"][-1] == "52.1"
-    assert list(cells) == ["MATH500", "own", "Average"]
+    assert cells["A_set"][-1] == "" and cells["Average"][-1] == "52.1"
+    assert list(cells) == ["MATH500", "A_set", "Average"]
     assert "Qwen2.5-7B-Instruct, SGPO" in printed
     written = json.loads((tmp_path / "out" / "results.json").read_text())
     assert written["results"] == json.loads(json.dumps(results)) and written["limit"] == 6
     assert (tmp_path / "out" / "table.txt").read_text() in printed
-    lines = read_jsonl(tmp_path / "out" / "own_unguided_000000.jsonl")
+    lines = read_jsonl(tmp_path / "out" / "A_set_unguided_000000.jsonl")
     assert len(lines) == 12 and {"response", "outcome", "extracted", "reward", "truncated"} <= set(lines[0])
 
     monkeypatch.setattr(evaluation, "respond", lambda *args, **kwargs: pytest.fail("all of it is there"))

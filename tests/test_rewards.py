@@ -313,7 +313,7 @@ def test_text_comparison_needs_no_worker() -> None:
 
 
 def test_an_answer_that_is_nothing_to_mathematics_is_wrong(pool: Pool) -> None:
-    assert [v.outcome for v in score(boxed(["'", "x+2"]), ["204", "'"], pool=pool)] == ["wrong", "wrong"]
+    assert [v.outcome for v in score(boxed(["'", "x+2", r"\infty0"]), ["204", "'", "204"], pool=pool)] == ["wrong"] * 3
 
 
 def test_long_answers_are_wrong_unless_identical() -> None:
