@@ -20,8 +20,8 @@ class Checkpoints:
       keep: how many of the latest to keep; the best is kept besides.
       best: name of the metric, given to `save`, that tells which one is best.
       higher_is_better: whether the best is the highest or the lowest.
-      seed: of the run. With the step it fixes the data position and all noise, so a state is only restored under the
-        seed it was saved with.
+      seed: of the run. With the step it fixes the data position and all noise, so a run goes on only under the seed of
+        its checkpoint.
     """
 
     def __init__(self, folder: str | Path, keep: int, best: str, higher_is_better: bool, seed: int):
@@ -77,14 +77,13 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def restore(self, step: int, state: TrainState) -> TrainState:
-        """The state saved after `step`, placed as `state` (arrays or ShapeDtypeStructs with shardings).
-
-        Raises:
-          ValueError: it was saved under another seed.
-        """
+        """The state saved after `step`, placed as `state` (arrays or ShapeDtypeStructs with shardings)."""
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(target), run=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=args)
-        if (seed := restored["run"]["seed"]) != self._seed:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+        return self._manager.restore(step, args=args)["state"]
+
+    def check_seed(self, step: int) -> None:
+        """Raises ValueError unless the state after `step` was saved under this run's seed."""
+        seed = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]["seed"]
+        if seed != self._seed:
             raise ValueError(f"seed={self._seed}: the checkpoint {self._manager.directory / str(step)} has {seed}")
-        return restored["state"]

@@ -50,7 +50,7 @@ def clipped_surrogate(
       `[T]` float32 loss, unmasked; reduce it with `sequence_mean`.
     """
     chex.assert_rank([logp, old_logp, advantage], [1, 1, {0, 1}])
-    chex.assert_equal_shape([logp, old_logp])
+    chex.assert_equal_shape([logp, old_logp] + [advantage] * advantage.ndim)
     old_logp = jax.lax.stop_gradient(old_logp.astype(jnp.float32))
     advantage = jax.lax.stop_gradient(advantage.astype(jnp.float32))
     # Bounded below the overflow of exp: inf times an advantage or a gradient of 0 would be NaN.

@@ -82,6 +82,7 @@ def start(
     """The state of the latest checkpoint, or the one before the first step, with the parameters of `initial()`."""
     step = saved.latest_step()
     if step is not None:
+        saved.check_seed(step)
         return restore(saved, step, policy, tx, mesh)
     _, shardings = state_shardings(policy, tx, mesh)
     params = jax.device_put(initial(), shardings.params)

@@ -147,6 +147,13 @@ def test_surrogate_equals_the_float64_oracle(logp, old, advantage):
     np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_surrogate_of_tokens_that_each_have_an_advantage():
+    logp, old = jnp.array([-1.0, -2.0, -0.5, -3.0]), jnp.array([-1.2, -1.0, -0.5, -3.6])
+    advantage = jnp.array([2.0, -1.0, 0.5, 1.5])
+    alone = [losses.clipped_surrogate(logp[t : t + 1], old[t : t + 1], advantage[t])[0] for t in range(4)]
+    np.testing.assert_array_equal(losses.clipped_surrogate(logp, old, advantage), jnp.stack(alone))
+
+
 def test_surrogate_moves_the_current_policy_only():
     def total(logp, old, advantage):
         return losses.clipped_surrogate(logp, old, advantage).sum()
@@ -534,7 +541,7 @@ def test_float16_inputs_are_computed_in_float32(name):
         (losses.group_advantages, [()]),
         (losses.clipped_surrogate, [(2, T), (2, T), ()]),
         (losses.clipped_surrogate, [(T,), (T,), (1,)]),
-        (losses.clipped_surrogate, [(T,), (T,), (T,)]),
+        (losses.clipped_surrogate, [(T,), (T,), (T, 1)]),
         (losses.clipped_surrogate, [(T,), (1,), ()]),
         (losses.kl_divergence, [(T, V), (V,)]),
         (losses.kl_divergence, [(T, V), (T, 1)]),

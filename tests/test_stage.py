@@ -13,9 +13,7 @@ from sgpo_jax.train_step import Prompts, TrainState
 def state(value):
     """A state whose every array tells which one it is."""
     params = {"norm": {"scale": jnp.full(3, value, jnp.float32)}}
-    return TrainState(
-        step=jnp.int32(value), params=params, opt_state=(jnp.float32(value),), skipped=jnp.int32(0)
-    )
+    return TrainState(step=jnp.int32(value), params=params, opt_state=(jnp.float32(value),), skipped=jnp.int32(0))
 
 
 @pytest.mark.parametrize(("higher", "best"), [(True, 2), (False, 3)])
@@ -48,14 +46,15 @@ def test_the_earliest_wins_a_tie(tmp_path):
         assert saved.best_step() == 1
 
 
-def test_a_state_is_only_restored_under_its_seed(tmp_path):
+def test_a_run_goes_on_only_under_its_seed(tmp_path):
     with Checkpoints(tmp_path, keep=1, best="score", higher_is_better=True, seed=7) as saved:
         saved.save(1, state(1))
         saved.wait()
-        saved.restore(1, state(0))
+        saved.check_seed(1)
     with Checkpoints(tmp_path, keep=1, best="score", higher_is_better=True, seed=8) as saved:
         with pytest.raises(ValueError, match=r"seed=8: the checkpoint .*/1 has 7"):
-            saved.restore(1, state(0))
+            saved.check_seed(1)
+        saved.restore(1, state(0))
 
 
 def test_skipped_updates_keep_the_batch_and_stop_at_the_limit(tmp_path):

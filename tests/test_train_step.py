@@ -1,5 +1,7 @@
 """The jitted update against an independent, dense, unjitted computation of Eq. 7, and the properties it promises."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,13 +108,18 @@ def reference_choice(params, batch, reduce=np.sum):
     return choice
 
 
-def run(batch, params=None, optimizer=None, **settings):
-    """(new state, metrics) of one update; SGD with rate 1 turns the parameter change into the gradient."""
+@functools.cache
+def updater(rate, **settings):
+    """(optimizer, update): SGD; with rate 1 it turns the parameter change into the gradient."""
+    optimizer = optax.sgd(rate)
+    return optimizer, make_update(CONFIG, optimizer, **settings)
+
+
+def run(batch, params=None, rate=1.0, micro_batch=100, chunk=8, **settings):
+    """(new state, metrics) of one update."""
     params = make_params() if params is None else params
-    optimizer = optax.sgd(1.0) if optimizer is None else optimizer
-    settings = {"micro_batch": 100, "chunk": 8, "delta": 1.7} | settings
-    packed = pack_batch(batch, micro_batch=settings.pop("micro_batch"), chunk=settings.pop("chunk"))
-    update = make_update(CONFIG, optimizer, **settings)
+    optimizer, update = updater(rate, **{"delta": 1.7} | settings)
+    packed = pack_batch(batch, micro_batch=micro_batch, chunk=chunk)
     return update(init_state(jax.tree.map(jnp.copy, params), optimizer), packed)
 
 
@@ -151,7 +158,7 @@ def test_the_target_is_chosen_by_the_sum_and_not_by_the_mean():
 
 def test_several_updates_per_batch_keep_targets_and_old_policy():
     batch, rate, steps = make_batch(), 0.1, 3
-    state, metrics = run(batch, optimizer=optax.sgd(rate), updates_per_batch=steps)
+    state, metrics = run(batch, rate=rate, updates_per_batch=steps)
     old = params = make_params()
     choice = reference_choice(old, batch)
     for _ in range(steps):
@@ -163,9 +170,9 @@ def test_several_updates_per_batch_keep_targets_and_old_policy():
 
 @pytest.mark.parametrize(("micro_batch", "updates"), [(1, 1), (2, 2), (4, 1)])
 def test_micro_batches_give_the_result_of_one_batch(micro_batch, updates):
-    batch, optimizer = make_batch(), optax.sgd(0.1)
-    whole, whole_metrics = run(batch, optimizer=optimizer, updates_per_batch=updates)
-    parts, parts_metrics = run(batch, optimizer=optimizer, updates_per_batch=updates, micro_batch=micro_batch)
+    batch = make_batch()
+    whole, whole_metrics = run(batch, rate=0.1, updates_per_batch=updates)
+    parts, parts_metrics = run(batch, rate=0.1, updates_per_batch=updates, micro_batch=micro_batch)
     assert_trees_close(parts.params, whole.params, 1e-5)
     assert_trees_close(parts_metrics, whole_metrics, 1e-5)
 
@@ -204,7 +211,9 @@ def test_guided_side_gets_exactly_no_gradient(monkeypatch):
         return grads, metrics
 
     monkeypatch.setattr(train_step, "accumulate", probed)
-    _, metrics = run(make_batch())
+    optimizer = optax.sgd(1.0)
+    update = make_update(CONFIG, optimizer, delta=1.7)
+    _, metrics = update(init_state(make_params(), optimizer), pack_batch(make_batch(), micro_batch=100, chunk=8))
     assert metrics["guided"] == 0 and metrics["unguided"] > 0 and metrics["change"] != 0
 
 
