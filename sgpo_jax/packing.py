@@ -63,7 +63,7 @@ def pack(
       lengths: for each context, L; every prompt with its response fits.
       micro_batch: M.
       most: the largest number of sequences there can ever be; with M it fixes K.
-      chunk: response tokens of a micro-batch in a chunk, rounded to M times J.
+      chunk: the most response tokens of a micro-batch in a chunk, M times J (or M, where that is more).
 
     Raises:
       ValueError: a sequence is longer than a row.
@@ -75,10 +75,11 @@ def pack(
     rows_in_use = int(row.max(initial=-1)) + 1
 
     micro_batches = -(-most // micro_batch)
-    per_row = max(chunk // micro_batch, 1)
+    slots = min(lengths)  # more response tokens than that no row can have
+    # The last chunk in use is rarely full: in four or more, little of what is visited is empty.
+    per_row = max(min(chunk // micro_batch, -(-slots // 4)), 1)
     shape = micro_batches, micro_batch
     contexts = [Rows(*(np.zeros((*shape, length), np.int32) for _ in Rows._fields)) for length in lengths]
-    slots = min(lengths)  # more response tokens than that no row can have
     owner, index = np.full((*shape, slots), -1, np.int32), np.zeros((*shape, slots), np.int32)
     listed = np.zeros(shape, np.int32)
     segments = np.zeros(shape, np.int32)
