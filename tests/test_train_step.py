@@ -156,6 +156,26 @@ def test_the_target_is_chosen_by_the_sum_and_not_by_the_mean():
     assert_trees_close(jax.tree.map(jnp.subtract, params, state.params), grads, 1e-5)
 
 
+def test_the_target_may_be_longer_than_another_candidate():
+    """A long likely response beside a short unlikely one; by the sum the short one nearly always wins."""
+    params, batch = make_params(), make_batch()
+    tokens = np.zeros((2, T), np.int32)
+    for t in range(T):
+        tokens[0, t] = log_probs(params, batch.prompts, 0, tokens[0], T)[t].argmax()
+        tokens[1, t] = log_probs(params, batch.prompts, 0, tokens[1], T)[t].argmin()
+    guided = batch.guided._replace(
+        tokens=batch.guided.tokens.at[0, :2].set(tokens),
+        lengths=batch.guided.lengths.at[0].set(jnp.array([T, 3, 3])),
+        rewards=batch.guided.rewards.at[0].set(jnp.array([1.0, 1.0, 0.0])),
+    )
+    batch = batch._replace(guided=guided)
+    choice = reference_choice(params, batch)
+    assert choice[0][0] == 0
+    grads = jax.grad(reference_loss)(params, params, batch, float("inf"), choice)
+    state, _ = run(batch, params, delta=float("inf"))
+    assert_trees_close(jax.tree.map(jnp.subtract, params, state.params), grads, 1e-5)
+
+
 def test_several_updates_per_batch_keep_targets_and_old_policy():
     batch, rate, steps = make_batch(), 0.1, 3
     state, metrics = run(batch, rate=rate, updates_per_batch=steps)
