@@ -267,11 +267,13 @@ def _votes(graded: Graded) -> list[list[int]]:
         for k, answer in enumerate(group):
             if answer is None:
                 continue
-            equal = [
-                first == answer or (first[0] == answer[0] == "wrong" and same[first[1], answer[1]]) for first in classes
-            ]
-            if not any(equal):
+            # The first that is equal: an answer given again has not been compared with those that came between.
+            equal = (
+                c
+                for c, first in enumerate(classes)
+                if first == answer or (first[0] == answer[0] == "wrong" and same[first[1], answer[1]])
+            )
+            votes[-1][k] = next(equal, len(classes))
+            if votes[-1][k] == len(classes):
                 classes.append(answer)
-                equal.append(True)
-            votes[-1][k] = equal.index(True)
     return votes

@@ -175,6 +175,8 @@ def test_equal_answers_share_a_vote():
     mixed = ["wrong", "correct", "correct", "no_box", "wrong", "timeout", "timeout"]
     votes = evaluation._votes(graded("8", "3", "9/3", None, "08", "9^{9^9}", "9^{9^9}", outcomes=mixed))
     assert votes == [[0, 1, 1, -1, 0, 2, 2]]
+    votes = evaluation._votes(graded("136", "330", "136", "330", "7", "136", outcomes=wrong[:6]))
+    assert votes == [[0, 1, 0, 1, 2, 0]], "an answer given again after another"
     votes = evaluation._votes(graded("8", "8", outcomes=wrong[:2], finish=[LENGTH, STOP]))
     assert votes == [[-1, 0]]
 
