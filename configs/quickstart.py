@@ -10,9 +10,10 @@ right methods; SGPO then makes it solve the problems without strategies.
 from ml_collections import ConfigDict
 
 from sgpo_jax import config as configs
+from sgpo_jax import methods
 
 
-def get_config() -> ConfigDict:
+def get_config(method: str = "sgpo") -> ConfigDict:
     config = configs.base()
     config.model.source = "scratch"
     config.model.tokenizer = "arithmetic"
@@ -54,4 +55,4 @@ def get_config() -> ConfigDict:
     config.eval.max_new_tokens = 28
 
     config.checkpoint.every = 25
-    return config
+    return methods.select(config, method)

@@ -9,7 +9,8 @@ It reads data/train.jsonl (id, problem, answer, solution, strategy) and data/{ma
 from ml_collections import ConfigDict
 
 from sgpo_jax import config as configs
+from sgpo_jax import methods
 
 
-def get_config() -> ConfigDict:
-    return configs.paper("Qwen/Qwen2.5-7B-Instruct", tensor=4)
+def get_config(method: str = "sgpo") -> ConfigDict:
+    return methods.select(configs.paper("Qwen/Qwen2.5-7B-Instruct", tensor=4), method)

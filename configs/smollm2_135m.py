@@ -11,12 +11,13 @@ common divisors made by reasoning-gym, each with a strategy and a short worked s
 from ml_collections import ConfigDict
 
 from sgpo_jax import config as configs
+from sgpo_jax import methods
 
 SUMS = "reasoning_gym:chain_sum,min_terms=3,max_terms=4,min_digits=1,max_digits=2"
 DIVISORS = "reasoning_gym:gcd,max_value=30"
 
 
-def get_config() -> ConfigDict:
+def get_config(method: str = "sgpo") -> ConfigDict:
     config = configs.base()
     config.model.source = "smollm2"
     config.model.dtype = "float32"
@@ -45,4 +46,4 @@ def get_config() -> ConfigDict:
     config.eval.batch = 16
     config.eval.max_new_tokens = 56
     config.checkpoint.every = 5
-    return config
+    return methods.select(config, method)

@@ -18,8 +18,8 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from sgpo_jax import checks, metrics, paper, rewards, scores, sharding, stage
 from sgpo_jax import config as configs
-from sgpo_jax import metrics, paper, rewards, scores, sharding, stage
 from sgpo_jax import policy as policies
 from sgpo_jax.command import parse_flags
 from sgpo_jax.evaluation import evaluate_sets
@@ -53,7 +53,7 @@ def run(config: ConfigDict, checkpoint: str | None, out: str | None, paper_row: 
     reported = paper.row(paper_row) if paper_row else None
     rewards.check(config.rl.reward)
     mesh = sharding.make_mesh(**config.mesh)
-    configs.check_mesh(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    checks.check_mesh(config, mesh.shape["data"] * mesh.shape["fsdp"])
     workdir, found = _find(config, checkpoint) if checkpoint else (None, None)
     if not (out or workdir):
         raise ValueError("--out: must be given with --model")
@@ -170,7 +170,7 @@ def main(argv) -> None:
         config = _CONFIG.value
         config.stages, config.data.train, config.sft.train = ("eval",), "", ""  # training reads these, this does not
         config.model.source = _MODEL.value or config.model.source
-        configs.check(config)
+        checks.check(config)
         if _DISTRIBUTED.value:
             jax.distributed.initialize()
         run(config, _CHECKPOINT.value, _OUT.value, _PAPER.value, _LIMIT.value)

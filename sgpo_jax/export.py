@@ -10,8 +10,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from sgpo_jax import checks, sharding, stage
 from sgpo_jax import config as configs
-from sgpo_jax import sharding, stage
 from sgpo_jax.models import huggingface
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config of the run.", lock_config=True)
@@ -46,7 +46,7 @@ def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     try:
-        configs.check(_CONFIG.value)
+        checks.check(_CONFIG.value)
         workdir, folder = Path(str(_WORKDIR.value)).expanduser(), Path(str(_TO.value)).expanduser()
         run(_CONFIG.value, workdir, _STAGE.value, folder, _DTYPE.value)
     except (ValueError, ImportError) as error:

@@ -1,7 +1,8 @@
 """The objectives of SGPO as pure functions of arrays: one sequence or one group at a time, `jax.vmap` for more.
 
 Axis key: G group, T response tokens, V vocabulary. Everything is computed in float32; log-probabilities and KL are in
-nats. KL is named by direction: forward KL is KL(guided || unguided). Equations are those of arXiv 2606.24064.
+nats. KL is named by direction: forward KL is KL(guided || unguided). Equations are those of arXiv 2606.24064, but for
+the baselines': LUFFY is arXiv 2504.14945, HPT (a unified view of post-training) arXiv 2509.04419.
 """
 
 import chex
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 
-def group_advantages(rewards: jax.Array, eps: float = 1e-6) -> jax.Array:
+def group_advantages(rewards: jax.Array, eps: float = 1e-6, scale: bool = True) -> jax.Array:
     """Advantages of one group of responses to the same problem.
 
     `A_i = (R_i - mean(R)) / (std(R) + eps)`, population std. Eq. 1.
@@ -17,6 +18,7 @@ def group_advantages(rewards: jax.Array, eps: float = 1e-6) -> jax.Array:
     Args:
       rewards: `[G]` rewards.
       eps: keeps the quotient finite for nearly equal rewards.
+      scale: False leaves out the division, as LUFFY and HPT do.
 
     Returns:
       `[G]` float32; all zero when every reward is the same. No gradient flows into it.
@@ -25,7 +27,8 @@ def group_advantages(rewards: jax.Array, eps: float = 1e-6) -> jax.Array:
     rewards = jax.lax.stop_gradient(rewards.astype(jnp.float32))
     # Compared directly: the float32 mean of equal rewards can differ from them in the last bit.
     constant = jnp.all(rewards == rewards[0])
-    return jnp.where(constant, 0.0, (rewards - rewards.mean()) / (rewards.std() + eps))
+    centred = rewards - rewards.mean()
+    return jnp.where(constant, 0.0, centred / (rewards.std() + eps) if scale else centred)
 
 
 def clipped_surrogate(
@@ -161,6 +164,39 @@ def group_advantage_weight(
     chex.assert_rank([auto_rewards, target_reward], [1, 0])
     group = jnp.append(auto_rewards.astype(jnp.float32), target_reward.astype(jnp.float32))
     return jnp.clip(group_advantages(group, eps)[-1], 0.0, alpha_max)
+
+
+def shaped_likelihood(logp: jax.Array, shaping: float = 0.1) -> jax.Array:
+    """LUFFY's per-token loss on a demonstration, before it is multiplied by the demonstration's advantage.
+
+    `-f(p)`, `f(p) = p / (p + shaping)`, `p = exp(logp)`: the importance ratio of a demonstration whose own policy is
+    taken to be certain, reshaped so that unlikely tokens keep a gradient: `shaping p / (p + shaping)^2` times that of
+    log p, at most 1/4, where p = shaping.
+
+    Args:
+      logp: `[T]` log-probabilities of the demonstration under the current policy.
+      shaping: gamma of LUFFY, above 0.
+
+    Returns:
+      `[T]` float32 loss, in (-1, 0].
+    """
+    return -jax.nn.sigmoid(logp.astype(jnp.float32) - jnp.log(jnp.float32(shaping)))
+
+
+def hpt_gate(rewards: jax.Array, gate: float = 0.0) -> jax.Array:
+    """HPT's switch for one problem: 1 where its responses are optimised by RL, 0 where the demonstration is imitated.
+
+    1 when the mean reward is above the gate.
+
+    Args:
+      rewards: `[G]` rewards of the policy's own responses.
+      gate: largest mean reward at which the demonstration takes over; HPT has 0 for Qwen, 0.25 for Llama.
+
+    Returns:
+      `[]` float32 of 0 or 1, without gradient.
+    """
+    chex.assert_rank(rewards, 1)
+    return jax.lax.stop_gradient((rewards.astype(jnp.float32).mean() > gate).astype(jnp.float32))
 
 
 def sequence_mean(x: jax.Array, mask: jax.Array) -> jax.Array:

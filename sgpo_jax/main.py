@@ -7,7 +7,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sgpo_jax import command, rewards, rl, sft, sharding, stage, summary
+from sgpo_jax import checks, command, rewards, rl, sft, sharding, stage, summary
 from sgpo_jax import config as configs
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
@@ -19,7 +19,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 def run(config, workdir: Path) -> None:
     """Runs the stages of the config in order, each from where it stopped."""
     mesh = sharding.make_mesh(**config.mesh)
-    configs.check_mesh(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    checks.check_mesh(config, mesh.shape["data"] * mesh.shape["fsdp"])
     configs.check_resume(config, workdir / "config.json")
     rewards.check(config.rl.reward)
     if jax.process_index() == 0:
@@ -48,7 +48,7 @@ def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     try:
-        configs.check(_CONFIG.value)
+        checks.check(_CONFIG.value)
         if _DISTRIBUTED.value:
             jax.distributed.initialize()
         run(_CONFIG.value, Path(str(_WORKDIR.value)).expanduser())

@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 
 from sgpo_jax import rewards, sharding
 from sgpo_jax import tokenizer as tokenizers
+from sgpo_jax.batch import Prompts
 from sgpo_jax.policy import Policy
-from sgpo_jax.rollout import STOP, Rollout, generate
-from sgpo_jax.train_step import Prompts
+from sgpo_jax.rollout import LENGTH, STOP, Rollout, generate
 
 
 class Graded(NamedTuple):
@@ -38,6 +38,20 @@ def encode_prompts(policy: Policy, rows: Sequence[dict], guided: bool) -> list[l
         )
         for row in rows
     ]
+
+
+def encode_solution(policy: Policy, prompt: list[int], row: dict) -> list[int]:
+    """Token ids of the expert's solution as a response to the prompt, closed by the stop token."""
+    solution = tokenizers.continuation(policy.tokenizer, prompt, row["solution"])
+    return tokenizers.encode_response(policy.tokenizer, solution, policy.stop_ids[0])
+
+
+def demonstrate(policy: Policy, prompts: Sequence[list[int]], rows: Sequence[dict], length: int) -> Rollout:
+    """The expert's solutions as groups of one, cut at `length` tokens as sampled responses are; no `logp`."""
+    responses = [encode_solution(policy, prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
+    tokens, lengths = tokenizers.pad_right([response[:length] for response in responses], length, policy.pad_id)
+    finish = np.array([STOP if len(response) <= length else LENGTH for response in responses], np.int32)
+    return Rollout(tokens[:, None], np.zeros(tokens[:, None].shape, np.float32), lengths[:, None], finish[:, None])
 
 
 def pad_prompts(policy: Policy, prompts: Sequence[list[int]], length: int) -> Prompts:

@@ -1,4 +1,7 @@
-"""Algorithm 1: sample an autonomous and a guided group for each problem, grade them, update; again."""
+"""Algorithm 1: sample an autonomous and a guided group for each problem, grade them, update; again.
+
+The methods SGPO is compared with (`methods.py`) are the same loop with another guided group, or none.
+"""
 
 import time
 from collections.abc import Callable
@@ -11,12 +14,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sgpo_jax import cleaning, data, rewards, sharding, stage
+from sgpo_jax.batch import Batch, Group, pack_batch, specs
 from sgpo_jax.evaluation import evaluate_sets
 from sgpo_jax.metrics import Writer
 from sgpo_jax.policy import Policy
-from sgpo_jax.respond import Graded, encode_prompts, grade, noise_key, pad_prompts, respond
+from sgpo_jax.respond import Graded, demonstrate, encode_prompts, grade, noise_key, pad_prompts, respond
 from sgpo_jax.rollout import STOP
-from sgpo_jax.train_step import Batch, Group, make_update, pack_batch, specs
+from sgpo_jax.train_step import make_update
 
 
 def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[], Any], mesh: Mesh) -> None:
@@ -29,12 +33,11 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
 
     tx, rate = stage.optimizer(config, "rl", total * rl.updates_per_batch)
     _, shardings = stage.state_shardings(policy, tx, mesh)
-    terms = ("clip_low", "clip_high", "delta", "updates_per_batch")
-    weights = {name: rl[name] for name in ("alpha0", "gamma", "alpha_max")}
+    of_batch, of_update = method(rl)
     update = make_update(
-        policy.config, tx, **{name: rl[name] for name in terms},
-        dtype=policy.dtype, remat=config.model.remat, shardings=shardings,
-    )  # fmt: skip
+        policy.config, tx, **of_update, dtype=policy.dtype, remat=config.model.remat, shardings=shardings
+    )
+    sampled = rl.guided > 0 and rl.guide == "strategy"
 
     def rollout(params, batch_rows, step, guided):
         tokens = prompts[guided]
@@ -54,21 +57,26 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
                 batch_rows = batches[step]
                 times = [time.perf_counter()]
                 unguided_prompts, (autonomous, slot_steps) = rollout(state.params, batch_rows, step, guided=False)
-                guided_prompts, (guided, _) = rollout(state.params, batch_rows, step, guided=True)
+                guided_prompts = guided = None
+                if sampled:
+                    guided_prompts, (guided, _) = rollout(state.params, batch_rows, step, guided=True)
+                elif rl.guided:
+                    tokens = [prompts[False][row["id"]] for row in batch_rows]
+                    guided = demonstrate(policy, tokens, batch_rows, rl.max_new_tokens)
                 times.append(time.perf_counter())
-                graded_auto, graded_guided = (
-                    grade(policy, group, batch_rows, rl.reward) for group in (autonomous, guided)
-                )
+                graded_auto = grade(policy, autonomous, batch_rows, rl.reward)
+                graded_guided = grade(policy, guided, batch_rows, rl.reward) if guided else None
                 times.append(time.perf_counter())
-                batch = Batch(unguided_prompts, guided_prompts, _group(graded_auto), _group(graded_guided))
-                packed = pack_batch(batch, micro_batch=rl.micro_batch, **weights)
+                groups = _group(graded_auto), _group(graded_guided) if graded_guided else None
+                batch = Batch(unguided_prompts, guided_prompts, *groups)
+                packed = pack_batch(batch, micro_batch=rl.micro_batch, **of_batch)
                 state, device_metrics = update(state, sharding.put(packed, specs(packed), mesh))
                 metrics = {name: float(value) for name, value in device_metrics.items()}
                 times.append(time.perf_counter())
 
                 done = step + 1
                 stage.watch_skipped(workdir / "rl", done, int(metrics["skipped"]), config.max_skipped, batch)
-                metrics |= _rollout_metrics(graded_auto, graded_guided) | _speed(times, autonomous, guided)
+                metrics |= _rollout_metrics(graded_auto, graded_guided) | _speed(times, autonomous, *[guided] * sampled)
                 metrics["slots_used"] = float(autonomous.lengths.sum() / slot_steps)
                 metrics["learning_rate"] = float(rate(step * rl.updates_per_batch))
                 score = None
@@ -82,6 +90,15 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
                     saved.save(done, state, score)
 
 
+def method(rl: ConfigDict) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `pack_batch` and `make_update` are told about the method."""
+    weights = ("advantage", "weight", "alpha0", "gamma", "alpha_max", "gate", "sft_weight")
+    terms = ("updates_per_batch", "clip_low", "clip_high", "delta", "distillation", "shaping", "entropy_bonus")
+    of_batch = {name: rl[name] for name in ("guide", "target", "distillation", *weights)}
+    of_update = {name: rl[name] for name in terms}
+    return of_batch, of_update | {"normaliser": rl.max_new_tokens if rl.normaliser == "constant" else 0}
+
+
 def load_rows(config: ConfigDict, workdir: Path, policy: Policy) -> tuple[list[dict], dict[bool, dict[str, list[int]]]]:
     """(problems, guided? -> id -> prompt tokens) of RL; an account of those left out goes to `workdir`.
 
@@ -92,11 +109,13 @@ def load_rows(config: ConfigDict, workdir: Path, policy: Policy) -> tuple[list[d
     if not config.sft.train:
         warm_up, _ = data.split_sft(sieve.rows, config.data.sft_share)
         sieve.leave_out("for the warm-up", {row["id"]: "" for row in warm_up})
-    sieve.leave_out("without strategy", {row["id"]: "" for row in sieve.rows if "strategy" not in row})
+    needed = {"strategy": "strategy", "demonstration": "solution"}[config.rl.guide] if config.rl.guided else "problem"
+    sieve.leave_out(f"without {needed}", {row["id"]: "" for row in sieve.rows if needed not in row})
     ids = [row["id"] for row in sieve.rows]
-    encoded = {guided: encode_prompts(policy, sieve.rows, guided) for guided in (False, True)}
+    kinds = (False, True) if needed == "strategy" else (False,)
+    encoded = {guided: encode_prompts(policy, sieve.rows, guided) for guided in kinds}
     # The guided prompt is the longer one.
-    long = cleaning.too_long(sieve.rows, encoded[True], config.data.max_prompt_tokens)
+    long = cleaning.too_long(sieve.rows, encoded[kinds[-1]], config.data.max_prompt_tokens)
     sieve.leave_out("prompt too long", long)
     stage.account(sieve, workdir, "rl")
     if len(sieve.rows) < config.rl.batch:
@@ -113,14 +132,16 @@ def _group(graded: Graded) -> Group:
     return Group(rollout.tokens, rollout.lengths, rollout.logp, graded.rewards)
 
 
-def _rollout_metrics(autonomous: Graded, guided: Graded) -> dict[str, float]:
+def _rollout_metrics(autonomous: Graded, guided: Graded | None) -> dict[str, float]:
     """Rewards of both groups; length and outcomes of the autonomous one, which is the policy that is being trained."""
     outcomes = [verdict.outcome for group in autonomous.verdicts for verdict in group]
+    metrics = {"reward_auto": float(autonomous.rewards.mean())}
+    if guided is not None:
+        metrics["reward_guided"] = float(guided.rewards.mean())
+        metrics["response_length_guided"] = float(guided.rollout.lengths.mean())
     return {
-        "reward_auto": float(autonomous.rewards.mean()),
-        "reward_guided": float(guided.rewards.mean()),
+        **metrics,
         "response_length": float(autonomous.rollout.lengths.mean()),
-        "response_length_guided": float(guided.rollout.lengths.mean()),
         "truncated": float((autonomous.rollout.finish != STOP).mean()),
         **{name: outcomes.count(name) / len(outcomes) for name in rewards.FAILURES},
     }

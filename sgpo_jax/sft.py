@@ -18,6 +18,7 @@ from sgpo_jax import tokenizer as tokenizers
 from sgpo_jax.metrics import Writer
 from sgpo_jax.packing import Packed
 from sgpo_jax.policy import Policy
+from sgpo_jax.respond import encode_solution
 from sgpo_jax.train_step import Metrics, TrainState, accumulate, apply_gradients, in_micro_batches, response_logprobs
 
 Encoded = tuple[list[int], list[int]]  # prompt and response tokens of a row
@@ -94,8 +95,7 @@ def load_rows(config: ConfigDict, workdir: Path, policy: Policy) -> tuple[list[d
 def _encode(config: ConfigDict, policy: Policy, row: dict) -> Encoded:
     strategy = row.get("strategy") if config.sft.use_strategy else None
     prompt = tokenizers.encode_prompt(policy.tokenizer, row["problem"], strategy, policy.instruction)
-    solution = tokenizers.continuation(policy.tokenizer, prompt, row["solution"])
-    return prompt, tokenizers.encode_response(policy.tokenizer, solution, policy.stop_ids[0])
+    return prompt, encode_solution(policy, prompt, row)
 
 
 def encode_batch(

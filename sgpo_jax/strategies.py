@@ -27,8 +27,7 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sgpo_jax import command, data, journal, leakage, llm, metrics, prompts, sharding, strategy_text
-from sgpo_jax import config as configs
+from sgpo_jax import checks, command, data, journal, leakage, llm, metrics, prompts, sharding, strategy_text
 from sgpo_jax import policy as policies
 from sgpo_jax.extraction import Meter, digest, extract, payer, rate, work_through
 from sgpo_jax.journal import Journal
@@ -322,7 +321,7 @@ def main(argv) -> None:
     workdir = Path(flags.FLAGS.workdir).expanduser()
     to = Path(flags.FLAGS.to).expanduser() if flags.FLAGS.to else workdir / "strategies.jsonl"
     try:
-        configs.check_extract(config)
+        checks.check_extract(config)
         why = audit(config, workdir) if flags.FLAGS.audit else run(config, workdir, to)
     except (ValueError, ImportError, OSError) as error:
         sys.exit(f"sgpo_jax: {error}")

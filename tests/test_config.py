@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
+from sgpo_jax import checks, losses
 from sgpo_jax import config as configs
-from sgpo_jax import losses
 
 ROOT = Path(__file__).resolve().parents[1]
 # configs/strategies.py belongs to another command.
@@ -51,7 +51,7 @@ def fields(config, prefix=""):
 def refused(config, field, value, allowed):
     """Asserts that the check names the field, its value and what is allowed."""
     with pytest.raises(ValueError) as error:
-        configs.check(config)
+        checks.check(config)
     message = str(error.value)
     assert message.startswith(f"config.{field}={value!r}: must"), message
     assert allowed in message, message
@@ -63,11 +63,11 @@ def refused(config, field, value, allowed):
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_config_passes(file, monkeypatch):
     # Whoever runs it brings the files.
-    monkeypatch.setattr(configs, "_check_files", lambda config: None)
+    monkeypatch.setattr(checks, "_check_files", lambda config: None)
     config = load(file)
     if file.stem == "benchmarks":  # on any model
         config.stages, config.model.source = ("eval",), "any"
-    configs.check(config)
+    checks.check(config)
     with pytest.raises(AttributeError, match="batch"):
         config.rl.bacth = 3
 
@@ -90,7 +90,9 @@ def test_base_is_the_recipe_of_the_paper():
     assert (config.eval.temperature, config.eval.top_p, config.eval.max_new_tokens) == (0.6, 0.95, 32768)
 
 
-@pytest.mark.parametrize("function", [losses.clipped_surrogate, losses.adaptive_weight])
+@pytest.mark.parametrize(
+    "function", [losses.clipped_surrogate, losses.adaptive_weight, losses.shaped_likelihood, losses.hpt_gate]
+)
 def test_base_agrees_with_the_defaults_of_the_losses(function):
     defaults = {
         name: parameter.default
@@ -171,7 +173,20 @@ CATALOGUE = [
     ("sft.warmup_share", 1.1, "between 0.0 and 1.0"),
     ("rl.batch", 0, "at least 1"),
     ("rl.autonomous", 1, "at least 2"),
-    ("rl.guided", 0, "at least 1"),
+    ("rl.guided", -1, "at least 0"),
+    ("rl.guide", "", "'strategy' or 'demonstration'"),
+    ("rl.guide", "demonstration", None),
+    ("rl.target", "", "'reachable' or 'mean'"),
+    ("rl.distillation", "kl", "'forward_kl' or 'reverse_kl' or 'nll' or 'shaped'"),
+    ("rl.advantage", "", "'group' or 'mixed' or 'gated' or 'none'"),
+    ("rl.advantage", "gated", "another one unless rl.guide is 'demonstration'"),
+    ("rl.weight", "", "'adaptive' or 'fixed' or 'group_advantage' or 'mixed' or 'gated'"),
+    ("rl.weight", "mixed", "another one unless rl.guide is 'demonstration'"),
+    ("rl.normaliser", "", "'sequence' or 'constant'"),
+    ("rl.shaping", 0.0, "a finite number above 0"),
+    ("rl.gate", 1.1, "between 0.0 and 1.0"),
+    ("rl.sft_weight", -1.0, "between 0.0 and inf"),
+    ("rl.entropy_bonus", -1.0, "between 0.0 and inf"),
     ("rl.updates_per_batch", 0, "at least 1"),
     ("rl.max_new_tokens", 0, "at least 1"),
     ("rl.temperature", 0.0, "a finite number above 0"),
@@ -205,6 +220,10 @@ def test_impossible_values_are_refused(config, field, value, allowed):
     if field == "eval.temperature":
         # Greedy: a second sample would be a copy of the first.
         refused(config, "eval.sets.heldout.samples", 4, "1 when eval.temperature is 0")
+    elif (field, value) == ("rl.guide", "demonstration"):
+        refused(config, "rl.guided", 4, "1 when rl.guide is 'demonstration'")
+        config.rl.guided = 1
+        refused(config, "rl.distillation", "forward_kl", "'nll' or 'shaped' for a demonstration")
     else:
         refused(config, field, value, allowed)
 
@@ -239,12 +258,12 @@ def test_malformed_evaluation_sets_are_refused(config, given, allowed):
     with config.unlocked():
         config.eval.sets.other = given
     with pytest.raises(ValueError, match=re.escape(allowed)) as error:
-        configs.check(config)
+        checks.check(config)
     assert str(error.value).startswith("config.eval.sets.other")
     assert "\n" not in str(error.value)
     config.stages, config.rl.eval_every = ("rl",), 0  # reads the sets for contamination
     with pytest.raises(ValueError, match=re.escape(allowed)):
-        configs.check(config)
+        checks.check(config)
 
 
 def test_evaluation_needs_a_set(config):
@@ -253,9 +272,9 @@ def test_evaluation_needs_a_set(config):
     for stages, every in ((("eval",), 0), (("sft", "rl"), 5)):
         config.stages, config.rl.eval_every = stages, every
         with pytest.raises(ValueError, match=r"^config\.eval\.sets=\{\}: must be at least one name"):
-            configs.check(config)
+            checks.check(config)
     config.rl.eval_every = 0
-    configs.check(config)
+    checks.check(config)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +296,7 @@ def test_evaluation_needs_a_set(config):
 def test_unusual_but_possible_values_pass(config, changes):
     for field, value in changes.items():
         assign(config, field, value)
-    configs.check(config)
+    checks.check(config)
 
 
 # ---- files and meshes
@@ -292,7 +311,7 @@ MISSING = ["none.jsonl", "./none", "../none", "/none/at/all", "~/none", "none.pa
 def test_local_files_must_exist(config, field, path):
     assign(config, field, path)
     with pytest.raises(ValueError, match=re.escape(f"config.{field}={path!r}: there is no such file or folder")):
-        configs.check(config)
+        checks.check(config)
 
 
 def test_existing_files_and_names_elsewhere_pass(config, tmp_path):
@@ -301,12 +320,12 @@ def test_existing_files_and_names_elsewhere_pass(config, tmp_path):
     config.model.source, config.model.tokenizer = str(tmp_path), ""
     config.data.train = str(file)
     config.sft.train = "someone/some-data"
-    configs.check(config)
+    checks.check(config)
     config.data.train = f"{file}?problem=question,answer=final.0; {tmp_path}?files=*.jsonl"
-    configs.check(config)
+    checks.check(config)
     config.data.train = f"{file};{tmp_path}/none.jsonl?problem=question"
     with pytest.raises(ValueError, match=re.escape(f"there is no such file or folder as '{tmp_path}/none.jsonl'")):
-        configs.check(config)
+        checks.check(config)
 
 
 @pytest.mark.parametrize(
@@ -324,15 +343,15 @@ def test_existing_files_and_names_elsewhere_pass(config, tmp_path):
 )
 def test_batches_must_divide_over_the_mesh(config, field, value, stages, every):
     config.stages, config.rl.eval_every = stages, every
-    configs.check_mesh(config, 4)
+    checks.check_mesh(config, 4)
     assign(config, field, value)
     with pytest.raises(ValueError, match=rf"config\.{field}={value}: must be a multiple of .* = 4"):
-        configs.check_mesh(config, 4)
-    configs.check_mesh(config, 1)
+        checks.check_mesh(config, 4)
+    checks.check_mesh(config, 1)
     # A stage that does not run may have any batch.
     config.stages = tuple(stage for stage in configs.STAGES if not field.startswith(stage))
     config.rl.eval_every = 0
-    configs.check_mesh(config, 4)
+    checks.check_mesh(config, 4)
 
 
 # ---- the command line
@@ -414,8 +433,8 @@ WRONG_EXTRACT += [(name, bad) for name, value in EXTRACT if isinstance(value, fl
 
 def test_the_config_of_the_extraction_passes(monkeypatch):
     file = ROOT / "configs" / "strategies.py"
-    monkeypatch.setattr(configs, "_check_files", lambda config: None)
-    configs.check_extract(load(file))
+    monkeypatch.setattr(checks, "_check_files", lambda config: None)
+    checks.check_extract(load(file))
     assert "python -m sgpo_jax.strategies --config=configs/strategies.py --workdir=" in file.read_text()
     assert load(file).extract.candidates == 5 and load(file).extract.audit_sample == 500, "App. B and H"
 
@@ -424,19 +443,19 @@ def test_the_config_of_the_extraction_passes(monkeypatch):
 def test_no_number_of_the_extraction_may_be_anything(field, value):
     config = configs.base()
     config.extract.source = "problems"
-    configs.check_extract(config)
+    checks.check_extract(config)
     assign(config, field, value)
     with pytest.raises(ValueError, match=f"^config.{field}={value!r}: must be "):
-        configs.check_extract(config)
+        checks.check_extract(config)
 
 
 def test_the_extraction_needs_a_source_that_exists():
     config = configs.base()
     with pytest.raises(ValueError, match=r"^config.extract.source='': must be a source of problems"):
-        configs.check_extract(config)
+        checks.check_extract(config)
     config.extract.source = "nowhere/problems.jsonl"
     with pytest.raises(ValueError, match="^config.extract.source='nowhere/problems.jsonl': there is no such file"):
-        configs.check_extract(config)
+        checks.check_extract(config)
 
 
 def test_a_training_run_may_change_the_extraction(config, tmp_path):

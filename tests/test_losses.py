@@ -378,6 +378,43 @@ def test_group_advantage_weight_has_no_gradient():
     assert gradients[1] == 0
 
 
+# ---- shaped_likelihood, hpt_gate
+
+
+def test_shaped_likelihood_by_hand():
+    logp = jnp.log(jnp.array([0.1, 1.0, 0.4, 0.0]))
+    np.testing.assert_allclose(losses.shaped_likelihood(logp), [-0.5, -1 / 1.1, -0.8, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(losses.shaped_likelihood(logp[:1], shaping=0.3), [-0.25], rtol=1e-6)
+
+
+@given(arrays(np.float32, T, elements=floats(-30, 0)), st.sampled_from([0.1, 0.3, 0.5]))
+def test_the_gradient_of_shaped_likelihood_is_luffys_weight(logp, shaping):
+    gradient = jax.grad(lambda x: losses.shaped_likelihood(x, shaping).sum())(jnp.asarray(logp))
+    p = np.exp(logp.astype(np.float64))
+    np.testing.assert_allclose(gradient, -shaping * p / (p + shaping) ** 2, rtol=2e-5, atol=1e-12)
+    numeric = numeric_gradient(lambda x: -(np.exp(x) / (np.exp(x) + shaping)).sum(), logp)
+    np.testing.assert_allclose(gradient, numeric, atol=1e-6)
+
+
+def test_impossible_demonstration_tokens_have_no_gradient_and_no_nan():
+    gradient = jax.grad(lambda x: losses.shaped_likelihood(x).sum())(jnp.array([-INF, -1e30, -200.0]))
+    np.testing.assert_allclose(gradient, np.zeros(3), atol=1e-30)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "gate", "expected"),
+    [([0, 0, 0, 0], 0.0, 0), ([0, 0, 0, 1], 0.0, 1), ([0, 0, 0, 1], 0.25, 0), ([0, 0, 1, 1], 0.25, 1)],
+)
+def test_the_demonstration_takes_over_up_to_the_gate(rewards, gate, expected):
+    assert losses.hpt_gate(jnp.array(rewards), gate) == expected
+
+
+@given(REWARDS)
+def test_centred_advantages_are_not_divided_by_the_deviation(rewards):
+    values = rewards.astype(np.float64)
+    np.testing.assert_allclose(losses.group_advantages(rewards, scale=False), values - values.mean(), atol=1e-6)
+
+
 # ---- sequence_mean
 
 
@@ -505,6 +542,8 @@ FUNCTIONS = {
         losses.group_advantage_weight,
         [RNG.integers(0, 2, (3, G)).astype(np.float32), np.ones(3, np.float32)],
     ),
+    "shaped_likelihood": (losses.shaped_likelihood, [-5 * RNG.random((3, T), np.float32)]),
+    "hpt_gate": (losses.hpt_gate, [RNG.integers(0, 2, (3, 1)).astype(np.float32)]),
     "sequence_mean": (losses.sequence_mean, [RNG.random((3, T), np.float32), RNG.random((3, T)) < 0.6]),
     "distillation_loss": (
         lambda kl, mask: losses.distillation_loss(kl, mask, 1.0),
@@ -551,6 +590,7 @@ def test_float16_inputs_are_computed_in_float32(name):
         (losses.adaptive_weight, [(), (3,)]),
         (losses.group_advantage_weight, [(2, G), ()]),
         (losses.group_advantage_weight, [(G,), (1,)]),
+        (losses.hpt_gate, [(2, G)]),
         (losses.sequence_mean, [(2, T), (2, T)]),
         (losses.sequence_mean, [(T,), (1,)]),
         (lambda kl, mask: losses.distillation_loss(kl, mask, 1.0), [(2, T), (2, T)]),

@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec as P
 from test_train_step import make_params
 
 from sgpo_jax import models, optim, sharding
-from sgpo_jax.train_step import Batch, Group, Prompts, init_state, make_update, pack_batch, specs
+from sgpo_jax.batch import Batch, Group, Prompts, pack_batch, specs
+from sgpo_jax.train_step import init_state, make_update
 
 # Dimensions that 8 divides, so that every mesh applies; 2 key/value heads, so that tensor=4 and 8 split a head.
 CONFIG = models.ModelConfig(

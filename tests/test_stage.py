@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from sgpo_jax import stage
+from sgpo_jax.batch import Prompts
 from sgpo_jax.checkpoint import Checkpoints
-from sgpo_jax.train_step import Prompts, TrainState
+from sgpo_jax.train_step import TrainState
 
 
 def state(value):

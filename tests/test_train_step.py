@@ -9,7 +9,8 @@ import optax
 import pytest
 
 from sgpo_jax import models, train_step
-from sgpo_jax.train_step import Batch, Group, Prompts, TrainState, init_state, make_update, pack_batch
+from sgpo_jax.batch import Batch, Group, Prompts, pack_batch
+from sgpo_jax.train_step import TrainState, init_state, make_update
 
 CONFIG = models.ModelConfig(
     architecture="Qwen2ForCausalLM", vocab_size=31, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2,
@@ -225,7 +226,7 @@ def test_guided_side_gets_exactly_no_gradient(monkeypatch):
 
         zero = {"guided": jnp.zeros(16), "unguided": jnp.zeros(16)}
         grads, metrics = accumulate(loss_fn, params, count, micro_batches)
-        if "alpha" in micro_batches:
+        if "guided_rows" in micro_batches:
             probes = jax.tree.map(lambda g: jnp.abs(g).sum(), jax.grad(loss)(zero))
             metrics |= {**probes, "change": loss(zero | {"guided": jnp.ones(16)}) - loss(zero)}
         return grads, metrics

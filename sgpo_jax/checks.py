@@ -1,0 +1,203 @@
+"""Refuses impossible configs before any device work: a ValueError names the field, its value and what is allowed."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sgpo_jax.config import STAGES
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ValueError naming the field, its value and what is allowed; touches neither device nor network."""
+
+    need, whole, within, positive, choice = _rules(config)
+    stages = list(config.stages)
+    in_order = [stage for stage in STAGES if stage in stages]
+    need("stages", stages == in_order and bool(stages), f"one or more of {STAGES}, in that order")
+    need("seed", 0 <= config.seed < 2**32, "between 0 and 2**32 - 1")
+    whole(1, "max_skipped", "checkpoint.every", "checkpoint.keep")
+
+    need("model.source", bool(config.model.source), "a folder, hub id, .gguf file, 'smollm2' or 'scratch'")
+    if config.model.source == "scratch":
+        need("model.tokenizer", bool(config.model.tokenizer), "set when model.source is 'scratch'")
+        whole(1, "model.layers", "model.hidden", "model.heads", "model.mlp")
+        size = 2 * config.model.heads
+        need("model.hidden", config.model.hidden % size == 0, f"a multiple of 2 * model.heads = {size}")
+    choice("model.dtype", "float32", "bfloat16")
+    if config.model.tokenizer == "arithmetic":
+        need("data.instruction", config.data.instruction == "", "'': the embedded world's vocabulary has no other text")
+
+    whole(1, "data.max_prompt_tokens")
+    within(0.0, 1.0, "data.sft_share")
+    for field in ("optimizer.b1", "optimizer.b2"):
+        need(field, 0 <= _get(config, field) < 1, "at least 0 and below 1")
+    within(0.0, 1.0, "optimizer.weight_decay")
+    positive("optimizer.eps", "optimizer.clip_norm")
+
+    for stage in ("sft", "rl"):
+        if stage not in stages:
+            continue
+        whole(1, f"{stage}.batch", f"{stage}.micro_batch", f"{stage}.epochs")
+        whole(0, f"{stage}.steps")
+        positive(f"{stage}.learning_rate")
+        within(0.0, 1.0, f"{stage}.warmup_share")
+        choice(f"{stage}.decay", "constant", "cosine")
+    if "sft" in stages:
+        own = bool(config.sft.train)
+        need("sft.train", own or bool(config.data.train), "set when data.train is empty")
+        need("data.sft_share", own or config.data.sft_share > 0, "above 0 when sft.train is empty")
+        whole(1, "sft.max_response_tokens")
+        whole(0, "sft.validate_every")
+        share = config.sft.validation_share
+        need("sft.validation_share", 0 < share < 1, "between 0 and 1, both excluded")
+    if "rl" in stages:
+        need("data.train", bool(config.data.train), "a source of problems: see data.load")
+        need("data.sft_share", config.data.sft_share < 1 or bool(config.sft.train), "below 1: RL needs problems too")
+        whole(1, "rl.updates_per_batch", "rl.max_new_tokens")
+        whole(0, "rl.guided")
+        _check_method(need, within, positive, choice, config.rl)
+        # A group of one has no spread, so its advantage is always 0.
+        whole(2, "rl.autonomous")
+        whole(0, "rl.top_k", "rl.slots", "rl.eval_every")
+        positive("rl.temperature", "rl.gamma")
+        need("rl.alpha0", 0 <= config.rl.alpha0 < float("inf"), "a finite number, at least 0")
+        within(0.0, 1.0, "rl.clip_low")
+        need("rl.delta", config.rl.delta > 0, "above 0 (float('inf') masks no token)")
+        within(0.0, float("inf"), "rl.clip_high", "rl.alpha_max")
+    for stage in ("rl", "eval"):
+        need(f"{stage}.top_p", 0 < _get(config, f"{stage}.top_p") <= 1, "above 0 and at most 1")
+    for name, given in config.eval.sets.items():  # training reads them too, for contamination
+        field = f"eval.sets.{name}"
+        complete = isinstance(given, ConfigDict) and set(given) == {"source", "samples"}
+        need(field, complete, "ConfigDict(source=..., samples=...)")
+        # Unlike the fields of `base`, these have no type that the ConfigDict would hold them to.
+        need(f"{field}.source", isinstance(given.source, str) and bool(given.source), "a source: see data.load")
+        need(f"{field}.samples", isinstance(given.samples, int) and given.samples >= 1, "a whole number from 1")
+    if "eval" in stages or config.rl.eval_every:
+        need("eval.sets", len(config.eval.sets) > 0, "at least one name -> ConfigDict(source=..., samples=...)")
+        whole(1, "eval.batch", "eval.max_new_tokens")
+        whole(0, "eval.top_k", "eval.slots")
+        within(0.0, float("inf"), "eval.temperature")
+        greedy = config.eval.temperature == 0
+        for name, given in config.eval.sets.items():
+            need(f"eval.sets.{name}.samples", not greedy or given.samples == 1, "1 when eval.temperature is 0")
+    for axis in ("data", "fsdp", "tensor"):
+        need(f"mesh.{axis}", config.mesh[axis] == -1 or config.mesh[axis] >= 1, "-1 or at least 1")
+    _check_files(config)
+
+
+def _check_method(need: Callable, within: Callable, positive: Callable, choice: Callable, rl: ConfigDict) -> None:
+    choice("rl.guide", "strategy", "demonstration")
+    choice("rl.target", "reachable", "mean")
+    choice("rl.distillation", "forward_kl", "reverse_kl", "nll", "shaped")
+    choice("rl.advantage", "group", "mixed", "gated", "none")
+    choice("rl.weight", "adaptive", "fixed", "group_advantage", "mixed", "gated")
+    choice("rl.normaliser", "sequence", "constant")
+    positive("rl.shaping")
+    within(0.0, 1.0, "rl.gate")
+    within(0.0, float("inf"), "rl.sft_weight", "rl.entropy_bonus")
+    shown = rl.guide == "demonstration"
+    need("rl.guided", not shown or rl.guided == 1, "1 when rl.guide is 'demonstration'")
+    need("rl.distillation", not shown or not rl.distillation.endswith("_kl"), "'nll' or 'shaped' for a demonstration")
+    for field in ("rl.advantage", "rl.weight"):
+        of_demonstration = rl[field.removeprefix("rl.")] in ("mixed", "gated")
+        need(field, shown or not of_demonstration, "another one unless rl.guide is 'demonstration'")
+
+
+def check_extract(config: ConfigDict) -> None:
+    """`check` for the extraction of strategies, which uses only the section extract and the seed."""
+    need, whole, within, positive, choice = _rules(config)
+    need("seed", 0 <= config.seed < 2**32, "between 0 and 2**32 - 1")
+    need("extract.source", bool(config.extract.source), "a source of problems: see data.load")
+    for name in ("problems", "expert_tries", "retries", "budget_tokens"):
+        whole(0, f"extract.{name}")
+    for name in ("candidates", "choices", "score_tries", "concurrency", "max_failures", "audit_sample"):
+        whole(1, f"extract.{name}")
+    for name in ("expert", "strategy", "score", "prompt"):
+        whole(1, f"extract.max_{name}_tokens")
+    within(0.0, 2.0, "extract.temperature")
+    need("extract.top_p", 0 < config.extract.top_p <= 1, "above 0 and at most 1")
+    greedy = config.extract.temperature == 0 and config.extract.candidates > 1
+    need("extract.temperature", not greedy, "above 0 when extract.candidates is above 1")
+    positive("extract.timeout", "extract.backoff")
+    strong = config.extract.strong
+    free = strong.price_in + strong.price_out == 0
+    need("extract.budget_cost", not free or config.extract.budget_cost == 0, "0 where extract.strong has no prices")
+    prices = [f"extract.{model}.price_{side}" for model in ("strong", "judge") for side in ("in", "out")]
+    for field in ("extract.budget_cost", *prices):
+        need(field, 0 <= _get(config, field) < float("inf"), "a finite number, at least 0")
+    for model in ("strong", "judge"):
+        choice(f"extract.{model}.engine", "endpoint", "local")
+        choice(f"extract.{model}.limit_field", "max_tokens", "max_completion_tokens")
+        # Not by `need`, which shows the value: it may be the key itself.
+        if not re.fullmatch("[A-Z_][A-Z0-9_]*|", config.extract[model].key_variable):
+            raise ValueError(
+                f"config.extract.{model}.key_variable: must be the name of an environment variable "
+                "in capitals, or ''; the key itself is given in that variable only"
+            )
+    _check_files(config)
+
+
+def check_mesh(config: ConfigDict, data_ways: int) -> None:
+    """Raises ValueError unless every batch of rows divides over the `data_ways` devices that rows are split over."""
+    training = [stage for stage in ("sft", "rl") if stage in config.stages]
+    fields = [f"{stage}.{field}" for stage in training for field in ("batch", "micro_batch")]
+    if "rl" in training:
+        fields.append("rl.slots")
+    if "eval" in config.stages or config.rl.eval_every:
+        fields += ["eval.batch", "eval.slots"]
+    for field in fields:
+        if _get(config, field) % data_ways:
+            raise ValueError(
+                f"config.{field}={_get(config, field)}: must be a multiple of mesh.data * mesh.fsdp = {data_ways}"
+            )
+
+
+def _rules(config: ConfigDict) -> tuple[Callable, Callable, Callable, Callable, Callable]:
+    """(need, whole, within, positive, choice), each of which raises ValueError for a field that breaks the rule."""
+
+    def need(field: str, ok: bool, allowed: str) -> None:
+        if not ok:
+            value = _get(config, field)
+            value = value.to_dict() if isinstance(value, ConfigDict) else value
+            raise ValueError(f"config.{field}={value!r}: must be {allowed}")
+
+    def whole(least: int, *fields: str) -> None:
+        for field in fields:
+            need(field, _get(config, field) >= least, f"at least {least}")
+
+    def within(low: float, high: float, *fields: str) -> None:
+        for field in fields:
+            need(field, low <= _get(config, field) <= high, f"between {low} and {high}")
+
+    def positive(*fields: str) -> None:
+        for field in fields:
+            need(field, 0 < _get(config, field) < float("inf"), "a finite number above 0")
+
+    def choice(field: str, *allowed: str) -> None:
+        need(field, _get(config, field) in allowed, " or ".join(map(repr, allowed)))
+
+    return need, whole, within, positive, choice
+
+
+def _get(config: ConfigDict, field: str) -> Any:
+    for name in field.split("."):
+        config = config[name]
+    return config
+
+
+def _check_files(config: ConfigDict) -> None:
+    """A source that is plainly a local path must exist."""
+    fields = ["model.source", "model.tokenizer", "data.train", "sft.train", "extract.source"]
+    fields += [f"eval.sets.{name}.source" for name in config.eval.sets]
+    for field in fields:
+        value = _get(config, field)
+        # Data sources may be several, each with options; see data.load.
+        for part in value.split(";") if not field.startswith("model.") else [value]:
+            name = part.partition("?")[0].strip()
+            local = name.startswith((".", "/", "~")) or name.endswith((".jsonl", ".parquet", ".gguf"))
+            if local and not Path(name).expanduser().exists():
+                raise ValueError(f"config.{field}={value!r}: there is no such file or folder as {name!r}")
