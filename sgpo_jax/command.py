@@ -1,24 +1,67 @@
-"""What the commands share: reading the flags so that a wrong one is answered in one line."""
+"""What the commands share: reading the flags, and one line for what is wrong instead of a stack trace."""
 
 import argparse
+import runpy
 import sys
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
+from ml_collections import config_flags
 
 from sgpo_jax import config as configs
 
 
+def start(run: Callable[[configs.ConfigDict, Any], None], required: Sequence[str]) -> None:
+    """Runs `run(config, flags)` with the flags of the command line.
+
+    Args:
+      run: the command; the flags that it reads are defined by now, all but --config.
+      required: names of the flags that must be given.
+    """
+    config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+    flags.mark_flags_as_required(required)
+
+    def main(argv: list[str]) -> None:
+        logging.set_verbosity(logging.ERROR)  # JAX and Orbax report every step of theirs
+        if len(argv) > 1:
+            raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+        try:
+            run(flags.FLAGS.config, flags.FLAGS)
+        except (ValueError, ImportError, FloatingPointError, OSError) as error:
+            sys.exit(f"sgpo_jax: {error}")
+
+    app.run(main, flags_parser=parse_flags)
+
+
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser; config_flags alone would answer a file or a field that does not exist with a stack trace."""
+    """absl's parser; config_flags alone would answer a wrong file, method or field with a stack trace."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", default="")
     file = early.parse_known_args(argv)[0].config
-    if file and not Path(file.split(":")[0]).is_file():
-        sys.exit(f"sgpo_jax: --config={file}: there is no such file")
+    if not file:
+        return app.parse_flags_with_usage(argv)
+    config = _load(file)
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError):
-        if unknown := configs.unknown_field(flags.FLAGS["config"].parser.parse(file), argv):
+        if unknown := configs.unknown_field(config, argv):
             sys.exit(f"sgpo_jax: {unknown}")
         raise
+
+
+def _load(file: str) -> configs.ConfigDict:
+    """The config of `FILE` or `FILE:ARGUMENT`; whatever goes wrong in the file is named with its line."""
+    path, *argument = file.split(":", 1)
+    if not Path(path).is_file():
+        sys.exit(f"sgpo_jax: --config={file}: there is no such file")
+    try:
+        return runpy.run_path(path)["get_config"](*argument)
+    except ValueError as error:
+        sys.exit(f"sgpo_jax: --config={file}: {error}")
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where = f"line {lines[-1]}: " if lines else ""
+        sys.exit(f"sgpo_jax: --config={file}: {where}{type(error).__name__}: {error}")

@@ -9,29 +9,18 @@ id, a .gguf file, or "smollm2". Every response goes to DIR with its verdict; the
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from absl import flags
+from ml_collections import ConfigDict
 
-from sgpo_jax import checks, metrics, paper, rewards, scores, sharding, stage
+from sgpo_jax import checks, command, metrics, paper, rewards, scores, sharding, stage
 from sgpo_jax import config as configs
 from sgpo_jax import policy as policies
-from sgpo_jax.command import parse_flags
 from sgpo_jax.evaluation import evaluate_sets
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run, with :best (the default), :last or :STEP.")
-_MODEL = flags.DEFINE_string("model", None, "Hugging Face folder or hub id, .gguf file, or 'smollm2'.")
-_OUT = flags.DEFINE_string("out", None, "Folder for generations and results; resumes if it can.")
-_PAPER = flags.DEFINE_string("paper", "", "The paper's row to print beside, MODEL:METHOD, such as qwen7b:sgpo.")
-_LIMIT = flags.DEFINE_integer("limit", 0, "First problems of each set that are evaluated; 0 is all.", lower_bound=0)
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One process of several: call jax.distributed.initialize().")
-flags.mark_flag_as_required("config")
 
 
 def run(config: ConfigDict, checkpoint: str | None, out: str | None, paper_row: str, limit: int) -> dict[str, Any]:
@@ -160,23 +149,22 @@ def _write(path: Path, text: str) -> None:
     os.replace(unfinished, path)
 
 
-def main(argv) -> None:
-    logging.set_verbosity(logging.ERROR)  # JAX and Orbax report every step of theirs
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    try:
-        if _CHECKPOINT.value and _MODEL.value:
-            raise ValueError("--checkpoint and --model: give one of them")
-        config = _CONFIG.value
-        config.stages, config.data.train, config.sft.train = ("eval",), "", ""  # training reads these, this does not
-        config.model.source = _MODEL.value or config.model.source
-        checks.check(config)
-        if _DISTRIBUTED.value:
-            jax.distributed.initialize()
-        run(config, _CHECKPOINT.value, _OUT.value, _PAPER.value, _LIMIT.value)
-    except (ValueError, ImportError) as error:
-        sys.exit(f"sgpo_jax: {error}")
+def main(config, given) -> None:
+    if given.checkpoint and given.model:
+        raise ValueError("--checkpoint and --model: give one of them")
+    config.stages, config.data.train, config.sft.train = ("eval",), "", ""  # training reads these, this does not
+    config.model.source = given.model or config.model.source
+    checks.check(config)
+    if given.distributed:
+        jax.distributed.initialize()
+    run(config, given.checkpoint, given.out, given.paper, given.limit)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    flags.DEFINE_string("checkpoint", None, "Folder of a run, with :best (the default), :last or :STEP.")
+    flags.DEFINE_string("model", None, "Hugging Face folder or hub id, .gguf file, or 'smollm2'.")
+    flags.DEFINE_string("out", None, "Folder for generations and results; resumes if it can.")
+    flags.DEFINE_string("paper", "", "The paper's row to print beside, MODEL:METHOD, such as qwen7b:sgpo.")
+    flags.DEFINE_integer("limit", 0, "First problems of each set that are evaluated; 0 is all.", lower_bound=0)
+    flags.DEFINE_bool("distributed", False, "One process of several: call jax.distributed.initialize().")
+    command.start(main, required=["config"])

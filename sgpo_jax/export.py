@@ -3,23 +3,14 @@
 python -m sgpo_jax.export --config=configs/NAME.py --workdir=DIR --to=FOLDER [--stage=sft]
 """
 
-import sys
 from pathlib import Path
 
 import jax
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags
 
-from sgpo_jax import checks, sharding, stage
+from sgpo_jax import checks, command, sharding, stage
 from sgpo_jax import config as configs
 from sgpo_jax.models import huggingface
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The config of the run.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
-_STAGE = flags.DEFINE_enum("stage", "rl", ["sft", "rl"], "Whose best checkpoint is exported.")
-_TO = flags.DEFINE_string("to", None, "Folder to create.")
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Of the exported weights.")
-flags.mark_flags_as_required(["config", "workdir", "to"])
 
 
 def run(config, workdir: Path, from_stage: str, folder: Path, dtype: str) -> None:
@@ -41,17 +32,14 @@ def run(config, workdir: Path, from_stage: str, folder: Path, dtype: str) -> Non
         print(f"exported to {folder}", flush=True)
 
 
-def main(argv) -> None:
-    logging.set_verbosity(logging.ERROR)
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    try:
-        checks.check(_CONFIG.value)
-        workdir, folder = Path(str(_WORKDIR.value)).expanduser(), Path(str(_TO.value)).expanduser()
-        run(_CONFIG.value, workdir, _STAGE.value, folder, _DTYPE.value)
-    except (ValueError, ImportError) as error:
-        sys.exit(f"sgpo_jax: {error}")
+def main(config, given) -> None:
+    checks.check(config)
+    run(config, Path(given.workdir).expanduser(), given.stage, Path(given.to).expanduser(), given.dtype)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    flags.DEFINE_string("workdir", None, "Folder of the run.")
+    flags.DEFINE_enum("stage", "rl", ["sft", "rl"], "Whose best checkpoint is exported.")
+    flags.DEFINE_string("to", None, "Folder to create.")
+    flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Of the exported weights.")
+    command.start(main, required=["config", "workdir", "to"])

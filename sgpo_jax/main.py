@@ -1,19 +1,12 @@
 """The command: `python -m sgpo_jax.main --config=configs/NAME.py --workdir=DIR [--config.field=value ...]`."""
 
-import sys
 from pathlib import Path
 
 import jax
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags
 
 from sgpo_jax import checks, command, rewards, rl, sft, sharding, stage, summary
 from sgpo_jax import config as configs
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and generations; resumes if it can.")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One process of several: call jax.distributed.initialize().")
-flags.mark_flags_as_required(["config", "workdir"])
 
 
 def run(config, workdir: Path) -> None:
@@ -43,18 +36,14 @@ def run(config, workdir: Path) -> None:
         summary.write(config, workdir, policy, warmed_up, mesh)
 
 
-def main(argv) -> None:
-    logging.set_verbosity(logging.ERROR)  # JAX and Orbax report every step of theirs
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    try:
-        checks.check(_CONFIG.value)
-        if _DISTRIBUTED.value:
-            jax.distributed.initialize()
-        run(_CONFIG.value, Path(str(_WORKDIR.value)).expanduser())
-    except (ValueError, ImportError, FloatingPointError) as error:
-        sys.exit(f"sgpo_jax: {error}")
+def main(config, given) -> None:
+    checks.check(config)
+    if given.distributed:
+        jax.distributed.initialize()
+    run(config, Path(given.workdir).expanduser())
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command.parse_flags)
+    flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and generations; resumes if it can.")
+    flags.DEFINE_bool("distributed", False, "One process of several: call jax.distributed.initialize().")
+    command.start(main, required=["config", "workdir"])

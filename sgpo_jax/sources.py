@@ -218,8 +218,9 @@ def _value(text: str) -> int | float | bool | str:
 
 def _arithmetic(source: str, text: str) -> list[dict]:
     words, options = _arguments(source, text)
-    allowed = {split: ["count", "seed"] for split in arithmetic.SPLITS}
-    allowed["pretraining"] = ["count", "seed", "preference", "guided_share"]
+    knobs = ["count", "seed", "competing", "stages"]
+    allowed = {split: [*knobs, "noise"] for split in arithmetic.SPLITS}
+    allowed["pretraining"] = [*knobs, "preference", "guided_share"]
     if len(words) != 1 or words[0] not in allowed:
         raise ValueError(f"source {source!r}: {words}; allowed: exactly one of {list(allowed)}")
     _reject_unknown(source, options, allowed[words[0]])

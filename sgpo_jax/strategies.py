@@ -22,8 +22,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from absl import flags
+from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -313,26 +313,16 @@ def _report_audit(found: Sequence[dict[str, Any]], sample: int, judge: str) -> N
         metrics.table("Not rated", ["", "number"], unrated.most_common())
 
 
-def main(argv) -> None:
-    logging.set_verbosity(logging.ERROR)
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    config = flags.FLAGS.config
-    workdir = Path(flags.FLAGS.workdir).expanduser()
-    to = Path(flags.FLAGS.to).expanduser() if flags.FLAGS.to else workdir / "strategies.jsonl"
-    try:
-        checks.check_extract(config)
-        why = audit(config, workdir) if flags.FLAGS.audit else run(config, workdir, to)
-    except (ValueError, ImportError, OSError) as error:
-        sys.exit(f"sgpo_jax: {error}")
-    if why:
+def main(config, given) -> None:
+    workdir = Path(given.workdir).expanduser()
+    to = Path(given.to).expanduser() if given.to else workdir / "strategies.jsonl"
+    checks.check_extract(config)
+    if why := audit(config, workdir) if given.audit else run(config, workdir, to):
         sys.exit(f"sgpo_jax: stopped early: {why}. The same command goes on")
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Folder of the journal; goes on with what is there.")
     flags.DEFINE_string("to", "", "JSONL file for the problems with strategies; WORKDIR/strategies.jsonl by default.")
     flags.DEFINE_bool("audit", False, "Rate a sample of the kept strategies instead.")
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, flags_parser=command.parse_flags)
+    command.start(main, required=["config", "workdir"])

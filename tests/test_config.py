@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from sgpo_jax import checks, losses
+from sgpo_jax import checks, command, losses
 from sgpo_jax import config as configs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -381,6 +381,7 @@ COMMANDS = {
         "--config.rl.reward=no_such_module:f",
         ["config.rl.reward='no_such_module:f'", "No module named 'no_such_module'"],
     ),
+    "unknown method": ("--config=configs/quickstart.py:grop", ["config:grop: must be one of", "luffy"]),
     "unexpected argument": ("more", ["unexpected arguments: ['more']"]),
 }
 
@@ -391,9 +392,9 @@ def started(tmp_path_factory):
     processes = {}
     for name, (argument, _) in COMMANDS.items():
         workdir = tmp_path_factory.mktemp("run") / "workdir"
-        command = [sys.executable, "-m", "sgpo_jax.main", "--config=configs/quickstart.py", f"--workdir={workdir}"]
+        arguments = [sys.executable, "-m", "sgpo_jax.main", "--config=configs/quickstart.py", f"--workdir={workdir}"]
         pipe = subprocess.PIPE
-        process = subprocess.Popen([*command, argument], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+        process = subprocess.Popen([*arguments, argument], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
         processes[name] = process, workdir
     yield processes
     for process, _ in processes.values():
@@ -413,11 +414,23 @@ def test_a_wrong_command_line_is_answered_in_a_line(started, name):
     assert not workdir.exists()
 
 
-def test_a_config_file_that_is_not_there_is_answered_in_a_line():
-    from sgpo_jax import command
-
-    with pytest.raises(SystemExit, match="^sgpo_jax: --config=configs/none.py:big: there is no such file$"):
-        command.parse_flags(["main.py", "--config=configs/none.py:big", "--workdir=x"])
+@pytest.mark.parametrize(
+    ("text", "argument", "message"),
+    [
+        (None, "", "there is no such file"),
+        ("def get_config():\n    return 1 +\n", "", r"SyntaxError: invalid syntax \(mine.py, line 2\)"),
+        ("def get_config():\n    config = {}\n    return config.rl\n", "", "line 3: AttributeError: 'dict' .*'rl'"),
+        ("def get_configs():\n    return {}\n", "", "KeyError: 'get_config'"),
+        ("def get_config():\n    return {}\n", ":grpo", "TypeError: .* takes 0 .* but 1 was given"),
+        ("def get_config(m):\n    raise ValueError(f'no {m}')\n", ":x", "no x"),
+    ],
+)
+def test_a_wrong_config_file_is_answered_in_a_line(tmp_path, monkeypatch, text, argument, message):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(SystemExit, match=f"^sgpo_jax: --config=mine.py{argument}: (line [0-9]+: )?{message}$"):
+        command.parse_flags(["main.py", f"--config=mine.py{argument}", "--workdir=x"])
 
 
 # ---- the extraction of strategies

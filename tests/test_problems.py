@@ -67,12 +67,12 @@ def test_the_right_methods_belong_to_the_type_alone():
 
 
 def test_no_family_or_stage_gives_a_method_away():
-    used = Counter((family, methods) for (family, _), methods in arithmetic.RIGHT_METHODS.items())
+    used = Counter((family, methods) for (family, _), methods in arithmetic.right_methods().items())
     assert set(used.values()) == {2} and len(used) == 32
 
 
 def test_the_hidden_table_is_fixed():
-    table = arithmetic.RIGHT_METHODS
+    table = arithmetic.right_methods()
     assert table["market", "copper"] == ("sum", "larger", "sum")
     assert table["garden", "poppy"] == ("larger", "difference", "sum")
     assert table["harbor", "busy"] == ("product", "smaller", "difference")
@@ -110,7 +110,7 @@ def test_pretraining_rows():
     rows = arithmetic.pretraining(6400, 0, preference=0.7, guided_share=0.25)
     assert rows == arithmetic.pretraining(6400, 0, preference=0.7, guided_share=0.25)
     assert len({row["id"] for row in rows}) == 6400
-    right = {f"{kind} {family}": methods for (family, kind), methods in arithmetic.RIGHT_METHODS.items()}
+    right = {f"{kind} {family}": methods for (family, kind), methods in arithmetic.right_methods().items()}
     agreement = {True: [], False: []}
     for row in rows:
         methods = methods_of(row["solution"])
@@ -127,8 +127,67 @@ def test_pretraining_rows():
     assert sum(agreement[False]) / len(agreement[False]) == pytest.approx(0.7, abs=0.02)
 
 
+@pytest.mark.parametrize(("competing", "stages"), [(2, 1), (3, 2), (4, 3), (4, 1)])
+def test_a_world_of_other_size(competing, stages):
+    """Chains of `stages`, each with `competing` methods that all give other digits, one of them right for the type."""
+    right, used = {}, defaultdict(set)
+    for row in arithmetic.problems(128, 2, competing=competing, stages=stages):
+        methods = methods_of(row["strategy"])
+        assert len(methods) == len(pairs_of(row)) == len(row["answer"]) == stages
+        results = [OPERATIONS[m](*p) for m, p in zip(methods, pairs_of(row), strict=True)]
+        assert row["answer"] == "".join(map(str, results)) and row["answer"][0] != "0"
+        assert right.setdefault(type_of(row), methods) == methods
+        among = arithmetic.choices(row["source"], competing)[:stages]
+        for method, names, pair in zip(methods, among, pairs_of(row), strict=True):
+            assert method in names and len({OPERATIONS[m](*pair) for m in names}) == competing
+        for stage, method in enumerate(methods):
+            used[row["source"], stage].add(method)
+    assert all(len(names) == competing for names in used.values()), "every method that competes is right somewhere"
+
+
+def test_the_default_world_is_the_one_of_two_methods_and_three_stages():
+    assert arithmetic.problems(64, 3) == arithmetic.problems(64, 3, competing=2, stages=3, noise=0.0)
+
+
+@pytest.mark.parametrize("competing", [2, 4])
+def test_noisy_strategies(competing):
+    """Each method of a strategy is wrong with the probability asked for; problem, answer and solution stay right."""
+    clean = arithmetic.problems(2000, 4, competing=competing)
+    noisy = arithmetic.problems(2000, 4, competing=competing, noise=0.25)
+    assert [{**row, "strategy": ""} for row in noisy] == [{**row, "strategy": ""} for row in clean]
+    pairs = [
+        (told, right)
+        for row in noisy
+        for told, right in zip(methods_of(row["strategy"]), methods_of(row["solution"]), strict=True)
+    ]
+    assert 0.22 < sum(told != right for told, right in pairs) / len(pairs) < 0.28
+    for row in noisy:
+        among = arithmetic.choices(row["source"], competing)
+        assert all(told in names for told, names in zip(methods_of(row["strategy"]), among, strict=True))
+
+
+def test_pretraining_in_a_world_of_four_methods():
+    right = {f"{kind} {family}": m for (family, kind), m in arithmetic.right_methods(4).items()}
+    agreement = {True: [], False: []}
+    for row in arithmetic.pretraining(3000, 0, preference=0.4, competing=4, stages=2):
+        methods = methods_of(row["solution"])
+        assert len(methods) == 2 and ("strategy" not in row or methods_of(row["strategy"]) == methods)
+        agreement["strategy" in row] += [m == r for m, r in zip(methods, right[type_of(row)], strict=False)]
+    assert 0.37 < sum(agreement[False]) / len(agreement[False]) < 0.43
+    assert 0.22 < sum(agreement[True]) / len(agreement[True]) < 0.28, "a strategy's methods are drawn evenly"
+
+
+@pytest.mark.parametrize("competing", [2, 3, 4])
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_the_smallest_worlds_give_as_many_problems_as_they_say(competing, split):
+    with pytest.raises(ValueError, match=f"count is 900; allowed: at most [0-9]+ with competing={competing}") as error:
+        arithmetic.problems(900, 0, split, competing=competing, stages=1)
+    most = int(re.search("at most ([0-9]+)", str(error.value)).group(1))
+    assert len({row["id"] for row in arithmetic.problems(most, 0, split, competing=competing, stages=1)}) == most
+
+
 def test_pretraining_extremes():
-    right = {f"{kind} {family}": methods for (family, kind), methods in arithmetic.RIGHT_METHODS.items()}
+    right = {f"{kind} {family}": methods for (family, kind), methods in arithmetic.right_methods().items()}
     for row in arithmetic.pretraining(200, 1, preference=1.0, guided_share=0.0):
         assert "strategy" not in row and methods_of(row["solution"]) == right[type_of(row)]
     assert all("strategy" in row for row in arithmetic.pretraining(200, 1, guided_share=1.0))
@@ -139,6 +198,9 @@ def test_pretraining_extremes():
     [
         (lambda: arithmetic.problems(0, 0), "count is 0"),
         (lambda: arithmetic.problems(2.5, 0), "count is 2.5"),
+        (lambda: arithmetic.problems(5, 0, competing=5), "competing is 5; allowed: an integer from 2 to 4"),
+        (lambda: arithmetic.problems(5, 0, stages=0), "stages is 0; allowed: an integer from 1 to 3"),
+        (lambda: arithmetic.problems(5, 0, noise=1.5), "noise is 1.5; allowed: a number from 0 to 1"),
         (lambda: arithmetic.problems(10**7, 0), "allowed: an integer from 1 to 1000000"),
         (lambda: arithmetic.problems(1, 0, "test"), "split is 'test'; allowed: train, eval"),
         (lambda: arithmetic.pretraining(1, 0, preference=1.1), "preference is 1.1; allowed"),

@@ -12,12 +12,17 @@ stages; a hidden table, the same for every seed, says which of the two is right 
 problem does not show it: without a strategy it has to be learnt type by type, with a strategy it
 can be read off. Everything else (digit arithmetic) is easy for a very small model.
 
-The two competing methods always give different digits, so an answer is right only if all three
+The competing methods always give different digits, so an answer is right only if all three
 methods were right, and each stage of a type is a fair coin to whoever does not know the table.
 Sums and products are last digits; the first result is never 0, so an answer never starts with 0.
+
+Three knobs vary the world: up to four methods that compete at a stage, chains of one to three
+stages, and strategies that name a wrong method now and then.
 """
 
+import functools
 import hashlib
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +37,7 @@ METHODS: dict[str, Callable[[int, int], int]] = {
 }
 STAGES = ("(a)", "(b)", "(c)")
 SPLITS = ("train", "eval")
+MOST_COMPETING = 4
 MAX_COUNT = 1_000_000
 _EVAL_SHARE = 1 / 8
 
@@ -106,59 +112,77 @@ def _hash(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 
-def _right_methods() -> dict[tuple[str, str], tuple[str, ...]]:
-    """The hidden table: in each family every one of the 8 combinations is right for two types."""
+def choices(family: str, competing: int = 2) -> tuple[tuple[str, ...], ...]:
+    """The methods that compete at each stage: the family's two, then others."""
+    pairs = FAMILIES[family].stages
+    return tuple((*pair, *(m for m in METHODS if m not in pair))[:competing] for pair in pairs)
+
+
+@functools.cache
+def right_methods(competing: int = 2) -> dict[tuple[str, str], tuple[str, ...]]:
+    """The hidden table: family and type -> the right method of each stage.
+
+    Of two methods, every one of the 8 combinations of a family is right for two types; of more, a hash decides.
+    """
     table = {}
     for name, family in FAMILIES.items():
         for rank, kind in enumerate(sorted(family.types, key=lambda t: _hash(f"{t} {name}"))):
-            bits = (rank >> 2 & 1, rank >> 1 & 1, rank & 1)
-            table[name, kind] = tuple(pair[bit] for pair, bit in zip(family.stages, bits, strict=True))
+            numbers = [rank >> 2 & 1, rank >> 1 & 1, rank & 1]
+            if competing > 2:
+                numbers = [int(_hash(f"{kind} {name} {stage}") * competing) for stage in STAGES]
+            table[name, kind] = tuple(among[i] for among, i in zip(choices(name, competing), numbers, strict=True))
     return table
-
-
-RIGHT_METHODS = _right_methods()
 
 
 def strategy_text(family: str, kind: str, methods: tuple[str, ...]) -> str:
     """The three-part strategy that names one method for each stage."""
-    steps = " ".join(f"{s} {m}" for s, m in zip(STAGES, methods, strict=True))
+    steps = " ".join(f"{s} {m}" for s, m in zip(STAGES, methods, strict=False))
     rules = FAMILIES[family].rules
     return f"Problem type: {kind} {family}. Strategy: {rules} rules. Steps: {steps}"
 
 
 def solve(pairs: tuple[tuple[int, int], ...], methods: tuple[str, ...]) -> tuple[str, str]:
-    """(answer, worked solution) of three pairs of digits by the given methods."""
+    """(answer, worked solution) of up to three pairs of digits by the given methods."""
     results = [METHODS[m](a, b) for m, (a, b) in zip(methods, pairs, strict=True)]
     answer = "".join(map(str, results))
-    lines = (f"{s} {m} {a} {b} = {r}" for s, m, (a, b), r in zip(STAGES, methods, pairs, results, strict=True))
+    lines = (f"{s} {m} {a} {b} = {r}" for s, m, (a, b), r in zip(STAGES, methods, pairs, results, strict=False))
     return answer, f"{' '.join(lines)}. \\boxed{{{answer}}}"
 
 
-def _pair_allowed(stage: int, methods: tuple[str, str], a: int, b: int) -> bool:
+def _pair_allowed(stage: int, methods: tuple[str, ...], a: int, b: int) -> bool:
     results = {METHODS[m](a, b) for m in methods}
-    return len(results) == 2 and not (stage == 0 and 0 in results)
+    return len(results) == len(methods) and not (stage == 0 and 0 in results)
 
 
-_PAIRS = {
-    name: [
-        [(a, b) for a in range(10) for b in range(10) if _pair_allowed(stage, methods, a, b)]
-        for stage, methods in enumerate(family.stages)
-    ]
-    for name, family in FAMILIES.items()
-}
+@functools.cache
+def _pairs(competing: int) -> dict[str, list[list[tuple[int, int]]]]:
+    """family -> the pairs of digits that a stage may show."""
+    return {
+        name: [
+            [(a, b) for a in range(10) for b in range(10) if _pair_allowed(stage, methods, a, b)]
+            for stage, methods in enumerate(choices(name, competing))
+        ]
+        for name in FAMILIES
+    }
 
 
-def _draws(count: int, rng: random.Random, split: str) -> list[_Draw]:
+def _draws(count: int, rng: random.Random, split: str, competing: int, stages: int) -> list[_Draw]:
     """`count` different problems, the 64 types in turn, digits from the split's share."""
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_COUNT:
-        raise ValueError(f"count is {count!r}; allowed: an integer from 1 to {MAX_COUNT}")
+    _check_whole(count=(count, 1, MAX_COUNT), competing=(competing, 2, MOST_COMPETING), stages=(stages, 1, len(STAGES)))
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; allowed: {', '.join(SPLITS)}")
-    kinds = list(RIGHT_METHODS)
+    pairs = _pairs(competing)
+    share = _EVAL_SHARE if split == "eval" else 1 - _EVAL_SHARE
+    # A quarter of what the smallest family has, so that drawing different ones ends, and soon.
+    least = min(math.prod(map(len, each[:stages])) for each in pairs.values())
+    most = int(share * least * len(right_methods()) / 4)
+    if count > most:
+        raise ValueError(f"count is {count}; allowed: at most {most} with competing={competing} and stages={stages}")
+    kinds = list(right_methods())
     draws: dict[_Draw, None] = {}
     while len(draws) < count:
         family, kind = kinds[len(draws) % len(kinds)]
-        draw = _Draw(family, kind, tuple(rng.choice(pairs) for pairs in _PAIRS[family]))
+        draw = _Draw(family, kind, tuple(rng.choice(allowed) for allowed in pairs[family][:stages]))
         # The six digits alone decide the split, so an evaluation problem's digits were never
         # seen in training under any type.
         if (_hash(str(draw.pairs)) < _EVAL_SHARE) == (split == "eval"):
@@ -166,13 +190,18 @@ def _draws(count: int, rng: random.Random, split: str) -> list[_Draw]:
     return list(draws)
 
 
-def problems(count: int, seed: int, split: str = "train") -> list[dict]:
+def problems(
+    count: int, seed: int, split: str = "train", competing: int = 2, stages: int = 3, noise: float = 0.0
+) -> list[dict]:
     """Problems with the right strategy and the expert's solution by the right methods.
 
     Args:
         count: number of rows, all different; types take turns.
         seed: any integer. The hidden table does not depend on it.
         split: "train" or "eval"; their problems never coincide, whatever the seeds.
+        competing: methods that compete at each stage, 2 to 4.
+        stages: length of the chain, 1 to 3.
+        noise: probability, at each stage, that the strategy names another method than the right one.
 
     Returns:
         Rows with id, problem, answer (three digits), strategy, solution and source (the family).
@@ -180,16 +209,19 @@ def problems(count: int, seed: int, split: str = "train") -> list[dict]:
     Raises:
         ValueError: count or split outside what is allowed.
     """
+    _check_shares(noise=noise)
+    wrong = random.Random(f"noise/{split}/{seed}")
     rows = []
-    for draw in _draws(count, random.Random(f"problems/{split}/{seed}"), split):
-        methods = RIGHT_METHODS[draw.family, draw.kind]
+    for draw in _draws(count, random.Random(f"problems/{split}/{seed}"), split, competing, stages):
+        methods = right_methods(competing)[draw.family, draw.kind][:stages]
         answer, solution = solve(draw.pairs, methods)
+        named = _drawn(wrong, methods, choices(draw.family, competing), 1 - noise)
         rows.append(
             {
                 "id": draw.id,
                 "problem": draw.text,
                 "answer": answer,
-                "strategy": strategy_text(draw.family, draw.kind, methods),
+                "strategy": strategy_text(draw.family, draw.kind, named),
                 "solution": solution,
                 "source": draw.family,
             }
@@ -197,7 +229,9 @@ def problems(count: int, seed: int, split: str = "train") -> list[dict]:
     return rows
 
 
-def pretraining(count: int, seed: int, preference: float = 0.6, guided_share: float = 0.5) -> list[dict]:
+def pretraining(
+    count: int, seed: int, preference: float = 0.6, guided_share: float = 0.5, competing: int = 2, stages: int = 3
+) -> list[dict]:
     """Rows that make a base model from scratch: able to calculate and to follow a strategy, with
     only a weak idea of which method is right.
 
@@ -205,10 +239,12 @@ def pretraining(count: int, seed: int, preference: float = 0.6, guided_share: fl
         count: number of rows, all different problems of the train split.
         seed: any integer.
         preference: probability, at each stage of a row without strategy, that the solution uses
-            the right method (0.5 knows nothing; the whole answer is then right in preference^3).
+            the right method (1 / competing knows nothing); the whole answer is then right in
+            preference^stages.
         guided_share: probability that a row carries a strategy. That strategy is a random choice
             of one competing method per stage, and the solution follows it: the model learns to
             follow strategies, and learns nothing from them about types.
+        competing, stages: as in `problems`.
 
     Returns:
         Rows as `problems` gives them, `strategy` absent in the unguided ones; `answer` is what the
@@ -217,20 +253,13 @@ def pretraining(count: int, seed: int, preference: float = 0.6, guided_share: fl
     Raises:
         ValueError: an argument outside what is allowed.
     """
-    for name, value in (("preference", preference), ("guided_share", guided_share)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise ValueError(f"{name} is {value!r}; allowed: a number from 0 to 1")
+    _check_shares(preference=preference, guided_share=guided_share)
     rng = random.Random(f"pretraining/{seed}")
     rows = []
-    for draw in _draws(count, rng, "train"):
+    for draw in _draws(count, rng, "train", competing, stages):
         guided = rng.random() < guided_share
-        right = RIGHT_METHODS[draw.family, draw.kind]
-        methods = tuple(
-            method if rng.random() < (0.5 if guided else preference) else other
-            for method, other in (
-                (m, pair[1 - pair.index(m)]) for m, pair in zip(right, FAMILIES[draw.family].stages, strict=True)
-            )
-        )
+        right = right_methods(competing)[draw.family, draw.kind][:stages]
+        methods = _drawn(rng, right, choices(draw.family, competing), 1 / competing if guided else preference)
         answer, solution = solve(draw.pairs, methods)
         row = {
             "id": f"pretraining/{draw.id}",
@@ -243,6 +272,29 @@ def pretraining(count: int, seed: int, preference: float = 0.6, guided_share: fl
             row["strategy"] = strategy_text(draw.family, draw.kind, methods)
         rows.append(row)
     return rows
+
+
+def _check_whole(**fields: tuple[int, int, int]) -> None:
+    for name, (value, low, high) in fields.items():
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ValueError(f"{name} is {value!r}; allowed: an integer from {low} to {high}")
+
+
+def _check_shares(**shares: float) -> None:
+    for name, value in shares.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value!r}; allowed: a number from 0 to 1")
+
+
+def _drawn(
+    rng: random.Random, right: tuple[str, ...], among: tuple[tuple[str, ...], ...], share: float
+) -> tuple[str, ...]:
+    """At each stage the right method with probability `share`, else another of the competing ones."""
+    drawn = []
+    for method, competing in zip(right, among, strict=False):
+        others = [m for m in competing if m != method]
+        drawn.append(method if rng.random() < share else others[0] if len(others) == 1 else rng.choice(others))
+    return tuple(drawn)
 
 
 # A token is a word, a digit or a mark together with the space before it; see `vocabulary`.
