@@ -1,0 +1,40 @@
+"""The matrix product of the decoder; the decoder itself is compared with transformers in test_parity.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sgpo_jax.models import decoder
+
+
+def operands(length, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(3, 40, length)).astype(dtype), rng.normal(size=(length, 24)).astype(dtype)
+
+
+def error(product, x, kernel):
+    exact = x.astype(np.float64) @ kernel.astype(np.float64)
+    return np.sqrt(np.mean((np.asarray(product, np.float64) - exact) ** 2))
+
+
+@pytest.mark.parametrize("length", [513, 1536, 1541, 8 * decoder.BLOCK])
+def test_a_long_product_is_summed_in_blocks(length):
+    x, kernel = operands(length)
+    blocked, plain = jax.jit(decoder.dot_in_blocks)(x, kernel), jax.jit(jnp.matmul)(x, kernel)
+    assert error(blocked, x, kernel) < 0.8 * error(plain, x, kernel)
+    np.testing.assert_allclose(blocked, plain, atol=1e-3)
+
+
+def test_short_products_and_other_types_are_left_alone():
+    for x, kernel in (operands(4 * decoder.BLOCK), [jnp.asarray(a, jnp.bfloat16) for a in operands(1536)]):
+        assert decoder.dot_in_blocks(x, kernel).dtype == x.dtype
+        assert str(jax.make_jaxpr(decoder.dot_in_blocks)(x, kernel)).count("dot_general") == 1
+
+
+def test_gradients_of_a_long_product():
+    x, kernel = operands(1100)
+    weight = np.random.default_rng(1).normal(size=(3, 40, 24)).astype(np.float32)
+    of_x, of_kernel = jax.grad(lambda *args: (decoder.dot_in_blocks(*args) * weight).sum(), argnums=(0, 1))(x, kernel)
+    np.testing.assert_allclose(of_x, weight @ kernel.T, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(of_kernel, np.einsum("btd,btf->df", x, weight), rtol=1e-4, atol=1e-3)
