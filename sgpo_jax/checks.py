@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sgpo_jax.config import STAGES
+from sgpo_jax.methods import METHODS
 
 
 def check(config: ConfigDict) -> None:
@@ -139,6 +140,26 @@ def check_extract(config: ConfigDict) -> None:
                 "in capitals, or ''; the key itself is given in that variable only"
             )
     _check_files(config)
+
+
+def check_lab(config: ConfigDict) -> None:
+    """`check` for what the lab adds."""
+    need, whole, _, _, _ = _rules(config)
+    for field in ("lab.methods", "lab.world_methods"):
+        chosen = _get(config, field)
+        need(field, bool(chosen) and set(chosen) <= set(METHODS), f"one or more of {', '.join(METHODS)}")
+    for field in ("lab.seeds", "lab.tuning_seeds"):
+        seeds = _get(config, field)
+        distinct = len(set(seeds)) == len(seeds) > 0
+        need(field, distinct and all(isinstance(s, int) and 0 <= s < 2**32 for s in seeds), "different seeds")
+    common = set(config.lab.seeds) & set(config.lab.tuning_seeds)
+    need("lab.tuning_seeds", not common or len(config.lab.rates) == 1, f"others than lab.seeds, which has {common}")
+    rates = config.lab.rates
+    need("lab.rates", len(set(rates)) == len(rates) > 0 and min(rates) > 0, "different numbers above 0")
+    whole(0, "lab.workers")
+    worlds = config.lab.worlds
+    need("lab.worlds", bool(worlds) and set(worlds) <= set(config.lab.changes), f"of {[*config.lab.changes]}")
+    need("eval.sets", len(config.eval.sets) > 0, "one or more sets, for the lab to compare on")
 
 
 def check_mesh(config: ConfigDict, data_ways: int) -> None:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 STAGES = ("sft", "rl", "eval")
 # What a resumed run may have changed: how far, how often and where it runs, and how it is evaluated.
 MAY_CHANGE = (
-    "stages", "max_skipped", "rl.steps", "rl.epochs", "rl.eval_every", "eval", "checkpoint", "mesh", "extract"
+    "stages", "max_skipped", "rl.steps", "rl.epochs", "rl.eval_every", "eval", "checkpoint", "mesh", "extract", "lab"
 )  # fmt: skip
 
 
@@ -135,6 +135,17 @@ def base() -> ConfigDict:
     config.extract.budget_tokens = 0  # prompt and reply tokens of all runs together; 0 is no limit
     config.extract.budget_cost = 0.0  # the same in the currency of the prices
     config.extract.audit_sample = 500  # kept strategies that are rated; App. H
+
+    config.lab = ConfigDict()  # methods against each other: lab.py
+    config.lab.methods = ()  # names of methods.METHODS
+    config.lab.seeds = (0, 1, 2, 3, 4)  # of a method's training runs; each takes the place of `seed`
+    config.lab.rates = (0.5, 1.0, 2.0)  # times a method's learning rate; the best on the tuning seeds is taken
+    config.lab.tuning_seeds = (100,)
+    config.lab.changes = ConfigDict({"base": {}})  # name of a world -> changes of the config that make it
+    config.lab.worlds = ("base",)  # names; all methods are run in the first
+    config.lab.world_methods = ("grpo", "sgpo")  # in the other worlds
+    config.lab.workers = 2  # processes with a core each; 0 runs in one process, on the whole mesh
+    config.lab.fast = ConfigDict()  # changes of the config with --fast
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 20  # steps

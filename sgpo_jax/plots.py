@@ -4,10 +4,13 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from sgpo_jax.verdicts import World
 
 # Of the palette of Okabe and Ito, which colour-blind readers can tell apart.
 _BLUE, _ORANGE = "#0072B2", "#D55E00"
@@ -120,6 +123,84 @@ def summary(
     bars.tick_params(axis="x", length=0)
     _tidy(bars, "Held-out accuracy, 95% interval", "correct answers", top=1.1, percent=True)
     bars.set_yticks(np.linspace(0, 1, 6))
+    figure.savefig(path, dpi=_DPI)
+
+
+def overlay(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: str | os.PathLike[str]) -> None:
+    """Draws the training of several methods over each other: the mean over runs, and a band from the least to the most.
+
+    Args:
+        runs: method -> metrics rows of each of its runs. Running means over a tenth of the run are drawn.
+        path: file to write; its ending chooses the format (png, pdf, svg).
+
+    Raises:
+        ValueError: when no row has any of the metrics shown.
+    """
+    everything = [row for each in runs.values() for rows in each for row in rows]
+    present = {key for row in everything for key, value in row.items() if value is not None}
+    panels = [p for p in _PANELS if p.curves[0][0] in present and p.curves[0][0] != "logp_mismatch"]
+    if not panels:
+        raise ValueError(f"rows must hold at least one of {[p.curves[0][0] for p in _PANELS]}")
+    colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+    figure = _figure(13.2, 6.4)
+    for index, panel in enumerate(panels):
+        axes = figure.add_subplot(2, -(-len(panels) // 2), index + 1)
+        metric = panel.curves[0][0]
+        for place, (method, each) in enumerate(runs.items()):
+            curves = [c for rows in each if (c := _curve(rows, metric)) is not None]
+            if not curves:
+                continue
+            shortest = min(len(steps) for steps, _ in curves)
+            steps, values = curves[0][0][:shortest], np.stack([v[:shortest] for _, v in curves])
+            colour = colours[place % len(colours)]
+            axes.plot(steps, values.mean(axis=0), color=colour, linewidth=1.5, label=method)
+            axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.12, linewidth=0)
+        axes.set_xlabel("training step")
+        _tidy(axes, panel.title, panel.unit, panel.top, panel.percent)
+    shown = [pair for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
+    handles = {label: handle for handle, label in shown}
+    figure.legend([*handles.values()], [*handles], loc="outside lower center", ncols=6, frameon=False)
+    figure.savefig(path, dpi=_DPI)
+
+
+def _curve(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """(steps, running means) of a metric, or None where no row has it."""
+    points = np.array([(row["step"], row[metric]) for row in rows if row.get(metric) is not None], dtype=float)
+    return None if not len(points) else (points[:, 0], _running_mean(points[:, 1], len(points) // 20))
+
+
+def worlds(found: Sequence[World], path: str | os.PathLike[str]) -> None:
+    """Draws, for each world, how far SGPO is ahead of GRPO, and from where to where both went.
+
+    Args:
+        found: as `verdicts.across_worlds` returns them.
+        path: file to write; its ending chooses the format (png, pdf, svg).
+    """
+    figure = _figure(10.5, 1.4 + 0.36 * len(found))
+    left, right = figure.subplots(1, 2, sharey=True)
+    places = np.arange(len(found))[::-1]
+    means = np.array([world.ahead.mean for world in found])
+    whiskers = np.array([(w.ahead.mean - w.ahead.low, w.ahead.high - w.ahead.mean) for w in found]).T
+    left.errorbar(means, places, xerr=np.where(np.isfinite(whiskers), whiskers, 0.0), **_WHISKERS)
+    left.plot(means, places, "o", color=_BLUE)
+    left.axvline(0, color="0.5", linewidth=0.8)
+    left.set_title("SGPO minus GRPO, 95% interval", loc="left", fontsize="medium", fontweight="bold")
+    left.set_yticks(places, [world.name for world in found])
+    left.xaxis.set_major_formatter(PercentFormatter(1.0))
+    for values, label, style, colour in (
+        ([w.before for w in found], "before", "|", "black"),
+        ([w.first.mean for w in found], "GRPO", "s", _ORANGE),
+        ([w.second.mean for w in found], "SGPO", "o", _BLUE),
+    ):
+        right.plot(values, places, style, color=colour, label=label, markersize=7)
+    right.set_title("Held-out accuracy", loc="left", fontsize="medium", fontweight="bold")
+    right.set_xlim(-0.02, 1.02)
+    right.xaxis.set_major_formatter(PercentFormatter(1.0))
+    figure.legend(loc="outside lower right", ncols=3, frameon=False)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="x", color="0.9")
+        axes.set_axisbelow(True)
     figure.savefig(path, dpi=_DPI)
 
 

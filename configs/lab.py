@@ -1,0 +1,88 @@
+"""The paper's comparisons on the embedded world, on two CPU cores.
+
+    python -m sgpo_jax.lab --config=configs/lab.py --workdir=/tmp/lab [--fast]
+
+All methods, tuned alike, with five seeds; then GRPO and SGPO in other worlds: how competent the base is (`preference`),
+how many methods compete at a stage, how long the chains are, and how often a strategy is wrong (`noise`).
+"""
+
+from ml_collections import ConfigDict
+
+from sgpo_jax import config as configs
+from sgpo_jax.methods import METHODS
+
+
+def world(preference: float = 0.65, competing: int = 2, stages: int = 3, noise: float = 0.0) -> dict:
+    """Changes of the config that make a world; `preference` is the base's chance of the right method at a stage."""
+    size = f"competing={competing},stages={stages}"
+    return {
+        "sft": {"train": f"arithmetic:pretraining,count=12000,preference={preference},{size}"},
+        "data": {"train": f"arithmetic:train,count=1024,noise={noise},{size}"},
+        "eval": {"sets": {"heldout": {"source": f"arithmetic:eval,count=256,{size}"}}},
+    }
+
+
+def get_config() -> ConfigDict:
+    config = configs.base()
+    config.model.source = "scratch"
+    config.model.tokenizer = "arithmetic"
+    config.model.layers = 2
+    config.model.hidden = 64
+    config.model.heads = 4
+    config.model.mlp = 192
+    config.model.dtype = "float32"
+
+    config.data.instruction = ""
+    config.data.max_prompt_tokens = 64
+
+    config.optimizer.b2 = 0.95  # a few hundred steps are too short for 0.999
+
+    config.sft.use_strategy = True
+    config.sft.batch = 128
+    config.sft.steps = 320
+    config.sft.learning_rate = 4e-3
+    config.sft.max_response_tokens = 28
+    config.sft.validation_share = 0.02
+    config.sft.validate_every = 100
+
+    config.rl.batch = 16
+    config.rl.steps = 60
+    config.rl.learning_rate = 2e-4
+    config.rl.max_new_tokens = 28
+
+    config.eval.guided = True
+    config.eval.batch = 128
+    config.eval.temperature = 1.0
+    config.eval.max_new_tokens = 28
+    config.checkpoint.every = 1000  # a run takes a minute: it is kept when it ends
+
+    with config.unlocked():
+        config.eval.sets.heldout = ConfigDict({"source": "", "samples": 4})
+    config.update(world())
+    config.lab.methods = tuple(METHODS)
+    with config.unlocked():
+        config.lab.changes = ConfigDict(
+            {
+                "base": {},
+                "weak-base": world(preference=0.5),
+                "strong-base": world(preference=0.8),
+                "one-stage": world(stages=1),
+                "four-methods": world(competing=4, preference=0.4),
+                "rare-success": world(competing=4, preference=0.3),
+                "noisy-strategies": world(noise=0.2),
+                "random-strategies": world(noise=0.5),
+            }
+        )
+        config.lab.fast = ConfigDict(
+            {
+                "lab": {
+                    "methods": ("sft", "grpo", "luffy", "hpt", "sgpo", "no_kl_clip", "reverse_kl"),
+                    "seeds": (0, 1),
+                    "rates": (1.0,),
+                    "worlds": ("base", "rare-success"),
+                },
+                "rl": {"steps": 40},
+            }
+        )
+    config.lab.worlds = tuple(config.lab.changes)
+    return config

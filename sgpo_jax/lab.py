@@ -1,0 +1,319 @@
+"""The laboratory: methods against each other over seeds and worlds, with a verdict for each of the paper's claims.
+
+    python -m sgpo_jax.lab --config=configs/lab.py --workdir=DIR [--fast]
+
+First the learning rate of each method is tuned, all with the same budget and on seeds of their own; then every method
+is trained in the first world with every seed, and some of them in the other worlds. A finished training run is a row of
+DIR/results.jsonl and is not run again; tables, verdicts and figures are made of these rows and of the metrics beside
+them. docs/lab.md has what came out.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from sgpo_jax import checks, command, methods, metrics, plots, rl, sft, sharding, stage, verdicts
+from sgpo_jax import config as configs
+from sgpo_jax.evaluation import evaluate_sets
+
+# Averages over training that a row keeps.
+_MEANS = ("reward_auto", "reward_guided", "alpha", "token_kl", "kl_clip_share", "entropy", "response_length")
+
+
+class Cell(NamedTuple):
+    """One training run. The cell of method "sft" is the warm-up that the others of its world and seed begin with."""
+
+    world: str
+    method: str
+    rate: float  # times the method's learning rate
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.world}/{self.method}@{self.rate:g}/seed{self.seed}"
+
+
+def cell_config(config: ConfigDict, cell: Cell) -> ConfigDict:
+    """The lab's config in the cell's world, by its method, at its rate, with its seed."""
+    config = config.copy_and_resolve_references()
+    config.update(config.lab.changes[cell.world])
+    config.seed = cell.seed
+    config = methods.select(config, cell.method)
+    config.rl.learning_rate *= cell.rate
+    return config.lock()
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ValueError for a lab, or a cell of it, that cannot run."""
+    checks.check_lab(config)
+    for world in config.lab.worlds:
+        for method in dict.fromkeys((*config.lab.methods, *config.lab.world_methods)):
+            try:
+                checks.check(cell_config(config, Cell(world, method, 1.0, 0)))
+            except (KeyError, AttributeError, TypeError) as error:
+                raise ValueError(f"config.lab.changes[{world!r}]: {error.args[0]}") from error
+
+
+def tuning_cells(config: ConfigDict) -> list[Cell]:
+    """Every method that trains, at every rate, on the tuning seeds; none where there is nothing to choose from."""
+    lab = config.lab
+    trained = [method for method in lab.methods if method != "sft"] if len(lab.rates) > 1 else []
+    return [Cell(_home(config), *rest) for rest in itertools.product(trained, lab.rates, lab.tuning_seeds)]
+
+
+def grid_cells(config: ConfigDict, rates: dict[str, float]) -> list[Cell]:
+    """All methods in the first world, `lab.world_methods` in the others, with every seed."""
+    lab, home = config.lab, _home(config)
+    pairs = [(w, m) for w in lab.worlds for m in (lab.methods if w == home else lab.world_methods)]
+    return [Cell(world, method, rates.get(method, 1.0), seed) for world, method in pairs for seed in lab.seeds]
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Runs what is left of the lab, and reports.
+
+    Raises:
+      ValueError: cells failed; the others are finished, and the message names one.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(configs.to_json(config), encoding="utf-8")
+    results = Results(config, workdir / "results.jsonl")
+    tuning = tuning_cells(config)
+    progress = Progress(results, [*_with_warm_ups(tuning), *_with_warm_ups(grid_cells(config, {}))])
+    with _workers(config, workdir) as submit:
+        _complete(tuning, results, submit, progress)
+        rates = {"sft": 1.0} if tuning else dict.fromkeys(config.lab.methods, float(config.lab.rates[0]))
+        for method in dict.fromkeys(cell.method for cell in tuning):
+            rates[method] = verdicts.best_rate(results.rows(tuning), method)
+        grid = grid_cells(config, rates)
+        _complete(grid, results, submit, progress)
+    report(config, workdir, results.rows(tuning), _with_before(results.rows(_with_warm_ups(grid))))
+
+
+def run_cell(config: ConfigDict, cell: Cell, workdir: Path) -> dict[str, Any]:
+    """Trains and evaluates, or goes on where it stopped; what it prints goes to the cell's log.txt.
+
+    Returns:
+      The row of results.jsonl. Where the gradient stopped being finite, "failed" says so and the accuracy is 0.
+    """
+    started, folder = time.perf_counter(), workdir / str(cell)
+    folder.mkdir(parents=True, exist_ok=True)
+    mesh = sharding.make_mesh(**config.mesh)
+    with (folder / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        configs.check_resume(config, folder / "config.json")
+        (folder / "config.json").write_text(configs.to_json(config), encoding="utf-8")
+        policy, load = stage.load_policy(config)
+        warm_up = workdir / str(Cell(cell.world, "sft", 1.0, cell.seed))
+
+        def initial() -> Any:
+            return load(jax.random.key(config.seed))
+
+        def warmed_up() -> Any:
+            params = stage.best_params(config, warm_up, "sft", policy, mesh)
+            return initial() if params is None else params
+
+        result: dict[str, Any] = {}
+        try:
+            if cell.method == "sft":
+                sft.train(config, folder, policy, initial, mesh)
+            else:
+                rl.train(config, folder, policy, warmed_up, mesh)
+        except FloatingPointError as error:
+            result["failed"] = str(error)
+        step = None if cell.method == "sft" else stage.find_step(config, folder, "rl", "last")
+        params = warmed_up() if step is None else stage.params_at(config, folder, "rl", step, policy, mesh)
+        for suffix in ("", "_guided") if config.eval.guided else ("",):
+            with jax.set_mesh(mesh):
+                sets = evaluate_sets(config, folder / "eval", policy, params, mesh, step or 0, guided=bool(suffix))
+            accuracy = {name: 0.0 if "failed" in result else scores["accuracy"] for name, scores in sets.items()}
+            result |= {f"accuracy{suffix}": float(np.mean([*accuracy.values()])), f"sets{suffix}": accuracy}
+    if step is not None:
+        steps = metrics.read_jsonl(folder / "rl.jsonl")
+        for name in _MEANS:
+            if values := [row[name] for row in steps if row.get(name) is not None]:
+                result[f"mean_{name}"] = float(np.mean(values))
+    return {**cell._asdict(), "config": digest(config), **result, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def digest(config: ConfigDict) -> str:
+    """Of the fields that a cell's result depends on."""
+    fields = json.loads(configs.to_json(config))
+    return hashlib.sha256(json.dumps([v for k, v in sorted(fields.items()) if k != "lab"]).encode()).hexdigest()[:16]
+
+
+class Results:
+    """results.jsonl: a row for each finished cell. A row that another config gave does not count."""
+
+    def __init__(self, config: ConfigDict, path: Path):
+        self.config, self._path = config, path
+        rows = metrics.read_jsonl(path) if path.is_file() else []
+        self._rows = {(_cell_of(row), row["config"]): row for row in rows}
+        unfinished = path.with_suffix(".partial")  # without the line that a kill may have torn
+        unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        os.replace(unfinished, path)
+
+    def _key(self, cell: Cell) -> tuple[Cell, str]:
+        return cell, digest(cell_config(self.config, cell))
+
+    def __contains__(self, cell: Cell) -> bool:
+        return self._key(cell) in self._rows
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._rows[_cell_of(row), row["config"]] = row
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rows(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+        return [self._rows[self._key(cell)] for cell in cells]
+
+
+class Progress:
+    """A line for each finished cell, with the time that the others will take."""
+
+    def __init__(self, results: Results, cells: Sequence[Cell]):
+        self._left = len({cell for cell in cells if cell not in results})
+        self._all, self._done, self._started = len(set(cells)), 0, time.monotonic()
+        print(f"lab: {self._all} cells, {self._left} to run", flush=True)
+
+    def show(self, row: dict[str, Any]) -> None:
+        self._done += 1
+        self._left = max(self._left - 1, 0)
+        seconds = (time.monotonic() - self._started) / self._done * self._left
+        known = {"accuracy": row["accuracy"], "seconds": row["seconds"]}
+        line = metrics.progress_line(f"lab {_cell_of(row)}", self._all - self._left, self._all, known, seconds)
+        print(line, flush=True)
+
+
+def _cell_of(row: dict[str, Any]) -> Cell:
+    return Cell(row["world"], row["method"], row["rate"], row["seed"])
+
+
+def _home(config: ConfigDict) -> str:
+    return config.lab.worlds[0]
+
+
+def _with_warm_ups(cells: Sequence[Cell]) -> list[Cell]:
+    warm_ups = [Cell(world, "sft", 1.0, seed) for world, seed in dict.fromkeys((c.world, c.seed) for c in cells)]
+    return [*warm_ups, *(cell for cell in cells if cell.method != "sft")]
+
+
+def _complete(cells: Sequence[Cell], results: Results, submit: Any, progress: Progress) -> None:
+    """Runs the cells that have no row yet, warm-ups first."""
+    everything = _with_warm_ups(cells)
+    for warm in (True, False):
+        left = [cell for cell in everything if cell not in results and (cell.method == "sft") == warm]
+        running: dict[Future, Cell] = {submit(cell_config(results.config, cell), cell): cell for cell in left}
+        failures = []
+        for future in as_completed(running):
+            try:
+                row = future.result()
+            except Exception as error:
+                failures.append(f"{running[future]}: {type(error).__name__}: {error}")
+                print(f"lab: failed: {failures[-1]}", flush=True)
+                continue
+            results.add(row)
+            progress.show(row)
+        if failures:
+            raise ValueError(f"{len(failures)} cells failed, the first is {failures[0]}. The same command goes on")
+
+
+@contextlib.contextmanager
+def _workers(config: ConfigDict, workdir: Path) -> Iterator[Any]:
+    """`submit(config, cell) -> future`; in `lab.workers` processes with a core each, or in this one for 0."""
+    if not config.lab.workers:
+        yield lambda cell_config, cell: _now(run_cell, cell_config, cell, workdir)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    cores = spawn.Queue()
+    available = sorted(os.sched_getaffinity(0))
+    for i in range(config.lab.workers):
+        cores.put(available[i % len(available)])
+    arguments = cores, str(workdir / "compiled")
+    pool = ProcessPoolExecutor(config.lab.workers, spawn, initializer=_begin, initargs=arguments)
+    try:
+        yield lambda cell_config, cell: pool.submit(run_cell, cell_config, cell, workdir)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin(cores: Any, compiled: str) -> None:
+    """Of a worker: cells have the same shapes, so what one has compiled the others read."""
+    os.sched_setaffinity(0, {cores.get()})
+    jax.config.update("jax_compilation_cache_dir", compiled)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _now(function: Any, *arguments: Any) -> Future:
+    future: Future = Future()
+    try:
+        future.set_result(function(*arguments))
+    except Exception as error:
+        future.set_exception(error)
+    return future
+
+
+def _with_before(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, each with the accuracy of its warm-up as "before"."""
+    warm = {(row["world"], row["seed"]): row["accuracy"] for row in rows if row["method"] == "sft"}
+    return [row | {"before": warm[row["world"], row["seed"]]} for row in rows]
+
+
+def report(
+    config: ConfigDict, workdir: Path, tuning: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]
+) -> None:
+    """Prints the tables, and writes them with the figures to `workdir`."""
+    home, text = _home(config), []
+    if tuning:
+        rates = [f"{rate:g}" for rate in config.lab.rates]
+        lines = [
+            [m, *(f"{100 * np.mean([r['accuracy'] for r in tuning if (r['method'], r['rate']) == (m, x)]):.1f}"
+                  for x in config.lab.rates)]
+            for m in dict.fromkeys(row["method"] for row in tuning)
+        ]  # fmt: skip
+        text.append(metrics.table("Learning rate, times the method's own: accuracy in %", ["method", *rates], lines))
+    for name, (question, of_table) in verdicts.TABLES.items():
+        columns, lines = verdicts.table(rows, home, of_table)
+        if len(lines) > 1:
+            text.append(metrics.table(f"{name}, {question}: accuracy in %, 95 % over seeds", columns, lines))
+    lines = verdicts.claim_lines(rows, home)
+    columns = ["table", "claim", "paper, 7B", "here, paired over seeds", "verdict"]
+    text.append(metrics.table("The paper's claims, in points", columns, lines))
+    worlds = verdicts.across_worlds(rows)
+    if len(worlds) > 1:
+        columns = ["world", "before", "GRPO", "SGPO", "SGPO - GRPO", "verdict"]
+        text.append(metrics.table("Where distillation helps: accuracy in %", columns, verdicts.world_lines(worlds)))
+        plots.worlds(worlds, workdir / "worlds.png")
+    (workdir / "tables.txt").write_text("".join(text), encoding="utf-8")
+    runs = {
+        method: [metrics.read_jsonl(workdir / str(_cell_of(row)) / "rl.jsonl") for row in rows
+                 if (row["world"], row["method"]) == (home, method)]
+        for method in config.lab.methods if method != "sft"
+    }  # fmt: skip
+    plots.overlay(runs, workdir / "dynamics.png")
+    print(f"Tables and figures: {workdir}", flush=True)
+
+
+def main(config, given) -> None:
+    if given.fast:
+        config.update(config.lab.fast)
+    check(config)
+    run(config, Path(given.workdir).expanduser())
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Folder of the results; goes on with what is there.")
+    flags.DEFINE_bool("fast", False, "The small lab: the changes of config.lab.fast.")
+    command.start(main, required=["config", "workdir"])
