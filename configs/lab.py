@@ -39,11 +39,11 @@ def get_config() -> ConfigDict:
 
     config.sft.use_strategy = True
     config.sft.batch = 128
-    config.sft.steps = 320
+    config.sft.steps = 450
     config.sft.learning_rate = 4e-3
     config.sft.max_response_tokens = 28
     config.sft.validation_share = 0.02
-    config.sft.validate_every = 100
+    config.sft.validate_every = 150
 
     config.rl.batch = 16
     config.rl.steps = 60
@@ -65,12 +65,10 @@ def get_config() -> ConfigDict:
             {
                 "base": {},
                 "weak-base": world(preference=0.5),
-                "strong-base": world(preference=0.8),
                 "one-stage": world(stages=1),
                 "four-methods": world(competing=4, preference=0.4),
                 "rare-success": world(competing=4, preference=0.3),
-                "noisy-strategies": world(noise=0.2),
-                "random-strategies": world(noise=0.5),
+                "noisy-strategies": world(noise=0.3),
             }
         )
         config.lab.fast = ConfigDict(
