@@ -15,14 +15,14 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict
 
 from sgpo_jax import checks, command, methods, metrics, plots, rl, sft, sharding, stage, verdicts
@@ -43,6 +43,10 @@ class Cell(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.world}/{self.method}@{self.rate:g}/seed{self.seed}"
+
+
+# Cells -> each with its row, or with what went wrong, as it finishes.
+RunAll = Callable[[Sequence[Cell]], Iterable[tuple[Cell, dict[str, Any] | Exception]]]
 
 
 def cell_config(config: ConfigDict, cell: Cell) -> ConfigDict:
@@ -91,13 +95,13 @@ def run(config: ConfigDict, workdir: Path) -> None:
     results = Results(config, workdir / "results.jsonl")
     tuning = tuning_cells(config)
     progress = Progress(results, [*_with_warm_ups(tuning), *_with_warm_ups(grid_cells(config, {}))])
-    with _workers(config, workdir) as submit:
-        _complete(tuning, results, submit, progress)
+    with _workers(config, workdir) as run_all:
+        _complete(tuning, results, run_all, progress)
         rates = {"sft": 1.0} if tuning else dict.fromkeys(config.lab.methods, float(config.lab.rates[0]))
         for method in dict.fromkeys(cell.method for cell in tuning):
             rates[method] = verdicts.best_rate(results.rows(tuning), method)
         grid = grid_cells(config, rates)
-        _complete(grid, results, submit, progress)
+        _complete(grid, results, run_all, progress)
     report(config, workdir, results.rows(tuning), _with_before(results.rows(_with_warm_ups(grid))))
 
 
@@ -210,31 +214,29 @@ def _with_warm_ups(cells: Sequence[Cell]) -> list[Cell]:
     return [*warm_ups, *(cell for cell in cells if cell.method != "sft")]
 
 
-def _complete(cells: Sequence[Cell], results: Results, submit: Any, progress: Progress) -> None:
+def _complete(cells: Sequence[Cell], results: Results, run_all: RunAll, progress: Progress) -> None:
     """Runs the cells that have no row yet, warm-ups first."""
     everything = _with_warm_ups(cells)
     for warm in (True, False):
         left = [cell for cell in everything if cell not in results and (cell.method == "sft") == warm]
-        running: dict[Future, Cell] = {submit(cell_config(results.config, cell), cell): cell for cell in left}
-        failures = []
-        for future in as_completed(running):
-            try:
-                row = future.result()
-            except Exception as error:
-                failures.append(f"{running[future]}: {type(error).__name__}: {error}")
-                print(f"lab: failed: {failures[-1]}", flush=True)
-                continue
-            results.add(row)
-            progress.show(row)
+        failures = {}
+        for cell, found in run_all(left):
+            if isinstance(found, Exception):
+                failures[cell] = f"{cell}: {type(found).__name__}: {found}"
+                print(f"lab: failed: {failures[cell]}", flush=True)
+            else:
+                results.add(found)
+                progress.show(found)
         if failures:
-            raise ValueError(f"{len(failures)} cells failed, the first is {failures[0]}. The same command goes on")
+            first = next(failures[cell] for cell in left if cell in failures)
+            raise ValueError(f"{len(failures)} of {len(left)} cells failed, the first is {first}")
 
 
 @contextlib.contextmanager
-def _workers(config: ConfigDict, workdir: Path) -> Iterator[Any]:
-    """`submit(config, cell) -> future`; in `lab.workers` processes with a core each, or in this one for 0."""
+def _workers(config: ConfigDict, workdir: Path) -> Iterator[RunAll]:
+    """Runs cells in `lab.workers` processes with a core each, or in this one for 0."""
     if not config.lab.workers:
-        yield lambda cell_config, cell: _now(run_cell, cell_config, cell, workdir)
+        yield lambda cells: ((cell, _attempt(config, cell, workdir)) for cell in cells)
         return
     spawn = multiprocessing.get_context("spawn")
     cores = spawn.Queue()
@@ -243,8 +245,14 @@ def _workers(config: ConfigDict, workdir: Path) -> Iterator[Any]:
         cores.put(available[i % len(available)])
     arguments = cores, str(workdir / "compiled")
     pool = ProcessPoolExecutor(config.lab.workers, spawn, initializer=_begin, initargs=arguments)
+
+    def run_all(cells: Sequence[Cell]) -> Iterator[tuple[Cell, dict[str, Any] | Exception]]:
+        running = {pool.submit(_attempt, config, cell, workdir): cell for cell in cells}
+        for future in as_completed(running):
+            yield running[future], future.result()
+
     try:
-        yield lambda cell_config, cell: pool.submit(run_cell, cell_config, cell, workdir)
+        yield run_all
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -252,17 +260,17 @@ def _workers(config: ConfigDict, workdir: Path) -> Iterator[Any]:
 def _begin(cores: Any, compiled: str) -> None:
     """Of a worker: cells have the same shapes, so what one has compiled the others read."""
     os.sched_setaffinity(0, {cores.get()})
+    logging.set_verbosity(logging.ERROR)
     jax.config.update("jax_compilation_cache_dir", compiled)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def _now(function: Any, *arguments: Any) -> Future:
-    future: Future = Future()
+def _attempt(config: ConfigDict, cell: Cell, workdir: Path) -> dict[str, Any] | Exception:
+    """The cell's row, or what went wrong: one cell must not cost the others."""
     try:
-        future.set_result(function(*arguments))
+        return run_cell(cell_config(config, cell), cell, workdir)
     except Exception as error:
-        future.set_exception(error)
-    return future
+        return error
 
 
 def _with_before(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

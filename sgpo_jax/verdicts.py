@@ -152,11 +152,12 @@ def _signed(found: Difference) -> str:
 
 def claim_lines(rows: Sequence[Row], world: str) -> list[list[str]]:
     """Lines of the table of claims: table, claim, the paper's points, measured points with interval, verdict."""
-    names = {method: name for _, methods in TABLES.values() for method, name in methods.items()} | {"sgpo": "SGPO"}
-    return [
-        [c.table, f"{names[c.better]} > {names[c.worse]}", f"{c.paper:+.1f}", _signed(difference), result]
-        for c, difference, result in claims(rows, world)
-    ]
+    lines = []
+    for claim, difference, result in claims(rows, world):
+        _, names = TABLES[claim.table]
+        text = f"{names[claim.better]} > {names[claim.worse]}"
+        lines.append([claim.table, text, f"{claim.paper:+.1f}", _signed(difference), result])
+    return lines
 
 
 class World(NamedTuple):

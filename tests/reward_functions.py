@@ -13,6 +13,10 @@ def half(problem, response):
     return 0.5
 
 
+def even(problem, response):
+    return len(response) % 2 == 0
+
+
 def by_row(problem, response):
     """Reads the row, prints, and returns what the tests ask for."""
     print("noise on stdout")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from sgpo_jax import plots
+from sgpo_jax import plots, verdicts
 
 ROWS = [
     {"step": 1, "reward_auto": 0.25, "reward_guided": 0.5, "alpha": 0.5, "loss": 9.0},
@@ -101,3 +101,45 @@ def test_summary_refuses_wrong_accuracies(tmp_path):
     for wrong in ((0.7, 0.75, 0.8), (0.9, 0.6, 0.8), (70.0, 60.0, 75.0), (0.5, -0.1, 0.6)):
         with pytest.raises(ValueError, match=r"guided: accuracy .* must lie in its interval"):
             plots.summary(ROWS, BEFORE, {**AFTER, "guided": wrong}, tmp_path / "summary.png")
+
+
+def test_methods_are_laid_over_each_other(tmp_path, drawn):
+    """The mean of each method's runs, the band between them, over the steps that all its runs have."""
+    runs = {
+        "sgpo": [ROWS, [{**row, "reward_auto": row["reward_auto"] / 2} for row in ROWS[:2]]],
+        "grpo": [[{key: value for key, value in row.items() if key != "alpha"} for row in ROWS]],
+    }
+    plots.overlay(runs, tmp_path / "dynamics.png")
+    assert (tmp_path / "dynamics.png").stat().st_size > 0
+    reward, alpha = drawn[0].axes
+    sgpo, grpo = reward.get_lines()
+    assert list(sgpo.get_xdata()) == [1, 2] and list(sgpo.get_ydata()) == [0.1875, 0.5625]
+    assert list(grpo.get_ydata()) == [0.25, 0.75, 0.5]
+    band = reward.collections[0].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == (0.125, 0.75)
+    assert [line.get_label() for line in alpha.get_lines()] == ["sgpo"]
+    (legend,) = drawn[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["sgpo", "grpo"]
+    with pytest.raises(ValueError, match="at least one of"):
+        plots.overlay({"sgpo": [[{"step": 1, "loss": 1.0}]]}, tmp_path / "none.png")
+
+
+def test_worlds_are_drawn_with_their_intervals(tmp_path, drawn):
+    def difference(mean, half):
+        return verdicts.Difference(mean, mean - half, mean + half, 5)
+
+    found = [
+        verdicts.World("base", 0.25, difference(0.8, 0.02), difference(0.85, 0.01), difference(0.05, 0.03)),
+        verdicts.World("rare", 0.02, difference(0.1, 0.02), difference(0.5, 0.01), difference(0.4, float("inf"))),
+    ]
+    plots.worlds(found, tmp_path / "worlds.png")
+    left, right = drawn[0].axes
+    assert [text.get_text() for text in left.get_yticklabels()] == ["base", "rare"]
+    (points,) = [line for line in left.get_lines() if line.get_marker() == "o"]
+    assert list(points.get_xdata()) == [0.05, 0.4] and list(points.get_ydata()) == [1, 0], "the first one on top"
+    ends = left.collections[0].get_segments()
+    assert [list(segment[:, 0]) for segment in ends] == [pytest.approx([0.02, 0.08]), pytest.approx([0.4, 0.4])]
+    before, grpo, sgpo = right.get_lines()
+    assert (list(before.get_xdata()), list(grpo.get_xdata()), list(sgpo.get_xdata())) == (
+        [0.25, 0.02], [0.8, 0.1], [0.85, 0.5],
+    )  # fmt: skip

@@ -1,0 +1,102 @@
+"""Intervals and verdicts from rows of results, against values worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from sgpo_jax import verdicts
+from sgpo_jax.methods import METHODS
+
+
+def row(method, seed, accuracy, world="base", rate=1.0, **more):
+    return {"world": world, "method": method, "rate": rate, "seed": seed, "accuracy": accuracy, **more}
+
+
+def test_an_interval_by_hand():
+    found = verdicts.interval([1.0, 2.0, 3.0])
+    half = 4.302652729911275 / math.sqrt(3)  # Student's t with 2 degrees of freedom; the standard deviation is 1
+    assert found == pytest.approx((2.0, 2.0 - half, 2.0 + half, 3))
+    assert verdicts.interval([0.5]) == (0.5, -math.inf, math.inf, 1)
+    assert verdicts.interval([0.5, 0.5]) == (0.5, 0.5, 0.5, 2)
+
+
+def test_intervals_of_five_seeds_hold_the_truth_nineteen_times_in_twenty():
+    rng = np.random.default_rng(0)
+    found = [verdicts.interval(values) for values in rng.normal(0.3, 0.1, size=(4000, 5))]
+    assert 0.94 < np.mean([one.low <= 0.3 <= one.high for one in found]) < 0.96
+
+
+def test_differences_are_paired_by_seed():
+    """Seeds differ by far more than methods do; a seed that one method lacks does not count."""
+    rows = [row("sgpo", seed, 0.1 * seed + 0.02 + 0.001 * (seed % 2)) for seed in range(6)]
+    rows += [row("grpo", seed, 0.1 * seed) for seed in (4, 3, 2, 1)] + [row("grpo", 5, 9.0, world="other")]
+    found = verdicts.paired(rows, "base", "sgpo", "grpo")
+    assert found.pairs == 4 and found.mean == pytest.approx(0.0205)
+    assert 0.019 < found.low < found.high < 0.022
+    back = verdicts.paired(rows, "base", "grpo", "sgpo")
+    assert (back.low, back.high) == pytest.approx((-found.high, -found.low))
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        ([0.1, 0.2, 0.15], "reproduced"),
+        ([-0.1, -0.2, -0.15], "contradicted"),
+        ([0.1, -0.2, 0.15], "not distinguishable"),
+        ([0.5], "not distinguishable"),
+        ([0.0, 0.0], "not distinguishable"),
+    ],
+)
+def test_verdicts(differences, expected):
+    assert verdicts.verdict(verdicts.interval(differences)) == expected
+
+
+def test_claims_are_those_of_methods_that_were_run():
+    rows = [row(method, seed, a + 0.01 * seed) for method, a in (("sgpo", 0.8), ("grpo", 0.6)) for seed in range(3)]
+    ((claim, difference, verdict),) = verdicts.claims(rows, "base")
+    assert (claim.better, claim.worse, claim.table, verdict) == ("sgpo", "grpo", "Table 1", "reproduced")
+    assert claim.paper == pytest.approx(2.2) and difference.mean == pytest.approx(0.2)
+    (line,) = verdicts.claim_lines(rows, "base")
+    assert line == ["Table 1", "SGPO > SFT+GRPO", "+2.2", "+20.0 [+20.0, +20.0]", "reproduced"]
+
+
+def test_every_claim_and_table_is_about_methods_that_exist():
+    named = {method for claim in verdicts.CLAIMS for method in (claim.better, claim.worse)}
+    shown = {method for _, methods in verdicts.TABLES.values() for method in methods}
+    assert named <= set(METHODS) and shown == set(METHODS)
+    assert {claim.table for claim in verdicts.CLAIMS} == set(verdicts.TABLES)
+
+
+def test_the_best_rate():
+    rows = [row("sgpo", s, a, rate=r) for r, a in ((2.0, 0.5), (0.5, 0.4), (1.0, 0.5)) for s in (7, 8)]
+    rows += [row("sgpo", 7, 0.9, rate=0.5), row("grpo", 7, 1.0, rate=4.0)]
+    assert verdicts.best_rate(rows[:6], "sgpo") == 1.0, "the smallest of the best"
+    assert verdicts.best_rate(rows, "sgpo") == 0.5, "by the mean over seeds"
+    with pytest.raises(ValueError, match="'hpt': no tuning results"):
+        verdicts.best_rate(rows, "hpt")
+
+
+def test_a_table_in_the_papers_layout():
+    rows = [
+        row(method, seed, (x + y) / 2, rate=rate, sets={"A": x, "B": y})
+        for method, rate, x, y in (("sgpo", 2.0, 0.8, 0.4), ("grpo", 1.0, 0.6, 0.2))
+        for seed in (0, 1)
+    ]
+    columns, lines = verdicts.table(rows, "base", {"grpo": "SFT+GRPO", "hpt": "HPT", "sgpo": "SGPO"})
+    assert columns == ["method", "A", "B", "average", "minus SGPO", "rate", "seeds"]
+    grpo = ["SFT+GRPO", "60.0 ± 0.0", "20.0 ± 0.0", "40.0 ± 0.0", "-20.0 [-20.0, -20.0]", "1", "2"]
+    assert lines == [grpo, ["SGPO", "80.0 ± 0.0", "40.0 ± 0.0", "60.0 ± 0.0", "", "2", "2"]]
+
+
+def test_worlds():
+    rows = [
+        row(method, seed, accuracy + 0.1 * seed, world=world, before=0.05 + 0.1 * seed)
+        for world, grpo, sgpo in (("base", 0.5, 0.5), ("rare", 0.1, 0.4))
+        for method, accuracy in (("grpo", grpo), ("sgpo", sgpo))
+        for seed in (0, 1)
+    ] + [row("sgpo", 0, 0.4, world="alone", before=0.0)]
+    base, rare = verdicts.across_worlds(rows)
+    assert (base.name, rare.name) == ("base", "rare") and base.before == pytest.approx(0.1)
+    assert rare.ahead.mean == pytest.approx(0.3) and rare.first.mean == pytest.approx(0.15)
+    assert [line[-1] for line in verdicts.world_lines([base, rare])] == ["not distinguishable", "SGPO ahead"]
