@@ -305,12 +305,13 @@ def report(
         text.append(metrics.table("Where distillation helps: accuracy in %", columns, verdicts.world_lines(worlds)))
         plots.worlds(worlds, workdir / "worlds.png")
     (workdir / "tables.txt").write_text("".join(text), encoding="utf-8")
-    runs = {
-        method: [metrics.read_jsonl(workdir / str(_cell_of(row)) / "rl.jsonl") for row in rows
-                 if (row["world"], row["method"]) == (home, method)]
-        for method in config.lab.methods if method != "sft"
-    }  # fmt: skip
-    plots.overlay(runs, workdir / "dynamics.png")
+    runs: dict[str, list] = {}
+    for row in rows:
+        path = workdir / str(_cell_of(row)) / "rl.jsonl"
+        if row["world"] == home and path.is_file():  # a run that failed at once has none
+            runs.setdefault(row["method"], []).append(metrics.read_jsonl(path))
+    if runs:
+        plots.overlay(runs, workdir / "dynamics.png")
     print(f"Tables and figures: {workdir}", flush=True)
 
 
