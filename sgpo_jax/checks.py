@@ -19,6 +19,7 @@ def check(config: ConfigDict) -> None:
     in_order = [stage for stage in STAGES if stage in stages]
     need("stages", stages == in_order and bool(stages), f"one or more of {STAGES}, in that order")
     need("seed", 0 <= config.seed < 2**32, "between 0 and 2**32 - 1")
+    positive("grace")
     whole(1, "max_skipped", "checkpoint.every", "checkpoint.keep")
 
     need("model.source", bool(config.model.source), "a folder, hub id, .gguf file, 'smollm2' or 'scratch'")

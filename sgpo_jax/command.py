@@ -12,6 +12,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sgpo_jax import config as configs
+from sgpo_jax.preemption import Preempted
 
 
 def start(run: Callable[[configs.ConfigDict, Any], None], required: Sequence[str]) -> None:
@@ -30,6 +31,8 @@ def start(run: Callable[[configs.ConfigDict, Any], None], required: Sequence[str
             raise app.UsageError(f"unexpected arguments: {argv[1:]}")
         try:
             run(flags.FLAGS.config, flags.FLAGS)
+        except Preempted as stopped:
+            print(f"sgpo_jax: {stopped}", flush=True)
         except (ValueError, ImportError, FloatingPointError, OSError) as error:
             sys.exit(f"sgpo_jax: {error}")
 

@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 STAGES = ("sft", "rl", "eval")
 # What a resumed run may have changed: how far, how often and where it runs, and how it is evaluated.
 MAY_CHANGE = (
-    "stages", "max_skipped", "rl.steps", "rl.epochs", "rl.eval_every", "eval", "checkpoint", "mesh", "extract", "lab"
+    "stages", "grace", "max_skipped", "rl.steps", "rl.epochs", "rl.eval_every", "eval", "checkpoint", "mesh", "extract",
+    "lab",
 )  # fmt: skip
 
 
@@ -23,6 +24,7 @@ def base() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # every random number of the run derives from it
     config.stages = STAGES  # stages to run, in this order
+    config.grace = 30.0  # seconds after SIGTERM in which a run ends its step and saves
     config.max_skipped = 3  # non-finite updates in a row that stop the run
 
     config.model = ConfigDict()

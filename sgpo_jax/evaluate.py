@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from sgpo_jax import checks, command, metrics, paper, rewards, scores, sharding, stage
+from sgpo_jax import checks, command, metrics, paper, preemption, rewards, scores, sharding, stage
 from sgpo_jax import config as configs
 from sgpo_jax import policy as policies
 from sgpo_jax.evaluation import evaluate_sets
@@ -157,6 +157,7 @@ def main(config, given) -> None:
     checks.check(config)
     if given.distributed:
         jax.distributed.initialize()
+    preemption.watch(config.grace)
     run(config, given.checkpoint, given.out, given.paper, given.limit)
 
 

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import data, metrics, rewards, scores
+from sgpo_jax import data, metrics, preemption, rewards, scores
 from sgpo_jax.policy import Policy
 from sgpo_jax.problems import unsolvable
 from sgpo_jax.respond import Graded, encode_prompts, grade, noise_key, pad_prompts, respond
@@ -94,6 +94,7 @@ def evaluate(
         part = slice(start, min(start + batch, len(rows)))
         if not left[part].any():
             continue
+        preemption.check()
         # The last batch is filled up, so that every batch has one shape.
         ids = np.minimum(np.arange(start, start + batch), len(rows) - 1)
         padded = pad_prompts(policy, [prompts[i] for i in ids], length)

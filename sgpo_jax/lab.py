@@ -14,6 +14,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -25,7 +26,7 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import ConfigDict
 
-from sgpo_jax import checks, command, methods, metrics, plots, rl, sft, sharding, stage, verdicts
+from sgpo_jax import checks, command, lock, methods, metrics, plots, rl, sft, sharding, stage, verdicts
 from sgpo_jax import config as configs
 from sgpo_jax.evaluation import evaluate_sets
 
@@ -261,8 +262,17 @@ def _begin(cores: Any, compiled: str) -> None:
     """Of a worker: cells have the same shapes, so what one has compiled the others read."""
     os.sched_setaffinity(0, {cores.get()})
     logging.set_verbosity(logging.ERROR)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     jax.config.update("jax_compilation_cache_dir", compiled)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would otherwise wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _attempt(config: ConfigDict, cell: Cell, workdir: Path) -> dict[str, Any] | Exception:
@@ -319,7 +329,9 @@ def main(config, given) -> None:
     if given.fast:
         config.update(config.lab.fast)
     check(config)
-    run(config, Path(given.workdir).expanduser())
+    workdir = Path(given.workdir).expanduser()
+    with lock.hold(workdir):
+        run(config, workdir)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """The command: `python -m sgpo_jax.main --config=configs/NAME.py --workdir=DIR [--config.field=value ...]`."""
 
+import contextlib
 from pathlib import Path
 
 import jax
 from absl import flags
+from jax.sharding import Mesh
 
-from sgpo_jax import checks, command, rewards, rl, sft, sharding, stage, summary
+from sgpo_jax import checks, command, lock, preemption, rewards, rl, sft, sharding, stage, summary
 from sgpo_jax import config as configs
 
 
@@ -13,12 +15,15 @@ def run(config, workdir: Path) -> None:
     """Runs the stages of the config in order, each from where it stopped."""
     mesh = sharding.make_mesh(**config.mesh)
     checks.check_mesh(config, mesh.shape["data"] * mesh.shape["fsdp"])
-    configs.check_resume(config, workdir / "config.json")
     rewards.check(config.rl.reward)
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(configs.to_json(config), encoding="utf-8")
+    with lock.hold(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
+        configs.check_resume(config, workdir / "config.json")
+        if jax.process_index() == 0:
+            (workdir / "config.json").write_text(configs.to_json(config), encoding="utf-8")
+        _run_stages(config, workdir, mesh)
 
+
+def _run_stages(config, workdir: Path, mesh: Mesh) -> None:
     policy, load = stage.load_policy(config)
 
     def initial():
@@ -40,6 +45,7 @@ def main(config, given) -> None:
     checks.check(config)
     if given.distributed:
         jax.distributed.initialize()
+    preemption.watch(config.grace)
     run(config, Path(given.workdir).expanduser())
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import cleaning, data, rewards, sharding, stage
+from sgpo_jax import cleaning, data, preemption, rewards, sharding, stage
 from sgpo_jax.batch import Batch, Group, pack_batch, specs
 from sgpo_jax.evaluation import evaluate_sets
 from sgpo_jax.metrics import Writer
@@ -86,8 +86,11 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
                     metrics["accuracy"] = score
                     metrics |= {f"accuracy_{name}": result["accuracy"] for name, result in scores.items()}
                 writer.write(done, metrics)
-                if score is not None or done % config.checkpoint.every == 0 or done == total:
+                preempted = preemption.requested()
+                if score is not None or done % config.checkpoint.every == 0 or done == total or preempted:
                     saved.save(done, state, score)
+                if preempted:
+                    preemption.check()
 
 
 def method(rl: ConfigDict) -> tuple[dict[str, Any], dict[str, Any]]:

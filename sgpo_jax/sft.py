@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import cleaning, data, logprobs, models, packing, sharding, stage
+from sgpo_jax import cleaning, data, logprobs, models, packing, preemption, sharding, stage
 from sgpo_jax import tokenizer as tokenizers
 from sgpo_jax.metrics import Writer
 from sgpo_jax.packing import Packed
@@ -60,8 +60,11 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
                     score = validation_loss(loss_of, state.params, validation, encode, config.sft.batch, mesh)
                     metrics["validation_loss"] = score
                 writer.write(done, metrics)
-                if score is not None or done % config.checkpoint.every == 0:
+                preempted = preemption.requested()
+                if score is not None or done % config.checkpoint.every == 0 or preempted:
                     saved.save(done, state, score)
+                if preempted:
+                    preemption.check()
 
 
 def load_rows(config: ConfigDict, workdir: Path, policy: Policy) -> tuple[list[dict], list[dict], dict[str, Encoded]]:

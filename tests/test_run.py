@@ -120,21 +120,38 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(undisturbed, 
     assert rows(tmp_path / "again", "rl") == rows(undisturbed[0], "rl")[:2]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("stage", "step"), [("sft", 5), ("rl", 2), ("rl", 7)])
-def test_a_killed_run_resumes_bit_for_bit(undisturbed, tmp_path, stage, step):
+def stop(workdir, stage, step, how):
+    """Starts a run, sends it a signal after `step` rows of a stage, and returns its exit code and output."""
     process = subprocess.Popen(
-        command(tmp_path), env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(workdir), env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
-    path, deadline = tmp_path / f"{stage}.jsonl", time.monotonic() + 300
+    path, deadline = workdir / f"{stage}.jsonl", time.monotonic() + 300
     try:
         while not (path.is_file() and len(path.read_text().splitlines()) >= step):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert not (tmp_path / "eval" / "after_guided.json").exists(), "killed too late to say anything"
+        process.send_signal(how)
+        output, _ = process.communicate(timeout=60)
+    assert not (workdir / "eval" / "after_guided.json").exists(), "stopped too late to say anything"
+    return process.returncode, output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "step"), [("sft", 5), ("rl", 2), ("rl", 7)])
+def test_a_killed_run_resumes_bit_for_bit(undisturbed, tmp_path, stage, step):
+    assert stop(tmp_path, stage, step, signal.SIGKILL)[0] == -signal.SIGKILL
+    run(tmp_path)
+    assert_same_run(undisturbed[0], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "step"), [("sft", 1), ("rl", 1)])
+def test_a_preempted_run_saves_exits_with_0_and_resumes_bit_for_bit(undisturbed, tmp_path, stage, step):
+    code, output = stop(tmp_path, stage, step, signal.SIGTERM)
+    assert code == 0 and output.rstrip().endswith("what was done is saved; the same command goes on")
+    done = len(rows(tmp_path, stage))
+    assert (tmp_path / stage / "checkpoints" / str(done)).is_dir(), "no step is lost"
     run(tmp_path)
     assert_same_run(undisturbed[0], tmp_path)
 
