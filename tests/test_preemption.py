@@ -18,7 +18,7 @@ if sys.argv[2] == "steps":
     while True:
         time.sleep(0.05)
         preemption.check()
-jax.jit(lambda x: jax.lax.while_loop(lambda x: x > 0, lambda x: x * 1.0, x))(1.0).block_until_ready()  # never ends
+jax.jit(lambda x: jax.lax.fori_loop(0, 2 * 10**9, lambda i, x: jax.numpy.sin(x), x))(1.0).block_until_ready()  # minutes
 """
 
 
