@@ -1,19 +1,28 @@
 """Checkpoints of a stage: the whole TrainState and the seed of the run, written by Orbax.
 
-Kept are the last few and the best. A save is atomic, so a kill in the middle leaves the one before.
+Kept are the last few and the best. A save is atomic, so a kill in the middle leaves the one before; checksums tell
+when a checkpoint is no longer what was saved.
 """
 
 from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
+from sgpo_jax import seal
 from sgpo_jax.train_step import TrainState
+
+FORMAT = 1  # of what is saved; another one is refused
+
+
+class Damaged(ValueError):
+    """A checkpoint is not what was saved."""
 
 
 class Checkpoints:
-    """The checkpoints of one folder; a context manager that waits for the last save.
+    """The checkpoints of one folder; a context manager that waits for the last save. Damaged ones are set aside.
 
     Args:
       folder: made when absent.
@@ -22,9 +31,16 @@ class Checkpoints:
       higher_is_better: whether the best is the highest or the lowest.
       seed: of the run. With the step it fixes the data position and all noise, so a run goes on only under the seed of
         its checkpoint.
+      stop_on_error: whether a checkpoint that cannot be saved (a full disk) stops the run; else it is said and the run
+        goes on, with the last one that could.
     """
 
-    def __init__(self, folder: str | Path, keep: int, best: str, higher_is_better: bool, seed: int):
+    def __init__(
+        self, folder: str | Path, keep: int, best: str, higher_is_better: bool, seed: int, stop_on_error: bool = True
+    ):
+        self._folder = Path(folder).absolute()
+        self._stop_on_error = stop_on_error
+        self._set_aside_damaged()
         self._best = best
         self._seed = seed
         self._higher_is_better = higher_is_better
@@ -41,12 +57,13 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept), best_fn=lambda metrics: metrics[best]
         )
-        self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.wait()
         self._manager.close()
 
     def latest_step(self) -> int | None:
@@ -68,22 +85,101 @@ class Checkpoints:
         return None if metrics is None else metrics.get(self._best)
 
     def save(self, step: int, state: TrainState, score: float | None = None) -> None:
-        """Saves the state after `step`; `score` is its value of the metric that tells the best one."""
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave({"seed": self._seed}))
-        self._manager.save(step, args=args, metrics=None if score is None else {self._best: float(score)})
+        """Saves the state after `step`; `score` is its value of the metric that tells the best one.
+
+        Raises:
+          OSError: this or an earlier save failed, and `stop_on_error` is set.
+        """
+        self.wait()
+        run = {"format": FORMAT, "seed": self._seed}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
+        metrics = None if score is None else {self._best: float(score)}
+        try:
+            self._manager.save(step, args=args, metrics=metrics)
+        except Exception as error:
+            self._failed(error)
 
     def wait(self) -> None:
-        """Returns when every save has been written."""
-        self._manager.wait_until_finished()
+        """Returns when every save has been written, with its checksums.
+
+        Raises:
+          OSError: one failed, and `stop_on_error` is set.
+        """
+        try:
+            self._manager.wait_until_finished()
+            if jax.process_index() == 0:
+                for step in self._manager.all_steps():
+                    if not seal.is_written(self._folder / str(step)):
+                        seal.write(self._folder / str(step))
+                seal.forget_missing(self._folder)
+        except Exception as error:
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        self._manager.reload()  # without the step that is not there
+        last = self.latest_step()
+        kept = "there is none yet" if last is None else f"the last good one is {self._folder / str(last)}"
+        message = f"a checkpoint could not be saved ({_first_line(error)}); {kept}"
+        if self._stop_on_error:
+            raise OSError(message) from error
+        print(f"warning: {message}; the run goes on", flush=True)
 
     def restore(self, step: int, state: TrainState) -> TrainState:
-        """The state saved after `step`, placed as `state` (arrays or ShapeDtypeStructs with shardings)."""
+        """The state saved after `step`, placed as `state` (arrays or ShapeDtypeStructs with shardings).
+
+        Raises:
+          Damaged: files are missing or not what was saved.
+          ValueError: it is of another format, model or optimizer.
+        """
+        path = self._folder / str(step)
+        if found := seal.damage(path, quick=False):
+            raise Damaged(f"checkpoint {path} is damaged: {found}")
+        saved = self._run(step).get("format")
+        if saved != FORMAT:
+            raise ValueError(f"checkpoint {path} has format {saved!r}; this version reads {FORMAT}")
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-        return self._manager.restore(step, args=args)["state"]
+        try:
+            return self._manager.restore(step, args=args)["state"]
+        except (ValueError, KeyError, TypeError) as error:
+            message = f"checkpoint {path} is of another model or optimizer than the config's: {_first_line(error)}"
+            raise ValueError(message) from error
 
-    def check_seed(self, step: int) -> None:
-        """Raises ValueError unless the state after `step` was saved under this run's seed."""
-        seed = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]["seed"]
+    def restore_latest(self, state: TrainState) -> TrainState | None:
+        """The newest state that is whole, or None where nothing was saved. Damaged ones are set aside, and named.
+
+        Raises:
+          ValueError: it is of another seed, format, model or optimizer; or all there is is damaged.
+        """
+        while (step := self.latest_step()) is not None:
+            self._check_seed(step)
+            try:
+                return self.restore(step, state)
+            except Damaged:
+                self._set_aside_damaged(quick=False)
+                self._manager.reload()
+        if damaged := sorted(self._folder.glob("*.damaged")):
+            raise ValueError(f"no checkpoint is left but {', '.join(map(str, damaged))}; remove it to begin anew")
+        return None
+
+    def _check_seed(self, step: int) -> None:
+        seed = self._run(step).get("seed")
         if seed != self._seed:
-            raise ValueError(f"seed={self._seed}: the checkpoint {self._manager.directory / str(step)} has {seed}")
+            raise ValueError(f"seed={self._seed}: the checkpoint {self._folder / str(step)} has {seed}")
+
+    def _run(self, step: int) -> dict:
+        return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+
+    def _set_aside_damaged(self, quick: bool = True) -> None:
+        if jax.process_index() == 0 and self._folder.is_dir():
+            for path in self._folder.iterdir():
+                if path.name.isdigit() and (found := seal.damage(path, quick)):
+                    aside = seal.set_aside(path)
+                    print(f"warning: checkpoint {path} is damaged: {found}; it is now {aside.name}", flush=True)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

@@ -152,6 +152,7 @@ def base() -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 20  # steps
     config.checkpoint.keep = 2  # latest ones; the best is kept besides
+    config.checkpoint.stop_on_error = True  # when one cannot be saved (full disk); else the run says so and goes on
 
     config.mesh = ConfigDict()  # sizes multiply to the number of devices; one may be -1
     config.mesh.data = 1  # copies of the parameters

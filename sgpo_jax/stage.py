@@ -60,7 +60,9 @@ def optimizer(config: ConfigDict, stage: str, total_steps: int) -> tuple[optax.G
 
 def checkpoints(config: ConfigDict, workdir: Path, stage: str) -> Checkpoints:
     """The checkpoints of a stage."""
-    return Checkpoints(workdir / stage / "checkpoints", config.checkpoint.keep, *BEST[stage], config.seed)
+    fields = config.checkpoint
+    folder = workdir / stage / "checkpoints"
+    return Checkpoints(folder, fields.keep, *BEST[stage], config.seed, fields.stop_on_error)
 
 
 def state_shardings(policy: Policy, tx: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, TrainState]:
@@ -70,21 +72,17 @@ def state_shardings(policy: Policy, tx: optax.GradientTransformation, mesh: Mesh
     return shapes, sharding.tree_shardings(shapes, mesh)
 
 
-def restore(saved: Checkpoints, step: int, policy: Policy, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    shapes, shardings = state_shardings(policy, tx, mesh)
-    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    return saved.restore(step, target)
+def _placed(shapes: TrainState, shardings: TrainState) -> TrainState:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def start(
     saved: Checkpoints, initial: Callable[[], Any], policy: Policy, tx: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """The state of the latest checkpoint, or the one before the first step, with the parameters of `initial()`."""
-    step = saved.latest_step()
-    if step is not None:
-        saved.check_seed(step)
-        return restore(saved, step, policy, tx, mesh)
-    _, shardings = state_shardings(policy, tx, mesh)
+    shapes, shardings = state_shardings(policy, tx, mesh)
+    if (state := saved.restore_latest(_placed(shapes, shardings))) is not None:
+        return state
     params = jax.device_put(initial(), shardings.params)
     return jax.jit(partial(init_state, optimizer=tx), out_shardings=shardings)(params)
 
@@ -109,7 +107,7 @@ def params_at(config: ConfigDict, workdir: Path, stage: str, step: int, policy: 
     """Parameters of the checkpoint after `step` of a stage."""
     tx, _ = optimizer(config, stage, total_steps=1)  # only its state's shape matters here
     with checkpoints(config, workdir, stage) as saved:
-        return restore(saved, step, policy, tx, mesh).params
+        return saved.restore(step, _placed(*state_shardings(policy, tx, mesh))).params
 
 
 def watch_skipped(folder: Path, step: int, skipped: int, limit: int, batch: Any) -> None:

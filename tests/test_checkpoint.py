@@ -1,0 +1,194 @@
+"""Checkpoints that are not what was saved: found, named, and the last good one used."""
+
+import errno
+import resource
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sgpo_jax import seal
+from sgpo_jax.checkpoint import Checkpoints
+from sgpo_jax.train_step import TrainState
+
+
+def state(value, width=40):
+    kernel = value + jnp.arange(50.0 * width).reshape(50, width)
+    params = {"layers": {"kernel": kernel}, "scale": jnp.full(3, value, float)}
+    return TrainState(step=jnp.int32(value), params=params, opt_state=(jnp.float32(value),), skipped=jnp.int32(0))
+
+
+def checkpoints(folder, **more):
+    return Checkpoints(folder, **{"keep": 2, "best": "score", "higher_is_better": True, "seed": 0} | more)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Steps 1, 2 and 3, of which 1 is the best."""
+    folder = tmp_path_factory.mktemp("saved")
+    with checkpoints(folder) as saved:
+        for step, score in ((1, 0.9), (2, 0.1), (3, None)):
+            saved.save(step, state(step), score)
+    return folder
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(bytes(content))
+
+
+DAMAGES = {
+    "truncate": truncate,
+    "flip": flip,
+    "delete": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+}
+
+
+def names(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_whichever_file_is_damaged_the_one_before_is_used(saved, tmp_path, capfd, how):
+    """Every file of the latest checkpoint in turn, what holds the arrays and what only describes them."""
+    files = names(saved / "3")
+    assert len(files) > 10
+    for number, name in enumerate(files):
+        folder = tmp_path / str(number)
+        shutil.copytree(saved, folder)
+        DAMAGES[how](folder / "3" / name)
+        with checkpoints(folder) as found:
+            restored = found.restore_latest(state(0))
+            jax.tree.map(np.testing.assert_array_equal, restored, state(2))
+            found.save(3, state(3))
+        output, errors = capfd.readouterr()
+        assert f"warning: checkpoint {folder / '3'} is damaged: {name} " in output
+        assert "Traceback" not in output + errors
+        assert (folder / "3.damaged").is_dir()
+        with checkpoints(folder) as found:
+            assert found.all_steps() == [1, 2, 3] and found.best_step() == 1
+            jax.tree.map(np.testing.assert_array_equal, found.restore_latest(state(0)), state(3))
+
+
+def test_a_large_file_that_changed_is_found_when_it_is_read(saved, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(seal, "SMALL", 100)
+    shutil.copytree(saved, tmp_path / "run")
+    large = max((tmp_path / "run" / "3").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    flip(large)
+    with checkpoints(tmp_path / "run") as found:
+        assert found.latest_step() == 3, "its size is right"
+        with pytest.raises(ValueError, match="3 is damaged: .* has changed since it was saved"):
+            found.restore(3, state(0))
+        jax.tree.map(np.testing.assert_array_equal, found.restore_latest(state(0)), state(2))
+        assert found.all_steps() == [1, 2]
+
+
+def test_never_silently_fresh(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "run")
+    for step in (1, 2, 3):
+        flip(tmp_path / "run" / str(step) / "run" / "metadata")
+    with checkpoints(tmp_path / "run") as found:
+        assert found.latest_step() is None
+        with pytest.raises(ValueError, match=r"no checkpoint is left but .*1.damaged.*3.damaged; remove it to begin"):
+            found.restore_latest(state(0))
+    with checkpoints(tmp_path / "empty") as found:
+        assert found.restore_latest(state(0)) is None
+
+
+def test_damaged_checksums_and_files_that_were_not_there(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "run")
+    assert seal.damage(tmp_path / "run" / "3", quick=False) is None
+    (tmp_path / "run" / "3" / "state" / "new").write_text("?")
+    assert seal.damage(tmp_path / "run" / "3", quick=True) == "state/new was not there when it was saved"
+    for text in ("", "[]", '{"a": 3}', '{"a": [1]}', "\x00"):
+        (tmp_path / "run" / "2.files.json").write_text(text)
+        assert "its checksums 2.files.json cannot be read" in seal.damage(tmp_path / "run" / "2", quick=True)
+
+
+def test_a_checkpoint_that_a_kill_left_without_checksums_is_used_and_sealed(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "run")
+    (tmp_path / "run" / "3.files.json").unlink()
+    with checkpoints(tmp_path / "run") as found:
+        jax.tree.map(np.testing.assert_array_equal, found.restore_latest(state(0)), state(3))
+        found.wait()
+    assert seal.is_written(tmp_path / "run" / "3")
+
+
+def test_checksums_go_with_their_checkpoints(saved):
+    assert sorted(path.name for path in saved.glob("*.json")) == ["1.files.json", "2.files.json", "3.files.json"]
+    shutil.copytree(saved, saved.parent / "more")
+    with checkpoints(saved.parent / "more") as found:
+        found.save(4, state(4), 0.95)
+        found.wait()
+    assert sorted(path.name for path in (saved.parent / "more").glob("*.json")) == ["3.files.json", "4.files.json"]
+
+
+def test_another_format_and_another_model_are_refused(saved, tmp_path, monkeypatch):
+    with checkpoints(saved) as found:
+        for other in (state(0, width=41), state(0).replace(params={"scale": jnp.zeros(3)})):
+            with pytest.raises(ValueError, match="checkpoint .*/3 is of another model or optimizer than the config's"):
+                found.restore_latest(other)
+        monkeypatch.setattr("sgpo_jax.checkpoint.FORMAT", 2)
+        with pytest.raises(ValueError, match="checkpoint .*/3 has format 1; this version reads 2"):
+            found.restore_latest(state(0))
+    assert names(saved / "3"), "a refusal leaves it where it is"
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_a_full_disk(saved, tmp_path, monkeypatch, capsys, stop):
+    shutil.copytree(saved, tmp_path / "run")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with checkpoints(tmp_path / "run", stop_on_error=stop) as found:
+        real = found._manager.save
+
+        def save(*arguments, **more):
+            raise full
+
+        monkeypatch.setattr(found._manager, "save", save)
+        message = "could not be saved .*No space left on device.*; the last good one is .*/3"
+        if stop:
+            with pytest.raises(OSError, match=message):
+                found.save(4, state(4))
+        else:
+            found.save(4, state(4))
+            assert "No space left on device" in capsys.readouterr().out
+        monkeypatch.setattr(found._manager, "save", real)
+        jax.tree.map(np.testing.assert_array_equal, found.restore_latest(state(0)), state(3))
+        found.save(5, state(5))
+    with checkpoints(tmp_path / "run") as found:
+        assert found.latest_step() == 5
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_a_limit_of_the_system_in_the_middle_of_a_save(saved, tmp_path, capfd, stop):
+    """The system itself refuses to let a file grow, while Orbax writes in the background."""
+    shutil.copytree(saved, tmp_path / "run")
+    noise = jax.random.normal(jax.random.key(0), (50, 40))  # cannot be compressed below the limit
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with checkpoints(tmp_path / "run", stop_on_error=stop) as found:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
+        try:
+            large = state(4).replace(params={"layers": {"kernel": noise}, "scale": jnp.ones(3)})
+            if stop:
+                with pytest.raises(OSError, match="a checkpoint could not be saved .*; the last good one is .*/3"):
+                    found.save(4, large)
+                    found.wait()
+            else:
+                found.save(4, large)
+                found.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert found.latest_step() == 3
+        jax.tree.map(np.testing.assert_array_equal, found.restore_latest(state(0)), state(3))
+        found.save(5, state(5))
+    with checkpoints(tmp_path / "run") as found:
+        assert found.all_steps()[-1] == 5
+        jax.tree.map(np.testing.assert_array_equal, found.restore_latest(state(0)), state(5))
