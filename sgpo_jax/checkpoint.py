@@ -116,7 +116,6 @@ class Checkpoints:
             self._failed(error)
 
     def _failed(self, error: Exception) -> None:
-        self._manager.reload()  # without the step that is not there
         last = self.latest_step()
         kept = "there is none yet" if last is None else f"the last good one is {self._folder / str(last)}"
         message = f"a checkpoint could not be saved ({_first_line(error)}); {kept}"

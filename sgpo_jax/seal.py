@@ -57,7 +57,6 @@ def set_aside(folder: Path) -> Path:
     if aside.exists():
         shutil.rmtree(aside)
     os.replace(folder, aside)
-    _seal(folder).unlink(missing_ok=True)
     return aside
 
 

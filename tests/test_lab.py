@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from test_config import load
@@ -181,6 +182,22 @@ def test_a_cell_that_fails_does_not_cost_the_others(config, tmp_path, monkeypatc
     lab.run(config, tmp_path)
     (row,) = [r for r in read_jsonl(tmp_path / "results.jsonl") if (r["method"], r["seed"]) == ("sgpo", 0)]
     assert row["accuracy"] == 0.0 and row["failed"] == "step 2: the gradient was not finite"
+
+
+def test_methods_begin_with_the_warm_up_of_their_world_and_seed(config, tmp_path, monkeypatch):
+    config.lab.update({"rates": (1.0,), "worlds": ("base",), "methods": ("grpo", "sgpo"), "seeds": (0, 1)})
+    begun = {}
+
+    def train(config, workdir, policy, initial, mesh):
+        begun[config.seed, config.rl.guided] = jax.device_get(initial())
+        saved = lab.stage.best_params(config, tmp_path / f"base/sft@1/seed{config.seed}", "sft", policy, mesh)
+        jax.tree.map(np.testing.assert_array_equal, begun[config.seed, config.rl.guided], jax.device_get(saved))
+
+    monkeypatch.setattr(lab.rl, "train", train)
+    lab.run(config, tmp_path)
+    assert set(begun) == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    kernels = [begun[seed, 1]["embed"]["embedding"] for seed in (0, 1)]
+    assert not np.array_equal(*kernels)
 
 
 @pytest.mark.slow
