@@ -57,6 +57,10 @@ def check(config: ConfigDict) -> None:
         need("sft.validation_share", 0 < share < 1, "between 0 and 1, both excluded")
     if "rl" in stages:
         need("data.train", bool(config.data.train), "a source of problems: see data.load")
+        whole(1, "monitor.window")
+        whole(0, "monitor.least_entropy", "monitor.least_length")
+        within(0.0, 1.0, "monitor.most_truncated", "monitor.most_identical", "monitor.most_clipped")
+        choice("monitor.action", "warn", "stop")
         need("data.sft_share", config.data.sft_share < 1 or bool(config.sft.train), "below 1: RL needs problems too")
         whole(1, "rl.updates_per_batch", "rl.max_new_tokens")
         whole(0, "rl.guided")

@@ -15,7 +15,7 @@ STAGES = ("sft", "rl", "eval")
 # What a resumed run may have changed: how far, how often and where it runs, and how it is evaluated.
 MAY_CHANGE = (
     "stages", "grace", "max_skipped", "rl.steps", "rl.epochs", "rl.eval_every", "eval", "checkpoint", "mesh", "extract",
-    "lab",
+    "lab", "monitor",
 )  # fmt: skip
 
 
@@ -103,6 +103,15 @@ def base() -> ConfigDict:
     config.rl.sft_weight = 1.0  # HPT's weight of the demonstration
     config.rl.micro_batch = 64  # rows of packed responses whose activations are held at once, over all devices
     config.rl.eval_every = 0  # steps between evaluations during training; 0 is never
+
+    config.monitor = ConfigDict()  # signs of a collapse during RL, each a mean over the last `window` steps
+    config.monitor.window = 10  # steps
+    config.monitor.least_entropy = 0.005  # nats per token
+    config.monitor.least_length = 2.0  # tokens of a response
+    config.monitor.most_truncated = 0.9  # share of responses cut at the limit
+    config.monitor.most_identical = 0.98  # share of problems whose responses are all the same
+    config.monitor.most_clipped = 0.5  # share of the targets' tokens whose KL is clipped
+    config.monitor.action = "warn"  # or "stop", after a checkpoint
 
     config.eval = ConfigDict()
     config.eval.sets = ConfigDict()  # name -> ConfigDict(source=..., samples=k), k responses per problem for avg@k

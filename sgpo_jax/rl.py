@@ -4,6 +4,7 @@ The methods SGPO is compared with (`methods.py`) are the same loop with another 
 """
 
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import cleaning, data, preemption, rewards, sharding, stage
+from sgpo_jax import cleaning, data, monitor, preemption, rewards, sharding, stage
 from sgpo_jax.batch import Batch, Group, pack_batch, specs
 from sgpo_jax.evaluation import evaluate_sets
 from sgpo_jax.metrics import Writer
@@ -47,6 +48,7 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
         ids = np.arange(len(batch_rows))
         return padded, respond(policy, params, padded, ids, key, mesh, group=group, **sampling)
 
+    watch = collapse_watch(config.monitor)
     with stage.checkpoints(config, workdir, "rl") as saved, jax.set_mesh(mesh):
         state = stage.start(saved, initial, policy, tx, mesh)
         first = int(state.step)
@@ -86,11 +88,14 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
                     metrics["accuracy"] = score
                     metrics |= {f"accuracy_{name}": result["accuracy"] for name, result in scores.items()}
                 writer.write(done, metrics)
+                collapsed = watch(metrics)
                 preempted = preemption.requested()
-                if score is not None or done % config.checkpoint.every == 0 or done == total or preempted:
+                if score is not None or done % config.checkpoint.every == 0 or done == total or preempted or collapsed:
                     saved.save(done, state, score)
                 if preempted:
                     preemption.check()
+                if collapsed:
+                    raise FloatingPointError(f"step {done}: {collapsed}; stopped, as monitor.action asks")
 
 
 def method(rl: ConfigDict) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -100,6 +105,23 @@ def method(rl: ConfigDict) -> tuple[dict[str, Any], dict[str, Any]]:
     of_batch = {name: rl[name] for name in ("guide", "target", "distillation", *weights)}
     of_update = {name: rl[name] for name in terms}
     return of_batch, of_update | {"normaliser": rl.max_new_tokens if rl.normaliser == "constant" else 0}
+
+
+def collapse_watch(limits: ConfigDict) -> Callable[[dict[str, float]], str]:
+    """A function of each step's metrics that prints a sign of a collapse when it appears, and returns why to stop."""
+    rows: deque[dict[str, float]] = deque(maxlen=limits.window)
+    known: set[str] = set()
+
+    def watch(metrics: dict[str, float]) -> str:
+        rows.append(metrics)
+        found = monitor.signs(list(rows), limits)
+        for field in found.keys() - known:
+            print(f"warning: {found[field]}", flush=True)
+        known.clear()
+        known.update(found)
+        return "; ".join(found.values()) if limits.action == "stop" else ""
+
+    return watch
 
 
 def load_rows(config: ConfigDict, workdir: Path, policy: Policy) -> tuple[list[dict], dict[bool, dict[str, list[int]]]]:
@@ -146,6 +168,7 @@ def _rollout_metrics(autonomous: Graded, guided: Graded | None) -> dict[str, flo
         **metrics,
         "response_length": float(autonomous.rollout.lengths.mean()),
         "truncated": float((autonomous.rollout.finish != STOP).mean()),
+        "identical": float(np.mean([len(set(group)) == 1 for group in autonomous.texts])),
         **{name: outcomes.count(name) / len(outcomes) for name in rewards.FAILURES},
     }
 

@@ -1,0 +1,56 @@
+"""Signs of a collapse, from rows made up for the purpose."""
+
+import pytest
+
+from sgpo_jax import config as configs
+from sgpo_jax import monitor, rl
+
+HEALTHY = {"entropy": 0.5, "response_length": 90.0, "truncated": 0.1, "identical": 0.2, "kl_clip_share": 0.02}
+
+
+@pytest.fixture
+def limits():
+    limits = configs.base().monitor
+    limits.window = 3
+    return limits
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "expected"),
+    [
+        ("entropy", 0.001, "entropy is 0.001, below monitor.least_entropy=0.005: the policy hardly explores"),
+        ("response_length", 1.0, "response_length is 1, below monitor.least_length=2"),
+        ("truncated", 0.95, "truncated is 0.95, above monitor.most_truncated=0.9"),
+        ("identical", 1.0, "identical is 1, above monitor.most_identical=0.98"),
+        ("kl_clip_share", 0.75, "kl_clip_share is 0.75, above monitor.most_clipped=0.5"),
+    ],
+)
+def test_each_sign_is_seen_in_the_mean_of_the_window(limits, metric, value, expected):
+    sick = HEALTHY | {metric: value}
+    assert monitor.signs([HEALTHY] * 9, limits) == {}
+    assert monitor.signs([sick] * 2, limits) == {}, "too few rows to tell"
+    assert monitor.signs([sick, sick, sick, HEALTHY, HEALTHY, sick], limits) == {}, "two of the window are well"
+    (found,) = monitor.signs([HEALTHY, sick, sick, sick], limits).values()
+    assert found.startswith(expected)
+    for unknown in (None, float("nan")):
+        assert monitor.signs([sick, sick, sick | {metric: unknown}], limits) == {}
+    without = {name: other for name, other in HEALTHY.items() if name != metric}
+    assert monitor.signs([without] * 3, limits) == {}, "plain GRPO has no KL"
+
+
+def test_every_limit_is_a_field_of_the_config(limits):
+    assert {*monitor.LIMITS, "window", "action"} == set(limits)
+
+
+def test_a_sign_is_said_once_and_again_when_it_comes_back(limits, capsys):
+    limits.window = 1
+    watch = rl.collapse_watch(limits)
+    sick = HEALTHY | {"entropy": 0.0}
+    said = []
+    for row in (HEALTHY, sick, sick, HEALTHY, sick):
+        assert watch(row) == ""
+        said.append(capsys.readouterr().out.count("warning: entropy is 0, below"))
+    assert said == [0, 1, 0, 0, 1]
+    limits.action = "stop"
+    watch = rl.collapse_watch(limits)
+    assert watch(HEALTHY) == "" and watch(sick).startswith("entropy is 0, below")
