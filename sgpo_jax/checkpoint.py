@@ -4,6 +4,7 @@ Kept are the last few and the best. A save is atomic, so a kill in the middle le
 """
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -77,13 +78,24 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def restore(self, step: int, state: TrainState) -> TrainState:
-        """The state saved after `step`, placed as `state` (arrays or ShapeDtypeStructs with shardings)."""
+        """The state saved after `step`, placed as `state` (arrays or ShapeDtypeStructs with shardings).
+
+        Raises:
+          ValueError: the checkpoint is damaged, or of another model.
+        """
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-        return self._manager.restore(step, args=args)["state"]
+        return self._read(step, state=ocp.args.StandardRestore(target))["state"]
+
+    def _read(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise ValueError(
+                f"checkpoint {self._manager.directory / str(step)}: it is damaged, or of another model ({error})"
+            ) from error
 
     def check_seed(self, step: int) -> None:
         """Raises ValueError unless the state after `step` was saved under this run's seed."""
-        seed = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]["seed"]
+        seed = self._read(step, run=ocp.args.JsonRestore())["run"]["seed"]
         if seed != self._seed:
             raise ValueError(f"seed={self._seed}: the checkpoint {self._manager.directory / str(step)} has {seed}")

@@ -310,7 +310,7 @@ def main(config, given) -> None:
     if given.fast:
         config.update(config.lab.fast)
     check(config)
-    run(config, Path(given.workdir).expanduser())
+    run(config, command.folder("workdir", given.workdir))
 
 
 if __name__ == "__main__":

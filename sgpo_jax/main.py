@@ -38,9 +38,10 @@ def run(config, workdir: Path) -> None:
 
 def main(config, given) -> None:
     checks.check(config)
+    workdir = command.folder("workdir", given.workdir)
     if given.distributed:
         jax.distributed.initialize()
-    run(config, Path(given.workdir).expanduser())
+    run(config, workdir)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,10 @@ def tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
         )
     tokens = _field(reader, "tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges")]
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    try:
+        backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    except Exception as error:
+        raise ValueError(f"tokenizer.ggml.tokens and .merges of {path} do not make a tokenizer: {error}") from error
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
