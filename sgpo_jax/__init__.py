@@ -6,7 +6,8 @@ from importlib import metadata
 
 _JAX = (0, 10, 2)  # as in setup.py; an older one lacks names that are imported, and would fail with those
 
-if (_found := metadata.version("jax")) and tuple(map(int, re.findall(r"\d+", _found)[:3])) < _JAX:
+_found = metadata.version("jax")
+if tuple(map(int, re.findall(r"\d+", _found)[:3])) < _JAX:
     # With this name Python answers `python -m sgpo_jax.main` in one line.
     raise ImportError(f"sgpo_jax needs jax {'.'.join(map(str, _JAX))} or newer; installed is {_found}", name=__name__)
 

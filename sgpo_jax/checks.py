@@ -175,7 +175,8 @@ def check_lab(config: ConfigDict) -> None:
     need("lab.rates", numbers and len(set(rates)) == len(rates) > 0, "different numbers above 0")
     whole(0, "lab.workers")
     worlds = config.lab.worlds
-    need("lab.worlds", bool(worlds) and all(world in [*config.lab.changes] for world in worlds), f"of {[*config.lab.changes]}")
+    known = [*config.lab.changes]
+    need("lab.worlds", bool(worlds) and all(world in known for world in worlds), f"of {known}")
     need("eval.sets", len(config.eval.sets) > 0, "one or more sets, for the lab to compare on")
 
 

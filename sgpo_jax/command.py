@@ -28,8 +28,8 @@ def start(run: Callable[[configs.ConfigDict, Any], None], required: Sequence[str
     flags.mark_flags_as_required(required)
 
     def main(argv: list[str]) -> None:
-        logging.set_verbosity(logging.ERROR)  # JAX and Orbax report every step of theirs
-        standard_logging.getLogger("asyncio").disabled = True  # and every array that a failed checkpoint gave up
+        logging.set_verbosity(logging.FATAL)  # JAX and Orbax report every step of theirs, and errors that they raise too
+        standard_logging.getLogger("asyncio").disabled = True  # for each array of a checkpoint that failed
         if len(argv) > 1:
             raise app.UsageError(f"unexpected arguments: {argv[1:]}")
         try:

@@ -136,7 +136,7 @@ def _checked(found: Mapping[str, Any], paths: Mapping[str, str], place: str, raw
             if value is _ABSENT:
                 raise ValueError(f"{place}: field {name} is missing; the row has {_short(', '.join(raw))}")
             raise ValueError(f"{place}: field {name} is {_short(repr(value))}; allowed: {_allowed(field)}")
-        if re.search("[\ud800-\udfff]", text):
+        if re.search(r"[\ud800-\udfff]", text):
             raise ValueError(f"{place}: field '{field}' is {_short(repr(text))}; allowed: text without half characters")
         checked[field] = text
     return checked

@@ -117,8 +117,8 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
             if not line.strip():
                 continue
             try:
-                # Not bytes, which json would also take in UTF-16; a file may begin with a byte order mark. Decimal keeps
-                # an answer such as 0.10 as it is written.
+                # Not bytes, which json takes in UTF-16 too; "sig" is a byte order mark, which a file may begin with.
+                # Decimal keeps an answer such as 0.10 as it is written.
                 row = json.loads(line.decode("utf-8-sig"), parse_float=Decimal)
             except (ValueError, RecursionError, InvalidOperation) as error:
                 raise ValueError(f"{path}:{number}: not valid JSON in UTF-8 ({error})") from error

@@ -191,6 +191,7 @@ def save(
     Raises:
         ValueError: the folder has contents, an id lies outside the vocabulary, or a leaf is
             missing, unknown, misshapen or neither float32 nor bfloat16.
+        OSError: the folder cannot be written, or the disk is full.
     """
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -219,7 +220,10 @@ def save(
                 slot = layout[name]
                 tensor = slot.flip(np.asarray(leaves[slot.path][slot.index]))
                 tensors[name] = np.ascontiguousarray(tensor, stored[slot.path])
-            save_file(tensors, partial / file, metadata={"format": "pt"})
+            try:
+                save_file(tensors, partial / file, metadata={"format": "pt"})
+            except SafetensorError as error:  # such as a full disk
+                raise OSError(f"{partial / file} cannot be written: {error}") from error
         if len(shards) > 1:
             weight_map = {name: file for file, names in shards.items() for name in names}
             metadata = {"total_size": sum(num_bytes.values())}
