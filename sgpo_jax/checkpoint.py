@@ -91,7 +91,7 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise ValueError(
-                f"checkpoint {self._manager.directory / str(step)}: it is damaged, or of another model ({error})"
+                f"checkpoint {self._manager.directory / str(step)}: it is damaged, or of another model ({str(error)[:500]})"
             ) from error
 
     def check_seed(self, step: int) -> None:

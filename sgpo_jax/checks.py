@@ -254,5 +254,6 @@ def _check_files(config: ConfigDict) -> None:
         for part in value.split(";") if not field.startswith("model.") else [value]:
             name = part.partition("?")[0].strip()
             local = name.startswith((".", "/", "~")) or name.endswith((".jsonl", ".parquet", ".gguf"))
-            if local and not os.path.exists(os.path.expanduser(name)):  # where pathlib raises on names no file can have
+            # os.path, since pathlib raises on names that are too long, and on homes that are none.
+            if local and ("\0" in name or not os.path.exists(os.path.expanduser(name))):
                 raise ValueError(f"config.{field}={value!r}: there is no such file or folder as {name!r}")

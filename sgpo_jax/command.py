@@ -47,6 +47,8 @@ def folder(flag: str, value: str) -> Path:
       ValueError: it cannot be made, or nothing can be written to it.
     """
     path = Path(os.path.expanduser(value))
+    if path.parts[:1] and path.parts[0].startswith("~"):
+        raise ValueError(f"--{flag}={value}: there is no such home folder")
     existing = next(place for place in (path, *path.absolute().parents) if os.path.exists(place))
     try:
         with tempfile.TemporaryFile(dir=existing):

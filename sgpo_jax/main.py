@@ -13,7 +13,9 @@ def run(config, workdir: Path) -> None:
     """Runs the stages of the config in order, each from where it stopped."""
     mesh = sharding.make_mesh(**config.mesh)
     checks.check_mesh(config, mesh.shape["data"] * mesh.shape["fsdp"])
-    configs.check_resume(config, workdir / "config.json")
+    # A run that was refused over its rows or its model has left a config too, which binds nobody.
+    if any(workdir.glob("*/checkpoints/[0-9]*")) or any(workdir.glob("eval/*")):
+        configs.check_resume(config, workdir / "config.json")
     rewards.check(config.rl.reward)
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)

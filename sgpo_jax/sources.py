@@ -50,13 +50,15 @@ def read(source: str, fields: Sequence[str]) -> tuple[dict[str, str], Iterator[R
         generated = _GENERATORS[kind](source, arguments)
         return {}, (Raw(f"{source}, row {i}", str(i), row) for i, row in enumerate(generated))
     name, _, text = source.partition("?")
+    if "\0" in name:
+        raise ValueError(f"source {source!r}: no file or data set has a NUL in its name")
     options = _options(source, text)
     rows: Iterator[Raw]
     path = Path(os.path.expanduser(name))
     if kind == "tfds":
         _reject_unknown(source, options, ("split", "data_dir", *fields))
         rows = _tfds(source, arguments.partition("?")[0], options.pop("split", "train"), options.pop("data_dir", None))
-    elif name and os.path.isdir(path):  # where pathlib raises on names no file can have
+    elif name and os.path.isdir(path):  # pathlib would raise on a name that is too long
         _reject_unknown(source, options, ("files", *fields))
         rows = _folder(source, path, options.pop("files", "*"))
     elif path.suffix in SUFFIXES:

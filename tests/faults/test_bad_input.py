@@ -63,7 +63,6 @@ CONFIGS = {
     "None for text": ({"data.train": None}, r"config\.data\.train=None: must be text"),
     "None for a section": ({"mesh": None}, r"config\.mesh=None: must be a section"),
     "a bool for a whole number": ({"seed": True}, r"config\.seed=True: must be a whole number"),
-    "a bool for a number": ({"rl.delta": True}, r"config\.rl\.delta=True: must be a number"),
     "text for a whole number": ({"sft.batch": "64"}, r"config\.sft\.batch='64': must be a whole number"),
     "half a response": ({"rl.guided": 2.5}, r"config\.rl\.guided=2\.5: must be a whole number"),
     "a seed that is NaN": ({"seed": math.nan}, r"config\.seed=nan: must be a whole number"),
@@ -83,7 +82,7 @@ CONFIGS = {
         {"mesh.data": -1, "mesh.tensor": -1},
         r"config\.mesh\.data=-1: must be at least 1 when mesh\.fsdp and mesh\.tensor is -1",
     ),
-    "a name no file can have": ({"data.train": f"/{'a' * 5000}"}, r"config\.data\.train='/aaa.*no such file"),
+    "a name no file can have": ({"data.train": f"/{'a' * 300}"}, r"config\.data\.train='/aaa.*no such file"),
     "a name with NUL": ({"data.train": "./a\0b"}, r"config\.data\.train='\./a\\x00b': there is no such file"),
     "a user who is none": ({"sft.train": "~nosuchuser/a"}, r"config\.sft\.train='~nosuchuser/a': there is no such file"),
 }  # fmt: skip
@@ -158,8 +157,8 @@ SOURCES = {
     "a folder without files": ("{place}/folder.jsonl", r"folder\.jsonl': the folder has no \.jsonl or \.parquet file"),
     "an id in two files": ("{place}/a.jsonl;{place}/b.jsonl", r"b\.jsonl:1: field 'id' is 'a', which .*a\.jsonl:1 has too"),
     "a file twice": ("{place}/a.jsonl; {place}/a.jsonl", r"field 'id' is 'a', which .*a\.jsonl:1 has too"),
-    "a name no file can have": (f"/{'a' * 5000}.jsonl", r"there is no such file"),
-    "a name with NUL": ("/a\0.jsonl", r"there is no such file"),
+    "a name no file can have": (f"/{'a' * 300}.jsonl", r"there is no such file"),
+    "a name with NUL": ("~\0/a.jsonl", r"source '~\\x00/a\.jsonl': no file or data set has a NUL in its name"),
     "a user who is none": ("~nosuchuser/a.jsonl", r"source '~nosuchuser/a\.jsonl': there is no such file"),
     "files elsewhere": ("{place}?files=/etc/*", r"files=/etc/\* .*allowed: names in the folder"),
     "no name of files": ("{place}?files=", r"files= .*allowed: names in the folder"),
@@ -231,7 +230,7 @@ MODELS = {
     "a list for config.json": (text("config.json", "[]"), r"config\.json must hold a JSON object, not a list"),
     "a deep config.json": (text("config.json", "[" * 100_000), r"config\.json cannot be read as JSON: .*recursion"),
     "Latin-1 in config.json": (lambda f: (f / "config.json").write_bytes(b'"\xff"'), r"config\.json cannot be read as"),
-    "a billion layers": (config(num_hidden_layers=10**9), r"num_layers is 1000000000; it must be .* at most 16777216"),
+    "a billion layers": (config(num_hidden_layers=10**9), r"num_hidden_layers is 1000000000; it must be .* at most 16777216"),
     "a thousand layers": (config(num_hidden_layers=1000), r"num_hidden_layers is 1000; the checkpoint has 13 tensors"),
     "a vocabulary of 2**40": (config(vocab_size=2**40), r"vocab_size is 1099511627776; it must be .* at most 16777216"),
     "a vocabulary too small": (config(vocab_size=3), r"the tokenizer has 126 tokens, the model's vocabulary 3"),
@@ -409,7 +408,7 @@ FOLDERS = {
     "below a file": ("{place}/file/run", r"^--workdir=.*/file/run: must be a folder that can be written to \("),
     "below what is no folder": ("/proc/version/run", r"^--workdir=/proc/version/run: must be a folder that can be"),
     "where nobody may write": ("/proc/run", r"^--workdir=/proc/run: must be a folder that can be written to \("),
-    "a name no folder can have": (f"/{'a' * 5000}", r"^--workdir=/aaa.*: must be a folder"),
+    "a user who is none": ("~nosuchuser/run", r"^--workdir=~nosuchuser/run: there is no such home folder"),
 }
 
 
@@ -444,7 +443,7 @@ def test_it_is_refused_in_one_message(name, tmp_path, request):
             shutil.copytree(request.getfixturevalue(f"good_{kind}"), tmp_path / kind)
     with pytest.raises(ValueError, match=message) as error:
         do(tmp_path)
-    assert len(str(error.value)) < 8000
+    assert len(str(error.value)) < 2000
 
 
 def test_the_catalogue_is_large_and_what_it_damages_is_whole(good_model, good_run, tmp_path):
