@@ -90,9 +90,8 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError, TypeError, OSError) as error:
-            raise ValueError(
-                f"checkpoint {self._manager.directory / str(step)}: it is damaged, or of another model ({str(error)[:500]})"
-            ) from error
+            path, why = self._manager.directory / str(step), str(error)[:500]
+            raise ValueError(f"checkpoint {path}: it is damaged, or of another model ({why})") from error
 
     def check_seed(self, step: int) -> None:
         """Raises ValueError unless the state after `step` was saved under this run's seed."""

@@ -28,8 +28,9 @@ def start(run: Callable[[configs.ConfigDict, Any], None], required: Sequence[str
     flags.mark_flags_as_required(required)
 
     def main(argv: list[str]) -> None:
-        logging.set_verbosity(logging.FATAL)  # JAX and Orbax report every step of theirs, and errors that they raise too
-        standard_logging.getLogger("asyncio").disabled = True  # for each array of a checkpoint that failed
+        # JAX and Orbax report every step of theirs, and with a stack trace the errors that they raise as well.
+        logging.set_verbosity(logging.FATAL)
+        standard_logging.getLogger("asyncio").disabled = True
         if len(argv) > 1:
             raise app.UsageError(f"unexpected arguments: {argv[1:]}")
         try:

@@ -7,13 +7,12 @@ A case is a name, what is done, and what the message must match. It adds to the 
 import gzip
 import json
 import math
-import os
 import resource
 import runpy
 import shutil
 import struct
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -69,10 +68,10 @@ CONFIGS = {
     "a number for text": ({"model.source": 5}, r"config\.model\.source=5: must be text"),
     "a number for a switch": ({"model.remat": 1}, r"config\.model\.remat=1: must be True or False"),
     "text for stages": ({"stages": "sft"}, r"config\.stages='sft': must be a tuple"),
-    "a number among stages": ({"stages": (5,)}, r"config\.stages=\(5,\): must be one or more of \('sft', 'rl', 'eval'\)"),
+    "a number among stages": ({"stages": (5,)}, r"config\.stages=\(5,\): must be one or more of \('sft', 'rl',"),
     "a field that is missing": ({"rl.delta": ...}, r"config\.rl\.delta: is missing"),
     "a section that is missing": ({"optimizer": ...}, r"config\.optimizer: is missing"),
-    "a field that is none": ({"optimizer.momentum": 0.9}, r"config\.optimizer\.momentum: is not a field; allowed: b1, "),
+    "a field that is none": ({"optimizer.momentum": 0.9}, r"config\.optimizer\.momentum: is not a field; allowed: b1,"),
     "a value for the sets": ({"eval.sets": "math500"}, r"config\.eval\.sets='math500': must be a section"),
     "two sizes to fill in": (
         {"mesh.data": -1, "mesh.fsdp": -1},
@@ -84,7 +83,7 @@ CONFIGS = {
     ),
     "a name no file can have": ({"data.train": f"/{'a' * 300}"}, r"config\.data\.train='/aaa.*no such file"),
     "a name with NUL": ({"data.train": "./a\0b"}, r"config\.data\.train='\./a\\x00b': there is no such file"),
-    "a user who is none": ({"sft.train": "~nosuchuser/a"}, r"config\.sft\.train='~nosuchuser/a': there is no such file"),
+    "a user who is none": ({"sft.train": "~nosuchuser/a"}, r"config\.sft\.train='~nosuchuser/a': there is no such"),
 }  # fmt: skip
 EXTRACTIONS = {
     "a model that is none": ({"extract.judge": None}, r"config\.extract\.judge=None: must be a section"),
@@ -95,12 +94,12 @@ EXTRACTIONS = {
 LABS = {
     "no method": ({"lab.methods": ()}, r"config\.lab\.methods=\(\): must be one or more of sgpo, sft, grpo"),
     "an unknown method": ({"lab.methods": ("grop",)}, r"config\.lab\.methods=\('grop',\): must be one or more of sgpo"),
-    "methods in a list": ({"lab.methods": (["sgpo"],)}, r"config\.lab\.methods=\(\['sgpo'\],\): must be one or more of"),
+    "methods in a list": ({"lab.methods": (["sgpo"],)}, r"config\.lab\.methods=\(\['sgpo'\],\): must be one or more"),
     "half a seed": ({"lab.seeds": (0.5,)}, r"config\.lab\.seeds=\(0\.5,\): must be different seeds"),
     "a seed twice": ({"lab.seeds": (1, 1)}, r"config\.lab\.seeds=\(1, 1\): must be different seeds"),
-    "seeds of the tuning": ({"lab.seeds": (100,)}, r"config\.lab\.tuning_seeds=\(100,\): must be others than lab\.seeds"),
+    "seeds of the tuning": ({"lab.seeds": (100,)}, r"config\.lab\.tuning_seeds=\(100,\): must be others than"),
     "rates in words": ({"lab.rates": ("1",)}, r"config\.lab\.rates=\('1',\): must be different numbers above 0"),
-    "rates that are NaN": ({"lab.rates": (math.nan,)}, r"config\.lab\.rates=\(nan,\): must be different numbers above 0"),
+    "rates that are NaN": ({"lab.rates": (math.nan,)}, r"config\.lab\.rates=\(nan,\): must be different numbers above"),
     "an unknown world": ({"lab.worlds": ("mars",)}, r"config\.lab\.worlds=\('mars',\): must be of \['base'\]"),
 }
 
@@ -129,7 +128,7 @@ ROWS = {
         written(solution=[{"role": "assistant", "content": "\ud834"}]), r"a\.jsonl:1: field 'solution' is '\\ud834'",
     ),
     "UTF-16": (json.dumps(ROW).encode("utf-16"), r"a\.jsonl:1: not valid JSON in UTF-8"),
-    "Latin-1": (json.dumps(ROW | {"problem": "\xe9"}, ensure_ascii=False).encode("latin-1"), r"not valid JSON in UTF-8"),
+    "Latin-1": (json.dumps(ROW | {"problem": "\xe9"}, ensure_ascii=False).encode("latin-1"), r"not valid JSON in"),
     "NUL bytes": (written() + b"\n" + bytes(100), r"a\.jsonl:2: not valid JSON"),
     "a compressed file": (gzip.compress(written(), mtime=0), r"a\.jsonl:1: not valid JSON"),
     "a table": (b"id,problem,answer\na,p,1\n", r"a\.jsonl:1: not valid JSON"),
@@ -155,7 +154,7 @@ def load_source(source, place):
 
 SOURCES = {
     "a folder without files": ("{place}/folder.jsonl", r"folder\.jsonl': the folder has no \.jsonl or \.parquet file"),
-    "an id in two files": ("{place}/a.jsonl;{place}/b.jsonl", r"b\.jsonl:1: field 'id' is 'a', which .*a\.jsonl:1 has too"),
+    "an id in two files": ("{place}/a.jsonl;{place}/b.jsonl", r"b\.jsonl:1: field 'id' is 'a', which .*a\.jsonl:1 has"),
     "a file twice": ("{place}/a.jsonl; {place}/a.jsonl", r"field 'id' is 'a', which .*a\.jsonl:1 has too"),
     "a name no file can have": (f"/{'a' * 300}.jsonl", r"there is no such file"),
     "a name with NUL": ("~\0/a.jsonl", r"source '~\\x00/a\.jsonl': no file or data set has a NUL in its name"),
@@ -230,11 +229,11 @@ MODELS = {
     "a list for config.json": (text("config.json", "[]"), r"config\.json must hold a JSON object, not a list"),
     "a deep config.json": (text("config.json", "[" * 100_000), r"config\.json cannot be read as JSON: .*recursion"),
     "Latin-1 in config.json": (lambda f: (f / "config.json").write_bytes(b'"\xff"'), r"config\.json cannot be read as"),
-    "a billion layers": (config(num_hidden_layers=10**9), r"num_hidden_layers is 1000000000; it must be .* at most 16777216"),
+    "a billion layers": (config(num_hidden_layers=10**9), r"num_hidden_layers is 1000000000; it must be .* at most"),
     "a thousand layers": (config(num_hidden_layers=1000), r"num_hidden_layers is 1000; the checkpoint has 13 tensors"),
     "a vocabulary of 2**40": (config(vocab_size=2**40), r"vocab_size is 1099511627776; it must be .* at most 16777216"),
     "a vocabulary too small": (config(vocab_size=3), r"the tokenizer has 126 tokens, the model's vocabulary 3"),
-    "a list of lists of architectures": (config(architectures=[["x"]]), r"architectures is \[\['x'\]\]; supported: one"),
+    "a list of lists of architectures": (config(architectures=[["x"]]), r"architectures is \[\['x'\]\]; supported:"),
     "a list for model_type": (config(model_type=[]), r"model_type is \[\]; Qwen3ForCausalLM has 'qwen3'"),
     "a number for layer_types": (config(layer_types=5), r"layer_types is 5; it must be a list"),
     "a number for rope_scaling": (config(rope_scaling=5), r"rope_scaling is 5; it must be an object"),
@@ -246,7 +245,7 @@ MODELS = {
     "a list for its config": (text("tokenizer_config.json", "[]"), r"tokenizer '.*/model': not a Hugging Face folder"),
     "a number for its class": (of_tokenizer(tokenizer_class=5), r"tokenizer '.*/model': not a Hugging Face folder"),
     "a number for a token": (of_tokenizer(eos_token=5), r"not a Hugging Face folder .*eos_token has to be"),
-    "a number for its tokens": (of_tokenizer(added_tokens_decoder=5), r"tokenizer '.*/model': not a Hugging Face folder"),
+    "a number for its tokens": (of_tokenizer(added_tokens_decoder=5), r"tokenizer '.*/model': not a Hugging Face"),
     "a slow tokenizer": (of_tokenizer(tokenizer_class="ByT5Tokenizer"), r"is a ByT5Tokenizer; allowed: one with a"),
     "a length in words": (of_tokenizer(model_max_length="x"), r"tokenizer '.*/model': its chat template fails"),
     "a broken template": (text("chat_template.jinja", "{% for %}"), r"its chat template fails \(TemplateSyntaxError"),
@@ -258,9 +257,9 @@ MODELS = {
         text("chat_template.jinja", "{% include '/etc/hostname' %}"), r"its chat template fails",
     ),
     "a template without end": (
-        text("chat_template.jinja", "{% for i in range(10 ** 9) %}x{% endfor %}"), r"fails \(OverflowError: Range too big",
+        text("chat_template.jinja", "{% for i in range(10 ** 9) %}x{% endfor %}"), r"fails \(OverflowError: Range too",
     ),
-    "a template without messages": (text("chat_template.jinja", "Hello"), r"its chat template leaves out what the user"),
+    "a template without messages": (text("chat_template.jinja", "Hello"), r"its chat template leaves out what the"),
     "no template": (without("chat_template.jinja"), r"has no chat template"),
     "a list for generation_config.json": (text("generation_config.json", "[]"), r"generation_config\.json must hold a"),
     "a broken generation_config.json": (text("generation_config.json", "{"), r"generation_config\.json cannot be read"),
@@ -270,12 +269,12 @@ MODELS = {
     "lists of stop tokens": (
         text("generation_config.json", '{"eos_token_id": [[1]]}'), r"eos_token_id is \[\[1\]\]; allowed: token ids",
     ),
-    "a negative stop token": (text("generation_config.json", '{"eos_token_id": -1}'), r"eos_token_id is \[-1\]; allowed"),
+    "a negative stop token": (text("generation_config.json", '{"eos_token_id": -1}'), r"eos_token_id is \[-1\];"),
     "pickled weights of torch": (
         without(WEIGHTS, consolidated__pth=b"cos\nsystem\n"), r"pickles are never opened: consolidated\.pth",
     ),
     "pickled weights in parts": (
-        without(WEIGHTS, model__pt=b"", pytorch_model__bin=b""), r"pickles are never opened: model\.pt, pytorch_model\.bin",
+        without(WEIGHTS, model__pt=b"", pytorch_model__bin=b""), r"pickles are never opened: model\.pt,",
     ),
     "a pickle with another name": (
         without(WEIGHTS, model__safetensors=b"\x80\x04\x95" + bytes(50)), r"model\.safetensors cannot be read as safe",
@@ -287,7 +286,7 @@ MODELS = {
     "tensors on top of each other": (
         header({n: {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]} for n in "ab"}), r"cannot be read as safet",
     ),
-    "a folder for weights": (lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()), r"cannot be read as safetensors"),
+    "a folder for weights": (lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()), r"cannot be read as"),
     "a broken index": (without(WEIGHTS, model__safetensors__index__json=b"{"), r"index\.json cannot be read as JSON"),
     "nothing at all": (lambda f: (shutil.rmtree(f), f.mkdir()), r"config\.json cannot be read as JSON"),
     "a file for a folder": (
@@ -485,7 +484,7 @@ def test_weights_of_another_model_are_refused_by_tensor(good_model, tmp_path):
     file = tmp_path / "model" / WEIGHTS
     tensors = load_file(file)
     save_file(tensors | {"model.norm.weight": np.zeros((16, 2), np.float32)}, file)
-    with pytest.raises(ValueError, match=r"tensor model\.norm\.weight has shape \(16, 2\); the config asks for \(16,\)"):
+    with pytest.raises(ValueError, match=r"model\.norm\.weight has shape \(16, 2\); the config asks for \(16,\)"):
         load_model(tmp_path / "model")
 
 

@@ -21,16 +21,20 @@ COMMANDS = {
     "a number for stages": ("main", ["--config.stages=5"], r"config\.stages=\(5,\): must be one or more of"),
     "infinite rate": ("main", ["--config.rl.learning_rate=inf"], r"config\.rl\.learning_rate=inf: must be a finite"),
     # In a folder where an earlier run was refused before it had done anything.
-    "file of no rows": ("main", ["--config.sft.train={place}/empty.jsonl", "--workdir={place}/refused"], r"empty\.jsonl': there are no rows in it"),
+    "file of no rows": (
+        "main",
+        ["--config.sft.train={place}/empty.jsonl", "--workdir={place}/refused"],
+        r"empty\.jsonl': there are no rows in it",
+    ),
     "broken row": ("main", ["--config.sft.train={place}/broken.jsonl"], r"broken\.jsonl:2: not valid JSON in UTF-8"),
     "pickled model": (
         "main",
         ["--config.model.source={place}/pickled", "--config.model.tokenizer=arithmetic"],
         r"has neither .*; pickles are never opened: pytorch_model\.bin",
     ),
-    "model without config": ("main", ["--config.model.source={place}/none"], r"none/config\.json cannot be read as JSON"),
-    "workdir that is a file": ("main", ["--workdir={place}/empty.jsonl"], r"--workdir=.*: must be a folder that can be"),
-    "workdir of an odd run": ("main", ["--workdir={place}/odd"], r"odd/config\.json: is not the config of an earlier run"),
+    "model without config": ("main", ["--config.model.source={place}/none"], r"none/config\.json cannot be read as"),
+    "workdir that is a file": ("main", ["--workdir={place}/empty.jsonl"], r"--workdir=.*: must be a folder that can"),
+    "workdir of an odd run": ("main", ["--workdir={place}/odd"], r"odd/config\.json: is not the config of an earlier"),
     "nothing to export": (
         "export", ["--workdir={place}/none", "--to={place}/out"], r"there is no checkpoint of stage 'rl'",
     ),
@@ -129,7 +133,8 @@ def test_a_command_says_what_is_wrong_in_one_line(results, place, name):
 
 def test_a_device_that_jax_does_not_have_is_named(results):
     code, _, errors = results["no such device"]
-    assert code == 1 and re.fullmatch(r"sgpo_jax: JAX_PLATFORMS='abacus': JAX finds no such devices here \(.*\)\n", errors)
+    line = r"sgpo_jax: JAX_PLATFORMS='abacus': JAX finds no such devices here \(.*\)\n"
+    assert code == 1 and re.fullmatch(line, errors), errors
 
 
 def test_an_old_jax_is_named(results):

@@ -174,8 +174,8 @@ def test_every_token_is_counted_once_whatever_the_server_does(tmp_path, capsys):
     assert why == "" and len(written) == 8
     paid = replies(tmp_path)
     assert len({(record["id"], record["stage"], record["index"]) for record in paid}) == len(paid) == 48
-    for field, tokens in (("prompt_tokens", sum(a for a, _ in charged)), ("completion_tokens", sum(b for _, b in charged))):
-        assert sum(record[field] for record in paid) == tokens
+    assert sum(record["prompt_tokens"] for record in paid) == sum(a for a, _ in charged)
+    assert sum(record["completion_tokens"] for record in paid) == sum(b for _, b in charged)
     cost = sum(a + 2 * b for a, b in charged) / 1e6
     assert sum(record["cost"] for record in paid) == pytest.approx(cost, rel=1e-12)
     assert f"cost {cost:.4f}" in capsys.readouterr().out

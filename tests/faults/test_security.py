@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted([*ROOT.glob("sgpo_jax/**/*.py"), *ROOT.glob("configs/*.py"), *ROOT.glob("benchmarks/*.py")])
-MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml", "tarfile", "zipfile"}
+MODULES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml", "tarfile", "zipfile"}
 NAMES = {"eval", "exec", "compile", "__import__"}  # the builtins; a method of these names is another thing
 METHODS = {"system", "popen", "unpack_archive", "load_module", "read_pickle", "sympify", "parse_expr"}
 SHELLS = {"run", "Popen", "call", "check_call", "check_output"}
@@ -80,7 +80,7 @@ def test_the_search_finds_what_it_looks_for(text):
 
 
 def test_the_search_leaves_alone_what_is_fine():
-    fine = "np.load(x, allow_pickle=False)\nmodel.eval()\njax.jit(f).lower(x).compile()\nsubprocess.run(x)\njson.load(x)\n"
+    fine = "np.load(x, allow_pickle=False)\nmodel.eval()\njit(f).lower(x).compile()\nsubprocess.run(x)\njson.load(x)\n"
     assert findings(fine) == []
 
 

@@ -93,8 +93,8 @@ def test_workers_that_are_killed_all_the_time_lose_what_they_had_and_nothing_els
 
 
 def test_a_worker_that_starts_with_garbage_is_an_error_that_names_it(tmp_path, monkeypatch):
-    (tmp_path / "noisy_reward.py").write_text("import os\nfor fd in range(3, 9):\n    try: os.write(fd, b'[]' + b'\\n')\n"
-                                              "    except OSError: pass\ndef f(row, response): return 1\n")  # fmt: skip
+    noise = "import os\nfor fd in range(3, 9):\n    try: os.write(fd, b'[]' + b'\\n')\n    except OSError: pass\n"
+    (tmp_path / "noisy_reward.py").write_text(f"{noise}def f(row, response): return 1\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match=r"config\.rl\.reward='noisy_reward:f': a grading worker did not start: \w*Error"):
+    with pytest.raises(ValueError, match=r"rl\.reward='noisy_reward:f': a grading worker did not start: \w*Error"):
         rewards.check("noisy_reward:f")
