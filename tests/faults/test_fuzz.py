@@ -84,7 +84,7 @@ def related(field: str, named: str) -> bool:
 ROW = {"id": "a", "problem": "p", "answer": "1", "solution": None, "strategy": "s", "level": 3}
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content"]), inner, max_size=2),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content"]), inner),
     max_leaves=6,
 )  # fmt: skip
 # Rows with odd fields, broken rows, and noise that looks a little like JSON.
