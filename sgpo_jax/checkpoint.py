@@ -5,6 +5,7 @@ when a checkpoint is no longer what was saved.
 """
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -137,12 +138,7 @@ class Checkpoints:
         if saved != FORMAT:
             raise ValueError(f"checkpoint {path} has format {saved!r}; this version reads {FORMAT}")
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-        try:
-            return self._manager.restore(step, args=args)["state"]
-        except (ValueError, KeyError, TypeError) as error:
-            message = f"checkpoint {path} is of another model or optimizer than the config's: {_first_line(error)}"
-            raise ValueError(message) from error
+        return self._read(step, state=ocp.args.StandardRestore(target))["state"]
 
     def restore_latest(self, state: TrainState) -> TrainState | None:
         """The newest state that is whole, or None where nothing was saved. Damaged ones are set aside, and named.
@@ -167,7 +163,15 @@ class Checkpoints:
             raise ValueError(f"seed={self._seed}: the checkpoint {self._folder / str(step)} has {seed}")
 
     def _run(self, step: int) -> dict:
-        return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+        return self._read(step, run=ocp.args.JsonRestore())["run"]
+
+    def _read(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            path = self._folder / str(step)
+            message = f"checkpoint {path} is of another model or optimizer than the config's, or damaged"
+            raise ValueError(f"{message}: {_first_line(error)}") from error
 
     def _set_aside_damaged(self, quick: bool = True) -> None:
         if jax.process_index() == 0 and self._folder.is_dir():

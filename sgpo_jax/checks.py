@@ -1,19 +1,30 @@
 """Refuses impossible configs before any device work: a ValueError names the field, its value and what is allowed."""
 
+import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from sgpo_jax.config import STAGES
+from sgpo_jax.config import STAGES, base
 from sgpo_jax.methods import METHODS
+
+_TYPES: dict[type, tuple[Any, str]] = {
+    bool: (bool, "True or False"),
+    int: (int, "a whole number"),
+    float: (int | float, "a number"),
+    str: (str, "text"),
+    tuple: (tuple | list, "a tuple"),
+    ConfigDict: (ConfigDict, "a section with fields"),
+}
+_FREE = ("config.eval.sets", "config.lab.changes", "config.lab.fast")  # sections with names of the user's own
 
 
 def check(config: ConfigDict) -> None:
     """Raises ValueError naming the field, its value and what is allowed; touches neither device nor network."""
 
+    _check_types(config, base())
     need, whole, within, positive, choice = _rules(config)
     stages = list(config.stages)
     in_order = [stage for stage in STAGES if stage in stages]
@@ -90,8 +101,11 @@ def check(config: ConfigDict) -> None:
         greedy = config.eval.temperature == 0
         for name, given in config.eval.sets.items():
             need(f"eval.sets.{name}.samples", not greedy or given.samples == 1, "1 when eval.temperature is 0")
-    for axis in ("data", "fsdp", "tensor"):
-        need(f"mesh.{axis}", config.mesh[axis] == -1 or config.mesh[axis] >= 1, "-1 or at least 1")
+    sizes = dict(config.mesh)
+    for axis, size in sizes.items():
+        need(f"mesh.{axis}", size == -1 or size >= 1, "-1 or at least 1")
+        rest = [f"mesh.{other}" for other in sizes if other != axis and sizes[other] == -1]
+        need(f"mesh.{axis}", size != -1 or not rest, f"at least 1 when {' and '.join(rest)} is -1")
     _check_files(config)
 
 
@@ -115,6 +129,7 @@ def _check_method(need: Callable, within: Callable, positive: Callable, choice: 
 
 def check_extract(config: ConfigDict) -> None:
     """`check` for the extraction of strategies, which uses only the section extract and the seed."""
+    _check_types(config, base())
     need, whole, within, positive, choice = _rules(config)
     need("seed", 0 <= config.seed < 2**32, "between 0 and 2**32 - 1")
     need("extract.source", bool(config.extract.source), "a source of problems: see data.load")
@@ -149,21 +164,24 @@ def check_extract(config: ConfigDict) -> None:
 
 def check_lab(config: ConfigDict) -> None:
     """`check` for what the lab adds."""
+    _check_types(config, base())
     need, whole, _, _, _ = _rules(config)
     for field in ("lab.methods", "lab.world_methods"):
         chosen = _get(config, field)
-        need(field, bool(chosen) and set(chosen) <= set(METHODS), f"one or more of {', '.join(METHODS)}")
+        need(field, bool(chosen) and all(name in [*METHODS] for name in chosen), f"one or more of {', '.join(METHODS)}")
     for field in ("lab.seeds", "lab.tuning_seeds"):
         seeds = _get(config, field)
-        distinct = len(set(seeds)) == len(seeds) > 0
-        need(field, distinct and all(isinstance(s, int) and 0 <= s < 2**32 for s in seeds), "different seeds")
+        whole_numbers = all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds)
+        need(field, whole_numbers and len(set(seeds)) == len(seeds) > 0, "different seeds")
     common = set(config.lab.seeds) & set(config.lab.tuning_seeds)
     need("lab.tuning_seeds", not common or len(config.lab.rates) == 1, f"others than lab.seeds, which has {common}")
     rates = config.lab.rates
-    need("lab.rates", len(set(rates)) == len(rates) > 0 and min(rates) > 0, "different numbers above 0")
+    numbers = all(type(rate) in (int, float) and 0 < rate < float("inf") for rate in rates)
+    need("lab.rates", numbers and len(set(rates)) == len(rates) > 0, "different numbers above 0")
     whole(0, "lab.workers")
     worlds = config.lab.worlds
-    need("lab.worlds", bool(worlds) and set(worlds) <= set(config.lab.changes), f"of {[*config.lab.changes]}")
+    known = [*config.lab.changes]
+    need("lab.worlds", bool(worlds) and all(world in known for world in worlds), f"of {known}")
     need("eval.sets", len(config.eval.sets) > 0, "one or more sets, for the lab to compare on")
 
 
@@ -209,6 +227,22 @@ def _rules(config: ConfigDict) -> tuple[Callable, Callable, Callable, Callable, 
     return need, whole, within, positive, choice
 
 
+def _check_types(config: ConfigDict, expected: ConfigDict, section: str = "config") -> None:
+    """A ConfigDict holds a field to its type, but takes None for any, a bool for a number, and may be unlocked."""
+    if unknown := set(config) - set(expected):
+        raise ValueError(f"{section}.{min(unknown)}: is not a field; allowed: {', '.join(expected)}")
+    for name, default in expected.items():
+        field = f"{section}.{name}"
+        if name not in config:
+            raise ValueError(f"{field}: is missing; allowed: {default!r}, for example")
+        value = config[name]
+        types, allowed = _TYPES[type(default)]
+        if not isinstance(value, types) or isinstance(value, bool) > isinstance(default, bool):
+            raise ValueError(f"{field}={value!r}: must be {allowed}")
+        if isinstance(value, ConfigDict) and field not in _FREE:
+            _check_types(value, default, field)
+
+
 def _get(config: ConfigDict, field: str) -> Any:
     for name in field.split("."):
         config = config[name]
@@ -225,5 +259,6 @@ def _check_files(config: ConfigDict) -> None:
         for part in value.split(";") if not field.startswith("model.") else [value]:
             name = part.partition("?")[0].strip()
             local = name.startswith((".", "/", "~")) or name.endswith((".jsonl", ".parquet", ".gguf"))
-            if local and not Path(name).expanduser().exists():
+            # os.path, since pathlib raises on names that are too long, and on homes that are none.
+            if local and ("\0" in name or not os.path.exists(os.path.expanduser(name))):
                 raise ValueError(f"config.{field}={value!r}: there is no such file or folder as {name!r}")

@@ -1,8 +1,11 @@
 """What the commands share: reading the flags, and one line for what is wrong instead of a stack trace."""
 
 import argparse
+import logging as standard_logging
+import os
 import runpy
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +29,9 @@ def start(run: Callable[[configs.ConfigDict, Any], None], required: Sequence[str
     flags.mark_flags_as_required(required)
 
     def main(argv: list[str]) -> None:
-        logging.set_verbosity(logging.ERROR)  # JAX and Orbax report every step of theirs
+        # JAX and Orbax report every step of theirs, and with a stack trace the errors that they raise as well.
+        logging.set_verbosity(logging.FATAL)
+        standard_logging.getLogger("asyncio").disabled = True
         if len(argv) > 1:
             raise app.UsageError(f"unexpected arguments: {argv[1:]}")
         try:
@@ -34,9 +39,27 @@ def start(run: Callable[[configs.ConfigDict, Any], None], required: Sequence[str
         except Preempted as stopped:
             print(f"sgpo_jax: {stopped}", flush=True)
         except (ValueError, ImportError, FloatingPointError, OSError) as error:
-            sys.exit(f"sgpo_jax: {error}")
+            sys.exit(f"sgpo_jax: {' '.join(str(error).split())}")
 
     app.run(main, flags_parser=parse_flags)
+
+
+def folder(flag: str, value: str) -> Path:
+    """The folder that a flag names, which need not exist; found out now rather than at the first checkpoint.
+
+    Raises:
+      ValueError: it cannot be made, or nothing can be written to it.
+    """
+    path = Path(os.path.expanduser(value))
+    if path.parts[:1] and path.parts[0].startswith("~"):
+        raise ValueError(f"--{flag}={value}: there is no such home folder")
+    existing = next(place for place in (path, *path.absolute().parents) if os.path.exists(place))
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(f"--{flag}={value}: must be a folder that can be written to ({error})") from error
+    return path
 
 
 def parse_flags(argv: list[str]) -> list[str]:

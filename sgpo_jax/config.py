@@ -210,7 +210,10 @@ def check_resume(config: ConfigDict, path: Path, only: Sequence[str] = ("",)) ->
     """
     if not path.is_file():
         return
-    before, now = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(json.loads(to_json(config)))
+    try:
+        before, now = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(json.loads(to_json(config)))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: is not the config of an earlier run ({error}); choose another --workdir") from error
     for field in sorted(before.keys() | now.keys()):
         free = any(field == name or field.startswith(name + ".") for name in MAY_CHANGE)
         if not free and field.startswith(tuple(only)) and before.get(field) != now.get(field):

@@ -89,7 +89,7 @@ def _read(source: str) -> Iterator[tuple[str, dict]]:
             raise ValueError(f"source {source!r}: option {field} is empty; allowed: the name of a field")
     paths = {field: field for field in REQUIRED + OPTIONAL} | SCHEMAS.get(schema or "", {}) | options
     unseen = {field for field, path in options.items() if path}
-    names, numbered = "", False
+    names, numbered, i = "", False, -1
     for i, (place, number, raw) in enumerate(rows):
         if not isinstance(raw, dict):
             raise ValueError(f"{place}: a {type(raw).__name__}; allowed: a JSON object")
@@ -101,6 +101,8 @@ def _read(source: str) -> Iterator[tuple[str, dict]]:
             found["id"] = number
         unseen -= {field for field, value in found.items() if value is not _ABSENT}
         yield place, _checked(found, paths, place, raw)
+    if i < 0:
+        raise ValueError(f"source {source!r}: there are no rows in it; allowed: at least one")
     if names and unseen:
         wrong = ", ".join(f"{field}={paths[field]}" for field in sorted(unseen))
         raise ValueError(f"source {source!r}: no row has {wrong}; the first row has {names}")
@@ -134,6 +136,8 @@ def _checked(found: Mapping[str, Any], paths: Mapping[str, str], place: str, raw
             if value is _ABSENT:
                 raise ValueError(f"{place}: field {name} is missing; the row has {_short(', '.join(raw))}")
             raise ValueError(f"{place}: field {name} is {_short(repr(value))}; allowed: {_allowed(field)}")
+        if re.search(r"[\ud800-\udfff]", text):
+            raise ValueError(f"{place}: field '{field}' is {_short(repr(text))}; allowed: text without half characters")
         checked[field] = text
     return checked
 

@@ -46,7 +46,7 @@ def run(config: ConfigDict, checkpoint: str | None, out: str | None, paper_row: 
     workdir, found = _find(config, checkpoint) if checkpoint else (None, None)
     if not (out or workdir):
         raise ValueError("--out: must be given with --model")
-    folder = Path(out).expanduser() if out else Path(str(workdir)) / "evaluate"
+    folder = command.folder("out", out) if out else Path(str(workdir)) / "evaluate"
     policy, load = stage.load_policy(config)
     if workdir and found:
         params, step = stage.params_at(config, workdir, *found, policy, mesh), found[1]

@@ -34,7 +34,7 @@ def run(config, workdir: Path, from_stage: str, folder: Path, dtype: str) -> Non
 
 def main(config, given) -> None:
     checks.check(config)
-    run(config, Path(given.workdir).expanduser(), given.stage, Path(given.to).expanduser(), given.dtype)
+    run(config, Path(given.workdir).expanduser(), given.stage, command.folder("to", given.to), given.dtype)
 
 
 if __name__ == "__main__":

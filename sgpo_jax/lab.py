@@ -329,7 +329,7 @@ def main(config, given) -> None:
     if given.fast:
         config.update(config.lab.fast)
     check(config)
-    workdir = Path(given.workdir).expanduser()
+    workdir = command.folder("workdir", given.workdir)
     with lock.hold(workdir):
         run(config, workdir)
 

@@ -17,7 +17,9 @@ def run(config, workdir: Path) -> None:
     checks.check_mesh(config, mesh.shape["data"] * mesh.shape["fsdp"])
     rewards.check(config.rl.reward)
     with lock.hold(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
-        configs.check_resume(config, workdir / "config.json")
+        # A run that was refused over its rows or its model has left a config too, which binds nobody.
+        if any(workdir.glob("*/checkpoints/[0-9]*")) or any(workdir.glob("eval/*")):
+            configs.check_resume(config, workdir / "config.json")
         if jax.process_index() == 0:
             (workdir / "config.json").write_text(configs.to_json(config), encoding="utf-8")
         _run_stages(config, workdir, mesh)
@@ -43,10 +45,11 @@ def _run_stages(config, workdir: Path, mesh: Mesh) -> None:
 
 def main(config, given) -> None:
     checks.check(config)
+    workdir = command.folder("workdir", given.workdir)
     if given.distributed:
         jax.distributed.initialize()
     preemption.watch(config.grace)
-    run(config, Path(given.workdir).expanduser())
+    run(config, workdir)
 
 
 if __name__ == "__main__":

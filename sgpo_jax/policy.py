@@ -1,5 +1,6 @@
 """The policy that a config names: the model's shape, its tokenizer and its first parameters."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,8 +50,13 @@ def load(
     listed: tuple[int, ...] = ()  # stop tokens that a GGUF file names
     if source == "smollm2":
         source = gguf.smollm2_path()
-    elif source != "scratch" and not source.endswith(".gguf"):
-        folder = Path(source) if Path(source).is_dir() else _download(source)
+    elif source != "scratch":
+        local = Path(os.path.expanduser(source))
+        if source.endswith(".gguf"):
+            source = str(local)
+        else:
+            folder = local if os.path.isdir(local) else _download(source)
+            config = huggingface.read_config(folder)  # before transformers reads it, which explains less
     tok = tokenizers.load(tokenizer or str(folder or source))
     if source == "scratch":
         config = scratch_config(len(tok), layers=layers, hidden=hidden, heads=heads, mlp=mlp)
@@ -64,7 +70,6 @@ def load(
         def initial(key):
             return params
     else:
-        config = huggingface.read_config(folder)
 
         def initial(key):
             return huggingface.load(folder, config, dtype=jnp.float32)[0]

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, Literal, cast, get_args
 
 from sgpo_jax.answers import MAX_ANSWER, compare_text, extract_boxed, normalize_answer, readings
 
@@ -63,7 +63,7 @@ class _Worker:
         os.set_blocking(self.stdin.fileno(), False)
         try:
             error = self._read(120.0)["error"]  # imports: 0.5 s, on a busy host much longer
-        except (TimeoutError, EOFError) as failure:
+        except (TimeoutError, EOFError, ValueError, RecursionError, TypeError, KeyError) as failure:
             error = f"{type(failure).__name__}, status {self.process.poll()}"
         if error is not None:
             self.kill()
@@ -73,11 +73,11 @@ class _Worker:
         """The reply to a request, with its "outcome"; the process may be dead afterwards."""
         try:
             self._write(json.dumps(request).encode() + b"\n", self.seconds)
-            reply = self._read(self.seconds)
+            reply = _checked(self._read(self.seconds))
         except TimeoutError:
             self.kill()
             return {"outcome": "timeout"}
-        except (EOFError, OSError):
+        except (EOFError, OSError, ValueError, RecursionError):
             self.kill()
             return {"outcome": "timeout" if self.process.returncode == -signal.SIGALRM else "crash"}
         if reply["retire"]:
@@ -93,7 +93,7 @@ class _Worker:
                 raise TimeoutError
             line = line[os.write(self.stdin.fileno(), line) :]
 
-    def _read(self, seconds: float) -> dict[str, Any]:
+    def _read(self, seconds: float) -> Any:
         poller = select.poll()  # not select(), which fails when the run has over 1024 open files
         poller.register(self.stdout, select.POLLIN)
         if not poller.poll(1000 * seconds):
@@ -106,6 +106,16 @@ class _Worker:
     def kill(self) -> None:
         with self.process:  # closes the pipes and waits
             self.process.kill()
+
+
+def _checked(reply: Any) -> dict[str, Any]:
+    """The reply, or a ValueError: a library or function that writes to any file it has open can make it anything."""
+    match reply:
+        case {"outcome": str(outcome), "retire": bool()} if outcome in get_args(Outcome):
+            reward = reply.get("reward", 0.0)
+            if type(reward) in (int, float) and 0 <= reward <= 1 and isinstance(reply.get("note", ""), str):
+                return reply
+    raise ValueError(f"a grading worker replied {reply!r:.100}")
 
 
 class Pool:

@@ -4,6 +4,7 @@ The mesh uses Auto axes: the code places inputs, parameters and a few activation
 """
 
 import math
+import os
 import re
 from typing import Any
 
@@ -30,9 +31,13 @@ RULES: tuple[tuple[str, P], ...] = (
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list | None = None) -> Mesh:
     """Mesh over `devices` (default: all); one size may be -1, meaning whatever remains.
 
-    Raises ValueError when the sizes do not multiply to the number of devices.
+    Raises ValueError when the sizes do not multiply to the number of devices, or JAX finds none.
     """
-    devices = jax.devices() if devices is None else devices
+    try:
+        devices = jax.devices() if devices is None else devices
+    except (RuntimeError, AssertionError) as error:
+        chosen = os.environ.get("JAX_PLATFORMS", "")
+        raise ValueError(f"JAX_PLATFORMS={chosen!r}: JAX finds no such devices here ({error})") from error
     shape = mesh_shape((data, fsdp, tensor), len(devices))
     return jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
 

@@ -4,9 +4,10 @@
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,13 +50,15 @@ def read(source: str, fields: Sequence[str]) -> tuple[dict[str, str], Iterator[R
         generated = _GENERATORS[kind](source, arguments)
         return {}, (Raw(f"{source}, row {i}", str(i), row) for i, row in enumerate(generated))
     name, _, text = source.partition("?")
+    if "\0" in name:
+        raise ValueError(f"source {source!r}: no file or data set has a NUL in its name")
     options = _options(source, text)
-    path = Path(name).expanduser()
     rows: Iterator[Raw]
+    path = Path(os.path.expanduser(name))
     if kind == "tfds":
         _reject_unknown(source, options, ("split", "data_dir", *fields))
         rows = _tfds(source, arguments.partition("?")[0], options.pop("split", "train"), options.pop("data_dir", None))
-    elif name and path.is_dir():
+    elif name and os.path.isdir(path):  # pathlib would raise on a name that is too long
         _reject_unknown(source, options, ("files", *fields))
         rows = _folder(source, path, options.pop("files", "*"))
     elif path.suffix in SUFFIXES:
@@ -92,7 +95,10 @@ def _reject_unknown(source: str, options: Iterable[str], allowed: Sequence[str])
 
 
 def _folder(source: str, path: Path, pattern: str) -> Iterator[Raw]:
-    files = sorted(file for file in path.glob(pattern) if file.suffix in SUFFIXES)
+    try:
+        files = sorted(file for file in path.glob(pattern) if file.suffix in SUFFIXES)
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(f"source {source!r}: files={pattern} ({error}); allowed: names in the folder") from error
     if not files:
         raise ValueError(f"source {source!r}: the folder has no .jsonl or .parquet file named {pattern}")
     for file in files:
@@ -100,7 +106,7 @@ def _folder(source: str, path: Path, pattern: str) -> Iterator[Raw]:
 
 
 def _file(path: Path) -> Iterator[Raw]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"source {str(path)!r}: there is no such file")
     rows = _parquet(path) if path.suffix == ".parquet" else _jsonl(path)
     for number, row in rows:
@@ -113,10 +119,12 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
             if not line.strip():
                 continue
             try:
+                # Not bytes, which json takes in UTF-16 too; "sig" is a byte order mark, which a file may begin with.
                 # Decimal keeps an answer such as 0.10 as it is written.
-                yield number, json.loads(line, parse_float=Decimal)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}:{number}: not valid JSON ({error})") from error
+                row = json.loads(line.decode("utf-8-sig"), parse_float=Decimal)
+            except (ValueError, RecursionError, InvalidOperation) as error:
+                raise ValueError(f"{path}:{number}: not valid JSON in UTF-8 ({error})") from error
+            yield number, row
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Any]]:

@@ -314,9 +314,10 @@ def _report_audit(found: Sequence[dict[str, Any]], sample: int, judge: str) -> N
 
 
 def main(config, given) -> None:
-    workdir = Path(given.workdir).expanduser()
-    to = Path(given.to).expanduser() if given.to else workdir / "strategies.jsonl"
     checks.check_extract(config)
+    workdir = command.folder("workdir", given.workdir)
+    to = Path(given.to).expanduser() if given.to else workdir / "strategies.jsonl"
+    command.folder("to", str(to.parent))
     if why := audit(config, workdir) if given.audit else run(config, workdir, to):
         sys.exit(f"sgpo_jax: stopped early: {why}. The same command goes on")
 

@@ -3,7 +3,6 @@
 Shapes: N rows, P the common length of padded rows.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -13,11 +12,15 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sgpo_jax import prompts
+from sgpo_jax.models.huggingface import read_json
 from sgpo_jax.problems import arithmetic
 
 # Some templates (Llama 3.2) print today's date unless they are given one. A prompt must not
 # depend on the day, so every template gets the date that these models use without a clock.
 _DATE = "26 Jul 2024"
+
+# A conversation to see what a template makes of it.
+_TURNS = [{"role": "user", "content": "problem"}, {"role": "assistant", "content": "response"}]
 
 _ARITHMETIC_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
@@ -49,16 +52,23 @@ def load(source: str) -> PreTrainedTokenizerFast:
             f"tokenizer {source!r} has no chat template (chat_template.jinja or the entry "
             "'chat_template' in tokenizer_config.json); use an instruction-tuned model"
         )
+    try:
+        rendered = _conversation(tokenizer)
+        encode_turn(tokenizer, "problem")
+    except Exception as error:  # it is a program of the model's authors, run by transformers in jinja's sandbox
+        raise ValueError(f"tokenizer {source!r}: its chat template fails ({type(error).__name__}: {error})") from error
+    if _TURNS[0]["content"] not in rendered:
+        raise ValueError(f"tokenizer {source!r}: its chat template leaves out what the user says")
     return tokenizer
 
 
 def _hugging_face(source: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # a damaged folder raises whatever its contents lead to
         raise ValueError(
             f"tokenizer {source!r}: not a Hugging Face folder or hub id that can be loaded "
-            f"({error}); also allowed: 'arithmetic', 'smollm2', a .gguf file"
+            f"({type(error).__name__}: {error}); also allowed: 'arithmetic', 'smollm2', a .gguf file"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"tokenizer {source!r} is a {type(tokenizer).__name__}; allowed: one with a tokenizer.json")
@@ -145,24 +155,29 @@ def stop_ids(tokenizer: PreTrainedTokenizerFast, folder: str | Path | None = Non
     end-of-text token, and, given a Hugging Face folder, those of its generation_config.json.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or the file is damaged.
     """
     ids = [*_end_of_turn(tokenizer), tokenizer.eos_token_id]
     if folder is not None and (path := Path(folder) / "generation_config.json").is_file():
-        listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        ids += listed if isinstance(listed, list) else [listed]
+        listed = read_json(path).get("eos_token_id")
+        listed = listed if isinstance(listed, list) else [listed]
+        if not all(i is None or type(i) is int and i >= 0 for i in listed):
+            raise ValueError(f"{path}: eos_token_id is {listed}; allowed: token ids, whole numbers from 0")
+        ids += listed
     stops = tuple(dict.fromkeys(i for i in ids if i is not None))
     if not stops:
         raise ValueError("the tokenizer has no token that ends a turn and no eos_token")
     return stops
 
 
+def _conversation(tokenizer: PreTrainedTokenizerFast) -> str:
+    return str(tokenizer.apply_chat_template(_TURNS, tokenize=False, date_string=_DATE))
+
+
 def _end_of_turn(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """The first special token after an assistant's text in a rendered conversation, if any."""
-    text = "response"
-    turns = [{"role": "user", "content": "problem"}, {"role": "assistant", "content": text}]
-    rendered = str(tokenizer.apply_chat_template(turns, tokenize=False, date_string=_DATE))
-    after = tokenizer(rendered.rpartition(text)[2], add_special_tokens=False)["input_ids"]
+    text = _TURNS[1]["content"]
+    after = tokenizer(_conversation(tokenizer).rpartition(text)[2], add_special_tokens=False)["input_ids"]
     added = tokenizer.added_tokens_decoder
     return [i for i in after if i in added and added[i].special][:1]
 

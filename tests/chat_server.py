@@ -39,7 +39,7 @@ def failure(status: int, message: str = "no", code: str | None = None, **headers
 class ChatServer:
     """Answers every request with `answer(prompt, request body, headers, number of the request)`; a context manager."""
 
-    def __init__(self, answer: Callable[[str, dict, dict, int], Answer]):
+    def __init__(self, answer: Callable[[str, dict, dict, int], Answer], port: int = 0):
         self.requests: list[dict] = []  # bodies, in order of arrival
         self.times: list[float] = []
         lock = threading.Lock()
@@ -76,7 +76,7 @@ class ChatServer:
             def handle_error(server, request, address):
                 pass  # a client that was killed
 
-        self._server = Server(("127.0.0.1", 0), Handler)
+        self._server = Server(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
 
     def __enter__(self):

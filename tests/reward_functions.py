@@ -1,5 +1,6 @@
 """Reward functions as a user may write them, good and bad; loaded by name in the workers."""
 
+import contextlib
 import os
 import sys
 import time
@@ -28,6 +29,11 @@ def by_row(problem, response):
             "one": 1, "third": np.float32(0.25), "text": "1.0", "none": None, "nan": float("nan"), "two": 2.0,
             "minus": -0.1, "list": [1.0], "huge": 10**400,
         }[rest]  # fmt: skip
+    if kind == "reply":  # to every open file, as no function should
+        for file in range(3, 20):
+            with contextlib.suppress(OSError):
+                os.write(file, rest.encode() + b"\n")
+        return 1.0
     if kind == "raise":
         raise KeyError(rest)
     if kind == "exit":

@@ -1,8 +1,11 @@
 """Checkpoints that are not what was saved: found, named, and the last good one used."""
 
 import errno
-import resource
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -167,28 +170,44 @@ def test_a_full_disk(saved, tmp_path, monkeypatch, capsys, stop):
         assert found.latest_step() == 5
 
 
-@pytest.mark.parametrize("stop", [True, False])
-def test_a_limit_of_the_system_in_the_middle_of_a_save(saved, tmp_path, capfd, stop):
+LIMIT = """
+import resource, sys
+import jax
+import jax.numpy as jnp
+from test_checkpoint import checkpoints, state
+
+stop = sys.argv[2] == "stop"
+noise = jax.random.normal(jax.random.key(0), (50, 40))  # cannot be compressed below the limit
+large = state(4).replace(params={"layers": {"kernel": noise}, "scale": jnp.ones(3)})
+before = resource.getrlimit(resource.RLIMIT_FSIZE)
+with checkpoints(sys.argv[1], stop_on_error=stop) as found:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
+    try:
+        found.save(4, large)
+        found.wait()
+    except OSError as error:
+        print("stopped:", error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert found.latest_step() == 3
+    found.restore_latest(state(0))
+    found.save(5, state(5))
+"""
+
+
+@pytest.mark.parametrize("how", ["stop", "go on"])
+def test_a_limit_of_the_system_in_the_middle_of_a_save(saved, tmp_path, how):
     """The system itself refuses to let a file grow, while Orbax writes in the background."""
     shutil.copytree(saved, tmp_path / "run")
-    noise = jax.random.normal(jax.random.key(0), (50, 40))  # cannot be compressed below the limit
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with checkpoints(tmp_path / "run", stop_on_error=stop) as found:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
-        try:
-            large = state(4).replace(params={"layers": {"kernel": noise}, "scale": jnp.ones(3)})
-            if stop:
-                with pytest.raises(OSError, match="a checkpoint could not be saved .*; the last good one is .*/3"):
-                    found.save(4, large)
-                    found.wait()
-            else:
-                found.save(4, large)
-                found.wait()
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        assert found.latest_step() == 3
-        jax.tree.map(np.testing.assert_array_equal, found.restore_latest(state(0)), state(3))
-        found.save(5, state(5))
+    done = subprocess.run(
+        [sys.executable, "-c", LIMIT, str(tmp_path / "run"), how],
+        cwd=Path(__file__).parent, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    start = "stopped: a checkpoint" if how == "stop" else "warning: a checkpoint"
+    assert done.stdout.startswith(f"{start} could not be saved")
+    assert f"; the last good one is {tmp_path / 'run' / '3'}" in done.stdout
+    assert done.stdout.rstrip().endswith("the run goes on") == (how == "go on")
     with checkpoints(tmp_path / "run") as found:
         assert found.all_steps()[-1] == 5
         jax.tree.map(np.testing.assert_array_equal, found.restore_latest(state(0)), state(5))

@@ -16,6 +16,9 @@ _FAMILIES = {
 }
 
 
+_MOST = 2**24  # of any size; what a damaged file may say beyond would take memory before it is found out
+
+
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
     """The "llama3" rule, which stretches the slow rotary frequencies.
@@ -191,7 +194,7 @@ def _architecture(hf: Mapping[str, Any]) -> str:
                 f"architectures is absent and model_type is {model_type!r}; "
                 f"supported architectures: {', '.join(_FAMILIES)}"
             )
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in _FAMILIES:
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in [*_FAMILIES]:
         raise ValueError(f"architectures is {names!r}; supported: one of {', '.join(_FAMILIES)}")
     expected = _FAMILIES[names[0]][0]
     if model_type not in (None, expected):
@@ -213,7 +216,10 @@ def _refuse_unsupported(hf: Mapping[str, Any], architecture: str) -> None:
     for field, allowed in only.items():
         if hf.get(field, allowed) not in (allowed, None):
             raise ValueError(f"{field} is {hf[field]!r}; supported: {allowed!r}")
-    for layer_type in hf.get("layer_types") or ():
+    layer_types = hf.get("layer_types") or []
+    if not isinstance(layer_types, list):
+        raise ValueError(f"layer_types is {layer_types!r}; it must be a list")
+    for layer_type in layer_types:
         if layer_type != "full_attention":
             raise ValueError(f"layer_types has {layer_type!r}; supported: 'full_attention'")
 
@@ -254,8 +260,8 @@ def _required_int(values: Mapping[str, Any], name: str) -> int:
 
 
 def _positive_int(field: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{field} is {value!r}; it must be an integer of at least 1")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST:
+        raise ValueError(f"{field} is {value!r}; it must be an integer of at least 1, and at most {_MOST}")
 
 
 def _positive_number(field: str, value: Any) -> None:

@@ -88,7 +88,13 @@ def tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
         )
     tokens = _field(reader, "tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges")]
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    kinds = _field(reader, "tokenizer.ggml.token_type")
+    if len(kinds) != len(tokens):
+        raise ValueError(f"tokenizer.ggml.token_type of {path} has {len(kinds)} entries for {len(tokens)} tokens")
+    try:
+        backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    except Exception as error:
+        raise ValueError(f"tokenizer.ggml.tokens and .merges of {path} do not make a tokenizer: {error}") from error
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -99,7 +105,7 @@ def tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     backend.add_tokens(
         [
             AddedToken(token, special=kind == _CONTROL, normalized=False)
-            for token, kind in zip(tokens, _field(reader, "tokenizer.ggml.token_type"), strict=True)
+            for token, kind in zip(tokens, kinds, strict=True)
             if kind in (_CONTROL, _USER_DEFINED)
         ]
     )
@@ -168,6 +174,13 @@ def _field(reader: Any, name: str, *default: Any) -> Any:
     return field.contents()
 
 
+def _size(reader: Any, name: str) -> int:
+    size = _field(reader, name)
+    if type(size) is not int or size < 1:  # one for each layer in models of other shapes
+        raise ValueError(f"{name} is {size!r}; supported: one whole number, at least 1")
+    return size
+
+
 def _hf_name(name: str) -> str:
     """Hugging Face name of a tensor; one that has none keeps its own and is refused later."""
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
@@ -183,8 +196,8 @@ def _config(reader: Any, tensors: dict[str, Any], factors: Any) -> ModelConfig:
         raise ValueError(f"llama.rope.scaling.type is {scaling!r}; supported: 'none'")
     if "model.embed_tokens.weight" not in tensors:
         raise ValueError("the GGUF file has no tensor token_embd.weight")
-    hidden_size = _field(reader, "llama.embedding_length")
-    num_heads = _field(reader, "llama.attention.head_count")
+    hidden_size = _size(reader, "llama.embedding_length")
+    num_heads = _size(reader, "llama.attention.head_count")
     head_dim = _field(reader, "llama.attention.key_length", hidden_size // num_heads)
     for name in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if _field(reader, name, head_dim) != head_dim:

@@ -50,6 +50,7 @@ _RECOMPUTED = "rotary_emb.inv_freq"  # a buffer that old versions of transformer
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _READABLE = ("F16", "BF16", "F32", "F64")  # in the words of safetensors
 
 
@@ -104,7 +105,7 @@ def load(
 
 def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
     """The shape of the model in a Hugging Face folder, from its config.json; the weights are not read."""
-    return from_hf(_read_json(Path(folder) / "config.json"))
+    return from_hf(read_json(Path(folder) / "config.json"))
 
 
 def assemble(
@@ -121,7 +122,10 @@ def assemble(
     Raises:
         ValueError: naming the tensor that is missing, unknown, misshapen or of another dtype.
     """
-    shapes, layout, names = _shapes(config), _layout(config), set(names)
+    names = set(names)
+    if config.num_layers > len(names):  # not listed one by one: the number may be any
+        raise ValueError(f"num_hidden_layers is {config.num_layers}; the checkpoint has {len(names)} tensors in all")
+    shapes, layout = _shapes(config), _layout(config)
     unknown = {name for name in names - layout.keys() if not name.endswith(_RECOMPUTED)}
     if config.tie_embeddings and _HEAD in unknown:
         if _EMBEDDING in names and not np.array_equal(read(_HEAD), read(_EMBEDDING)):
@@ -187,6 +191,7 @@ def save(
     Raises:
         ValueError: the folder has contents, an id lies outside the vocabulary, or a leaf is
             missing, unknown, misshapen or neither float32 nor bfloat16.
+        OSError: the folder cannot be written, or the disk is full.
     """
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -215,7 +220,10 @@ def save(
                 slot = layout[name]
                 tensor = slot.flip(np.asarray(leaves[slot.path][slot.index]))
                 tensors[name] = np.ascontiguousarray(tensor, stored[slot.path])
-            save_file(tensors, partial / file, metadata={"format": "pt"})
+            try:
+                save_file(tensors, partial / file, metadata={"format": "pt"})
+            except SafetensorError as error:  # such as a full disk
+                raise OSError(f"{partial / file} cannot be written: {error}") from error
         if len(shards) > 1:
             weight_map = {name: file for file, names in shards.items() for name in names}
             metadata = {"total_size": sum(num_bytes.values())}
@@ -254,10 +262,10 @@ def _weight_files(folder: Path) -> dict[str, set[str] | None]:
     if (folder / _WHOLE).exists():
         return {_WHOLE: None}
     if not (folder / _INDEX).exists():
-        pickles = {path.name for path in folder.glob("*.bin")}
+        pickles = {path.name for path in folder.iterdir() if path.suffix in _PICKLES}
         found = f"; pickles are never opened: {_listed(pickles)}" if pickles else ""
         raise ValueError(f"{folder} has neither {_WHOLE} nor {_INDEX}{found}")
-    weight_map = _read_json(folder / _INDEX).get("weight_map")
+    weight_map = read_json(folder / _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{folder / _INDEX} has no weight_map from tensors to files")
     files: dict[str, set[str] | None] = {}
@@ -339,10 +347,11 @@ def _checked_dtype(field: str, dtype: Any) -> np.dtype:
     return _DTYPES[name]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; a ValueError names a file that has none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
