@@ -137,6 +137,8 @@ ROPE = st.dictionaries(
 
 @settings(max_examples=400)
 @given(st.dictionaries(st.sampled_from([*LLAMA]), JSON | ROPE | st.integers(-1, 2**70), max_size=3))
+@example({"architectures": [[]]})
+@example({"layer_types": 5})
 def test_any_config_of_a_model_is_one_or_a_value_error(changes):
     try:
         assert isinstance(from_hf(LLAMA | changes), ModelConfig)
