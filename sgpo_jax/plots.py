@@ -17,6 +17,7 @@ _BLUE, _ORANGE = "#0072B2", "#D55E00"
 _KINDS = {"unguided": _BLUE, "guided": _ORANGE}
 _WHISKERS: dict[str, Any] = dict(fmt="none", ecolor="black", elinewidth=1.2, capsize=3)
 _DPI = 150
+_LABELLED = 60  # tokens up to which each has its text beneath
 _ROUNDING = 1e-6  # by which a mean may leave its interval when all samples are the same
 
 
@@ -202,6 +203,42 @@ def worlds(found: Sequence[World], path: str | os.PathLike[str]) -> None:
         axes.grid(axis="x", color="0.9")
         axes.set_axisbelow(True)
     figure.savefig(path, dpi=_DPI)
+
+
+def token_kl(lines: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draws for each response the mean KL of its steps, and beneath it, in the same places, the KL of its tokens.
+
+    Args:
+        lines: as `analyze.run` returns them.
+        path: file to write; its ending chooses the format (png, pdf, svg).
+    """
+    columns = min(2, len(lines))
+    figure = _figure(7.0 * columns, 3.4 * -(-len(lines) // columns))
+    parts = np.ravel(figure.subfigures(-(-len(lines) // columns), columns, squeeze=False))
+    with matplotlib.rc_context({"text.parse_math": False}):  # a response may hold any text
+        for part, line in zip(parts, lines, strict=False):
+            _draw_token_kl(part.subplots(2, 1, sharex=True, height_ratios=(2, 3)), line)
+    figure.savefig(path, dpi=_DPI)
+
+
+def _draw_token_kl(axes: Sequence[Axes], line: Mapping[str, Any]) -> None:
+    means, tokens = axes
+    for index, step in enumerate(line["steps"]):
+        start, width = step["start"] - 0.5, step["stop"] - step["start"]
+        means.bar(start, step["mean_kl"], width, align="edge", color=_BLUE, alpha=(0.9, 0.6)[index % 2])
+        tokens.axvline(start, color="0.8", linewidth=0.8)
+    places = np.arange(len(line["token_kl"]))
+    tokens.bar(places, line["token_kl"], 0.9, color=_ORANGE)
+    tokens.axhline(line["delta"], color="black", linewidth=0.8, linestyle=":")
+    title = f"{line['id']} [{line['outcome']}]  KL(guided ‖ unguided)"
+    _tidy(means, title, "step, nats", None, False)
+    _tidy(tokens, "", "token, nats", 1.05 * max([*line["token_kl"], 1e-3]), False)
+    if len(places) <= _LABELLED:
+        shown = [piece.strip()[:12] or "·" for piece in line["tokens"]]
+        tokens.set_xticks(places, shown, rotation=90, fontsize="x-small")
+    else:
+        tokens.set_xlabel("token of the response")
+    means.tick_params(axis="x", length=0, labelbottom=False)
 
 
 def _figure(width: float, height: float) -> Figure:
