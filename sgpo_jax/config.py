@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 STAGES = ("sft", "rl", "eval")
 # What a resumed run may have changed: how far, how often and where it runs, and how it is evaluated.
 MAY_CHANGE = (
-    "stages", "max_skipped", "rl.steps", "rl.epochs", "rl.eval_every", "eval", "checkpoint", "mesh", "extract", "lab"
+    "stages", "max_skipped", "report_seconds", "rl.steps", "rl.epochs", "rl.eval_every", "eval", "checkpoint", "mesh",
+    "extract", "lab",
 )  # fmt: skip
 
 
@@ -24,6 +25,7 @@ def base() -> ConfigDict:
     config.seed = 0  # every random number of the run derives from it
     config.stages = STAGES  # stages to run, in this order
     config.max_skipped = 3  # non-finite updates in a row that stop the run
+    config.report_seconds = 60.0  # between two versions of report.html during a run; 0 writes it at the end alone
 
     config.model = ConfigDict()
     config.model.source = ""  # Hugging Face folder or hub id, a .gguf file, "smollm2", or "scratch"
@@ -198,7 +200,7 @@ def check_resume(config: ConfigDict, path: Path, only: Sequence[str] = ("",)) ->
     """
     if not path.is_file():
         return
-    before, now = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(json.loads(to_json(config)))
+    before, now = flat(json.loads(path.read_text(encoding="utf-8"))), flat(json.loads(to_json(config)))
     for field in sorted(before.keys() | now.keys()):
         free = any(field == name or field.startswith(name + ".") for name in MAY_CHANGE)
         if not free and field.startswith(tuple(only)) and before.get(field) != now.get(field):
@@ -212,11 +214,12 @@ def to_json(config: ConfigDict) -> str:
     return config.to_json_best_effort(indent=2) + "\n"
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value, of a config as JSON has it."""
+    fields: dict[str, Any] = {}
     for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+        fields |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return fields
 
 
 def unknown_field(config: ConfigDict, arguments: Sequence[str]) -> str | None:

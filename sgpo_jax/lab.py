@@ -25,7 +25,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from sgpo_jax import checks, command, methods, metrics, plots, rl, sft, sharding, stage, verdicts
+from sgpo_jax import checks, command, environment, methods, metrics, page, plots, rl, sft, sharding, stage, verdicts
 from sgpo_jax import config as configs
 from sgpo_jax.evaluation import evaluate_sets
 
@@ -52,6 +52,7 @@ def cell_config(config: ConfigDict, cell: Cell) -> ConfigDict:
     config.seed = cell.seed
     config = methods.select(config, cell.method)
     config.rl.learning_rate *= cell.rate
+    config.report_seconds = 0.0  # the lab has a page of its own
     return config.lock()
 
 
@@ -88,17 +89,43 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(configs.to_json(config), encoding="utf-8")
+    environment.record(workdir)
     results = Results(config, workdir / "results.jsonl")
+    results.repair()
     tuning = tuning_cells(config)
     progress = Progress(results, [*_with_warm_ups(tuning), *_with_warm_ups(grid_cells(config, {}))])
     with _workers(config, workdir) as submit:
         _complete(tuning, results, submit, progress)
-        rates = {"sft": 1.0} if tuning else dict.fromkeys(config.lab.methods, float(config.lab.rates[0]))
-        for method in dict.fromkeys(cell.method for cell in tuning):
-            rates[method] = verdicts.best_rate(results.rows(tuning), method)
-        grid = grid_cells(config, rates)
+        grid = grid_cells(config, chosen_rates(config, results))
         _complete(grid, results, submit, progress)
     report(config, workdir, results.rows(tuning), _with_before(results.rows(_with_warm_ups(grid))))
+    write_page(results, running=False)
+
+
+def chosen_rates(config: ConfigDict, results: "Results") -> dict[str, float]:
+    """The best rate of each method on the tuning seeds.
+
+    Raises:
+      ValueError: there are no tuning results of a method yet.
+    """
+    tuning = tuning_cells(config)
+    rates = {"sft": 1.0} if tuning else dict.fromkeys(config.lab.methods, float(config.lab.rates[0]))
+    for method in dict.fromkeys(cell.method for cell in tuning):
+        rates[method] = verdicts.best_rate(results.rows(tuning), method)
+    return rates
+
+
+def write_page(results: "Results", running: bool, to: Path | None = None) -> None:
+    """The page of the lab as far as it has come, by default report.html in its folder."""
+    config, tuning = results.config, tuning_cells(results.config)
+    tuned = all(cell in results for cell in tuning)
+    grid = _with_warm_ups(grid_cells(config, chosen_rates(config, results) if tuned else {}))
+    every = {*_with_warm_ups(tuning), *grid}
+    page.write_lab(
+        results.folder, _with_before(results.rows(grid) if tuned else []), results.rows(tuning), home=_home(config),
+        runs=lambda row: results.folder / str(_cell_of(row)),
+        status=f"{sum(cell in results for cell in every)} of {len(every)} training runs", running=running, to=to,
+    )  # fmt: skip
 
 
 def run_cell(config: ConfigDict, cell: Cell, workdir: Path) -> dict[str, Any]:
@@ -149,19 +176,23 @@ def run_cell(config: ConfigDict, cell: Cell, workdir: Path) -> dict[str, Any]:
 def digest(config: ConfigDict) -> str:
     """Of the fields that a cell's result depends on."""
     fields = json.loads(configs.to_json(config))
-    return hashlib.sha256(json.dumps([v for k, v in sorted(fields.items()) if k != "lab"]).encode()).hexdigest()[:16]
+    values = [value for name, value in sorted(fields.items()) if name not in ("lab", "report_seconds")]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
 class Results:
     """results.jsonl: a row for each finished cell. A row that another config gave does not count."""
 
     def __init__(self, config: ConfigDict, path: Path):
-        self.config, self._path = config, path
+        self.config, self.folder, self._path = config, path.parent, path
         rows = metrics.read_jsonl(path) if path.is_file() else []
         self._rows = {(_cell_of(row), row["config"]): row for row in rows}
-        unfinished = path.with_suffix(".partial")  # without the line that a kill may have torn
-        unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(unfinished, path)
+
+    def repair(self) -> None:
+        """Rewrites the file without the line that a kill may have torn."""
+        unfinished = self._path.with_suffix(".partial")
+        unfinished.write_text("".join(json.dumps(row) + "\n" for row in self._rows.values()), encoding="utf-8")
+        os.replace(unfinished, self._path)
 
     def _key(self, cell: Cell) -> tuple[Cell, str]:
         return cell, digest(cell_config(self.config, cell))
@@ -177,7 +208,8 @@ class Results:
             os.fsync(file.fileno())
 
     def rows(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
-        return [self._rows[self._key(cell)] for cell in cells]
+        """Those of the cells that are finished."""
+        return [self._rows[self._key(cell)] for cell in cells if cell in self]
 
 
 class Progress:
@@ -226,6 +258,8 @@ def _complete(cells: Sequence[Cell], results: Results, submit: Any, progress: Pr
                 continue
             results.add(row)
             progress.show(row)
+            if results.config.report_seconds:
+                page.attempt(write_page, results, running=True)
         if failures:
             raise ValueError(f"{len(failures)} cells failed, the first is {failures[0]}. The same command goes on")
 
@@ -266,36 +300,20 @@ def _now(function: Any, *arguments: Any) -> Future:
 
 
 def _with_before(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, each with the accuracy of its warm-up as "before"."""
+    """The rows whose warm-up is among them, each with its accuracy as "before"."""
     warm = {(row["world"], row["seed"]): row["accuracy"] for row in rows if row["method"] == "sft"}
-    return [row | {"before": warm[row["world"], row["seed"]]} for row in rows]
+    return [row | {"before": warm[key]} for row in rows if (key := (row["world"], row["seed"])) in warm]
 
 
 def report(
     config: ConfigDict, workdir: Path, tuning: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]
 ) -> None:
     """Prints the tables, and writes them with the figures to `workdir`."""
-    home, text = _home(config), []
-    if tuning:
-        rates = [f"{rate:g}" for rate in config.lab.rates]
-        lines = [
-            [m, *(f"{100 * np.mean([r['accuracy'] for r in tuning if (r['method'], r['rate']) == (m, x)]):.1f}"
-                  for x in config.lab.rates)]
-            for m in dict.fromkeys(row["method"] for row in tuning)
-        ]  # fmt: skip
-        text.append(metrics.table("Learning rate, times the method's own: accuracy in %", ["method", *rates], lines))
-    for name, (question, of_table) in verdicts.TABLES.items():
-        columns, lines = verdicts.table(rows, home, of_table)
-        if len(lines) > 1:
-            text.append(metrics.table(f"{name}, {question}: accuracy in %, 95 % over seeds", columns, lines))
-    lines = verdicts.claim_lines(rows, home)
-    columns = ["table", "claim", "paper, 7B", "here, paired over seeds", "verdict"]
-    text.append(metrics.table("The paper's claims, in points", columns, lines))
+    home = _home(config)
+    text = [metrics.table(*each) for each in verdicts.tables(rows, tuning, home)]
     worlds = verdicts.across_worlds(rows)
     if len(worlds) > 1:
-        columns = ["world", "before", "GRPO", "SGPO", "SGPO - GRPO", "verdict"]
-        text.append(metrics.table("Where distillation helps: accuracy in %", columns, verdicts.world_lines(worlds)))
-        plots.worlds(worlds, workdir / "worlds.png")
+        plots.worlds(worlds).savefig(workdir / "worlds.png", dpi=150)
     (workdir / "tables.txt").write_text("".join(text), encoding="utf-8")
     runs = {
         method: [metrics.read_jsonl(workdir / str(_cell_of(row)) / "rl.jsonl") for row in rows

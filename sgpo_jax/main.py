@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from sgpo_jax import checks, command, rewards, rl, sft, sharding, stage, summary
+from sgpo_jax import checks, command, environment, page, rewards, rl, sft, sharding, stage, summary
 from sgpo_jax import config as configs
 
 
@@ -18,6 +18,7 @@ def run(config, workdir: Path) -> None:
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "config.json").write_text(configs.to_json(config), encoding="utf-8")
+        environment.record(workdir)
 
     policy, load = stage.load_policy(config)
 
@@ -28,12 +29,16 @@ def run(config, workdir: Path) -> None:
         params = stage.best_params(config, workdir, "sft", policy, mesh)
         return initial() if params is None else params
 
-    if "sft" in config.stages:
-        sft.train(config, workdir, policy, initial, mesh)
-    if "rl" in config.stages:
-        rl.train(config, workdir, policy, warmed_up, mesh)
-    if "eval" in config.stages:
-        summary.write(config, workdir, policy, warmed_up, mesh)
+    try:
+        if "sft" in config.stages:
+            sft.train(config, workdir, policy, initial, mesh)
+        if "rl" in config.stages:
+            rl.train(config, workdir, policy, warmed_up, mesh)
+        if "eval" in config.stages:
+            summary.write(config, workdir, policy, warmed_up, mesh)
+    finally:  # also of a run that fails, whose page should not go on to say that it is running
+        if jax.process_index() == 0:
+            page.attempt(page.write_run, workdir)
 
 
 def main(config, given) -> None:

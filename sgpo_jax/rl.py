@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import cleaning, data, rewards, sharding, stage
+from sgpo_jax import cleaning, data, page, rewards, sharding, stage
 from sgpo_jax.batch import Batch, Group, pack_batch, specs
 from sgpo_jax.evaluation import evaluate_sets
 from sgpo_jax.metrics import Writer
@@ -52,6 +52,7 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
         first = int(state.step)
         if first >= total:
             return
+        show = page.live(workdir, config.report_seconds * (jax.process_index() == 0), "RL", total)
         with Writer(workdir, total, "rl", resume_step=first, enabled=jax.process_index() == 0) as writer:
             for step in range(first, total):
                 batch_rows = batches[step]
@@ -88,6 +89,7 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
                 writer.write(done, metrics)
                 if score is not None or done % config.checkpoint.every == 0 or done == total:
                     saved.save(done, state, score)
+                show(done)
 
 
 def method(rl: ConfigDict) -> tuple[dict[str, Any], dict[str, Any]]:
