@@ -92,7 +92,7 @@ def write_lab(
     shown = []
     for row in [row for row in rows if (row["world"], row["method"]) == (home, "sgpo")][:1]:
         (warm_up,) = (r for r in rows if (r["world"], r["method"], r["seed"]) == (home, "sft", row["seed"]))
-        shown = _samples_of(config, {"after": runs(row) / "eval", "before": runs(warm_up) / "eval"})
+        shown = _samples_of(config, {"before": runs(warm_up) / "eval", "after": runs(row) / "eval"})
     return _write(
         workdir, to, status, running, kind="lab", facts=facts, cards=_lab_cards(rows, home),
         charts={name: plots.svg(figure, name) for name, figure in plots.overlay_panels(curves).items()},
@@ -193,11 +193,11 @@ def _bounds(low: float, high: float, sign: str = "") -> str:
     return f"[{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
 
 
-def _card(label: str, values: Iterable[str], note: str, bounds: Iterable[str] = ()) -> dict[str, Any]:
-    return {"label": label, "values": [*values], "bounds": [*bounds], "note": note}
+def _card(label: str, values: Iterable[str], note: str, bounds: Iterable[str] = (), between: str = "→") -> Row:
+    return {"label": label, "values": [*values], "bounds": [*bounds], "note": note, "between": between}
 
 
-def _cards(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _cards(results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     """Accuracy of each set before and after, guided and not, with 95 % intervals."""
     cards = []
     kinds = dict.fromkeys(kind for found in results.values() for kind in found)
@@ -214,7 +214,7 @@ def _cards(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return cards
 
 
-def _training_cards(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def _training_cards(rows: Sequence[Row]) -> list[Row]:
     """Where no evaluation is there yet: the reward during training, at its beginning and now."""
     cards = []
     for metric, label in (("reward_auto", "reward, unguided"), ("reward_guided", "reward, guided")):
@@ -226,7 +226,7 @@ def _training_cards(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return cards
 
 
-def _lab_cards(rows: Sequence[Row], home: str) -> list[dict[str, Any]]:
+def _lab_cards(rows: Sequence[Row], home: str) -> list[Row]:
     """SGPO against each of the paper's competitors in the first world, and how many of its claims hold."""
     cards = []
     for method in ("grpo", "luffy", "hpt"):
@@ -238,10 +238,10 @@ def _lab_cards(rows: Sequence[Row], home: str) -> list[dict[str, Any]]:
         note = f"{100 * apart.mean:+.1f} points {_bounds(apart.low, apart.high, '+') if known else ''}"
         note += f", paired over {apart.pairs} seeds" if apart.pairs > 1 else ", one seed"
         bounds = [_bounds(e.low, e.high) for e in ends] if known else []
-        cards.append(_card(f"{method}, then sgpo", [_percent(end.mean) for end in ends], note, bounds))
+        cards.append(_card(f"{method.upper()} vs SGPO", [_percent(end.mean) for end in ends], note, bounds, "vs"))
     if found := [verdict for _, _, verdict in verdicts.claims(rows, home)]:
         note = ", ".join(f"{found.count(name)} {name}" for name in dict.fromkeys(found))
-        cards.append({"label": "the paper's claims", "values": [str(len(found))], "bounds": [], "note": note})
+        cards.append(_card("the paper's claims", [str(len(found))], note))
     return cards
 
 
@@ -263,7 +263,7 @@ def _evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[st
 
 def _samples(workdir: Path, config: dict[str, Any]) -> list[tuple[str, samples.Samples, str]]:
     """(set, samples, column they are counted by): of the last stage, or else of the latest evaluation in training."""
-    found = _samples_of(config, {"after": workdir / "eval" / "after", "before": workdir / "eval" / "before"})
+    found = _samples_of(config, {when: workdir / "eval" / when for when in ("before", "after")})
     return found or _samples_of(config, {"during": workdir / "rl" / "generations"})
 
 
@@ -275,13 +275,12 @@ def _samples_of(config: dict[str, Any], folders: Mapping[str, Path]) -> list[tup
             for kind in ("unguided", "guided"):
                 if generations := sorted(folder.glob(f"{name}_{kind}_*.jsonl")):
                     files[f"{when}, {kind}"] = generations[-1]
-        if judged := next((column for column in files if column.endswith(", unguided")), None):
-            shown = samples.side_by_side(files, judged, "before, unguided")
-            found.append((name, shown, judged))
+        if unguided := [column for column in files if column.endswith(", unguided")]:
+            found.append((name, samples.side_by_side(files, unguided[-1], before=unguided[0]), unguided[-1]))
     return found
 
 
-def _analysis(path: Path) -> list[dict[str, Any]]:
+def _analysis(path: Path) -> list[Row]:
     """The lines of analysis.jsonl, their tokens grouped by step: (text, nats, strength of the colour, above delta)."""
     lines = _rows(path)
     for line in lines:
@@ -289,7 +288,8 @@ def _analysis(path: Path) -> list[dict[str, Any]]:
         strongest = max((step["mean_kl"] for step in line["steps"]), default=0.0) or 1.0
         for step in line["steps"]:
             part = slice(step["start"], step["stop"])
-            pairs = zip(line["tokens"][part], line["token_kl"][part], strict=True)
+            texts = [text.replace("\n", "↵") for text in line["tokens"][part]]
+            pairs = zip([texts[0].lstrip(), *texts[1:]], line["token_kl"][part], strict=True)
             step["share"] = step["mean_kl"] / strongest
             step["tokens"] = [(text, kl, steps.strength(kl, line["delta"]), kl > line["delta"]) for text, kl in pairs]
     return lines
