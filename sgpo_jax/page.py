@@ -21,7 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from sgpo_jax import config as configs
 from sgpo_jax import metrics, plots, samples, scores, steps, verdicts
 
-REFRESH = 15  # seconds after which the page of a run that goes on is loaded again
+REFRESH = 30  # seconds after which the page of a run that goes on is loaded again
 _RECENT = 10  # steps whose mean reward stands for an accuracy that was not measured
 
 Row = dict[str, Any]
