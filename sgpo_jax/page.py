@@ -89,10 +89,11 @@ def write_lab(
     wide = [("Worlds", plots.svg(plots.worlds(worlds), "worlds"))] if len(worlds) > 1 else []
     facts = [f"{len(config['lab']['methods'])} methods", f"{len(config['lab']['seeds'])} seeds",
              f"{len(config['lab']['worlds'])} worlds", config["model"]["source"]]  # fmt: skip
-    shown = []
+    shown: list[Any] = []
     for row in [row for row in rows if (row["world"], row["method"]) == (home, "sgpo")][:1]:
         (warm_up,) = (r for r in rows if (r["world"], r["method"], r["seed"]) == (home, "sft", row["seed"]))
-        shown = _samples_of(config, {"before": runs(warm_up) / "eval", "after": runs(row) / "eval"})
+        of_run = _samples_of(config, {"before": runs(warm_up) / "eval", "after": runs(row) / "eval"})
+        shown = [(f"{name}: sgpo in {home}, seed {row['seed']}", *rest) for name, *rest in of_run]
     return _write(
         workdir, to, status, running, kind="lab", facts=facts, cards=_lab_cards(rows, home),
         charts={name: plots.svg(figure, name) for name, figure in plots.overlay_panels(curves).items()},
