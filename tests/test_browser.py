@@ -20,7 +20,8 @@ def browser():
         try:
             browser = started.chromium.launch(executable_path=path)
         except playwright.Error as error:
-            pytest.skip(f"needs Chromium, of the system or by `playwright install chromium`: {str(error).splitlines()[0]}")
+            reason = str(error).splitlines()[0]
+            pytest.skip(f"needs Chromium, of the system or by `playwright install chromium`: {reason}")
         yield browser
         browser.close()
 
@@ -68,7 +69,8 @@ def test_the_page_renders_without_complaint_and_fits_its_width(open_page, files,
 
 
 def visible(tab):
-    return tab.evaluate("[...document.querySelectorAll('[data-tags]')].filter(p => p.offsetParent).map(p => p.dataset.tags)")
+    problems = "[...document.querySelectorAll('[data-tags]')].filter(p => p.offsetParent)"
+    return tab.evaluate(f"{problems}.map(p => p.dataset.tags)")
 
 
 def test_filters_show_the_problems_of_one_outcome(open_page):

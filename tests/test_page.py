@@ -10,10 +10,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from folders import HOSTILE, analysis_line, generations, make_lab, make_run, metrics_rows, write_jsonl
+from folders import HOSTILE, config_of, generations, make_lab, make_run, metrics_rows, write_jsonl
 from ml_collections import ConfigDict
 
-from sgpo_jax import command, lab, main, page, plots, report, rl, samples
+from sgpo_jax import lab, main, page, plots, report, samples
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -204,6 +204,33 @@ def test_a_page_that_fails_stops_nothing(tmp_path, capsys):
     page.live(tmp_path / "not there", 1.0, "RL", 9)(1)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("report: not written: ValueError: workdir=") and "which has a config.json" in line
+
+
+def test_a_run_writes_its_page_as_it_goes_and_does_not_depend_on_it(tmp_path, monkeypatch, capsys):
+    config = config_of("quickstart.py")
+    config.model.update({"hidden": 16, "heads": 2, "mlp": 32, "layers": 1})
+    config.data.train, config.sft.train = "arithmetic:train,count=32", "arithmetic:pretraining,count=64"
+    config.sft.update({"batch": 8, "micro_batch": 8, "steps": 2, "validation_share": 0.1})
+    config.rl.update({"batch": 8, "micro_batch": 8, "steps": 2, "autonomous": 2, "guided": 2, "max_new_tokens": 4})
+    config.stages, config.report_seconds = ("sft", "rl"), 1e-9
+    written = []
+
+    def fail(workdir, status="", running=False):
+        written.append((status, running))
+        raise RuntimeError("no page today")
+
+    monkeypatch.setattr(page, "write_run", fail)
+    main.run(config, tmp_path)
+    assert written == [(f"{stage} step {i} of 2", True) for stage in ("SFT", "RL") for i in (1, 2)] + [("", False)]
+    assert capsys.readouterr().out.count("report: not written: RuntimeError: no page today") == 5
+    (start,) = json.loads((tmp_path / "environment.json").read_text())
+    assert {"started", "python", "jax", "flax", "device", "commit"} <= start.keys()
+
+    written.clear()
+    monkeypatch.setattr(main.rl, "train", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main.run(config, tmp_path)
+    assert written == [("", False)], "a run that failed is not said to be running"
 
 
 def test_the_command_needs_no_config_and_refuses_in_one_line(run, tmp_path):

@@ -91,7 +91,7 @@ def undisturbed(tmp_path_factory):
 def test_a_run_leaves_metrics_checkpoints_generations_table_and_figures(undisturbed):
     workdir, output = undisturbed
     assert "Accuracy with 95 % bootstrap intervals" in output and "heldout (k=2)" in output
-    for name in ("config.json", "summary.png", "training.png", "eval/table.txt"):
+    for name in ("config.json", "environment.json", "summary.png", "training.png", "eval/table.txt", "report.html"):
         assert (workdir / name).stat().st_size > 0
     wanted = """reward_auto reward_guided alpha token_kl token_kl_max kl_clip_share entropy response_length truncated
         ratio clip_share grad_norm logp_mismatch loss seconds_rollout seconds_reward seconds_update seconds_step
