@@ -206,6 +206,7 @@ def test_a_page_that_fails_stops_nothing(tmp_path, capsys):
     assert line.startswith("report: not written: ValueError: workdir=") and "which has a config.json" in line
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_page_as_it_goes_and_does_not_depend_on_it(tmp_path, monkeypatch, capsys):
     config = config_of("quickstart.py")
     config.model.update({"hidden": 16, "heads": 2, "mlp": 32, "layers": 1})
