@@ -207,3 +207,9 @@ def test_a_character_of_several_tokens_is_the_text_of_the_last():
     assert tokenizer.pieces(tok, ids) == ["a", "", "é", "", "", "", "😀", "b", "<|endoftext|>"]
     assert tokenizer.pieces(tok, ids[:5]) == ["a", "", "é", "", "\ufffd"], "a response may be cut inside one"
     assert tokenizer.pieces(tok, []) == []
+
+
+def test_a_piece_keeps_the_space_that_only_the_first_token_of_a_text_loses():
+    backend = Tokenizer(models.WordLevel({"▁x": 0, "▁+": 1, "▁yy": 2}, unk_token="▁x"))
+    backend.decoder = decoders.Metaspace()
+    assert tokenizer.pieces(PreTrainedTokenizerFast(tokenizer_object=backend), [0, 1, 2]) == ["x", " +", " yy"]
