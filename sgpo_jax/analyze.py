@@ -8,6 +8,7 @@ DIR/analysis.jsonl and the figure DIR/analysis.png; `python -m sgpo_jax.report` 
 """
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,8 +39,8 @@ def run(config: ConfigDict, workdir: Path, problems: int) -> list[dict[str, Any]
 
     Returns:
       The lines of analysis.jsonl: id, set, problem, strategy, answer, response, outcome, truncated, stage and step of
-      the checkpoint, delta; tokens (their texts), token_kl (nats, one a token); steps, each with start, stop, text and
-      mean_kl: see `steps.split`.
+      the checkpoint, delta (nats, null for none); tokens (their texts), token_kl (nats, one a token); steps, each with
+      start, stop, text and mean_kl: see `steps.split`.
 
     Raises:
       ValueError: the run has no checkpoint, or there is no problem with a strategy.
@@ -67,6 +68,7 @@ def run(config: ConfigDict, workdir: Path, problems: int) -> list[dict[str, Any]
         tokens, lengths = (np.asarray(x)[:, 0] for x in (rollout.tokens, rollout.lengths))
         kl = response_kl(policy, params, prompts[True], prompts[False], tokens, lengths, mesh)
     graded = grade(policy, rollout, filled, config.rl.reward)
+    delta = config.rl.delta if math.isfinite(config.rl.delta) else None  # JSON has no infinity
     lines = []
     for i, (name, row) in enumerate(zip(names, rows, strict=True)):
         pieces = tokenizers.pieces(policy.tokenizer, tokens[i, : lengths[i]].tolist())
@@ -74,7 +76,7 @@ def run(config: ConfigDict, workdir: Path, problems: int) -> list[dict[str, Any]
         line = {"id": row["id"], "set": name, **{field: row[field] for field in ("problem", "strategy", "answer")}}
         line |= {"response": graded.texts[i][0], "outcome": graded.verdicts[i][0].outcome}
         line |= {"truncated": bool(rollout.finish[i, 0] != STOP), "stage": part, "step": step}
-        line |= {"delta": config.rl.delta, "tokens": pieces, "token_kl": values}
+        line |= {"delta": delta, "tokens": pieces, "token_kl": values}
         lines.append(line | {"steps": [found._asdict() for found in steps.steps(pieces, values)]})
     if jax.process_index() == 0:
         _write(workdir, lines)

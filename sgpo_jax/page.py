@@ -285,12 +285,12 @@ def _analysis(path: Path) -> list[Row]:
     """The lines of analysis.jsonl, their tokens grouped by step: (text, nats, strength of the colour, above delta)."""
     lines = _rows(path)
     for line in lines:
-        line["full"] = line["delta"] if math.isfinite(line["delta"]) else 1.0
         strongest = max((step["mean_kl"] for step in line["steps"]), default=0.0) or 1.0
         for step in line["steps"]:
             part = slice(step["start"], step["stop"])
+            delta = line["delta"]
             texts = [text.replace("\n", "↵") for text in line["tokens"][part]]
             pairs = zip([texts[0].lstrip(), *texts[1:]], line["token_kl"][part], strict=True)
             step["share"] = step["mean_kl"] / strongest
-            step["tokens"] = [(text, kl, steps.strength(kl, line["delta"]), kl > line["delta"]) for text, kl in pairs]
+            step["tokens"] = [(text, kl, steps.strength(kl, delta), kl > (delta or math.inf)) for text, kl in pairs]
     return lines

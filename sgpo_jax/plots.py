@@ -300,10 +300,14 @@ def _draw_token_kl(axes: Sequence[Axes], line: Mapping[str, Any]) -> None:
         tokens.axvline(start, color="0.8", linewidth=0.8)
     places = np.arange(len(line["token_kl"]))
     tokens.bar(places, line["token_kl"], 0.9, color=_ORANGE)
-    tokens.axhline(line["delta"], color="black", linewidth=0.8, linestyle=":")
     title = f"{line['id']} [{line['outcome']}]  KL(guided ‖ unguided)"
     _tidy(means, title, "step, nats", None, False)
-    _tidy(tokens, "", "token, nats", 1.05 * max([*line["token_kl"], 1e-3]), False)
+    highest = max([*line["token_kl"], 1e-3])
+    _tidy(tokens, "", "token, nats", 1.05 * highest, False)
+    tokens.set_xlim(-0.5, max(len(places), 1) - 0.5)
+    if line["delta"] and highest >= line["delta"]:
+        tokens.axhline(line["delta"], color="black", linewidth=0.8, linestyle=":", label="delta")
+        tokens.legend(frameon=False, loc="upper right")
     if len(places) <= _LABELLED:
         shown = [piece.strip()[:12] or "·" for piece in line["tokens"]]
         tokens.set_xticks(places, shown, rotation=90, fontsize="x-small")

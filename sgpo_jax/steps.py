@@ -71,11 +71,11 @@ def steps(pieces: Sequence[str], token_kl: Sequence[float]) -> list[Step]:
     ]
 
 
-def strength(kl: float, delta: float) -> float:
+def strength(kl: float, delta: float | None) -> float:
     """How strongly a token is coloured, 0..1: the square root of its share of delta, so that small ones show as well.
 
     Args:
       kl: of the token, nats.
-      delta: nats from which on the colour is full: the clip of Eq. 5; 1 where that is infinite.
+      delta: the clip of Eq. 5, nats, from which on the colour is full; None is none, and 1 nat is full.
     """
-    return min(max(kl, 0.0) / (delta if math.isfinite(delta) else 1.0), 1.0) ** 0.5
+    return min(max(kl, 0.0) / (delta or 1.0), 1.0) ** 0.5

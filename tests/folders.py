@@ -11,7 +11,7 @@ from sgpo_jax import lab, steps
 from sgpo_jax.evaluation import summarize
 
 ROOT = Path(__file__).resolve().parents[1]
-HOSTILE = "</script><script>window.owned=1</script><img src=x onerror=\"window.owned=1\">{{ 7 * 7 }}'&lt;"
+HOSTILE = "</script><script>window.owned=1</script><img src=x onerror=\"window.owned=1\">{{ 7 * 7 }}'&lt;" + 200 * "w"
 OUTCOMES = ("correct", "wrong", "no_box", "correct")
 
 
@@ -40,10 +40,10 @@ def generations(outcomes, step):
     ]  # fmt: skip
 
 
-def analysis_line(pieces=("(a)", " add", " 2", ".\n", "(b)", HOSTILE), kl=(0.0, 0.25, 0.0, 0.0, 0.5, 2.0)):
+def analysis_line(pieces=("(a)", " add", " 2", ".\n", "(b)", HOSTILE), kl=(0.0, 0.25, 0.0, 0.0, 0.5, 2.0), delta=1.0):
     return {
         "id": f"id {HOSTILE}", "set": "heldout", "problem": HOSTILE, "strategy": HOSTILE, "answer": "4",
-        "response": "".join(pieces), "outcome": "correct", "truncated": False, "stage": "rl", "step": 6, "delta": 1.0,
+        "response": "".join(pieces), "outcome": "correct", "truncated": False, "stage": "rl", "step": 6, "delta": delta,
         "tokens": list(pieces), "token_kl": list(kl), "steps": [s._asdict() for s in steps.steps(pieces, kl)],
     }  # fmt: skip
 

@@ -133,4 +133,7 @@ def test_the_figure_has_steps_above_their_tokens(tmp_path, monkeypatch):
     ]  # fmt: skip
     assert [bar.get_height() for bar in tokens.patches] == line["token_kl"]
     assert [label.get_text() for label in tokens.get_xticklabels()] == ["(a)", "$x", ".", "y$"]
+    assert [line.get_ydata()[0] for line in tokens.get_lines() if line.get_label() == "delta"] == [1.0]
     figures[0].draw_without_rendering()  # a dollar sign begins no formula
+    plots.token_kl([line | {"delta": None}], tmp_path / "analysis.png")
+    assert "delta" not in [line.get_label() for line in figures[1].subfigs[0].axes[1].get_lines()]

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from folders import HOSTILE, config_of, generations, make_lab, make_run, metrics_rows, write_jsonl
+from folders import HOSTILE, analysis_line, config_of, generations, make_lab, make_run, metrics_rows, write_jsonl
 from ml_collections import ConfigDict
 
 from sgpo_jax import lab, main, page, plots, report, samples
@@ -106,6 +106,14 @@ def test_tokens_have_their_kl_as_colour_step_by_step(found):
     ]  # fmt: skip
     assert [a.get("class") for a in tokens] == [None] * 5 + ["above"]
     assert "0.062 nats" in found.text and "1.250 nats" in found.text
+
+
+def test_without_a_clip_no_token_is_above_it(tmp_path):
+    run = make_run(tmp_path)
+    write_jsonl(run / "analysis.jsonl", [analysis_line(delta=None)])
+    found = Page(page.write_run(run))
+    assert "above" not in [a.get("class") for a in found.of("span")] and "dashed" not in found.text
+    assert "≥ 1.0 nats" in words(found)
 
 
 def test_before_the_evaluation_the_page_has_what_is_there(tmp_path):
