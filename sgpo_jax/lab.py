@@ -89,7 +89,6 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(configs.to_json(config), encoding="utf-8")
-    environment.record(workdir)
     results = Results(config, workdir / "results.jsonl")
     results.repair()
     tuning = tuning_cells(config)
@@ -140,6 +139,7 @@ def run_cell(config: ConfigDict, cell: Cell, workdir: Path) -> dict[str, Any]:
     with (folder / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         configs.check_resume(config, folder / "config.json")
         (folder / "config.json").write_text(configs.to_json(config), encoding="utf-8")
+        environment.record(folder)
         policy, load = stage.load_policy(config)
         warm_up = workdir / str(Cell(cell.world, "sft", 1.0, cell.seed))
 

@@ -55,7 +55,7 @@ def write_run(workdir: Path, status: str = "", running: bool = False, to: Path |
     return _write(
         workdir, to, status, running, kind="run", facts=facts, cards=_cards(results) or _training_cards(rl),
         charts=charts, tables=_evaluation_table(results), legend=[], wide=[], config=config,
-        samples=_samples(workdir, config), analysis=_analysis(workdir / "analysis.jsonl"),
+        samples=_samples(workdir, config), analysis=_analysis(workdir / "analysis.jsonl"), starts=_starts(workdir),
     )  # fmt: skip
 
 
@@ -99,6 +99,7 @@ def write_lab(
         charts={name: plots.svg(figure, name) for name, figure in plots.overlay_panels(curves).items()},
         legend=[(name, plots.colour(place)) for place, name in enumerate(methods)], wide=wide,
         tables=verdicts.tables(rows, tuning, home), config=config, samples=shown, analysis=[],
+        starts=_starts(runs(here[0])) if here else [],
     )  # fmt: skip
 
 
@@ -133,7 +134,7 @@ def _write(workdir: Path, to: Path | None, status: str, running: bool, **content
     text = environment.get_template("report.html").render(
         **content, title=workdir.absolute().name, status=status, refresh=REFRESH if running else 0,
         script=script, script_digest=digest, changed=_changed(content["config"]),
-        fields=sorted(configs.flat(content["config"]).items()), starts=_starts(workdir),
+        fields=sorted(configs.flat(content["config"]).items()),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )  # fmt: skip
     path = to or workdir / "report.html"
@@ -173,9 +174,9 @@ def _changed(config: dict[str, Any]) -> list[tuple[str, Any, Any]]:
             if name not in recipe or recipe[name] != value]  # fmt: skip
 
 
-def _starts(workdir: Path) -> list[tuple[str, list[Any]]]:
-    """(name, its value at each start) of the environment."""
-    path = workdir / "environment.json"
+def _starts(run: Path) -> list[tuple[str, list[Any]]]:
+    """(name, its value at each start) of the environment of a run."""
+    path = run / "environment.json"
     starts = _json(path) if path.is_file() else []
     names = dict.fromkeys(name for start in starts for name in start)
     return [(name, [start.get(name) for start in starts]) for name in names]

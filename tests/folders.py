@@ -89,6 +89,7 @@ def make_lab(folder, finished=1.0):
     cells = cells[: round(finished * len(cells))]
     for cell in cells:
         run = folder / str(cell)
+        write_jsonl(run / "environment.json", [[{"jax": "1.2.3"}]])
         if cell.method == "sft":
             write_jsonl(run / "eval/heldout_unguided_000000.jsonl", generations(("wrong",) * 4, 0))
         else:

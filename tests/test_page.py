@@ -171,7 +171,7 @@ def test_a_lab_has_tables_claims_worlds_and_samples(tmp_path):
     assert "GRPO vs SGPO" in text and "+25.0 points [+25.0, +25.0], paired over 2 seeds" in text
     assert "17 of 17 training runs" in text and "Where distillation helps" in text
     assert "the paper's claims 2 2 reproduced" in text
-    assert "before, unguided" in text and "newly correct 1" in text
+    assert "before, unguided" in text and "newly correct 1" in text and "jax 1.2.3" in text
     assert (folder / "results.jsonl").read_bytes() == before and not (folder / "report.html").exists()
 
 
