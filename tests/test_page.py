@@ -193,6 +193,15 @@ def test_a_row_that_a_changed_config_no_longer_means_is_left_out(tmp_path):
     assert "0 of 17 training runs" in text and "GRPO vs SGPO" not in text
 
 
+def test_how_often_a_page_is_written_leaves_results_what_they_are():
+    config = config_of("lab.py")
+    before = lab.digest(config)
+    config.report_seconds = 5.0
+    assert lab.digest(config) == before
+    config.seed = 1
+    assert lab.digest(config) != before
+
+
 def test_the_page_is_written_at_most_once_in_so_many_seconds(monkeypatch, run, capsys):
     now, written = [100.0], []
     monkeypatch.setattr(page.time, "monotonic", lambda: now[0])
