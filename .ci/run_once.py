@@ -1,8 +1,8 @@
 """pytest plugin for .ci/run: over several runs each test passes once, and none goes unrun unnoticed.
 
 Tests listed in the file $CI_PASSED are left out, those that pass are added to it. With CI_COMPLETE=1,
-in the run that has every package installed, a skipped test is a failure; the one reason that counts
-is the folder shared/data beside the repository, which not every machine has.
+in the run that has every package installed, a skipped test is a failure; the reasons that count are
+the folder shared/data beside the repository and a browser, which not every machine has.
 """
 
 import os
@@ -34,7 +34,7 @@ def pytest_runtest_logreport(report):
 def note_skip(report):
     if COMPLETE and report.skipped:
         *_, reason = report.longrepr
-        if "shared/data" not in reason:
+        if not any(missing in reason for missing in ("shared/data", "needs Chromium")):
             not_run.append(f"{report.nodeid}: {reason}")
 
 

@@ -32,6 +32,7 @@ def check(config: ConfigDict) -> None:
     need("seed", 0 <= config.seed < 2**32, "between 0 and 2**32 - 1")
     positive("grace")
     whole(1, "max_skipped", "checkpoint.every", "checkpoint.keep")
+    need("report_seconds", 0 <= config.report_seconds < float("inf"), "a finite number, at least 0")
 
     need("model.source", bool(config.model.source), "a folder, hub id, .gguf file, 'smollm2' or 'scratch'")
     if config.model.source == "scratch":

@@ -9,7 +9,6 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -18,14 +17,16 @@ from sgpo_jax import config as configs
 from sgpo_jax.preemption import Preempted
 
 
-def start(run: Callable[[configs.ConfigDict, Any], None], required: Sequence[str]) -> None:
-    """Runs `run(config, flags)` with the flags of the command line.
+def start(run: Callable[..., None], required: Sequence[str]) -> None:
+    """Runs `run(config, flags)` with the flags of the command line, or `run(flags)` where no config is required.
 
     Args:
       run: the command; the flags that it reads are defined by now, all but --config.
       required: names of the flags that must be given.
     """
-    config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+    has_config = "config" in required
+    if has_config:
+        config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
     flags.mark_flags_as_required(required)
 
     def main(argv: list[str]) -> None:
@@ -35,7 +36,7 @@ def start(run: Callable[[configs.ConfigDict, Any], None], required: Sequence[str
         if len(argv) > 1:
             raise app.UsageError(f"unexpected arguments: {argv[1:]}")
         try:
-            run(flags.FLAGS.config, flags.FLAGS)
+            run(*([flags.FLAGS.config] if has_config else []), flags.FLAGS)
         except Preempted as stopped:
             print(f"sgpo_jax: {stopped}", flush=True)
         except (ValueError, ImportError, FloatingPointError, OSError) as error:

@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 STAGES = ("sft", "rl", "eval")
 # What a resumed run may have changed: how far, how often and where it runs, and how it is evaluated.
 MAY_CHANGE = (
-    "stages", "grace", "max_skipped", "rl.steps", "rl.epochs", "rl.eval_every", "eval", "checkpoint", "mesh", "extract",
-    "lab", "monitor",
+    "stages", "grace", "max_skipped", "report_seconds", "rl.steps", "rl.epochs", "rl.eval_every", "monitor", "eval",
+    "checkpoint", "mesh", "extract", "lab",
 )  # fmt: skip
 
 
@@ -26,6 +26,7 @@ def base() -> ConfigDict:
     config.stages = STAGES  # stages to run, in this order
     config.grace = 30.0  # seconds after SIGTERM in which a run ends its step and saves
     config.max_skipped = 3  # non-finite updates in a row that stop the run
+    config.report_seconds = 60.0  # between two versions of report.html during a run; 0 writes it at the end alone
 
     config.model = ConfigDict()
     config.model.source = ""  # Hugging Face folder or hub id, a .gguf file, "smollm2", or "scratch"
@@ -211,7 +212,7 @@ def check_resume(config: ConfigDict, path: Path, only: Sequence[str] = ("",)) ->
     if not path.is_file():
         return
     try:
-        before, now = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(json.loads(to_json(config)))
+        before, now = flat(json.loads(path.read_text(encoding="utf-8"))), flat(json.loads(to_json(config)))
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path}: is not the config of an earlier run ({error}); choose another --workdir") from error
     for field in sorted(before.keys() | now.keys()):
@@ -227,11 +228,12 @@ def to_json(config: ConfigDict) -> str:
     return config.to_json_best_effort(indent=2) + "\n"
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value, of a config as JSON has it."""
+    fields: dict[str, Any] = {}
     for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+        fields |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return fields
 
 
 def unknown_field(config: ConfigDict, arguments: Sequence[str]) -> str | None:

@@ -26,7 +26,21 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import ConfigDict
 
-from sgpo_jax import checks, command, lock, methods, metrics, plots, rl, sft, sharding, stage, verdicts
+from sgpo_jax import (
+    checks,
+    command,
+    environment,
+    lock,
+    methods,
+    metrics,
+    page,
+    plots,
+    rl,
+    sft,
+    sharding,
+    stage,
+    verdicts,
+)
 from sgpo_jax import config as configs
 from sgpo_jax.evaluation import evaluate_sets
 
@@ -57,6 +71,7 @@ def cell_config(config: ConfigDict, cell: Cell) -> ConfigDict:
     config.seed = cell.seed
     config = methods.select(config, cell.method)
     config.rl.learning_rate *= cell.rate
+    config.report_seconds = 0.0  # the lab has a page of its own
     return config.lock()
 
 
@@ -94,16 +109,41 @@ def run(config: ConfigDict, workdir: Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(configs.to_json(config), encoding="utf-8")
     results = Results(config, workdir / "results.jsonl")
+    results.repair()
     tuning = tuning_cells(config)
     progress = Progress(results, [*_with_warm_ups(tuning), *_with_warm_ups(grid_cells(config, {}))])
     with _workers(config, workdir) as run_all:
         _complete(tuning, results, run_all, progress)
-        rates = {"sft": 1.0} if tuning else dict.fromkeys(config.lab.methods, float(config.lab.rates[0]))
-        for method in dict.fromkeys(cell.method for cell in tuning):
-            rates[method] = verdicts.best_rate(results.rows(tuning), method)
-        grid = grid_cells(config, rates)
+        grid = grid_cells(config, chosen_rates(config, results))
         _complete(grid, results, run_all, progress)
     report(config, workdir, results.rows(tuning), _with_before(results.rows(_with_warm_ups(grid))))
+    write_page(results, running=False)
+
+
+def chosen_rates(config: ConfigDict, results: "Results") -> dict[str, float]:
+    """The best rate of each method on the tuning seeds.
+
+    Raises:
+      ValueError: there are no tuning results of a method yet.
+    """
+    tuning = tuning_cells(config)
+    rates = {"sft": 1.0} if tuning else dict.fromkeys(config.lab.methods, float(config.lab.rates[0]))
+    for method in dict.fromkeys(cell.method for cell in tuning):
+        rates[method] = verdicts.best_rate(results.rows(tuning), method)
+    return rates
+
+
+def write_page(results: "Results", running: bool, to: Path | None = None) -> None:
+    """The page of the lab as far as it has come, by default report.html in its folder."""
+    config, tuning = results.config, tuning_cells(results.config)
+    tuned = all(cell in results for cell in tuning)
+    grid = _with_warm_ups(grid_cells(config, chosen_rates(config, results) if tuned else {}))
+    every = {*_with_warm_ups(tuning), *grid}
+    page.write_lab(
+        results.folder, _with_before(results.rows(grid) if tuned else []), results.rows(tuning), home=_home(config),
+        runs=lambda row: results.folder / str(_cell_of(row)),
+        status=f"{sum(cell in results for cell in every)} of {len(every)} training runs", running=running, to=to,
+    )  # fmt: skip
 
 
 def run_cell(config: ConfigDict, cell: Cell, workdir: Path) -> dict[str, Any]:
@@ -118,6 +158,7 @@ def run_cell(config: ConfigDict, cell: Cell, workdir: Path) -> dict[str, Any]:
     with (folder / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         configs.check_resume(config, folder / "config.json")
         (folder / "config.json").write_text(configs.to_json(config), encoding="utf-8")
+        environment.record(folder)
         policy, load = stage.load_policy(config)
         warm_up = workdir / str(Cell(cell.world, "sft", 1.0, cell.seed))
 
@@ -154,19 +195,23 @@ def run_cell(config: ConfigDict, cell: Cell, workdir: Path) -> dict[str, Any]:
 def digest(config: ConfigDict) -> str:
     """Of the fields that a cell's result depends on."""
     fields = json.loads(configs.to_json(config))
-    return hashlib.sha256(json.dumps([v for k, v in sorted(fields.items()) if k != "lab"]).encode()).hexdigest()[:16]
+    values = [value for name, value in sorted(fields.items()) if name not in ("lab", "report_seconds")]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
 class Results:
     """results.jsonl: a row for each finished cell. A row that another config gave does not count."""
 
     def __init__(self, config: ConfigDict, path: Path):
-        self.config, self._path = config, path
+        self.config, self.folder, self._path = config, path.parent, path
         rows = metrics.read_jsonl(path) if path.is_file() else []
         self._rows = {(_cell_of(row), row["config"]): row for row in rows}
-        unfinished = path.with_suffix(".partial")  # without the line that a kill may have torn
-        unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(unfinished, path)
+
+    def repair(self) -> None:
+        """Rewrites the file without the line that a kill may have torn."""
+        unfinished = self._path.with_suffix(".partial")
+        unfinished.write_text("".join(json.dumps(row) + "\n" for row in self._rows.values()), encoding="utf-8")
+        os.replace(unfinished, self._path)
 
     def _key(self, cell: Cell) -> tuple[Cell, str]:
         return cell, digest(cell_config(self.config, cell))
@@ -182,7 +227,8 @@ class Results:
             os.fsync(file.fileno())
 
     def rows(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
-        return [self._rows[self._key(cell)] for cell in cells]
+        """Those of the cells that are finished."""
+        return [self._rows[self._key(cell)] for cell in cells if cell in self]
 
 
 class Progress:
@@ -225,9 +271,11 @@ def _complete(cells: Sequence[Cell], results: Results, run_all: RunAll, progress
             if isinstance(found, Exception):
                 failures[cell] = f"{cell}: {type(found).__name__}: {found}"
                 print(f"lab: failed: {failures[cell]}", flush=True)
-            else:
-                results.add(found)
-                progress.show(found)
+                continue
+            results.add(found)
+            progress.show(found)
+            if results.config.report_seconds:
+                page.attempt(write_page, results, running=True)
         if failures:
             first = next(failures[cell] for cell in left if cell in failures)
             raise ValueError(f"{len(failures)} of {len(left)} cells failed, the first is {first}")
@@ -284,36 +332,20 @@ def _attempt(config: ConfigDict, cell: Cell, workdir: Path) -> dict[str, Any] | 
 
 
 def _with_before(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, each with the accuracy of its warm-up as "before"."""
+    """The rows whose warm-up is among them, each with its accuracy as "before"."""
     warm = {(row["world"], row["seed"]): row["accuracy"] for row in rows if row["method"] == "sft"}
-    return [row | {"before": warm[row["world"], row["seed"]]} for row in rows]
+    return [row | {"before": warm[key]} for row in rows if (key := (row["world"], row["seed"])) in warm]
 
 
 def report(
     config: ConfigDict, workdir: Path, tuning: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]
 ) -> None:
     """Prints the tables, and writes them with the figures to `workdir`."""
-    home, text = _home(config), []
-    if tuning:
-        rates = [f"{rate:g}" for rate in config.lab.rates]
-        lines = [
-            [m, *(f"{100 * np.mean([r['accuracy'] for r in tuning if (r['method'], r['rate']) == (m, x)]):.1f}"
-                  for x in config.lab.rates)]
-            for m in dict.fromkeys(row["method"] for row in tuning)
-        ]  # fmt: skip
-        text.append(metrics.table("Learning rate, times the method's own: accuracy in %", ["method", *rates], lines))
-    for name, (question, of_table) in verdicts.TABLES.items():
-        columns, lines = verdicts.table(rows, home, of_table)
-        if len(lines) > 1:
-            text.append(metrics.table(f"{name}, {question}: accuracy in %, 95 % over seeds", columns, lines))
-    lines = verdicts.claim_lines(rows, home)
-    columns = ["table", "claim", "paper, 7B", "here, paired over seeds", "verdict"]
-    text.append(metrics.table("The paper's claims, in points", columns, lines))
+    home = _home(config)
+    text = [metrics.table(*each) for each in verdicts.tables(rows, tuning, home)]
     worlds = verdicts.across_worlds(rows)
     if len(worlds) > 1:
-        columns = ["world", "before", "GRPO", "SGPO", "SGPO - GRPO", "verdict"]
-        text.append(metrics.table("Where distillation helps: accuracy in %", columns, verdicts.world_lines(worlds)))
-        plots.worlds(worlds, workdir / "worlds.png")
+        plots.worlds(worlds).savefig(workdir / "worlds.png", dpi=150)
     (workdir / "tables.txt").write_text("".join(text), encoding="utf-8")
     runs: dict[str, list] = {}
     for row in rows:

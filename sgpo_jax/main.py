@@ -7,7 +7,7 @@ import jax
 from absl import flags
 from jax.sharding import Mesh
 
-from sgpo_jax import checks, command, lock, preemption, rewards, rl, sft, sharding, stage, summary
+from sgpo_jax import checks, command, environment, lock, page, preemption, rewards, rl, sft, sharding, stage, summary
 from sgpo_jax import config as configs
 
 
@@ -22,6 +22,7 @@ def run(config, workdir: Path) -> None:
             configs.check_resume(config, workdir / "config.json")
         if jax.process_index() == 0:
             (workdir / "config.json").write_text(configs.to_json(config), encoding="utf-8")
+            environment.record(workdir)
         _run_stages(config, workdir, mesh)
 
 
@@ -35,12 +36,16 @@ def _run_stages(config, workdir: Path, mesh: Mesh) -> None:
         params = stage.best_params(config, workdir, "sft", policy, mesh)
         return initial() if params is None else params
 
-    if "sft" in config.stages:
-        sft.train(config, workdir, policy, initial, mesh)
-    if "rl" in config.stages:
-        rl.train(config, workdir, policy, warmed_up, mesh)
-    if "eval" in config.stages:
-        summary.write(config, workdir, policy, warmed_up, mesh)
+    try:
+        if "sft" in config.stages:
+            sft.train(config, workdir, policy, initial, mesh)
+        if "rl" in config.stages:
+            rl.train(config, workdir, policy, warmed_up, mesh)
+        if "eval" in config.stages:
+            summary.write(config, workdir, policy, warmed_up, mesh)
+    finally:  # also of a run that fails, whose page should not go on to say that it is running
+        if jax.process_index() == 0:
+            page.attempt(page.write_run, workdir)
 
 
 def main(config, given) -> None:

@@ -1,12 +1,15 @@
 """Figures of a run, drawn from its metrics rows; files only, no display needed."""
 
+import io
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -17,6 +20,11 @@ _BLUE, _ORANGE = "#0072B2", "#D55E00"
 _KINDS = {"unguided": _BLUE, "guided": _ORANGE}
 _WHISKERS: dict[str, Any] = dict(fmt="none", ecolor="black", elinewidth=1.2, capsize=3)
 _DPI = 150
+_LABELLED = 60  # tokens up to which each has its text beneath
+# Colours as matplotlib writes them -> what they are in a page, which may be light or dark.
+_OF_THE_PAGE = {
+    "#000000": "currentColor", "#e6e6e6": "var(--rule)", _BLUE.lower(): "var(--blue)", _ORANGE.lower(): "var(--orange)"
+}  # fmt: skip
 _ROUNDING = 1e-6  # by which a mean may leave its interval when all samples are the same
 
 
@@ -62,8 +70,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
     Raises:
         ValueError: when no row has any of the metrics shown.
     """
-    present = {key for row in rows for key, value in row.items() if value is not None}
-    panels = [p for p in _PANELS if any(metric in present for metric, _, _ in p.curves)]
+    panels = _present(rows)
     if not panels:
         raise ValueError(f"rows must hold at least one of {[p.curves[0][0] for p in _PANELS]}")
     columns = min(4, len(panels))
@@ -75,6 +82,47 @@ def training_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
         if index + columns >= len(panels):
             axes.set_xlabel("training step")
     figure.savefig(path, dpi=_DPI)
+
+
+def panels(rows: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
+    """The panels of `training_curves` as small figures of their own: title -> figure; none where no row has metrics."""
+    figures = {panel.title: _figure(3.6, 2.5) for panel in _present(rows)}
+    for panel in _present(rows):
+        _draw_panel(figures[panel.title].add_subplot(), panel, rows)
+    return figures
+
+
+def loss_panel(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """The loss of the warm-up on training and on held-out responses; None where there are no rows."""
+    if not rows:
+        return None
+    figure = _figure(3.6, 2.5)
+    curves = (("loss", "training", _BLUE), ("validation_loss", "held out", _ORANGE))
+    _draw_panel(figure.add_subplot(), _Panel("SFT loss", "nats per token", curves), rows)
+    return figure
+
+
+def svg(figure: Figure, name: str) -> str:
+    """A figure as an element of an HTML page, in the page's colours: CSS decides on --rule, --blue and --orange.
+
+    Args:
+        figure: it is drawn without a background.
+        name: of the figure in its page, so that no two share ids.
+    """
+    file = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=metadata)
+    text = file.getvalue().decode()
+    text = text[text.index("<svg") :]
+    opening, _, rest = text.partition(">")
+    opening = re.sub(r' (?:width|height|version|xmlns(?::xlink)?)="[^"]*"', "", opening)
+    rest = re.sub(r' id="[a-zA-Z0-9.]+_\d+"', "", rest)  # figure_1 and the like, which every figure has
+    rest = rest.replace(' xlink:href="', ' href="')
+    rest = re.sub(r" font-family: [^;\"]*;", "", rest)
+    for colour, variable in _OF_THE_PAGE.items():
+        rest = rest.replace(colour, variable)
+    return f"{opening} role=\"img\">{rest}"
 
 
 def summary(
@@ -136,31 +184,56 @@ def overlay(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: str
     Raises:
         ValueError: when no row has any of the metrics shown.
     """
-    everything = [row for each in runs.values() for rows in each for row in rows]
-    present = {key for row in everything for key, value in row.items() if value is not None}
-    panels = [p for p in _PANELS if p.curves[0][0] in present and p.curves[0][0] != "logp_mismatch"]
+    panels = _compared(runs)
     if not panels:
         raise ValueError(f"rows must hold at least one of {[p.curves[0][0] for p in _PANELS]}")
-    colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
     figure = _figure(13.2, 6.4)
     for index, panel in enumerate(panels):
         axes = figure.add_subplot(2, -(-len(panels) // 2), index + 1)
-        metric = panel.curves[0][0]
-        for place, (method, each) in enumerate(runs.items()):
-            curves = [c for rows in each if (c := _curve(rows, metric)) is not None]
-            if not curves:
-                continue
-            shortest = min(len(steps) for steps, _ in curves)
-            steps, values = curves[0][0][:shortest], np.stack([v[:shortest] for _, v in curves])
-            colour = colours[place % len(colours)]
-            axes.plot(steps, values.mean(axis=0), color=colour, linewidth=1.5, label=method)
-            axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.12, linewidth=0)
+        _draw_overlay(axes, panel, runs)
         axes.set_xlabel("training step")
-        _tidy(axes, panel.title, panel.unit, panel.top, panel.percent)
     shown = [pair for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
     handles = {label: handle for handle, label in shown}
     figure.legend([*handles.values()], [*handles], loc="outside lower center", ncols=6, frameon=False)
     figure.savefig(path, dpi=_DPI)
+
+
+def overlay_panels(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> dict[str, Figure]:
+    """The panels of `overlay` as small figures of their own, without a legend: title -> figure."""
+    figures = {panel.title: _figure(3.6, 2.5) for panel in _compared(runs)}
+    for panel in _compared(runs):
+        _draw_overlay(figures[panel.title].add_subplot(), panel, runs)
+    return figures
+
+
+def colour(place: int) -> str:
+    """Of the method at `place` of those drawn over each other, as "#rrggbb"."""
+    colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+    return to_hex(colours[place % len(colours)])
+
+
+def _compared(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> list[_Panel]:
+    everything = [row for each in runs.values() for rows in each for row in rows]
+    return [p for p in _present(everything, first=True) if p.curves[0][0] != "logp_mismatch"]
+
+
+def _draw_overlay(axes: Axes, panel: _Panel, runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> None:
+    metric = panel.curves[0][0]
+    for place, (method, each) in enumerate(runs.items()):
+        curves = [c for rows in each if (c := _curve(rows, metric)) is not None]
+        if not curves:
+            continue
+        shortest = min(len(steps) for steps, _ in curves)
+        steps, values = curves[0][0][:shortest], np.stack([v[:shortest] for _, v in curves])
+        axes.plot(steps, values.mean(axis=0), color=colour(place), linewidth=1.5, label=method)
+        axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour(place), alpha=0.12, linewidth=0)
+    _tidy(axes, panel.title, panel.unit, panel.top, panel.percent)
+
+
+def _present(rows: Sequence[Mapping[str, Any]], first: bool = False) -> list[_Panel]:
+    """The panels of which the rows have a metric, or have the first."""
+    present = {key for row in rows for key, value in row.items() if value is not None}
+    return [p for p in _PANELS if any(metric in present for metric, _, _ in p.curves[: 1 if first else None])]
 
 
 def _curve(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -169,12 +242,11 @@ def _curve(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[np.ndarray, 
     return None if not len(points) else (points[:, 0], _running_mean(points[:, 1], len(points) // 20))
 
 
-def worlds(found: Sequence[World], path: str | os.PathLike[str]) -> None:
-    """Draws, for each world, how far SGPO is ahead of GRPO, and from where to where both went.
+def worlds(found: Sequence[World]) -> Figure:
+    """For each world how far SGPO is ahead of GRPO, and from where to where both went.
 
     Args:
         found: as `verdicts.across_worlds` returns them.
-        path: file to write; its ending chooses the format (png, pdf, svg).
     """
     figure = _figure(10.5, 1.4 + 0.36 * len(found))
     left, right = figure.subplots(1, 2, sharey=True)
@@ -201,7 +273,47 @@ def worlds(found: Sequence[World], path: str | os.PathLike[str]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", color="0.9")
         axes.set_axisbelow(True)
+    return figure
+
+
+def token_kl(lines: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draws for each response the mean KL of its steps, and beneath it, in the same places, the KL of its tokens.
+
+    Args:
+        lines: as `analyze.run` returns them.
+        path: file to write; its ending chooses the format (png, pdf, svg).
+    """
+    columns = min(2, len(lines))
+    figure = _figure(7.0 * columns, 3.4 * -(-len(lines) // columns))
+    parts = np.ravel(figure.subfigures(-(-len(lines) // columns), columns, squeeze=False))
+    with matplotlib.rc_context({"text.parse_math": False}):  # a response may hold any text
+        for part, line in zip(parts, lines, strict=False):
+            _draw_token_kl(part.subplots(2, 1, sharex=True, height_ratios=(2, 3)), line)
     figure.savefig(path, dpi=_DPI)
+
+
+def _draw_token_kl(axes: Sequence[Axes], line: Mapping[str, Any]) -> None:
+    means, tokens = axes
+    for index, step in enumerate(line["steps"]):
+        start, width = step["start"] - 0.5, step["stop"] - step["start"]
+        means.bar(start, step["mean_kl"], width, align="edge", color=_BLUE, alpha=(0.9, 0.6)[index % 2])
+        tokens.axvline(start, color="0.8", linewidth=0.8)
+    places = np.arange(len(line["token_kl"]))
+    tokens.bar(places, line["token_kl"], 0.9, color=_ORANGE)
+    title = f"{line['id']} [{line['outcome']}]  KL(guided ‖ unguided)"
+    _tidy(means, title, "step, nats", None, False)
+    highest = max([*line["token_kl"], 1e-3])
+    _tidy(tokens, "", "token, nats", 1.05 * highest, False)
+    tokens.set_xlim(-0.5, max(len(places), 1) - 0.5)
+    if line["delta"] and highest >= line["delta"]:
+        tokens.axhline(line["delta"], color="black", linewidth=0.8, linestyle=":", label="delta")
+        tokens.legend(frameon=False, loc="upper right")
+    if len(places) <= _LABELLED:
+        shown = [piece.strip()[:12] or "·" for piece in line["tokens"]]
+        tokens.set_xticks(places, shown, rotation=90, fontsize="x-small")
+    else:
+        tokens.set_xlabel("token of the response")
+    means.tick_params(axis="x", length=0, labelbottom=False)
 
 
 def _figure(width: float, height: float) -> Figure:

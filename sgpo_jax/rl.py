@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import cleaning, data, monitor, preemption, rewards, sharding, stage
+from sgpo_jax import cleaning, data, monitor, page, preemption, rewards, sharding, stage
 from sgpo_jax.batch import Batch, Group, pack_batch, specs
 from sgpo_jax.evaluation import evaluate_sets
 from sgpo_jax.metrics import Writer
@@ -54,6 +54,7 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
         first = int(state.step)
         if first >= total:
             return
+        show = page.live(workdir, config.report_seconds * (jax.process_index() == 0), "RL", total)
         with Writer(workdir, total, "rl", resume_step=first, enabled=jax.process_index() == 0) as writer:
             for step in range(first, total):
                 batch_rows = batches[step]
@@ -96,6 +97,7 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
                     preemption.check()
                 if collapsed:
                     raise FloatingPointError(f"step {done}: {collapsed}; stopped, as monitor.action asks")
+                show(done)
 
 
 def method(rl: ConfigDict) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -29,6 +29,12 @@ def bootstrap(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
     return interval(bootstrap_means(values, seed))
 
 
+def gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of the differences of per-problem values `[M]`, with its 95 % interval, paired over problems."""
+    difference = np.subtract(after, before)
+    return float(difference.mean()), *bootstrap(difference)
+
+
 def pass_at(correct: int, samples: int, k: int) -> float:
     """Unbiased estimate of the chance that one of k samples is correct: 1 - C(n - c, k) / C(n, k).
 

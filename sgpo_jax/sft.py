@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import cleaning, data, logprobs, models, packing, preemption, sharding, stage
+from sgpo_jax import cleaning, data, logprobs, models, packing, page, preemption, sharding, stage
 from sgpo_jax import tokenizer as tokenizers
 from sgpo_jax.metrics import Writer
 from sgpo_jax.packing import Packed
@@ -44,6 +44,7 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
         first = int(state.step)
         if first >= total:
             return
+        show = page.live(workdir, config.report_seconds * (jax.process_index() == 0), "SFT", total)
         with Writer(workdir, total, "sft", resume_step=first, enabled=jax.process_index() == 0) as writer:
             for step in range(first, total):
                 started = time.perf_counter()
@@ -65,6 +66,7 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
                     saved.save(done, state, score)
                 if preempted:
                     preemption.check()
+                show(done)
 
 
 def load_rows(config: ConfigDict, workdir: Path, policy: Policy) -> tuple[list[dict], list[dict], dict[str, Encoded]]:

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sgpo_jax import metrics, plots, stage
 from sgpo_jax.evaluation import evaluate_sets
 from sgpo_jax.policy import Policy
-from sgpo_jax.scores import bootstrap
+from sgpo_jax.scores import gain
 
 SHOWN = 3  # problems of each set whose answers are printed
 
@@ -111,9 +110,8 @@ def _interval(result: dict[str, Any]) -> str:
 
 def _gain(old: dict[str, Any], new: dict[str, Any]) -> str:
     """Difference in accuracy, with an interval paired over problems."""
-    difference = np.subtract(new["per_problem"], old["per_problem"])
-    low, high = bootstrap(difference)
-    return f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+    mean, low, high = gain(old["per_problem"], new["per_problem"])
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def _show_answers(folder: Path, name: str) -> None:

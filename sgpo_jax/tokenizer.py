@@ -148,6 +148,26 @@ def decode(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int], length: in
     return cast(str, text)
 
 
+def pieces(tokenizer: PreTrainedTokenizerFast, tokens: list[int]) -> list[str]:
+    """The text that each token adds to those before it, special tokens included.
+
+    A character of several tokens is the text of the last of them; the others add "".
+    """
+    texts: list[str] = []
+    context = read = 0  # what was read last is decoded again, because a token's text may depend on what it follows
+    for end in range(1, len(tokens) + 1):
+        before, text = (
+            str(tokenizer.decode(tokens[context:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+            for stop in (read, end)
+        )
+        if text.endswith("\ufffd") and end < len(tokens):
+            texts.append("")
+            continue
+        texts.append(text[len(before) :])
+        context, read = read, end
+    return texts
+
+
 def stop_ids(tokenizer: PreTrainedTokenizerFast, folder: str | Path | None = None) -> tuple[int, ...]:
     """All token ids that end a response; the first is the one that closes an assistant's turn.
 

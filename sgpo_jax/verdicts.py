@@ -160,6 +160,40 @@ def claim_lines(rows: Sequence[Row], world: str) -> list[list[str]]:
     return lines
 
 
+def tables(
+    rows: Sequence[Row], tuning: Sequence[Row], home: str
+) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, columns, lines) of all that can be said: the tuning, the paper's tables, its claims, the worlds.
+
+    Args:
+      rows: of the grid, each with "before", the accuracy of its warm-up.
+      tuning: of the learning rates tried.
+      home: world in which all methods are compared.
+    """
+    found = []
+    if tuning:
+        rates = sorted({row["rate"] for row in tuning})
+        columns = ["method", *(f"{rate:g}" for rate in rates)]
+        lines = [[m, *(_tuned(tuning, m, rate) for rate in rates)] for m in dict.fromkeys(r["method"] for r in tuning)]
+        found.append(("Learning rate, times the method's own: accuracy in %", columns, lines))
+    for name, (question, of_table) in TABLES.items():
+        columns, lines = table(rows, home, of_table)
+        if len(lines) > 1:
+            found.append((f"{name}, {question}: accuracy in %, 95 % over seeds", columns, lines))
+    if lines := claim_lines(rows, home):
+        columns = ["table", "claim", "paper, 7B", "here, paired over seeds", "verdict"]
+        found.append(("The paper's claims, in points", columns, lines))
+    if len(worlds := across_worlds(rows)) > 1:
+        columns = ["world", "before", "GRPO", "SGPO", "SGPO - GRPO", "verdict"]
+        found.append(("Where distillation helps: accuracy in %", columns, world_lines(worlds)))
+    return found
+
+
+def _tuned(rows: Sequence[Row], method: str, rate: float) -> str:
+    values = [row["accuracy"] for row in rows if (row["method"], row["rate"]) == (method, rate)]
+    return f"{100 * np.mean(values):.1f}" if values else ""
+
+
 class World(NamedTuple):
     """Two methods in one world: accuracies before and after, and how far the second is ahead."""
 

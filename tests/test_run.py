@@ -93,7 +93,7 @@ def undisturbed(tmp_path_factory):
 def test_a_run_leaves_metrics_checkpoints_generations_table_and_figures(undisturbed):
     workdir, output = undisturbed
     assert "Accuracy with 95 % bootstrap intervals" in output and "heldout (k=2)" in output
-    for name in ("config.json", "summary.png", "training.png", "eval/table.txt"):
+    for name in ("config.json", "environment.json", "summary.png", "training.png", "eval/table.txt", "report.html"):
         assert (workdir / name).stat().st_size > 0
     wanted = """reward_auto reward_guided alpha token_kl token_kl_max kl_clip_share entropy response_length truncated
         ratio clip_share grad_norm logp_mismatch loss seconds_rollout seconds_reward seconds_update seconds_step
@@ -140,7 +140,7 @@ def stop(workdir, stage, step, how):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "step"), [("sft", 5), ("rl", 2), ("rl", 7)])
+@pytest.mark.parametrize(("stage", "step"), [("sft", 5), ("rl", 7)])
 def test_a_killed_run_resumes_bit_for_bit(undisturbed, tmp_path, stage, step):
     assert stop(tmp_path, stage, step, signal.SIGKILL)[0] == -signal.SIGKILL
     run(tmp_path)
@@ -154,7 +154,7 @@ def test_a_run_killed_again_and_again_at_random_moments(undisturbed, tmp_path):
     SGPO_KILLS=30 kills more often.
     """
     moments, kills = random.Random(0), 0
-    while kills < int(os.environ.get("SGPO_KILLS", "5")):
+    while kills < int(os.environ.get("SGPO_KILLS", "3")):
         process = subprocess.Popen(
             command(tmp_path), env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
@@ -173,7 +173,7 @@ def test_a_run_killed_again_and_again_at_random_moments(undisturbed, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "step"), [("sft", 1), ("rl", 1)])
+@pytest.mark.parametrize(("stage", "step"), [("rl", 1)])
 def test_a_preempted_run_saves_exits_with_0_and_resumes_bit_for_bit(undisturbed, tmp_path, stage, step):
     code, output = stop(tmp_path, stage, step, signal.SIGTERM)
     assert code == 0 and output.rstrip().endswith("what was done is saved; the same command goes on")

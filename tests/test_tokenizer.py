@@ -191,3 +191,25 @@ def test_smollm2():
     response = "2 + 3 = 5 . é😀 \\boxed{5}"
     ids = tokenizer.encode_response(tok, response, stop)
     assert tokenizer.decode(tok, ids, len(ids)) == response
+
+
+def test_pieces_are_what_each_token_adds(world):
+    text = "(a) sum 3 4 = 7. \\boxed{7}"
+    ids = tokenizer.encode_response(world, text, tokenizer.stop_ids(world)[0])
+    pieces = tokenizer.pieces(world, ids)
+    assert len(pieces) == len(ids) and "".join(pieces) == text + "<|end|>"
+    assert pieces[1:3] == [" sum", " 3"]
+
+
+def test_a_character_of_several_tokens_is_the_text_of_the_last():
+    tok = byte_level()
+    ids = tokenizer.encode_response(tok, "aé😀b", tok.eos_token_id)
+    assert tokenizer.pieces(tok, ids) == ["a", "", "é", "", "", "", "😀", "b", "<|endoftext|>"]
+    assert tokenizer.pieces(tok, ids[:5]) == ["a", "", "é", "", "\ufffd"], "a response may be cut inside one"
+    assert tokenizer.pieces(tok, []) == []
+
+
+def test_a_piece_keeps_the_space_that_only_the_first_token_of_a_text_loses():
+    backend = Tokenizer(models.WordLevel({"▁x": 0, "▁+": 1, "▁yy": 2}, unk_token="▁x"))
+    backend.decoder = decoders.Metaspace()
+    assert tokenizer.pieces(PreTrainedTokenizerFast(tokenizer_object=backend), [0, 1, 2]) == ["x", " +", " yy"]

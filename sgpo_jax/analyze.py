@@ -1,0 +1,175 @@
+"""Where a strategy changes the model: the KL between guided and unguided context, token by token and step by step.
+
+    python -m sgpo_jax.analyze --config=configs/NAME.py --workdir=DIR [--problems=8]
+
+The best RL checkpoint (without one, the warm-up) answers problems with their strategies, as in training. For every
+token of a response, d_t = KL(guided || unguided) of Eq. 3 is computed over the whole vocabulary. Written are
+DIR/analysis.jsonl and the figure DIR/analysis.png; `python -m sgpo_jax.report` shows them in the page.
+"""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.text import Text
+
+from sgpo_jax import checks, command, data, logprobs, models, plots, rewards, sharding, stage, steps
+from sgpo_jax import config as configs
+from sgpo_jax import tokenizer as tokenizers
+from sgpo_jax.batch import Prompts
+from sgpo_jax.policy import Policy
+from sgpo_jax.respond import encode_prompts, grade, noise_key, pad_prompts, respond
+from sgpo_jax.rollout import STOP
+
+_FULL = (213, 94, 0)  # colour of a token whose KL is delta or more
+
+
+def run(config: ConfigDict, workdir: Path, problems: int) -> list[dict[str, Any]]:
+    """Analyses guided responses to the first problems that have strategies, those of the evaluation sets first.
+
+    Returns:
+      The lines of analysis.jsonl: id, set, problem, strategy, answer, response, outcome, truncated, stage and step of
+      the checkpoint, delta (nats, null for none); tokens (their texts), token_kl (nats, one a token); steps, each with
+      start, stop, text and mean_kl: see `steps.split`.
+
+    Raises:
+      ValueError: the run has no checkpoint, or there is no problem with a strategy.
+    """
+    configs.check_resume(config, workdir / "config.json")
+    rewards.check(config.rl.reward)
+    mesh = sharding.make_mesh(**config.mesh)
+    names, rows = _problems(config, problems)
+    policy, _ = stage.load_policy(config)
+    for part in ("rl", "sft"):
+        if (step := stage.find_step(config, workdir, part, "best")) is not None:
+            break
+    else:
+        raise ValueError(f"workdir={str(workdir)!r}: there is no checkpoint of stage 'rl' or 'sft'")
+    params = stage.params_at(config, workdir, part, step, policy, mesh)
+
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    filled = [rows[min(i, len(rows) - 1)] for i in range(-(-len(rows) // ways) * ways)]  # a row for every device
+    sampling = {name: config.rl[name] for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
+    encoded = {guided: encode_prompts(policy, filled, guided) for guided in (False, True)}
+    prompts = {guided: pad_prompts(policy, each, max(map(len, each))) for guided, each in encoded.items()}
+    with jax.set_mesh(mesh):
+        key = noise_key(config.seed, "analysis", step)
+        rollout, _ = respond(policy, params, prompts[True], np.arange(len(filled)), key, mesh, group=1, **sampling)
+        tokens, lengths = (np.asarray(x)[:, 0] for x in (rollout.tokens, rollout.lengths))
+        kl = response_kl(policy, params, prompts[True], prompts[False], tokens, lengths, mesh)
+    graded = grade(policy, rollout, filled, config.rl.reward)
+    delta = config.rl.delta if math.isfinite(config.rl.delta) else None  # JSON has no infinity
+    lines = []
+    for i, (name, row) in enumerate(zip(names, rows, strict=True)):
+        pieces = tokenizers.pieces(policy.tokenizer, tokens[i, : lengths[i]].tolist())
+        values = kl[i, : lengths[i]].tolist()
+        line = {"id": row["id"], "set": name, **{field: row[field] for field in ("problem", "strategy", "answer")}}
+        line |= {"response": graded.texts[i][0], "outcome": graded.verdicts[i][0].outcome}
+        line |= {"truncated": bool(rollout.finish[i, 0] != STOP), "stage": part, "step": step}
+        line |= {"delta": delta, "tokens": pieces, "token_kl": values}
+        lines.append(line | {"steps": [found._asdict() for found in steps.steps(pieces, values)]})
+    if jax.process_index() == 0:
+        _write(workdir, lines)
+        _show(lines)
+    return lines
+
+
+def _problems(config: ConfigDict, count: int) -> tuple[list[str], list[dict]]:
+    """(names of the sets, rows) of the first problems that have strategies."""
+    sources = {name: chosen.source for name, chosen in config.eval.sets.items()} | {"training": config.data.train}
+    found: list[tuple[str, dict]] = []
+    for name, source in sources.items():
+        if source and len(found) < count:
+            found += [(name, row) for row in data.load(source) if "strategy" in row]
+    if not found:
+        raise ValueError(f"config.data.train={config.data.train!r}: must have problems with strategies")
+    names, rows = zip(*found[:count], strict=True)
+    return list(names), list(rows)
+
+
+def response_kl(
+    policy: Policy, params: Any, guided: Prompts, unguided: Prompts, tokens: np.ndarray, lengths: np.ndarray, mesh: Mesh
+) -> np.ndarray:
+    """d_t of Eq. 3, KL(guided || unguided) of the next token, for each token of responses.
+
+    Args:
+      policy, params: the model, with both prompts.
+      guided, unguided: `[B,P]` prompts of the two sides; their lengths may differ.
+      tokens: `[B,T]` responses, padded on the right.
+      lengths: `[B]`.
+      mesh: its data and fsdp axes divide B.
+
+    Returns:
+      `[B,T]` nats; 0 after the end of a response.
+    """
+    inside = np.arange(tokens.shape[1]) < lengths[:, None]
+
+    @jax.jit
+    def kl(params, guided, unguided, tokens, inside):
+        def hidden(prompt):
+            mask = jnp.concatenate([prompt.mask, inside], axis=1)
+            joined = jnp.concatenate([prompt.tokens, tokens], axis=1)
+            out, _ = models.apply(
+                params, policy.config, joined, models.positions_of(mask), mask, dtype=policy.dtype
+            )
+            first = prompt.tokens.shape[1] - 1  # the token before predicts the first of the response
+            return out[:, first : first + tokens.shape[1]].reshape(-1, out.shape[-1])
+
+        head = models.head(params, policy.config)
+        return logprobs.token_kl(hidden(guided), hidden(unguided), head).reshape(tokens.shape)
+
+    ways, parts = mesh.shape["data"] * mesh.shape["fsdp"], []
+    for start in range(0, len(tokens), ways):  # one response a device at a time, as long ones fill its memory
+        arrays = jax.tree.map(lambda x, at=slice(start, start + ways): x[at], (guided, unguided, tokens, inside))
+        parts.append(sharding.fetch(kl(params, *sharding.put_rows(arrays, mesh))))
+    return np.where(inside, np.concatenate(parts), 0.0)
+
+
+def coloured(line: dict[str, Any]) -> Text:
+    """A response for the terminal, each token's background the stronger the larger its KL."""
+    text = Text()
+    for piece, kl in zip(line["tokens"], line["token_kl"], strict=True):
+        share = steps.strength(kl, line["delta"])
+        red, green, blue = (round(255 + share * (full - 255)) for full in _FULL)
+        text.append(piece, f"black on rgb({red},{green},{blue})")
+    return text
+
+
+def _write(workdir: Path, lines: Sequence[dict[str, Any]]) -> None:
+    unfinished = workdir / "analysis.partial"
+    unfinished.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    os.replace(unfinished, workdir / "analysis.jsonl")
+    plots.token_kl(lines, workdir / "analysis.png")
+
+
+def _show(lines: Sequence[dict[str, Any]]) -> None:
+    console = Console()
+    for line in lines:
+        console.print(Text(f"{line['id']} [{line['outcome']}] {line['problem']}", style="bold"))
+        console.print(Text(line["strategy"], style="dim"))
+        console.print(coloured(line))
+        for step in line["steps"]:
+            console.print(Text(f"  {step['mean_kl']:7.4f} nats  {' '.join(step['text'].split())}"), overflow="ellipsis",
+                          no_wrap=True)  # fmt: skip
+        console.print()
+
+
+def main(config, given) -> None:
+    checks.check(config)
+    run(config, Path(given.workdir).expanduser(), given.problems)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Folder of the run.")
+    flags.DEFINE_integer("problems", 8, "Problems whose guided responses are analysed.", lower_bound=1)
+    command.start(main, required=["config", "workdir"])
