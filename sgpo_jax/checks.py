@@ -107,7 +107,8 @@ def check(config: ConfigDict) -> None:
         need(f"mesh.{axis}", size == -1 or size >= 1, "-1 or at least 1")
         rest = [f"mesh.{other}" for other in sizes if other != axis and sizes[other] == -1]
         need(f"mesh.{axis}", size != -1 or not rest, f"at least 1 when {' and '.join(rest)} is -1")
-    _check_files(config)
+    sets = [f"eval.sets.{name}.source" for name in config.eval.sets]
+    _check_files(config, "model.source", "model.tokenizer", "data.train", "sft.train", *sets)
 
 
 def _check_method(need: Callable, within: Callable, positive: Callable, choice: Callable, rl: ConfigDict) -> None:
@@ -160,7 +161,7 @@ def check_extract(config: ConfigDict) -> None:
                 f"config.extract.{model}.key_variable: must be the name of an environment variable "
                 "in capitals, or ''; the key itself is given in that variable only"
             )
-    _check_files(config)
+    _check_files(config, "extract.source")
 
 
 def check_lab(config: ConfigDict) -> None:
@@ -250,10 +251,8 @@ def _get(config: ConfigDict, field: str) -> Any:
     return config
 
 
-def _check_files(config: ConfigDict) -> None:
+def _check_files(config: ConfigDict, *fields: str) -> None:
     """A source that is plainly a local path must exist."""
-    fields = ["model.source", "model.tokenizer", "data.train", "sft.train", "extract.source"]
-    fields += [f"eval.sets.{name}.source" for name in config.eval.sets]
     for field in fields:
         value = _get(config, field)
         # Data sources may be several, each with options; see data.load.

@@ -63,7 +63,7 @@ def refused(config, field, value, allowed):
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_config_passes(file, monkeypatch):
     # Whoever runs it brings the files.
-    monkeypatch.setattr(checks, "_check_files", lambda config: None)
+    monkeypatch.setattr(checks, "_check_files", lambda *arguments: None)
     config = load(file)
     if file.stem == "benchmarks":  # on any model
         config.stages, config.model.source = ("eval",), "any"
@@ -75,7 +75,7 @@ def test_every_config_passes(file, monkeypatch):
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_config_says_how_to_run_it(file):
     text = file.read_text()
-    commands = [f"sgpo_jax.{command} --config=configs/{file.name} --" for command in ("main", "evaluate")]
+    commands = [f"sgpo_jax.{command} --config=configs/{file.name} --" for command in ("main", "evaluate", "lab")]
     assert any(f"python -m {command}" in text for command in commands)
 
 
@@ -130,7 +130,7 @@ def test_misspelt_fields_and_wrong_types_are_refused_at_once():
 NUMBERS = [
     (name, value)
     for name, value in fields(load(ROOT / "configs" / "quickstart.py"))
-    if isinstance(value, int | float) and not isinstance(value, bool) and not name.startswith("extract.")
+    if isinstance(value, int | float) and not isinstance(value, bool) and not name.startswith(("extract.", "lab."))
 ]
 WRONG = [(name, -2) for name, _ in NUMBERS]
 WRONG += [(name, wrong) for name, value in NUMBERS if isinstance(value, float) for wrong in (math.nan, -math.inf)]
@@ -446,7 +446,7 @@ WRONG_EXTRACT += [(name, bad) for name, value in EXTRACT if isinstance(value, fl
 
 def test_the_config_of_the_extraction_passes(monkeypatch):
     file = ROOT / "configs" / "strategies.py"
-    monkeypatch.setattr(checks, "_check_files", lambda config: None)
+    monkeypatch.setattr(checks, "_check_files", lambda *arguments: None)
     checks.check_extract(load(file))
     assert "python -m sgpo_jax.strategies --config=configs/strategies.py --workdir=" in file.read_text()
     assert load(file).extract.candidates == 5 and load(file).extract.audit_sample == 500, "App. B and H"

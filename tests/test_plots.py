@@ -132,7 +132,7 @@ def test_worlds_are_drawn_with_their_intervals(tmp_path, drawn):
         verdicts.World("base", 0.25, difference(0.8, 0.02), difference(0.85, 0.01), difference(0.05, 0.03)),
         verdicts.World("rare", 0.02, difference(0.1, 0.02), difference(0.5, 0.01), difference(0.4, float("inf"))),
     ]
-    plots.worlds(found, tmp_path / "worlds.png")
+    plots.worlds(found).savefig(tmp_path / "worlds.png")
     left, right = drawn[0].axes
     assert [text.get_text() for text in left.get_yticklabels()] == ["base", "rare"]
     (points,) = [line for line in left.get_lines() if line.get_marker() == "o"]
