@@ -119,7 +119,7 @@ class Checkpoints:
     def _failed(self, error: Exception) -> None:
         last = self.latest_step()
         kept = "there is none yet" if last is None else f"the last good one is {self._folder / str(last)}"
-        message = f"a checkpoint could not be saved ({_first_line(error)}); {kept}"
+        message = f"a checkpoint could not be saved ({_short(error)}); {kept}"
         if self._stop_on_error:
             raise OSError(message) from error
         print(f"warning: {message}; the run goes on", flush=True)
@@ -171,7 +171,7 @@ class Checkpoints:
         except (ValueError, KeyError, TypeError, OSError) as error:
             path = self._folder / str(step)
             message = f"checkpoint {path} is of another model or optimizer than the config's, or damaged"
-            raise ValueError(f"{message}: {_first_line(error)}") from error
+            raise ValueError(f"{message}: {_short(error)}") from error
 
     def _set_aside_damaged(self, quick: bool = True) -> None:
         if jax.process_index() == 0 and self._folder.is_dir():
@@ -183,6 +183,7 @@ class Checkpoints:
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+def _short(error: Exception) -> str:
+    """Both ends of a message, which may be pages: what went wrong tends to stand in one of them."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"

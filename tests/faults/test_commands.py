@@ -150,7 +150,7 @@ FLAGS = r"""
 import sys
 from absl import app
 from sgpo_jax import command
-command.start(lambda config, flags: None, [])
+command.start(lambda config, flags: None, ["config"])
 """
 WRONG_FLAGS = {
     "a value that is no number": ("--config.rl.batch=3.5", r"--config\.rl\.batch=3\.5: invalid literal for int"),
@@ -178,7 +178,7 @@ def test_wrong_flags_are_named(name):
 @pytest.mark.parametrize("error", [ValueError, ImportError, FloatingPointError, OSError])
 def test_an_error_is_one_line_and_a_bug_is_not_hidden(error, monkeypatch):
     def start(raised):
-        def run(config, flags):
+        def run(flags):
             raise raised
 
         monkeypatch.setattr(command.app, "run", lambda main, flags_parser: main(["main.py"]))
