@@ -111,7 +111,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
     results = Results(config, workdir / "results.jsonl")
     results.repair()
     tuning = tuning_cells(config)
-    progress = Progress(results, [*_with_warm_ups(tuning), *_with_warm_ups(grid_cells(config, {}))])
+    tuned = all(cell in results for cell in tuning)
+    expected = grid_cells(config, chosen_rates(config, results) if tuned else {})  # as many, whatever the rates
+    progress = Progress(results, [*_with_warm_ups(tuning), *_with_warm_ups(expected)])
     with _workers(config, workdir) as run_all:
         _complete(tuning, results, run_all, progress)
         grid = grid_cells(config, chosen_rates(config, results))

@@ -201,9 +201,12 @@ def test_methods_begin_with_the_warm_up_of_their_world_and_seed(config, tmp_path
 
 
 @pytest.mark.slow
-def test_several_processes_give_the_rows_of_one(config, tmp_path):
+def test_several_processes_give_the_rows_of_one(config, tmp_path, capsys):
     config.lab.update({"rates": (0.5, 2.0), "worlds": ("base",), "methods": ("grpo",), "seeds": (0,)})
     lab.run(config, tmp_path / "one")
+    capsys.readouterr()
+    lab.run(config, tmp_path / "one")
+    assert "lab: 5 cells, 0 to run" in capsys.readouterr().out, "with the rates that were chosen"
     config.lab.workers = 2
     lab.run(config, tmp_path / "two")
     one, two = (timeless(tmp_path / name / "results.jsonl") for name in ("one", "two"))
