@@ -23,7 +23,7 @@ class Damaged(ValueError):
 
 
 class Checkpoints:
-    """The checkpoints of one folder; a context manager that waits for the last save. Damaged ones are set aside.
+    """The checkpoints of one folder; a context manager that waits for the last save.
 
     Args:
       folder: made when absent.
@@ -34,14 +34,25 @@ class Checkpoints:
         its checkpoint.
       stop_on_error: whether a checkpoint that cannot be saved (a full disk) stops the run; else it is said and the run
         goes on, with the last one that could.
+      reading: of a folder in which a run may be going on: nothing is written or renamed. Otherwise damaged checkpoints
+        are set aside, and finished ones get their checksums.
     """
 
     def __init__(
-        self, folder: str | Path, keep: int, best: str, higher_is_better: bool, seed: int, stop_on_error: bool = True
+        self,
+        folder: str | Path,
+        keep: int,
+        best: str,
+        higher_is_better: bool,
+        seed: int,
+        stop_on_error: bool = True,
+        reading: bool = False,
     ):
         self._folder = Path(folder).absolute()
         self._stop_on_error = stop_on_error
-        self._set_aside_damaged()
+        self._reading = reading
+        if not reading:
+            self._set_aside_damaged()
         self._best = best
         self._seed = seed
         self._higher_is_better = higher_is_better
@@ -58,14 +69,19 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept), best_fn=lambda metrics: metrics[best]
         )
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        try:
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
+        except ValueError as error:  # it reads the metrics of all of them
+            raise Damaged(f"a checkpoint in {self._folder} is damaged: {_short(error)}") from error
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -108,7 +124,7 @@ class Checkpoints:
         """
         try:
             self._manager.wait_until_finished()
-            if jax.process_index() == 0:
+            if jax.process_index() == 0 and not self._reading:
                 for step in self._manager.all_steps():
                     if not seal.is_written(self._folder / str(step)):
                         seal.write(self._folder / str(step))

@@ -58,11 +58,11 @@ def optimizer(config: ConfigDict, stage: str, total_steps: int) -> tuple[optax.G
     return optim.adamw(rate, **config.optimizer), rate
 
 
-def checkpoints(config: ConfigDict, workdir: Path, stage: str) -> Checkpoints:
-    """The checkpoints of a stage."""
+def checkpoints(config: ConfigDict, workdir: Path, stage: str, reading: bool = False) -> Checkpoints:
+    """The checkpoints of a stage, to go on with it or only to read."""
     fields = config.checkpoint
     folder = workdir / stage / "checkpoints"
-    return Checkpoints(folder, fields.keep, *BEST[stage], config.seed, fields.stop_on_error)
+    return Checkpoints(folder, fields.keep, *BEST[stage], config.seed, fields.stop_on_error, reading)
 
 
 def state_shardings(policy: Policy, tx: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, TrainState]:
@@ -97,7 +97,7 @@ def find_step(config: ConfigDict, workdir: Path, stage: str, which: str) -> int 
     """Step of the "best" or "last" checkpoint of a stage, or `which` itself; None when there is no such checkpoint."""
     if not (workdir / stage / "checkpoints").is_dir():
         return None
-    with checkpoints(config, workdir, stage) as saved:
+    with checkpoints(config, workdir, stage, reading=True) as saved:
         if which in ("best", "last"):
             return saved.best_step() if which == "best" else saved.latest_step()
         return int(which) if which.isdigit() and int(which) in saved.all_steps() else None
@@ -106,7 +106,7 @@ def find_step(config: ConfigDict, workdir: Path, stage: str, which: str) -> int 
 def params_at(config: ConfigDict, workdir: Path, stage: str, step: int, policy: Policy, mesh: Mesh) -> Any:
     """Parameters of the checkpoint after `step` of a stage."""
     tx, _ = optimizer(config, stage, total_steps=1)  # only its state's shape matters here
-    with checkpoints(config, workdir, stage) as saved:
+    with checkpoints(config, workdir, stage, reading=True) as saved:
         return saved.restore(step, _placed(*state_shardings(policy, tx, mesh))).params
 
 

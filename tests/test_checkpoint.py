@@ -170,6 +170,25 @@ def test_a_full_disk(saved, tmp_path, monkeypatch, capsys, stop):
         assert found.latest_step() == 5
 
 
+@pytest.mark.parametrize("damaged", ["state/manifest.ocdbt", "metrics/metrics"])
+def test_who_only_reads_changes_nothing(saved, tmp_path, damaged):
+    """A run may be writing there: its checkpoints are neither sealed nor renamed, and a damaged one is refused."""
+    run = tmp_path / "run"
+    shutil.copytree(saved, run)
+    (run / "2.files.json").unlink()
+    flip(run / "1" / damaged)
+    before = names(run)
+    with pytest.raises(ValueError, match="checkpoint .*is damaged: "), checkpoints(run, reading=True) as found:
+        assert found.best_step() == 1
+        jax.tree.map(np.testing.assert_array_equal, found.restore(3, state(0)), state(3))
+        found.wait()
+        found.restore(1, state(0))
+    assert names(run) == before
+    with checkpoints(run) as found:
+        assert found.all_steps() == [2, 3]
+    assert seal.is_written(run / "2")
+
+
 LIMIT = """
 import resource, sys
 import jax

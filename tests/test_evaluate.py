@@ -5,7 +5,7 @@ import json
 import pytest
 
 from sgpo_jax import config as configs
-from sgpo_jax import evaluate, evaluation
+from sgpo_jax import evaluate, evaluation, preemption
 from sgpo_jax.metrics import read_jsonl
 
 
@@ -46,6 +46,16 @@ def test_it_prints_and_writes_measured_beside_reported(config, tmp_path, capsys,
     config.eval.temperature = 0.7
     with pytest.raises(ValueError, match=r"temperature 0.6, now 0.7; go on with the same, or choose another --out"):
         evaluate.run(config, None, str(tmp_path / "out"), "", limit=6)
+
+
+def test_a_preempted_evaluation_keeps_what_it_has(config, tmp_path, monkeypatch):
+    config.eval.batch = 8
+    asked = iter([False, True])
+    monkeypatch.setattr(preemption, "requested", lambda: next(asked))
+    with pytest.raises(preemption.Preempted, match="the same command goes on"):
+        evaluate.run(config, None, str(tmp_path / "out"), "", limit=0)
+    (path,) = (tmp_path / "out").glob("*_unguided_*.jsonl")
+    assert len({line["id"] for line in read_jsonl(path)}) == 8, "the first batch"
 
 
 def test_wrong_arguments_are_refused_before_any_work(config, tmp_path, monkeypatch):

@@ -229,3 +229,16 @@ def test_a_method_trains(name, tmp_path):
             assert 0 < row["target_nll"] < 20
         if name == "hpt":
             assert row["alpha"] == 1.0 and row["loss_grpo"] == 0.0, "an untrained model solves nothing"
+
+
+def test_a_collapse_stops_the_run_after_a_checkpoint(tmp_path):
+    config = methods.select(load(ROOT / "configs" / "quickstart.py"), "grpo")
+    config.model.update({"hidden": 16, "heads": 2, "mlp": 32, "layers": 1})
+    config.data.train = "arithmetic:train,count=32"
+    config.stages = ("rl",)
+    config.rl.update({"batch": 8, "micro_batch": 8, "steps": 4, "autonomous": 3, "max_new_tokens": 8})
+    config.monitor.update({"window": 2, "most_truncated": 0.1, "action": "stop"})
+    with pytest.raises(FloatingPointError, match="step 2: truncated is .*, above monitor.most_truncated=0.1"):
+        main.run(config, tmp_path)
+    assert [row["step"] for row in read_jsonl(tmp_path / "rl.jsonl")] == [1, 2]
+    assert [path.name for path in (tmp_path / "rl" / "checkpoints").iterdir() if path.name.isdigit()] == ["2"]
