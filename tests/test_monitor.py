@@ -32,7 +32,7 @@ def test_each_sign_is_seen_in_the_mean_of_the_window(limits, metric, value, expe
     assert monitor.signs([sick, sick, sick, HEALTHY, HEALTHY, sick], limits) == {}, "two of the window are well"
     (found,) = monitor.signs([HEALTHY, sick, sick, sick], limits).values()
     assert found.startswith(expected)
-    for unknown in (None, float("nan")):
+    for unknown in (None, float("nan"), float("inf"), -float("inf")):
         assert monitor.signs([sick, sick, sick | {metric: unknown}], limits) == {}
     without = {name: other for name, other in HEALTHY.items() if name != metric}
     assert monitor.signs([without] * 3, limits) == {}, "plain GRPO has no KL"
