@@ -20,7 +20,7 @@
 #   run      submits the run. The volume is mounted at /shared; DIR is a folder in it, /shared/NAME, and data/ of the config
 #            is /shared/data. --tpu is a slice of one node pool, as v5e:4x4, v6e:8x8, v5p:2x2x4 or v4:2x2x4. --gpus is the number
 #            on each node; TYPE is GKE's name, as nvidia-h100-80gb. --spot: nodes that may be taken away. After a preemption
-#            the JobSet begins again, as often as it takes; after anything else that fails N times (3). A pod that is to
+#            the JobSet begins again, as often as it takes; after anything else that fails N times (10). A pod that is to
 #            stop has SECONDS (30) to save.
 #   follow   prints the output of the first process, and what comes.
 #   collect  copies the results from DIR, all but the checkpoints, to LOCAL_DIR.
@@ -56,7 +56,7 @@ collect) values+=" claim workdir to" ;;
 esac
 
 context="" namespace="" name="" image="" extra="" claim="" share="" from="" to="" config="" workdir=""
-tpu="" nodes="" gpus="" gpu_type="" grace=30 retries=3 spot=no
+tpu="" nodes="" gpus="" gpu_type="" grace=30 retries=10 spot=no
 parse "$subcommand" "$values" "$flags" "$@"
 [[ $subcommand == run ]] || no_overrides "$subcommand"
 

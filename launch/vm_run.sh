@@ -8,16 +8,17 @@
 # it was stopped by SIGTERM and can go on; 69 when something is not installed.
 set -euo pipefail
 
-cd
+tree=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+if [[ $1 == /shared/* ]] && ! mountpoint --quiet /shared; then
+    echo "/shared is not mounted; launch/tpu_vm.sh install --share mounts it" >&2
+    exit 69
+fi
+cd # a folder that is not absolute is in the home folder
 mkdir -p "$1" sgpo_jax.run
 workdir=$(cd "$1" && pwd)
 state=$PWD/sgpo_jax.run
 shift
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [[ $workdir == /shared/* ]] && ! mountpoint --quiet /shared; then
-    echo "/shared is not mounted; launch/tpu_vm.sh install --share mounts it" >&2
-    exit 69
-fi
+cd "$tree"
 
 # The last part of a worker's host name is its number.
 log=$workdir/output.${HOSTNAME##*-}.log
@@ -39,7 +40,7 @@ elif [[ $(<"$state/command") != "$text" ]]; then
     exit 1
 fi
 exec 9>&-
-tail --pid="$(<"$state/pid")" -c "+$(($(<"$state/start") + 1))" -f "$log"
+tail --pid="$(<"$state/pid")" --sleep-interval=0.2 -c "+$(($(<"$state/start") + 1))" -f "$log"
 if [[ ! -f $state/status ]]; then
     echo "the run was killed" >&2
     exit 137
