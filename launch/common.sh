@@ -28,11 +28,9 @@ quoted() {
     printf '%s\n' "$line"
 }
 
-# Prints the text as a string of JSON, which YAML reads as well.
+# Prints a text without control characters as a string of JSON, which YAML reads as well.
 json_string() {
-    local text=$1
-    [[ $text != *[[:cntrl:]]* ]] || fail "a value must be one line without control characters, not $(quoted "$text")"
-    text=${text//\\/\\\\}
+    local text=${1//\\/\\\\}
     printf '"%s"' "${text//\"/\\\"}"
 }
 
@@ -108,6 +106,7 @@ check_config() {
 check_overrides() {
     local override
     for override in ${overrides[@]+"${overrides[@]}"}; do
+        [[ $override != *[[:cntrl:]]* ]] || fail "what follows -- must be without line breaks and control characters"
         [[ $override == --config.?*=* ]] || fail "after -- only --config.field=value may follow, not '$override'"
     done
 }

@@ -26,9 +26,9 @@
 #   run      starts training on every worker and follows its output. Losing the connection or pressing Ctrl-C stops only
 #            the following; the same command follows it again, or resumes the run if it has stopped. On more than one
 #            worker, DIR must be on the share: /shared/NAME.
-#   keep     sees the run through: creates and installs the TPU when it is not there or was taken away, runs, and begins
-#            again until the run has ended by itself. Gives up after N failures (3) that are not preemptions, within an
-#            hour each. Looks at the TPU every SECONDS (60).
+#   keep     sees the run through: creates and installs the TPU when it is not there or was taken away, asking for as long as
+#            it takes, runs, and begins again until the run has ended by itself. Gives up after N failures (3) on a TPU
+#            that is there, each within an hour. Waits SECONDS (60) before it looks again.
 #   stop     sends SIGTERM to the run, which saves and ends.
 #   collect  copies the results from DIR, all but the checkpoints, to LOCAL_DIR.
 #   fetch    copies any file or folder from worker 0 to LOCAL_DIR.
@@ -239,6 +239,10 @@ install)
     archive_tree
     execute "${tpu[@]}" scp "$archive" "$name:sgpo_jax.tar.gz" "${where[@]}" --worker all
     execute "${tpu[@]}" ssh "$name" "${where[@]}" --worker all --command "set -e
+[ ! -e sgpo_jax.run/lock ] || flock --nonblock sgpo_jax.run/lock true || {
+  echo 'a run is going on here; launch/tpu_vm.sh stop ends it' >&2
+  exit 1
+}
 mkdir -p sgpo_jax
 tar -xzf sgpo_jax.tar.gz -C sgpo_jax
 exec sgpo_jax/launch/vm_setup.sh${share:+ $share}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-TOOLS = ("gcloud", "kubectl", "docker", "sbatch", "srun", "squeue", "scontrol", "git", "tar", "rm", "sudo", "mountpoint", "python3")
+TOOLS = "gcloud kubectl docker sbatch srun squeue scontrol git tar rm sudo mountpoint python3".split()
 
 # Each call is its words and, where it reads one, its standard input, ended by 0; a call ends with a line of its own.
 RECORD = """#!/bin/bash
@@ -47,7 +47,8 @@ class Bench(NamedTuple):
 
     def environment(self) -> dict[str, str]:
         path = f"{self.tools}:{os.environ['PATH']}"
-        return os.environ | {"PATH": path, "CALLS": str(self.calls), "HOME": str(self.home), "HOSTNAME": "t1v-n-0a1b-w-3"}
+        ours = {"PATH": path, "CALLS": str(self.calls), "HOME": str(self.home), "HOSTNAME": "t1v-n-0a1b-w-3"}
+        return os.environ | ours
 
     def recorded(self) -> list[list[str]]:
         """The calls since the last time this was asked."""

@@ -1,6 +1,7 @@
 """The scripts that every launch script uses, and TPU VMs: dry, or with a gcloud that runs the remote commands here."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from launching import ROOT, bench
 WHERE = ["--name", "sgpo", "--zone", "us-east5-a"]
 RUN = ["run", *WHERE, "--config", "configs/quickstart.py", "--workdir", "runs/q"]
 KEEP = ["keep", *WHERE, "--type", "v6e-16", "--config", "configs/quickstart.py", "--workdir", "runs/q", "--poll", "0"]
-NASTY = "--config.note=it's \"a\" $HOME `id` \\ * ; & | ü"
+NASTY = '--config.note=it\'s "a" $HOME `id` \\ * ; & | ü'
 SHARE = "10.0.0.2:/shared"
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
@@ -107,11 +108,13 @@ LISTS = {  # what the two kinds of `gcloud ... list` answer, in turn; the last a
 }  # fmt: skip
 
 
-def answers(here, remote=(), **states):
-    """A gcloud that lists these states, and whose remote runs end with the statuses in `remote`, each the last for ever."""
-    for name, values in {**states, "remote": remote}.items():
+def answers(here, remote=(), creating=(0,), **states):
+    """A gcloud that lists these states, and whose creations and remote runs end so, each the last for ever."""
+    for name, values in {**states, "remote": remote, "creating": creating}.items():
         (here.home / name).write_text("".join(f"{value}\n" for value in values))
-    here.tool("gcloud", f"""
+    here.tool(
+        "gcloud",
+        f"""
 next() {{
     head -n 1 "{here.home}/$1"
     (($(wc -l <"{here.home}/$1") < 2)) || sed -i 1d "{here.home}/$1"
@@ -119,18 +122,22 @@ next() {{
 case "$*" in
 "compute tpus queued-resources list "*) next request ;;
 "compute tpus tpu-vm list "*) next node ;;
+"compute tpus tpu-vm create "*) exit "$(next creating)" ;;
 *vm_run.sh*) exit "$(next remote)" ;;
 esac
-""")
+""",
+    )
 
 
 def short(calls):
     """What was done, without looking."""
     words = []
     for call in calls:
-        command = " ".join(call[3:5]) if call[0] == "gcloud" else call[0]
         remote = call[-1] if "ssh" in call else ""
-        words.append("run" if "vm_run" in remote else "setup" if "vm_setup" in remote else command.removeprefix("tpu-vm "))
+        if "vm_run" in remote or "vm_setup" in remote:
+            words.append("run" if "vm_run" in remote else "setup")
+        else:
+            words.append(" ".join(call[3:5]).removeprefix("tpu-vm ") if call[0] == "gcloud" else call[0])
     return [word for word in words if not word.endswith("list") and word not in ("git", "scp")]
 
 
@@ -190,6 +197,12 @@ def test_keep_sees_the_run_through(flags, states, remote, status, done, here):
     assert short(here.recorded()) == done
 
 
+def test_keep_asks_until_there_is_room(here):
+    answers(here, [0], creating=[1, 1, 1, 1, 1, 0], node=[""])
+    assert here.run("tpu_vm.sh", *KEEP).returncode == 0
+    assert short(here.recorded()) == [*6 * ["create"], "setup", "run"]
+
+
 def test_keep_does_not_take_a_failing_gcloud_for_a_missing_node(here):
     here.tool("gcloud", "exit 4")
     result = here.run("tpu_vm.sh", *KEEP)
@@ -240,8 +253,8 @@ def test_run_follows_the_output_and_hands_on_the_status(vm):
     log = vm.home / "runs/q/output.3.log"
     expected = "".join(
         f"<{word}> "
-        for word in ("-m", "sgpo_jax.main", "--distributed", f"--workdir={vm.home}/runs/q", "--config=configs/quickstart.py",
-                     "--config.grace=20", "--config.rl.steps=5", NASTY)
+        for word in ("-m", "sgpo_jax.main", "--distributed", f"--workdir={vm.home}/runs/q",
+                     "--config=configs/quickstart.py", "--config.grace=20", "--config.rl.steps=5", NASTY)
     )  # fmt: skip
     assert result.returncode == 3
     assert log.read_text() == expected == result.stdout
@@ -292,7 +305,8 @@ def test_what_is_not_installed_has_a_status_of_its_own(vm):
 
 
 def test_exec_runs_in_the_package_with_its_environment(vm):
-    result = vm.run("tpu_vm.sh", "exec", *WHERE, "--", "bash", "-c", 'pwd; command -v python; printf "<%s>" "$@"', "x", NASTY)
+    text = 'pwd; command -v python; printf "<%s>" "$@"'
+    result = vm.run("tpu_vm.sh", "exec", *WHERE, "--", "bash", "-c", text, "x", NASTY)
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"{vm.home}/sgpo_jax\n{vm.home}/sgpo_jax/.venv/bin/python\n<{NASTY}>"
     assert vm.recorded()[0][-4:-1] == ["--worker", "0", "--command"]
@@ -320,6 +334,21 @@ def test_install_mounts_the_share_once_and_installs_on_every_worker(vm):
     assert os.readlink(vm.home / "sgpo_jax/data") == f"{vm.home}/shared/data"
     assert vm.run("tpu_vm.sh", *install).returncode == 0
     assert [call for call in vm.recorded() if call[0] == "sudo"] == []
+
+
+@needs_flock
+def test_install_leaves_a_run_that_goes_on_alone(vm):
+    (vm.home / "sgpo_jax.run").mkdir()
+    lock = str(vm.home / "sgpo_jax.run/lock")
+    with subprocess.Popen(
+        ["flock", lock, "bash", "-c", "echo held; read -r"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as running:
+        running.stdout.readline()
+        result = vm.run("tpu_vm.sh", "install", *WHERE)
+        running.stdin.close()
+    assert result.returncode == 1
+    assert "a run is going on here" in result.stderr
+    assert "tar" not in [call[0] for call in vm.recorded()]
 
 
 @pytest.mark.parametrize(
@@ -359,7 +388,8 @@ def run(given):
 command.start(run, required=[])
 """
     command = [str(ROOT / "launch/preemptible.sh"), sys.executable, "-c", text]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}) as running:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as running:
         assert running.stdout.readline() == "begun\n"
         running.terminate()
         assert running.stdout.read().splitlines()[-1].startswith("sgpo_jax: stopped by SIGTERM")
@@ -430,7 +460,7 @@ def test_help_names_every_option_that_the_script_reads(script, here):
     result = here.run(script, "--help")
     assert (result.returncode, result.stderr) == (0, "")
     source = (ROOT / "launch" / script).read_text()
-    read = {word for line in source.splitlines() if "values+=" in line or line.startswith("parse ") or "values=\"" in line
-            for part in line.split('"')[1::2] for word in part.split() if word.isidentifier() or "-" in word}  # fmt: skip
-    missing = [word for word in read - {"$subcommand", "$values", "$flags", "slurm.sh"} if f"--{word}" not in result.stdout]
-    assert read and not missing
+    known = re.findall(r'(?:values\+?|flags)="([\w -]*)"|^parse slurm.sh "([\w -]*)"', source, re.M)
+    options = {word for found in known for text in found for word in text.split()}
+    assert len(options) > 8
+    assert {word for word in options if f"--{word}" not in result.stdout} == set()
