@@ -178,6 +178,8 @@ def test_a_queued_request_that_fails_is_no_node(here):
         ([], {"node": ["READY"]}, [75, 75, 75, 75, 0], 0, 5 * ["run"]),
         # A new VM of which nobody has installed anything.
         ([], {"node": ["READY"]}, [69, 0], 0, ["run", "setup", "run"]),
+        (["--queued"], {"request": ["ACTIVE"], "node": ["", "READY"]}, [0], 0,
+         ["queued-resources delete", "queued-resources create", "setup", "run"]),
         # A mistake of the user's.
         ([], {"node": ["READY"]}, [1], 1, 3 * ["run"]),
         (["--retries", "1"], {"node": ["READY"]}, [1], 1, ["run"]),
@@ -261,7 +263,7 @@ def test_run_follows_the_output_and_hands_on_the_status(vm):
     (call,) = vm.recorded()
     assert call[:-1] == gcloud("tpu-vm", "ssh", "sgpo", "--zone", "us-east5-a", "--worker", "all", "--command")
     # A second run adds to the log; what is followed is the new part alone.
-    assert vm.run("tpu_vm.sh", *RUN).stdout.startswith("<-m> <sgpo_jax.main>")
+    assert vm.run("tpu_vm.sh", *RUN).stdout.count("<-m>") == 1
     assert log.read_text().count("<-m>") == 2
 
 
@@ -281,6 +283,25 @@ def test_run_follows_a_run_that_goes_on_and_refuses_another(vm):
             assert second.wait() == 5
         assert lost.wait() == 5
     assert (vm.home / "runs/q/output.3.log").read_text() == "begun\nended\n"
+
+
+@needs_flock
+def test_a_run_that_was_killed_does_not_end_like_the_one_before(vm):
+    assert vm.run("tpu_vm.sh", *RUN).returncode == 3
+    program(vm, "kill -KILL $PPID\nsleep 0.1")
+    result = vm.run("tpu_vm.sh", *RUN)
+    assert (result.returncode, result.stderr.splitlines()[-1]) == (137, "the run was killed")
+
+
+@needs_flock
+def test_what_outlives_a_run_does_not_keep_the_next_one_out(vm):
+    program(vm, "sleep 20 >/dev/null 2>&1 &\necho begun $!")
+    first, second = (vm.run("tpu_vm.sh", *RUN) for _ in range(2))
+    assert first.returncode == second.returncode == 0
+    ids = [int(result.stdout.split()[1]) for result in (first, second)]
+    for id in ids:
+        os.kill(id, signal.SIGKILL)
+    assert ids[0] != ids[1]
 
 
 @needs_flock
@@ -349,6 +370,8 @@ def test_install_leaves_a_run_that_goes_on_alone(vm):
     assert result.returncode == 1
     assert "a run is going on here" in result.stderr
     assert "tar" not in [call[0] for call in vm.recorded()]
+    program(vm, "")
+    assert vm.run("tpu_vm.sh", "install", *WHERE).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,8 @@ def test_the_python_commands_have_flags_and_fields_that_exist(words):
     file = ROOT / f"{module.replace('.', '/')}.py"
     if not file.exists():
         pytest.skip(f"{file.name} is not there")
-    calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+    sources = [path.read_text() for path in (file, ROOT / "sgpo_jax/command.py")]
+    calls = [node for source in sources for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     flags = {call.args[0].value for call in calls if ast.unparse(call.func).startswith("flags.DEFINE_")}
     given = [argument.lstrip("-").partition("=")[0] for argument in arguments]
     assert {name for name in given if not name.startswith("config")} <= flags
