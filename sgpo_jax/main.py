@@ -1,6 +1,7 @@
 """The command: `python -m sgpo_jax.main --config=configs/NAME.py --workdir=DIR [--config.field=value ...]`."""
 
 import contextlib
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -29,13 +30,8 @@ def run(config, workdir: Path) -> None:
 def _run_stages(config, workdir: Path, mesh: Mesh) -> None:
     policy, load = stage.load_policy(config)
 
-    def initial():
-        return load(jax.random.key(config.seed))
-
-    def warmed_up():
-        params = stage.best_params(config, workdir, "sft", policy, mesh)
-        return initial() if params is None else params
-
+    initial = partial(load, jax.random.key(config.seed))
+    warmed_up = partial(stage.warmed_up, config, workdir, policy, initial, mesh)
     try:
         if "sft" in config.stages:
             sft.train(config, workdir, policy, initial, mesh)

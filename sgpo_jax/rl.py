@@ -78,7 +78,7 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
                 times.append(time.perf_counter())
 
                 done = step + 1
-                stage.watch_skipped(workdir / "rl", done, int(metrics["skipped"]), config.max_skipped, batch)
+                stage.watch_skipped(config, workdir, "rl", done, int(metrics["skipped"]), batch_rows, batch)
                 metrics |= _rollout_metrics(graded_auto, graded_guided) | _speed(times, autonomous, *[guided] * sampled)
                 metrics["slots_used"] = float(autonomous.lengths.sum() / slot_steps)
                 metrics["learning_rate"] = float(rate(step * rl.updates_per_batch))
