@@ -19,7 +19,8 @@ def run(config, workdir: Path) -> None:
     rewards.check(config.rl.reward)
     with lock.hold(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
         # A run that was refused over its rows or its model has left a config too, which binds nobody.
-        if any(workdir.glob("*/checkpoints/[0-9]*")) or any(workdir.glob("eval/*")):
+        begun = "*/checkpoints/[0-9]*", "eval/*", "rl/rollbacks.json"
+        if any(any(workdir.glob(pattern)) for pattern in begun):
             configs.check_resume(config, workdir / "config.json")
         if jax.process_index() == 0:
             (workdir / "config.json").write_text(configs.to_json(config), encoding="utf-8")

@@ -24,7 +24,7 @@ Metrics = dict[str, jax.Array]
 class TrainState(struct.PyTreeNode):
     """Everything an update changes; checkpointed as a whole."""
 
-    step: jax.Array  # [] int32, batches consumed; also the data position and what is folded into the seed
+    step: jax.Array  # [] int32, finished updates; without rollbacks also the data position, and folded into the seed
     params: Any
     opt_state: optax.OptState
     skipped: jax.Array  # [] int32, updates in a row that were skipped because they were not finite
