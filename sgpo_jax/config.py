@@ -115,7 +115,8 @@ def base() -> ConfigDict:
     config.monitor.most_truncated = 0.9  # share of responses cut at the limit
     config.monitor.most_identical = 0.98  # share of problems whose responses are all the same
     config.monitor.most_clipped = 0.5  # share of the targets' tokens whose KL is clipped
-    config.monitor.action = "warn"  # or "stop", after a checkpoint
+    config.monitor.action = "warn"  # or "stop", after a checkpoint; or "rollback": on from before it, on other batches
+    config.monitor.most_rollbacks = 3  # after so many the next sign stops the run
 
     config.eval = ConfigDict()
     config.eval.sets = ConfigDict()  # name -> ConfigDict(source=..., samples=k), k responses per problem for avg@k

@@ -51,11 +51,12 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
         with Writer(workdir, total, "sft", resume_step=first, enabled=jax.process_index() == 0) as writer:
             for step in range(first, total):
                 started = time.perf_counter()
-                batch = encode(batches[step])
+                batch_rows = batches[step]
+                batch = encode(batch_rows)
                 state, device_metrics = update(state, put(batch, mesh))
                 metrics = {name: float(value) for name, value in device_metrics.items()}
                 seconds = time.perf_counter() - started
-                stage.watch_skipped(workdir / "sft", step + 1, int(metrics["skipped"]), config.max_skipped, batch)
+                stage.watch_skipped(config, workdir, "sft", step + 1, int(metrics["skipped"]), batch_rows, batch)
                 metrics |= {"learning_rate": float(rate(step)), "seconds_step": seconds}
                 metrics["tokens_per_second"] = metrics.pop("tokens") / seconds
 
@@ -150,7 +151,7 @@ def make_update(
             return loss, {"loss": loss}
 
         grads, metrics = accumulate(loss_fn, state.params, packed.count, _micro_batches(packed, tokens))
-        state, grad_norm = apply_gradients(state, grads, optimizer)
+        state, grad_norm = apply_gradients(state, grads, optimizer, metrics["loss"])
         metrics |= {"grad_norm": grad_norm, "skipped": state.skipped, "tokens": count}
         return state.replace(step=state.step + 1), metrics
 

@@ -24,10 +24,10 @@ Metrics = dict[str, jax.Array]
 class TrainState(struct.PyTreeNode):
     """Everything an update changes; checkpointed as a whole."""
 
-    step: jax.Array  # [] int32, batches consumed; also the data position and what is folded into the seed
+    step: jax.Array  # [] int32, finished updates; without rollbacks also the data position, and folded into the seed
     params: Any
     opt_state: optax.OptState
-    skipped: jax.Array  # [] int32, updates in a row that were skipped for a non-finite gradient
+    skipped: jax.Array  # [] int32, updates in a row that were skipped because they were not finite
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
@@ -135,7 +135,7 @@ def make_update(
         alpha = batch.alpha[packed.owner]
         targets["weight"] = alpha * _weight(targets["share"], weighted / problems, normaliser * count)
         targets["tokens"] = jnp.where(packed.owner >= 0, tokens[packed.owner, packed.index], 0)
-        rows = (_with_responses(rows, packed.owner, targets["tokens"]) for rows in packed.contexts)
+        rows = (with_responses(rows, packed.owner, targets["tokens"]) for rows in packed.contexts)
         return autonomous, targets | dict(zip(("rows", "guided_rows"), rows, strict=False))
 
     def select_targets(params, batch):
@@ -166,7 +166,8 @@ def make_update(
                 target_grads, of_targets = accumulate(target_loss, state.params, batch.targets.count, targets)
                 grads = jax.tree.map(jnp.add, grads, target_grads)
                 metrics |= of_targets | {"loss": metrics["loss"] + of_targets["loss_kd"]}
-            state, grad_norm = apply_gradients(state, grads, optimizer)
+            measured = metrics["loss"], metrics["logp_mismatch"]
+            state, grad_norm = apply_gradients(state, grads, optimizer, measured)
             return state, metrics | {"grad_norm": grad_norm}
 
         state, measured = jax.lax.scan(optimise, state, None, length=updates_per_batch)
@@ -192,7 +193,7 @@ def _weight(share: jax.Array, of_mean: Any, tokens: int) -> jax.Array:
     return jnp.where(share > 0, 1.0 / tokens, 0.0) if tokens else of_mean * share
 
 
-def _with_responses(rows: Rows, owner: jax.Array, tokens: jax.Array) -> Rows:
+def with_responses(rows: Rows, owner: jax.Array, tokens: jax.Array) -> Rows:
     """The rows with `tokens` `[K,S,M,J]` where the response tokens stand: after the slots that predict them."""
 
     def write(row, slots, owner, tokens):
@@ -255,12 +256,20 @@ def _at(micro_batches: Any, k: Any) -> Any:
 
 
 def apply_gradients(
-    state: TrainState, grads: Any, optimizer: optax.GradientTransformation
+    state: TrainState, grads: Any, optimizer: optax.GradientTransformation, measured: Any
 ) -> tuple[TrainState, jax.Array]:
-    """One optimizer step, or none when the gradient is not finite. Returns (state, gradient norm before clipping)."""
+    """One optimizer step, or none when the gradient, the change of the parameters or `measured` is not finite.
+
+    Args:
+      state, grads, optimizer: what is changed, and how.
+      measured: scalars that say that the batch is sound: the loss, how far the sampler's log-probabilities are off.
+
+    Returns:
+      (state, gradient norm before clipping).
+    """
     grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    finite = jnp.isfinite(jnp.stack(jax.tree.leaves((grad_norm, optax.tree.norm(updates), measured)))).all()
     params = optax.apply_updates(state.params, updates)
 
     def keep(new, old):

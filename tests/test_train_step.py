@@ -306,6 +306,35 @@ def test_non_finite_gradient_is_skipped_and_counted():
     assert not np.array_equal(before[0]["norm"]["scale"], state.params["norm"]["scale"])
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", ["gradient", "optimizer state", "parameters", "measured"])
+def test_one_number_that_is_not_finite_skips_the_update(place, value):
+    """The sign of an infinite gradient is finite; weight decay alone meets a parameter that the batch does not use."""
+    optimizer = optax.chain(optax.sign_sgd(0.1), optax.trace(0.9), optax.add_decayed_weights(-0.1))
+    state = init_state({"a": jnp.ones(3), "b": jnp.ones(3)}, optimizer)
+    grads, measured = {"a": jnp.ones(3), "b": jnp.zeros(3)}, {"loss": jnp.ones(()), "other": jnp.ones(())}
+    sound, _ = train_step.apply_gradients(state, grads, optimizer, measured)
+    assert sound.skipped == 0 and not np.array_equal(sound.params["a"], state.params["a"])
+    state = sound.replace(skipped=jnp.int32(4))
+
+    def spoil(tree):
+        return jax.tree.map(lambda x: x.at[(1,) * x.ndim].set(value), tree)
+
+    if place == "gradient":
+        grads = grads | {"a": spoil(grads["a"])}
+    if place == "optimizer state":
+        state = state.replace(opt_state=spoil(state.opt_state))
+    if place == "parameters":
+        state = state.replace(params=state.params | {"b": spoil(state.params["b"])})
+    if place == "measured":
+        measured = measured | {"other": jnp.float32(value)}
+    after, norm = train_step.apply_gradients(state, grads, optimizer, measured)
+    assert after.skipped == 5 and np.isfinite(norm) == (place != "gradient")
+    jax.tree.map(np.testing.assert_array_equal, after.replace(skipped=state.skipped), state)
+    good = {"a": jnp.zeros(3), "b": jnp.zeros(3)}
+    assert train_step.apply_gradients(sound.replace(skipped=jnp.int32(4)), good, optimizer, ())[0].skipped == 0
+
+
 def test_state_is_donated():
     state = init_state(make_params(), optax.sgd(1.0))
     make_update(CONFIG, optax.sgd(1.0))(state, pack_batch(make_batch(), micro_batch=100))
