@@ -23,12 +23,13 @@ BEST = {"sft": ("validation_loss", False), "rl": ("accuracy", True)}
 
 
 def load_policy(config: ConfigDict) -> tuple[Policy, Callable[[jax.Array], Any]]:
-    """`policy.load` of the model that the config names."""
+    """(policy, `initial(key) -> params`) of the model that the config names, on the mesh that it names."""
     model, instruction = config.model, config.data.instruction
-    return policies.load(
+    policy, initial = policies.load(
         model.source, model.tokenizer, layers=model.layers, hidden=model.hidden, heads=model.heads, mlp=model.mlp,
         dtype=jnp.dtype(model.dtype), instruction=prompts.INSTRUCTION if instruction == "default" else instruction,
     )  # fmt: skip
+    return policy, lambda key: initial(key, sharding.make_mesh(**config.mesh))
 
 
 def sift(config: ConfigDict, source: str) -> cleaning.Sieve:
