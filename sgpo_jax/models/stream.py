@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from sgpo_jax.models.names import Slot
 
-BLOCK = 2**22  # elements; a block has whole rows, at least one
+BLOCK = 2**20  # elements; a block has whole rows, at least one
 _ALIGNED = 64  # bytes; on CPU, a buffer that begins at a multiple becomes an array without a copy
 _CODES = {"float32": "F32", "bfloat16": "BF16"}  # in the words of safetensors
 
