@@ -108,7 +108,7 @@ def params_at(config: ConfigDict, workdir: Path, stage: str, step: int, policy: 
     """Parameters of the checkpoint after `step` of a stage."""
     tx, _ = optimizer(config, stage, total_steps=1)  # only its state's shape matters here
     with checkpoints(config, workdir, stage, reading=True) as saved:
-        return saved.restore(step, _placed(*state_shardings(policy, tx, mesh))).params
+        return saved.restore_params(step, _placed(*state_shardings(policy, tx, mesh)))
 
 
 def watch_skipped(folder: Path, step: int, skipped: int, limit: int, batch: Any) -> None:
