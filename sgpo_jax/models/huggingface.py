@@ -136,14 +136,14 @@ def assemble(
                 "give a dtype to convert all to"
             )
         tensors.setdefault(slot.path, {})[slot] = tensor
+    tree = table.shapes(config)
+    shapes = flatten_dict(tree, sep="/")
+    shardings = flatten_dict(sharding.tree_shardings(tree, mesh or _one_device()), sep="/")
     if repeated and not stream.equal(find(table.HEAD), find(table.EMBEDDING)):
         raise ValueError(
             f"tensor {table.HEAD} differs from {table.EMBEDDING}, "
             "but the config says tie_word_embeddings is true"
         )
-    tree = table.shapes(config)
-    shapes = flatten_dict(tree, sep="/")
-    shardings = flatten_dict(sharding.tree_shardings(tree, mesh or _one_device()), sep="/")
     leaves = {
         path: stream.read(shapes[path].shape, chosen, shardings[path], parts) for path, parts in tensors.items()
     }

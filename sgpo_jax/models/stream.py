@@ -95,7 +95,7 @@ def blocks(leaves: Mapping[str, jax.Array], slots: Mapping[str, Slot]) -> Iterat
         for row in range(0, own, size):
             row = starts[axis] = min(row, own - size)  # the last block may repeat rows, so that all have one shape
             block = _gathered(leaf, starts, sizes=tuple(sizes), sharding=leaf.sharding)
-            whole = np.asarray(block.addressable_data(0))
+            whole = np.asarray(block.addressable_data(0)).view(leaf.dtype)
             whole = whole if slot.layer is None else whole[0]
             whole = whole.T if slot.transposed else whole
             for i in range(count):
@@ -104,10 +104,12 @@ def blocks(leaves: Mapping[str, jax.Array], slots: Mapping[str, Slot]) -> Iterat
 
 @partial(jax.jit, static_argnames=("sizes", "sharding"))
 def _gathered(leaf: jax.Array, starts: np.ndarray, *, sizes: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
-    """What every device has from `starts` on of its part of the leaf, side by side, whole on every device."""
+    """The bits of what every device has from `starts` on of its part, side by side, whole on every device."""
 
     def gather(part, starts):
         block = jax.lax.dynamic_slice(part, starts, sizes)
+        # As bits: on CPU, bfloat16 would be sent as float32, which changes some NaN.
+        block = jax.lax.bitcast_convert_type(block, f"uint{8 * block.dtype.itemsize}")
         for dim, axes in enumerate(sharding.spec):
             if axes is not None:
                 block = jax.lax.all_gather(block, axes, axis=dim, tiled=True)
