@@ -30,7 +30,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from sgpo_jax import environment, metrics, sharding
+from sgpo_jax import environment, sharding
 from sgpo_jax.models import ModelConfig, huggingface, names
 from sgpo_jax.models.config import to_hf
 
@@ -133,7 +133,8 @@ def run(folder: Path, gigabytes: float, processes: int, devices: int) -> dict:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # Read when a worker imports jax.
-    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}"}
     context = multiprocessing.get_context("spawn")
     pipes, workers = [], []
     for i in range(processes):
@@ -168,6 +169,8 @@ def run(folder: Path, gigabytes: float, processes: int, devices: int) -> dict:
 
 
 def main() -> None:
+    from sgpo_jax import metrics  # not in the workers: it imports TensorBoard's writer, which takes its time
+
     parser = argparse.ArgumentParser(description="Host memory of a sharded import and export.")
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of the checkpoint, in bfloat16")
     parser.add_argument("--processes", type=int, default=2)

@@ -1,12 +1,12 @@
 """What test_weights.py runs in two processes of two CPU devices each: index, port and folder are its arguments."""
 
 import resource
+import runpy
 import sys
 from pathlib import Path
 
 import jax
 import pytest
-from folders import config_of
 
 from sgpo_jax import export, sharding, stage
 from sgpo_jax.models import huggingface
@@ -15,7 +15,7 @@ FIELDS = {"model.layers": 2, "model.hidden": 16, "model.heads": 2, "model.mlp": 
 
 
 def config_with(**fields):
-    config = config_of("quickstart.py")
+    config = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "quickstart.py"))["get_config"]()
     config.update_from_flattened_dict(FIELDS | fields)
     return config
 
