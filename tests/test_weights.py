@@ -149,6 +149,27 @@ def test_what_is_saved_on_one_mesh_is_restored_on_another(trained, tmp_path, bef
     assert_restored(tmp_path, trained, after)
 
 
+def test_parameters_are_restored_without_reading_the_optimizers_state(trained, tmp_path, monkeypatch):
+    policy, tx, state = trained
+    shapes, shardings = stage.state_shardings(policy, tx, mesh_of((2, 2, 2)))
+    asked, read = [], Checkpoints._read
+
+    def listen(saved, step, **items):
+        asked.append(items)
+        return read(saved, step, **items)
+
+    monkeypatch.setattr(Checkpoints, "_read", listen)
+    with checkpoints(tmp_path) as saved:
+        saved.save(1, jax.device_put(state, shardings))
+        saved.wait()
+        saved.restore_params(1, stage._placed(shapes, shardings))
+    target = asked[-1]["state"].item
+    assert all(leaf is ... for leaf in jax.tree.leaves(target.opt_state))
+    with pytest.raises(ValueError, match="is of another model"), checkpoints(tmp_path, reading=True) as saved:
+        wrong = {**shapes.params, "head": {"kernel": jnp.zeros((16, 73))}}
+        saved.restore_params(1, stage._placed(shapes, shardings).replace(params=wrong))
+
+
 def test_arrays_are_saved_in_pieces_however_few_devices_hold_them(trained, tmp_path, monkeypatch):
     monkeypatch.setattr("sgpo_jax.checkpoint._PIECE", 1024)
     policy, tx, state = trained
@@ -216,5 +237,5 @@ def test_a_host_holds_its_own_shard_and_little_more(tmp_path):
     for row in result["rows"]:
         assert 0.5 * whole <= row["shard"] < 0.51 * whole
         # Beside it: for an import a few blocks; for an export they are arrays, whose code is compiled.
-        assert row["peak_anonymous"] - row["shard"] < {"import": 4e7, "export": 1.5e8}[row["phase"]], row
+        assert row["peak_anonymous"] - row["shard"] < {"import": 2e7, "export": 1.5e8}[row["phase"]], row
     assert list(tmp_path.iterdir()) == [out]

@@ -25,9 +25,7 @@ def start(config, workdir):
     policy, load = stage.load_policy(config)
     tx, _ = stage.optimizer(config, "sft", 1)
     with stage.checkpoints(config, workdir, "sft") as saved:
-        state = stage.start(
-            saved, lambda: load(jax.random.key(0)), policy, tx, sharding.make_mesh(**config.mesh)
-        )
+        state = stage.start(saved, lambda: load(jax.random.key(0)), policy, tx, sharding.make_mesh(**config.mesh))
         saved.save(1, state, 0.5)
     return state
 
