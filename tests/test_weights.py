@@ -13,6 +13,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 from test_huggingface import CONFIGS, assert_same
 from two_processes import config_with, start
@@ -111,6 +113,15 @@ def test_what_cannot_be_split_is_refused_before_anything_is_read():
 
     with pytest.raises(ValueError, match=r"embedding: dimension 0 of shape \(72, 16\).* 'tensor' of size 5"):
         huggingface.assemble(CONFIG, names.layout(CONFIG), find, mesh=mesh_of((1, 1, 5)))
+
+
+def test_layers_on_different_devices_are_refused_before_anything_is_written(tmp_path):
+    split = NamedSharding(mesh_of((3, 1, 1)), P("data"))
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), names.shapes(CONFIG))
+    params["layers"]["k"]["bias"] = jax.device_put(params["layers"]["k"]["bias"], split)
+    with pytest.raises(ValueError, match=r"layers/k/bias is placed as .*'data'.*; the first axis"):
+        huggingface.save(tmp_path / "out", params, CONFIG)
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- checkpoints

@@ -177,7 +177,7 @@ def save(
 
     Raises:
         ValueError: the folder has contents, an id lies outside the vocabulary, or a leaf is
-            missing, unknown, misshapen or neither float32 nor bfloat16.
+            missing, unknown, misshapen, split between layers or neither float32 nor bfloat16.
         OSError: the folder cannot be written, or the disk is full.
     """
     folder = Path(folder).resolve()
@@ -195,8 +195,7 @@ def save(
         name: math.prod(slot.shape) * stored[slot.path].itemsize for name, slot in layout.items()
     }
     shards = _shards(num_bytes, shard_bytes)
-
-    leaves = {path: _on_mesh(leaf) for path, leaf in leaves.items()}
+    leaves = {path: _on_mesh(path, leaf) for path, leaf in leaves.items()}
 
     unfinished = folder.with_name(f".{folder.name}.partial")
     try:
@@ -257,9 +256,12 @@ def _one_device() -> Mesh:
     return sharding.make_mesh(devices=jax.local_devices()[:1])
 
 
-def _on_mesh(leaf: Any) -> jax.Array:
-    placed = isinstance(getattr(leaf, "sharding", None), NamedSharding)
-    return leaf if placed else jax.device_put(leaf, NamedSharding(_one_device(), P()))
+def _on_mesh(path: str, leaf: Any) -> jax.Array:
+    if not isinstance(getattr(leaf, "sharding", None), NamedSharding):
+        return jax.device_put(leaf, NamedSharding(_one_device(), P()))
+    if path.startswith("layers/") and leaf.sharding.shard_shape(leaf.shape)[0] != leaf.shape[0]:
+        raise ValueError(f"params {path} is placed as {leaf.sharding.spec}; the first axis, its layers, must be whole")
+    return leaf
 
 
 def _weight_files(folder: Path) -> dict[str, set[str] | None]:
