@@ -198,21 +198,23 @@ def test_arrays_are_saved_in_pieces_however_few_devices_hold_them(trained, tmp_p
 # ---- two processes
 
 
-def run(arguments, **environment):
-    """Output of a command of this checkout, which must succeed."""
-    return subprocess.Popen(
-        [sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])} | environment,
-    )  # fmt: skip
-
-
-def finished(process, seconds):
+def run(*commands, **environment):
+    """Runs commands of this checkout side by side, all of which must succeed within two minutes."""
+    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=os.environ | environment,
+        )
+        for command in commands
+    ]  # fmt: skip
     try:
-        output, _ = process.communicate(timeout=seconds)
+        for process in processes:
+            output, _ = process.communicate(timeout=120)
+            assert process.returncode == 0, output[-3000:]
     finally:
-        process.kill()
-    assert process.returncode == 0, output[-3000:]
-    return output
+        for process in processes:
+            process.kill()
 
 
 def test_two_processes(tmp_path):
@@ -223,8 +225,7 @@ def test_two_processes(tmp_path):
         port = free.getsockname()[1]
     flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
     script = Path(__file__).with_name("two_processes.py")
-    for process in [run([script, index, port, tmp_path], XLA_FLAGS=flags) for index in range(2)]:
-        finished(process, 120)
+    run(*([script, index, port, tmp_path] for index in range(2)), XLA_FLAGS=flags)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exported", "one", "two"], "the failed export is gone"
 
     params, _ = huggingface.load(tmp_path / "exported")
@@ -241,7 +242,7 @@ def test_two_processes(tmp_path):
 def test_a_host_holds_its_own_shard_and_little_more(tmp_path):
     """The benchmark on 0.2 GB: each of two processes imports and exports half of 0.4 GB of float32."""
     out = tmp_path / "out.json"
-    finished(run([ROOT / "benchmarks/weights.py", "--gigabytes=0.2", f"--folder={tmp_path}", f"--json={out}"]), 120)
+    run([ROOT / "benchmarks/weights.py", "--gigabytes=0.2", f"--folder={tmp_path}", f"--json={out}"])
     result = json.loads(out.read_text())
     assert result["bit_exact"] and len(result["rows"]) == 4
     whole = 4 * result["parameters"]
