@@ -181,7 +181,7 @@ def load_model(folder):
     _, initial = policy.load(
         str(folder), "", layers=0, hidden=0, heads=0, mlp=0, dtype=jnp.float32, instruction=""
     )
-    return initial(jax.random.key(0))
+    return initial(jax.random.key(0), sharding.make_mesh())
 
 
 def load_changed(change, place):
