@@ -25,7 +25,7 @@ class Chip(NamedTuple):
 # directions: 400 GB/s on 4 links, 800 on 4, 1200 on 6. A ring takes two links, and a link half of its rate each way.
 CHIPS = {
     "v5e": Chip(flops=197e12, hbm=819e9, ici=100e9),
-    "v6e": Chip(flops=918e12, hbm=1640e9, ici=200e9),
+    "v6e": Chip(flops=918e12, hbm=1638e9, ici=200e9),
     "v5p": Chip(flops=459e12, hbm=2765e9, ici=200e9),
 }
 HOP = 1e-6  # seconds that one step of a ring takes at least
@@ -50,7 +50,9 @@ def topology(name: str) -> tuple[Chip, list[jax.Device]]:
     """
     kind, _, shape = name.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
-        raise ValueError(f"--topology={name}: must be {', '.join(CHIPS)}, ':' and a shape, as in v5e:16x16 or v5p:4x4x4")
+        raise ValueError(
+            f"--topology={name}: must be {', '.join(CHIPS)}, ':' and a shape, as in v5e:16x16 or v5p:4x4x4"
+        )
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("libtpu, the compiler for TPUs, is not installed: pip install 'sgpo_jax[tpu]'")
     for variable, value in _ENVIRONMENT.items():

@@ -163,7 +163,9 @@ def _usage(module: Module, name: str) -> list[float]:
                 return math.inf
         return total
 
-    parameters = sorted((op for op in computation.ops.values() if op.kind == "parameter"), key=lambda op: int(op.operands[0]))
+    parameters = sorted(
+        (op for op in computation.ops.values() if op.kind == "parameter"), key=lambda op: int(op.operands[0])
+    )
     return [used(parameter) for parameter in parameters]
 
 
