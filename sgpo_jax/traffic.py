@@ -12,11 +12,12 @@ from sgpo_jax.scopes import Scopes
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Operations that move nothing by themselves.
 _FREE = {
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "iota",
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
     "partition-id", "replica-id", "opt-barrier", "copy-done", "async-start", "async-update", "async-done", "all-gather-done",
     "all-reduce-done", "collective-permute-done",
 }  # fmt: skip
-_BARE = {"AllocateBuffer", "AsyncCollectiveStart", "AsyncCollectiveDone", "Sharding"}  # custom calls like that
+_BARE = {"AllocateBuffer", "Sharding"}  # custom calls like that
+_SCATTERS = "all-reduce-scatter"  # in the name of a fusion that is a reduce-scatter
 # What reads a part of its first operand as large as its result.
 _SLICING = ("dynamic-slice", "gather", "slice")
 
@@ -58,10 +59,10 @@ def collectives(module: Module, scopes: Scopes) -> list[Collective]:
                 for inner in fused.ops.values():
                     if inner.kind not in KINDS:
                         continue
-                    scatters = inner.kind == "all-reduce" and "all-reduce-scatter" in name
+                    scatters = inner.kind == "all-reduce" and _SCATTERS in name
                     kind = "reduce-scatter" if scatters else inner.kind
                     found = _collective(module, inner, kind, op if scatters else inner, run, scopes)
-                    if scatters or any("AsyncCollectiveStart" in each.text for each in fused.ops.values()):
+                    if scatters or _asynchronous(fused) == "AsyncCollectiveStart":
                         counted.add(_channel(inner))
                         whole[found] += run.times
                     else:
@@ -70,6 +71,12 @@ def collectives(module: Module, scopes: Scopes) -> list[Collective]:
         times, found = min(pieces[channel])
         whole[found] += times
     return [each._replace(count=times) for each, times in whole.items()]
+
+
+def _asynchronous(fused: Computation) -> str:
+    """AsyncCollectiveStart or AsyncCollectiveDone where that is all that a fused computation does, else ""."""
+    found = re.search(r'custom_call_target="(AsyncCollective\w+)"', fused.root.text)
+    return found[1] if found else ""
 
 
 def _channel(op: Op) -> str:
@@ -133,16 +140,21 @@ def _moved(module: Module, computation: Computation, op: Op, usage: dict[str, li
     if op.kind != "fusion":
         return float(sum(results) + sum(reads))
     name = op.called("calls")[0]
+    if "Start" in (step := _asynchronous(module.computations[name])):  # the result stands beside the operand
+        return float(sum(reads) + max(results))
+    if step:
+        return 0.0
     if name not in usage:
         usage[name] = _usage(module, name)
-    fused = usage[name]
-    read = sum(min(whole, part) for whole, part in zip(reads, fused, strict=False))
+    read = sum(min(whole, part) for whole, part in zip(reads, usage[name], strict=False))
     return read + sum(min(whole, part) for whole, part in zip(results, _written(module, name), strict=False))
 
 
 def _usage(module: Module, name: str) -> list[float]:
     """Bytes that a fused computation reads of each of its operands."""
     computation = module.computations[name]
+    # A collective beside which a fusion runs has been counted where it starts.
+    free = ("tuple", *(() if _SCATTERS in name else KINDS))
     users: dict[str, list[Op]] = defaultdict(list)
     for op in computation.ops.values():
         for operand in set(op.operands):
@@ -159,7 +171,7 @@ def _usage(module: Module, name: str) -> list[float]:
             elif op.kind == "fusion":
                 inner = _usage(module, op.called("calls")[0])
                 total += sum(part for operand, part in zip(op.operands, inner, strict=False) if operand == value.name)
-            elif not (op.kind == "tuple" or (op.kind == "dynamic-update-slice" and first)):
+            elif not (op.kind in free or (op.kind == "dynamic-update-slice" and first)):
                 return math.inf
         return total
 
@@ -177,7 +189,7 @@ def _written(module: Module, name: str) -> list[float]:
     def written(op: Op) -> float:
         while op.kind == "bitcast":
             op = ops[op.operands[0]]
-        if op.kind == "parameter":  # passed on
+        if op.kind == "parameter" or (op.kind in KINDS and _SCATTERS not in name):  # passed on
             return 0.0
         if op.kind == "dynamic-update-slice":
             return float(ops[op.operands[1]].arrays[0].bytes)
