@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sgpo_jax.models.attention import append, attend, attend_cache, cache_length
 from sgpo_jax.models.config import ModelConfig
 from sgpo_jax.sharding import BATCH, constrain
 
@@ -57,17 +58,6 @@ def dot_in_blocks(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Ar
     return sums[0]
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array) -> jax.Array:
-    """Grouped-query attention, softmax in float32: `[B,T,H,N]`, `[B,S,K,N]` x2, visible `[B,T,S]` -> `[B,T,H*N]`."""
-    batch, length, heads, size = query.shape
-    query = query.reshape(batch, length, key.shape[2], heads // key.shape[2], size)
-    scores = jnp.einsum("btkgn,bskn->bkgts", query, key, preferred_element_type=jnp.float32)
-    # A finite fill keeps padding queries, which see nothing, free of NaN.
-    scores = jnp.where(visible[:, None, None], scores * size**-0.5, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgts,bskn->btkgn", weights, value).reshape(batch, length, heads * size)
-
-
 class Block(nn.Module):
     """Pre-norm attention and gated MLP. The carry is the residual stream and, when decoding, the whole cache."""
 
@@ -75,7 +65,7 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, carry, layer, angle, visible, index):
+    def __call__(self, carry, layer, angle, segments, lengths):
         config, dtype = self.config, self.dtype
         x, keys, values = carry
         batch, length = x.shape[:2]
@@ -97,12 +87,18 @@ class Block(nn.Module):
         if config.qk_norm:
             query, key = norm("q_norm")(query), norm("k_norm")(key)
         query, key = rotate(query, angle), rotate(key, angle)
-        if keys is not None:
-            # Carried through the layer scan and written in place: stacking per-layer outputs would copy the cache.
-            keys = jax.lax.dynamic_update_slice(keys, key[None], (layer, 0, index, 0, 0))
-            values = jax.lax.dynamic_update_slice(values, value[None], (layer, 0, index, 0, 0))
-            key, value = keys[layer], values[layer]
-        attention = constrain(attend(query, key, value, visible), BATCH, None, "tensor")
+        if lengths is None:
+            attention = attend(query, key, value, segments)
+            if keys is not None:
+                # Carried through the layer scan and written in place: stacking per-layer outputs would copy the cache.
+                keys, values = (
+                    jax.lax.dynamic_update_slice(cache, new.transpose(2, 0, 1, 3)[:, None], (0, layer, 0, 0, 0))
+                    for cache, new in ((keys, key), (values, value))
+                )
+        else:
+            keys, values = append(keys, key[:, 0], layer, lengths), append(values, value[:, 0], layer, lengths)
+            attention = attend_cache(query[:, 0], keys, values, layer, lengths + 1)[:, None]
+        attention = constrain(attention, BATCH, None, "tensor")
         x = x + dense("o", config.hidden_size)(attention)
 
         h = norm("mlp_norm")(x)
@@ -126,14 +122,9 @@ class Decoder(nn.Module):
         embed = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype, name="embed")
         x = constrain(embed(tokens), BATCH, None, None)
         angle = positions[..., None] * jnp.asarray(rope_frequencies(config))
-        if cache is None:
-            order, seen, index, keys, values = jnp.arange(tokens.shape[1]), mask[:, None, :], 0, None, None
-            # Within a row causality goes by slot, which also holds for segments packed one after another.
-            visible = (order <= order[:, None]) & (seen == mask[:, :, None]) & (seen != 0)
-        else:
-            index, keys, values = cache["index"], cache["key"], cache["value"]
-            seen = jax.lax.dynamic_update_slice(cache["position"], jnp.where(mask, positions, -1), (0, index))
-            visible = (seen[:, None, :] <= positions[:, :, None]) & (seen[:, None, :] >= 0)
+        keys, values = (None, None) if cache is None else (cache["key"], cache["value"])
+        decoding = cache is not None and tokens.shape[1] == 1
+        lengths = cache["length"] if decoding else None
 
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
         layers = nn.scan(
@@ -143,9 +134,10 @@ class Decoder(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=config.num_layers,
         )(config, self.dtype, name="layers")
-        (x, keys, values), _ = layers((x, keys, values), jnp.arange(config.num_layers), angle, visible, index)
+        layer = jnp.arange(config.num_layers)
+        (x, keys, values), _ = layers((x, keys, values), layer, angle, mask.astype(jnp.int32), lengths)
         if cache is not None:
-            cache = {"key": keys, "value": values, "position": seen, "index": index + tokens.shape[1]}
+            cache = {"key": keys, "value": values, "length": cache["length"] + mask.sum(axis=1, dtype=jnp.int32)}
         hidden = nn.RMSNorm(epsilon=config.norm_eps, dtype=self.dtype, name="norm")(x)
         if not config.tie_embeddings and self.is_initializing():
             nn.Dense(config.vocab_size, use_bias=False, name="head")(hidden[:, :1])
@@ -185,8 +177,9 @@ def apply(
       mask: `[B,T]` bool, False on padding, which no token attends to. Padding may stand anywhere. Without a cache it
         may be int32: several sequences packed into one row are segments 1, 2, ..., attend only within their own, and 0
         is padding.
-      cache: from `init_cache`. The tokens are written from slot `index` on, the same for all rows, and attend to every
-        slot of their row whose position is not after their own, wherever it stands.
+      cache: from `init_cache`. Several tokens of a row (prefill) go into its empty cache, real ones first and padding
+        after them. A single one (decode) is written behind those that the row has, and attends to all of them; where
+        the mask says False it is not counted.
       dtype: of activations and matrix products; norms, rotary angles and softmax are float32.
       remat: recompute each layer in the backward pass and keep only its input.
 
@@ -203,14 +196,9 @@ def head(params: dict[str, Any], config: ModelConfig) -> jax.Array:
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any = jnp.float32) -> Cache:
-    """Empty cache: key and value `[L,B,S,K,N]`, position `[B,S]` of the token in each slot (-1: none), next slot."""
-    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
-    return {
-        "key": jnp.zeros(shape, dtype),
-        "value": jnp.zeros(shape, dtype),
-        "position": jnp.full((batch, slots), -1, jnp.int32),
-        "index": jnp.zeros((), jnp.int32),
-    }
+    """Empty cache with room for `slots` tokens: key and value `[K,L,B,S,N]`, length `[B]` of what each row has."""
+    shape = (config.num_kv_heads, config.num_layers, batch, cache_length(slots), config.head_dim)
+    return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype), "length": jnp.zeros(batch, jnp.int32)}
 
 
 def positions_of(mask: jax.Array) -> jax.Array:
