@@ -1,7 +1,6 @@
-"""What the TPU compiler says of a run's programs, and the time of the whole run that follows from stated assumptions."""
+"""What the TPU compiler says of a run's programs, and the time of the run that follows from stated assumptions."""
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,17 +34,17 @@ def measure(program: Program, mesh: Mesh, chip: Chip, reached: Reached, limit: i
         traced = program.trace()
         work = flops.matmul_flops(traced.jaxpr, program.scopes)
         try:
-            compiled = traced.lower().compile()
+            compiled, needed = traced.lower().compile(), 0
         except jax.errors.JaxRuntimeError as error:
-            compiled, sizes = None, chips.too_large(error)
-            if sizes is None:
+            if not (sizes := chips.too_large(error)):
                 raise
+            compiled, needed = None, sizes[0]
     hbm: dict[str, int] = {"limit": limit, "resident": program.resident}
     moved: list[traffic.Collective] = []
     touched: dict[str, float] = {}
     result: Result = {"stage": program.stage, "calls": program.calls, "tokens": program.tokens}
     if compiled is None:
-        hbm["needed"] = sizes[0] + program.resident
+        hbm["needed"] = needed + program.resident
     else:
         module = hlo.parse(compiled.as_text())
         moved, touched = traffic.collectives(module, program.scopes), traffic.hbm_bytes(module, program.scopes)
@@ -80,11 +79,12 @@ def _memory(stats: Any) -> dict[str, int]:
 
 def _by_kind(moved: Sequence[traffic.Collective]) -> dict[str, dict[str, float]]:
     """How many, the bytes of their results, and the bytes that a device sends in a ring, by kind."""
-    kinds: dict[str, Counter[str]] = {}
+    kinds: dict[str, dict[str, float]] = {}
     for each in moved:
-        found = kinds.setdefault(each.kind, Counter())
-        found.update(count=each.count, bytes=each.count * each.bytes, sent=each.count * each.sent)
-    return {kind: dict(found) for kind, found in kinds.items()}
+        found = kinds.setdefault(each.kind, {"count": 0.0, "bytes": 0.0, "sent": 0.0})
+        for name, one in (("count", 1.0), ("bytes", each.bytes), ("sent", each.sent)):
+            found[name] += each.times * one
+    return kinds
 
 
 def seconds(result: Result) -> tuple[float, float]:
@@ -97,13 +97,13 @@ def hours(results: dict[str, Result]) -> dict[str, dict[str, float]] | None:
     """Stage, or "all" -> hours, least and most; None where a program does not compile."""
     if not all(result["compiled"] for result in results.values()):
         return None
-    total: dict[str, Counter[str]] = {}
+    stages = dict.fromkeys(result["stage"] for result in results.values())
+    total = {name: {"least": 0.0, "most": 0.0} for name in (*stages, "all")}
     for result in results.values():
-        least, most = seconds(result)
         for name in (result["stage"], "all"):
-            part = {"least": result["calls"] * least / 3600, "most": result["calls"] * most / 3600}
-            total.setdefault(name, Counter()).update(part)
-    return {name: dict(total[name]) for name in sorted(total, key=list(total).index)}
+            for bound, one in zip(("least", "most"), seconds(result), strict=True):
+                total[name][bound] += result["calls"] * one / 3600
+    return total
 
 
 def advice(found: Sequence[tuple[Program, Result]], mesh: Mesh, heads: int, remat: bool) -> list[str]:

@@ -1,11 +1,11 @@
 """FLOPs of the matrix products in a traced program, every loop counted as often as it runs.
 
-XLA's own cost analysis counts the body of a loop once and knows nothing of what a Pallas kernel computes. Here a product
-of `[M,K]` and `[K,N]` is 2 M K N; element-wise work is not counted. The numbers are those of all devices together.
+XLA's own cost analysis counts the body of a loop once and knows nothing of what a Pallas kernel computes. Here a
+product of `[M,K]` and `[K,N]` is 2 M K N; element-wise work is not counted. The numbers are those of all devices together.
 """
 
 import math
-from collections import Counter
+from collections import defaultdict
 from typing import Any
 
 from jax.extend.core import jaxprs_in_params
@@ -27,8 +27,8 @@ def matmul_flops(jaxpr: Any, scopes: Scopes) -> dict[str, float]:
     return dict(_walk(getattr(jaxpr, "jaxpr", jaxpr), "", scopes))
 
 
-def _walk(jaxpr: Any, path: str, scopes: Scopes) -> Counter[str]:
-    total: Counter[str] = Counter()
+def _walk(jaxpr: Any, path: str, scopes: Scopes) -> dict[str, float]:
+    total: dict[str, float] = defaultdict(float)
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         here = "/".join(filter(None, (path, str(equation.source_info.name_stack))))
@@ -38,7 +38,7 @@ def _walk(jaxpr: Any, path: str, scopes: Scopes) -> Counter[str]:
         within, times = here, 1.0
         if name in ("scan", "while"):
             within = f"{here}/while/body"
-            times = params["length"] if name == "scan" else scopes.count(f"{here}/while")
+            times = params["length"] if name == "scan" else scopes.runs(f"{here}/while")
         elif name == "shard_map":
             times = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
         elif name == "pallas_call":
@@ -47,9 +47,10 @@ def _walk(jaxpr: Any, path: str, scopes: Scopes) -> Counter[str]:
             within = f"{here}/jit({params['name']})"
         parts = [_walk(getattr(each, "jaxpr", each), within, scopes) for each in jaxprs_in_params(params)]
         if name == "cond":
-            parts = [max(parts, key=lambda part: part.total())]
+            parts = [max(parts, key=lambda part: sum(part.values()))]
         for part in parts:
-            total.update({phase: times * count for phase, count in part.items()})
+            for phase, count in part.items():
+                total[phase] += times * count
     return total
 
 

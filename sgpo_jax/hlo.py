@@ -137,7 +137,7 @@ def runs(module: Module, scopes: Scopes) -> Iterator[Run]:
             if op.kind == "while":
                 trips = _trips(module, run.name, op)
                 path = op.path or run.path
-                trips = scopes.count(path) if trips is None else trips
+                trips = scopes.runs(path) if trips is None else trips
                 yield from visit(Run(op.called("body")[0], run.times * trips, path))
                 yield from visit(Run(op.called("condition")[0], run.times * (trips + 1), path))
             elif op.kind in ("call", "async-start", "conditional"):

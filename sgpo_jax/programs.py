@@ -1,7 +1,7 @@
 """The jitted programs of a run, traced with the shapes they are called with; nothing is computed on a device.
 
-A step's rollouts are made up on the host with the assumed lengths, and the run's own code packs them. That gives the shapes
-of the update and how often its loops run.
+A step's rollouts are made up on the host with the assumed lengths, and the run's own code packs them. That gives the
+shapes of the update and how often its loops run.
 """
 
 import math
@@ -20,12 +20,12 @@ from ml_collections import ConfigDict
 
 from sgpo_jax import packing, recipe, rl, sft, stage, train_step
 from sgpo_jax.batch import Batch, Group, Prompts, pack_batch, specs
-from sgpo_jax.models import ModelConfig, huggingface, init_cache, known
+from sgpo_jax.models import ModelConfig, attention, huggingface, init_cache, known
 from sgpo_jax.packing import Packed
 from sgpo_jax.policy import Policy
 from sgpo_jax.recipe import Assumed
 from sgpo_jax.rollout import generate
-from sgpo_jax.rollout.schedule import schedule
+from sgpo_jax.rollout.schedule import Stage, schedule
 from sgpo_jax.scopes import Scopes
 from sgpo_jax.sharding import BATCH
 from sgpo_jax.train_step import TrainState
@@ -103,8 +103,8 @@ def _of_sft(config: ConfigDict, policy: Policy, mesh: Mesh, assumed: Assumed, ca
     fields, settings = config.sft, {"dtype": policy.dtype, "remat": config.model.remat}
     state = _state(config, "sft", policy, mesh)
     tx, _ = stage.optimizer(config, "sft", 1)
-    update = sft.make_update(policy.config, tx, shardings=_shardings(state), **settings)
-    loss = sft.make_losses(policy.config, **settings)
+    update: Any = sft.make_update(policy.config, tx, shardings=_shardings(state), **settings)
+    loss: Any = sft.make_losses(policy.config, **settings)
 
     most = config.data.max_prompt_tokens, fields.max_response_tokens
     responses = recipe.lengths(fields.batch, assumed.response_tokens, most[1])
@@ -141,7 +141,7 @@ def _of_rl(config: ConfigDict, policy: Policy, mesh: Mesh, assumed: Assumed, cal
 
     tx, _ = stage.optimizer(config, "rl", 1)
     of_batch, of_update = rl.method(fields)
-    update = train_step.make_update(
+    update: Any = train_step.make_update(
         policy.config, tx, **of_update, dtype=policy.dtype, remat=config.model.remat, shardings=_shardings(state)
     )
     packed = pack_batch(made_up_batch(config, assumed), micro_batch=fields.micro_batch, **of_batch)
@@ -204,19 +204,32 @@ def _generation(
     responses = recipe.lengths(count, assumed.response_tokens, fields.max_new_tokens)
     waiting, slots = responses.reshape(shards, -1), min(fields.slots or count, count)
     stages = schedule(waiting, np.full_like(waiting, assumed.prompt_tokens), slots // shards)
-    trips = [("refill/while$", float(stages[0].refills))]
-    trips += [(f"decode_{each.width}/while$", each.steps / max(each.refills, 1)) for each in stages]
-    scopes = Scopes("prefill", (("decode_", "decode"), ("refill", "refill")), tuple(trips))
+    split = mesh.shape["tensor"] if policy.config.num_kv_heads % mesh.shape["tensor"] == 0 else 1
     with jax.set_mesh(mesh):
         cache = jax.eval_shape(
             partial(init_cache, policy.config, slots, most - 1 + fields.max_new_tokens, policy.dtype)
         )
-    cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
-    split = mesh.shape["tensor"] if policy.config.num_kv_heads % mesh.shape["tensor"] == 0 else 1
-    setting = Setting(f"{section}.slots", slots, cache_bytes // shards // split)
+    setting = Setting(f"{section}.slots", slots, whole_bytes(cache) // shards // split)
+    scopes = _decoding(stages, 2 * policy.config.num_kv_heads // split * policy.config.head_dim * policy.dtype.itemsize)
     return Program(
         name, section, trace, scopes, resident, device_bytes((params, prompts)), calls, float(responses.sum()), setting
     )
+
+
+def _decoding(stages: list[Stage], token_bytes: int) -> Scopes:
+    """How often the loops of the engine run, and what the paged kernel reads of the cache of a layer.
+
+    Args:
+      stages: from the engine's schedule.
+      token_bytes: of a token's keys and values in one layer on a device.
+    """
+    trips, reads = [("refill/while$", float(stages[0].refills))], []
+    for each in stages:
+        kernel = f"decode_{each.width}/.*paged_attention"
+        blocks = each.cached / each.width / (attention.PAGES_PER_BLOCK * attention.LANES)
+        trips += [(kernel, blocks), (f"decode_{each.width}/while$", each.steps / max(each.refills, 1))]
+        reads.append((kernel, each.cached * token_bytes))
+    return Scopes("prefill", (("decode_", "decode"), ("refill", "refill")), tuple(trips), tuple(reads))
 
 
 def _layer_inputs(field: str, packed: Packed, policy: Policy, mesh: Mesh) -> Setting:
@@ -254,6 +267,11 @@ def _placed(tree: Any, placed: Any, mesh: Mesh) -> Any:
         lambda x, spec: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=NamedSharding(mesh, spec)),
         tree, placed,
     )  # fmt: skip
+
+
+def whole_bytes(tree: Any) -> int:
+    """Bytes that shapes take on all devices together."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def device_bytes(tree: Any) -> int:

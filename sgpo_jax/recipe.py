@@ -1,4 +1,4 @@
-"""How often a run calls each of its programs, and how long its responses are, from its config and stated assumptions."""
+"""How often a run calls its programs, and how long its responses are, from its config and stated assumptions."""
 
 import math
 from typing import NamedTuple
@@ -52,7 +52,7 @@ def calls(config: ConfigDict, assumed: Assumed) -> Calls:
 
 
 def lengths(count: int, mean: float, most: int) -> np.ndarray:
-    """`[count]` lengths from 1 to `most`, spread exponentially with this mean (cut off at `most`), in a random order."""
+    """`[count]` lengths from 1 to `most`, of an exponential distribution cut off there, with this mean, in random order."""
     quantiles = (np.arange(count) + 0.5) / count
 
     def spread(rate: float) -> np.ndarray:

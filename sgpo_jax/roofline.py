@@ -42,7 +42,7 @@ def seconds(flops: float, hbm: float, moved: Sequence[Collective], chip: Chip, r
       moved: collectives that it takes part in, each in a ring along one axis of the torus.
       chip, reached: peak speeds and the shares of them.
     """
-    ici = sum(each.count * collective_seconds(each, chip, reached) for each in moved)
+    ici = sum(each.times * collective_seconds(each, chip, reached) for each in moved)
     return Seconds(flops / (chip.flops * reached.flops), hbm / (chip.hbm * reached.hbm), ici)
 
 

@@ -18,7 +18,7 @@ class Scopes(NamedTuple):
     def phase(self, path: str) -> str:
         return next((phase for pattern, phase in self.phases if re.search(pattern, path)), self.rest)
 
-    def count(self, path: str) -> float:
+    def runs(self, path: str) -> float:
         """How often the loop at `path` runs.
 
         Raises:

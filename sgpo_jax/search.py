@@ -38,7 +38,7 @@ def search(
     chip: Chip,
     assumed: Assumed,
     limit: int,
-    measure: Callable[[Program, Mesh], Result],
+    measure: Callable[..., Result],
 ) -> tuple[ConfigDict | None, Measured, list[Tried]]:
     """Tries meshes in the order of `moving_seconds`, and on each the largest micro-batches and slots.
 
@@ -93,7 +93,7 @@ def meshes(
         except ValueError:  # a batch that is not to be changed
             continue
         found.append((candidate, mesh))
-    return sorted(found, key=lambda pair: moving_seconds(*pair, shape, chip, assumed))
+    return sorted(found, key=lambda pair: moving_seconds(pair[0], pair[1], shape, chip, assumed))
 
 
 def moving_seconds(config: ConfigDict, mesh: Mesh, shape: ModelConfig, chip: Chip, assumed: Assumed) -> float:

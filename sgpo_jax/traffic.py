@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from typing import NamedTuple
 
 from sgpo_jax import hlo
@@ -13,8 +13,8 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 # Operations that move nothing by themselves.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
-    "partition-id", "replica-id", "opt-barrier", "copy-done", "async-start", "async-update", "async-done", "all-gather-done",
-    "all-reduce-done", "collective-permute-done",
+    "partition-id", "replica-id", "opt-barrier", "copy-done", "async-start", "async-update", "async-done",
+    "all-gather-done", "all-reduce-done", "collective-permute-done",
 }  # fmt: skip
 _BARE = {"AllocateBuffer", "Sharding"}  # custom calls like that
 _SCATTERS = "all-reduce-scatter"  # in the name of a fusion that is a reduce-scatter
@@ -27,9 +27,9 @@ class Collective(NamedTuple):
 
     kind: str
     phase: str
-    bytes: float  # of one's result
-    devices: int  # that take part
-    count: float  # how often, over the program
+    bytes: int  # of one's result on a device
+    devices: int  # that take part in one
+    times: float  # how often, over the program
 
     @property
     def sent(self) -> float:
@@ -45,7 +45,7 @@ def collectives(module: Module, scopes: Scopes) -> list[Collective]:
     An asynchronous one stands in the text several times, with the same channel: where it starts, in each fusion that it
     runs beside, and where it ends. Only the start counts.
     """
-    whole: Counter[Collective] = Counter()
+    whole: dict[Collective, float] = defaultdict(float)
     pieces: dict[str, list[tuple[float, Collective]]] = defaultdict(list)
     counted = set()
     for run in hlo.runs(module, scopes):
@@ -70,7 +70,7 @@ def collectives(module: Module, scopes: Scopes) -> list[Collective]:
     for channel in pieces.keys() - counted:
         times, found = min(pieces[channel])
         whole[found] += times
-    return [each._replace(count=times) for each, times in whole.items()]
+    return [each._replace(times=times) for each, times in whole.items()]
 
 
 def _asynchronous(fused: Computation) -> str:
@@ -85,11 +85,9 @@ def _channel(op: Op) -> str:
 
 
 def _collective(module: Module, op: Op, kind: str, result: Op, run: Run, scopes: Scopes) -> Collective:
-    # What starts an asynchronous one returns the operand too, and the smaller of the two belongs to a reduce-scatter.
     sizes = [array.bytes for array in result.arrays]
-    started = op.kind.endswith("-start")
-    size = max(sizes) if started else sum(sizes)
-    return Collective(kind, scopes.phase(op.path or run.path), float(size), _participants(module, op), 0.0)
+    size = max(sizes) if op.kind.endswith("-start") else sum(sizes)  # a start has its operand beside the result
+    return Collective(kind, scopes.phase(op.path or run.path), size, _participants(module, op), 0.0)
 
 
 def _participants(module: Module, op: Op) -> int:
@@ -110,10 +108,10 @@ def _participants(module: Module, op: Op) -> int:
 def hbm_bytes(module: Module, scopes: Scopes) -> dict[str, float]:
     """Bytes that are read from and written to HBM, by phase.
 
-    Every operation reads its operands and writes its result, but for arrays in memory on the core; a fusion that slices
-    an operand, or writes into one, moves that part only. A kernel reads and writes all, unless `scopes.reads` says less.
+    Every operation reads its operands and writes its result, but for arrays in memory on the core; a fusion that
+    slices an operand, or writes into one, moves that part only. A kernel moves all, unless `scopes.reads` says less.
     """
-    total: Counter[str] = Counter()
+    total: dict[str, float] = defaultdict(float)
     usage: dict[str, list[float]] = {}
     for run in hlo.runs(module, scopes):
         computation = module.computations[run.name]

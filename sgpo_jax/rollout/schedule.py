@@ -69,7 +69,7 @@ def schedule(lengths: np.ndarray, prompts: np.ndarray, slots: int) -> list[Stage
             sampled += run
             held += run * active
             item = np.where(active & (left == run), waiting, item)
-        stages.append(Stage(width, refills, steps, cached / max(steps, 1)))
+        stages.append(Stage(width, refills, steps, float(cached) / max(steps, 1)))
         if narrower:
             order = np.argsort(item == waiting, axis=1, kind="stable")[:, :narrower]
             item, sampled, held = (np.take_along_axis(x, order, axis=1) for x in (item, sampled, held))
