@@ -1,7 +1,8 @@
 """FLOPs of the matrix products in a traced program, every loop counted as often as it runs.
 
 XLA's own cost analysis counts the body of a loop once and knows nothing of what a Pallas kernel computes. Here a
-product of `[M,K]` and `[K,N]` is 2 M K N; element-wise work is not counted. The numbers are those of all devices together.
+product of `[M,K]` and `[K,N]` is 2 M K N, and element-wise work is not counted. The numbers are those of all devices
+together.
 """
 
 import math

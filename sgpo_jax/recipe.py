@@ -52,7 +52,7 @@ def calls(config: ConfigDict, assumed: Assumed) -> Calls:
 
 
 def lengths(count: int, mean: float, most: int) -> np.ndarray:
-    """`[count]` lengths from 1 to `most`, of an exponential distribution cut off there, with this mean, in random order."""
+    """`[count]` lengths from 1 to `most`, exponential and cut off there, with this mean, in a random order."""
     quantiles = (np.arange(count) + 0.5) / count
 
     def spread(rate: float) -> np.ndarray:

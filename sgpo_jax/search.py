@@ -128,7 +128,7 @@ def _values(config: ConfigDict, field: str, mesh: Mesh) -> list[int]:
     while most >= ways:
         values.append(most // ways * ways)
         most //= 2
-    return values
+    return values or [ways]
 
 
 def _set(config: ConfigDict, field: str, value: int) -> None:
