@@ -54,6 +54,11 @@ def mesh_shape(sizes: tuple[int, int, int], num_devices: int) -> tuple[int, int,
     return resolved  # type: ignore[return-value]
 
 
+def row_ways(mesh: Mesh) -> int:
+    """Ways in which the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
 def path_name(path: tuple[Any, ...]) -> str:
     """`params/layers/q/kernel` from a pytree key path."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -6,7 +6,6 @@ attention; elsewhere, or where a kernel does not take the shape, plain products.
 Axis key: B batch, T tokens, S cache length, H query heads, K key/value heads, N head size, L layers.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +21,8 @@ from sgpo_jax.sharding import BATCH, fitting, platform
 LANES = 128  # both TPU kernels want lengths, and paged attention head sizes, in multiples of this
 SPLASH_BLOCK = 512  # queries and keys of a splash block
 PAGES_PER_BLOCK = 4  # pages of LANES tokens that paged attention reads at once
+
+SAVED = "attention"  # name of the outputs, for rematerialisation to save
 
 _FILL = -1e30  # finite, so that a padding query, which sees nothing, gives no NaN
 
@@ -108,8 +109,10 @@ def cudnn(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Arra
     return out.reshape(batch, length, heads * size)
 
 
-def splash(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
-    """`attend` by the splash kernel, in blocks that causality leaves something of."""
+def splash(
+    query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, interpret: bool = False
+) -> jax.Array:
+    """`attend` by the splash kernel, which skips the blocks that causality empties; `interpret` runs it anywhere."""
     batch, length, heads, size = query.shape
     block = min(SPLASH_BLOCK, -(-length // LANES) * LANES)
     room = -length % block
@@ -119,7 +122,7 @@ def splash(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Arr
     segments = jnp.pad(segments, ((0, 0), (0, room)))
 
     def local(query, key, value, segments):
-        kernel = _splash_kernel(query.shape[1], length + room, block)
+        kernel = _splash_kernel(query.shape[1], length + room, block, interpret)
         ids = splash_attention_kernel.SegmentIds(segments, segments)
         return jax.vmap(kernel)(query, key, value, ids)
 
@@ -159,15 +162,15 @@ def _visible(segments: jax.Array) -> jax.Array:
     return (order <= order[:, None]) & (segments[:, None, :] == segments[:, :, None]) & (segments[:, None, :] != 0)
 
 
-@functools.cache
-def _splash_kernel(heads: int, length: int, block: int) -> Callable:
+def _splash_kernel(heads: int, length: int, block: int, interpret: bool) -> Callable:
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * heads)
-    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
     sizes = splash_attention_kernel.BlockSizes(
-        **dict.fromkeys([*names, "block_q_dq", "block_kv_dq"], block)  # all alike
+        block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
+        block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
+    )  # fmt: skip
+    return splash_attention_kernel.make_splash_mha(
+        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name=SAVED, interpret=interpret
     )
-    with jax.ensure_compile_time_eval():  # the cached kernel must not hold tracers
-        return splash_attention_kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
 
 
 def _per_device(local: Callable, in_specs: Any, out_specs: Any) -> Callable:

@@ -10,14 +10,23 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
-from sgpo_jax.models.attention import append, attend, attend_cache, cache_length
+from sgpo_jax.models.attention import SAVED, append, attend, attend_cache, cache_length
 from sgpo_jax.models.config import ModelConfig
-from sgpo_jax.sharding import BATCH, constrain
+from sgpo_jax.sharding import BATCH, constrain, spec_for
 
 Cache = dict[str, jax.Array]
 
 BLOCK = 128  # terms of a float32 product that are summed in one chain, on CPU
+
+# What a layer keeps for its backward pass besides its input; the rest is computed again.
+REMAT: dict[str, Any] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # every product of activations and weights
+}
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
@@ -43,7 +52,7 @@ def rotate(x: jax.Array, angle: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def dot_in_blocks(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
+def dot_in_blocks(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`[...,D]` by `[D,F]`; a long float32 D is summed in blocks of about BLOCK, and these in pairs.
 
     XLA's CPU product adds up all of D in one chain, which rounds twice as coarsely as torch's. Where residuals reach
@@ -69,9 +78,17 @@ class Block(nn.Module):
         config, dtype = self.config, self.dtype
         x, keys, values = carry
         batch, length = x.shape[:2]
-        dot = dot_in_blocks if keys is None else None  # decoding is as fast as it can be
+        # While training the residual stream is split over the tensor axis by token; a decoded token is too short.
+        residual = (BATCH, "tensor", None)
 
         def dense(name, features, bias=False):
+            _, *spec = spec_for(f"layers/{name}/kernel", (config.num_layers, 1, features))
+
+            def dot(x, kernel, *_, **__):
+                # It is laid out like this anyway; so will be its gradient, which otherwise is summed whole everywhere.
+                kernel = constrain(kernel, *spec)
+                return dot_in_blocks(x, kernel) if keys is None else x @ kernel  # decoding is as fast as it can be
+
             return nn.Dense(features, use_bias=bias, dtype=dtype, dot_general=dot, name=name)
 
         def norm(name):
@@ -98,14 +115,14 @@ class Block(nn.Module):
         else:
             keys, values = append(keys, key[:, 0], layer, lengths), append(values, value[:, 0], layer, lengths)
             attention = attend_cache(query[:, 0], keys, values, layer, lengths + 1)[:, None]
-        attention = constrain(attention, BATCH, None, "tensor")
-        x = x + dense("o", config.hidden_size)(attention)
+        attention = checkpoint_name(constrain(attention, BATCH, None, "tensor"), SAVED)
+        x = constrain(x + dense("o", config.hidden_size)(attention), *residual)
 
         h = norm("mlp_norm")(x)
         gated = nn.silu(dense("gate", config.mlp_size)(h)) * dense("up", config.mlp_size)(h)
         # Without this the partitioner gathers the MLP and all-reduces full-width weight gradients.
         gated = constrain(gated, BATCH, None, "tensor")
-        x = constrain(x + dense("down", config.hidden_size)(gated), BATCH, None, None)
+        x = constrain(x + dense("down", config.hidden_size)(gated), *residual)
         return (x, keys, values), None
 
 
@@ -114,7 +131,7 @@ class Decoder(nn.Module):
 
     config: ModelConfig
     dtype: Any
-    remat: bool
+    remat: str
 
     @nn.compact
     def __call__(self, tokens, positions, mask, cache):
@@ -126,7 +143,7 @@ class Decoder(nn.Module):
         decoding = cache is not None and tokens.shape[1] == 1
         lengths = cache["length"] if decoding else None
 
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -148,7 +165,7 @@ class Decoder(nn.Module):
 def init(rng: jax.Array, config: ModelConfig) -> dict[str, Any]:
     """Random float32 parameters; the tree is listed in `sharding.RULES` and named in `models.huggingface`."""
     tokens = jnp.zeros((1, 1), jnp.int32)
-    module = Decoder(config, jnp.float32, remat=False)
+    module = Decoder(config, jnp.float32, remat="none")
     params = module.init(rng, tokens, tokens, tokens == 0, None)["params"]
     # GPT-2's 0.02 rather than Flax's unit-variance rows, which saturate the softmax of a tied head.
     embedding = params["embed"]["embedding"]
@@ -165,7 +182,7 @@ def apply(
     cache: Cache | None = None,
     *,
     dtype: Any = jnp.float32,
-    remat: bool = False,
+    remat: str = "none",
 ) -> tuple[jax.Array, Cache | None]:
     """Final hidden states and, given a cache, the cache with these tokens appended.
 
@@ -181,7 +198,7 @@ def apply(
         after them. A single one (decode) is written behind those that the row has, and attends to all of them; where
         the mask says False it is not counted.
       dtype: of activations and matrix products; norms, rotary angles and softmax are float32.
-      remat: recompute each layer in the backward pass and keep only its input.
+      remat: of `REMAT`: what is computed again in the backward pass.
 
     Returns:
       (hidden `[B,T,D]` after the final norm, cache or None).

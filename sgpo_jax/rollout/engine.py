@@ -17,7 +17,7 @@ import numpy as np
 
 from sgpo_jax import models
 from sgpo_jax.rollout.sampling import sample
-from sgpo_jax.sharding import BATCH, constrain, path_name
+from sgpo_jax.sharding import BATCH, constrain, path_name, spec_for
 
 Array = jax.Array | np.ndarray
 
@@ -98,18 +98,17 @@ def generate(
         raise ValueError(f"shards={shards}: must divide the {count} prompts and slots={slots}")
     waiting = count // shards * group
     width = min(slots // shards or waiting, waiting)
-    params = _cast(params, dtype)
+    params = _resident(params, dtype)
     head = _contiguous_head(params, config)
     stops = jnp.asarray(stop_ids, jnp.int32)
 
     by_shard = partial(jnp.reshape, shape=(shards, count // shards))
     last, problem_ids = by_shard(prompts[:, -1]), by_shard(problem_ids)
-    filled = models.init_cache(config, count, length - 1, dtype)
-    if length > 1:
-        # All but the last token, which is the first to be decoded.
-        early = _left_aligned(prompts[:, :-1], mask[:, :-1])
-        filled = models.apply(params, config, *early, _laid_out(filled), dtype=dtype)[1]
-        assert filled is not None  # a cache went in
+    empty = _laid_out(models.init_cache(config, count, length - 1, dtype))
+    # All but the last token, which is the first to be decoded.
+    early = _left_aligned(prompts[:, :-1], mask[:, :-1])
+    filled = models.apply(params, config, *early, empty, dtype=dtype)[1] if length > 1 else empty
+    assert filled is not None  # a cache went in
 
     def of_problem(values, item):
         return jnp.take_along_axis(values, jnp.minimum(item // group, values.shape[1] - 1), axis=1)
@@ -122,7 +121,9 @@ def generate(
             params, config, *(x.reshape(-1, 1) for x in (now.token, position, active)), now.cache, dtype=dtype
         )
         assert cache is not None
-        logits = constrain(jnp.dot(hidden[:, 0], head, preferred_element_type=jnp.float32), BATCH, None)
+        logits = jnp.dot(hidden[:, 0], head, preferred_element_type=jnp.float32)
+        # Each device makes its part of the vocabulary, and then samples a part of the rows.
+        logits = constrain(constrain(logits, BATCH, "tensor"), (*BATCH, "tensor"), None)
         noise = [x.reshape(-1) for x in (of_problem(problem_ids, now.item), now.item % group, now.sampled)]
         uniform = jax.vmap(lambda *ids: jax.random.uniform(_fold(key, *ids)))(*noise)
         token, logp = sample(logits, uniform, temperature=temperature, top_p=top_p, top_k=top_k)
@@ -267,13 +268,18 @@ def _laid_out(cache: models.Cache) -> models.Cache:
     return {**cache, **{name: constrain(cache[name], *layout) for name in ("key", "value")}}
 
 
-def _cast(params: Any, dtype: Any) -> Any:
-    """Matrices in the dtype they are multiplied in, once rather than at every token; norms and biases stay."""
+def _resident(params: Any, dtype: Any) -> Any:
+    """Matrices in the dtype they are multiplied in, and whole but for the tensor axis.
 
-    def cast(path, leaf):
-        return leaf.astype(dtype) if path_name(path).endswith(("kernel", "embedding")) else leaf
+    Done once: else every token would cast them, and gather them from all devices. Norms and biases stay.
+    """
 
-    return jax.tree_util.tree_map_with_path(cast, params)
+    def prepare(path, leaf):
+        name = path_name(path)
+        leaf = leaf.astype(dtype) if name.endswith(("kernel", "embedding")) else leaf
+        return constrain(leaf, *("tensor" if axis == "tensor" else None for axis in spec_for(name, leaf.shape)))
+
+    return jax.tree_util.tree_map_with_path(prepare, params)
 
 
 def _contiguous_head(params: Any, config: models.ModelConfig) -> jax.Array:
