@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from sgpo_jax import chips, flops, hlo, roofline, traffic
 from sgpo_jax.chips import Chip
 from sgpo_jax.programs import Program, Setting
 from sgpo_jax.roofline import Reached
+from sgpo_jax.sharding import row_ways
 
 Result = dict[str, Any]
 LARGEST = 6  # arrays that are listed
@@ -106,28 +108,29 @@ def hours(results: dict[str, Result]) -> dict[str, dict[str, float]] | None:
     return total
 
 
-def advice(found: Sequence[tuple[Program, Result]], mesh: Mesh, heads: int, remat: bool) -> list[str]:
+def advice(found: Sequence[tuple[Program, Result]], config: ConfigDict, mesh: Mesh, heads: int) -> list[str]:
     """Which field to change, for each program that does not fit.
 
     Args:
       found: programs, and what `measure` found.
-      mesh: of the run.
+      config, mesh: of the run.
       heads: key and value heads of the model, over which the tensor axis has to divide.
-      remat: `model.remat` of the run.
     """
-    ways, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
+    ways, tensor = row_ways(mesh), mesh.shape["tensor"]
     lines = []
     for program, result in found:
         if result["fits"]:
             continue
         needed, limit = (result["hbm"][name] for name in ("needed", "limit"))
-        changes = []
-        if program.setting.field.endswith("micro_batch") and not remat:
-            changes.append("config.model.remat=True")
+        changes, updates = [], program.setting.field.endswith("micro_batch")
+        if updates and config.model.remat != "full":
+            changes.append("config.model.remat=full")
         if smaller := _smaller(program.setting, needed - limit, ways):
             changes.append(f"config.{program.setting.field}={smaller}")
         if mesh.shape["data"] > 1:
             changes.append("config.mesh.data=1, so that parameters are held once")
+        if (updates or program.resident) and config.optimizer.mu_dtype != "bfloat16":
+            changes.append("config.optimizer.mu_dtype=bfloat16")
         if heads % (2 * tensor) == 0 and ways % 2 == 0:
             changes.append(f"config.mesh.tensor={2 * tensor}")
         else:

@@ -50,7 +50,7 @@ def make(config: ConfigDict, topology: str, auto: bool, assumed: Assumed, reache
         mesh = sharding.make_mesh(**config.mesh, devices=devices) if found else None
     else:
         mesh = sharding.make_mesh(**config.mesh, devices=devices)
-        checks.check_mesh(config, mesh.shape["data"] * mesh.shape["fsdp"])
+        checks.check_mesh(config, sharding.row_ways(mesh))
         measured = []
         for program in programs(config, shape, mesh, assumed):
             print(f"compiling {program.name}", flush=True)
@@ -68,7 +68,7 @@ def make(config: ConfigDict, topology: str, auto: bool, assumed: Assumed, reache
         "fits": bool(results) and all(result["fits"] for result in results.values()),
         "programs": results,
         "hours": estimate.hours(results) if results else None,
-        "advice": estimate.advice(measured, mesh, shape.num_kv_heads, config.model.remat) if mesh else [],
+        "advice": estimate.advice(measured, config, mesh, shape.num_kv_heads) if mesh else [],
         "tried": [each._asdict() for each in tried],
         "config": json.loads(configs.to_json(config)),
     }

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from sgpo_jax import packing, recipe, rl, sft, stage, train_step
+from sgpo_jax import logprobs, packing, recipe, rl, sft, stage, train_step
 from sgpo_jax.batch import Batch, Group, Prompts, pack_batch, specs
 from sgpo_jax.models import ModelConfig, attention, huggingface, init_cache, known
 from sgpo_jax.packing import Packed
@@ -27,7 +27,7 @@ from sgpo_jax.recipe import Assumed
 from sgpo_jax.rollout import generate
 from sgpo_jax.rollout.schedule import Stage, schedule
 from sgpo_jax.scopes import Scopes
-from sgpo_jax.sharding import BATCH
+from sgpo_jax.sharding import BATCH, row_ways
 from sgpo_jax.train_step import TrainState
 
 
@@ -111,7 +111,9 @@ def _of_sft(config: ConfigDict, policy: Policy, mesh: Mesh, assumed: Assumed, ca
     encoded = {str(i): ([0] * assumed.prompt_tokens, [0] * int(n)) for i, n in enumerate(responses)}
     rows = [{"id": name} for name in encoded]
     encoded["longest"] = ([0] * most[0], [0] * most[1])  # in no batch, but it decides the shapes
-    packed, tokens = sft.encode_batch(rows, encoded, batch=fields.batch, micro_batch=fields.micro_batch)
+    packed, tokens = sft.encode_batch(
+        rows, encoded, batch=fields.batch, micro_batch=fields.micro_batch, chunk=logprobs.CHUNK * row_ways(mesh)
+    )
     placed = packing.specs(packed)
     batch = _placed((packed, tokens), (placed, placed.owner), mesh)
 
@@ -144,7 +146,8 @@ def _of_rl(config: ConfigDict, policy: Policy, mesh: Mesh, assumed: Assumed, cal
     update: Any = train_step.make_update(
         policy.config, tx, **of_update, dtype=policy.dtype, remat=config.model.remat, shardings=_shardings(state)
     )
-    packed = pack_batch(made_up_batch(config, assumed), micro_batch=fields.micro_batch, **of_batch)
+    chunk = logprobs.CHUNK * row_ways(mesh)
+    packed = pack_batch(made_up_batch(config, assumed), micro_batch=fields.micro_batch, chunk=chunk, **of_batch)
     batch = _placed(packed, specs(packed), mesh)
     parts = {"old_logp": packed.autonomous, "candidates": packed.candidates}
     parts |= {"autonomous": packed.autonomous, "targets": packed.targets}
@@ -190,7 +193,7 @@ def _generation(
 ) -> Program:
     """Sampling `group` responses to each problem of a batch, as `respond.respond` does."""
     fields, most = config[section], config.data.max_prompt_tokens
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = row_ways(mesh)
     rows, whole = NamedSharding(mesh, P(BATCH)), NamedSharding(mesh, P())
     prompts = [jax.ShapeDtypeStruct((fields.batch, most), kind, sharding=rows) for kind in (jnp.int32, jnp.bool)]
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -237,7 +240,8 @@ def _layer_inputs(field: str, packed: Packed, policy: Policy, mesh: Mesh) -> Set
     _, rows, length = packed.contexts[0].tokens.shape
     shape = policy.config
     size = shape.num_layers * length * shape.hidden_size * policy.dtype.itemsize
-    return Setting(field, rows, rows * size // (mesh.shape["data"] * mesh.shape["fsdp"]))
+    split = mesh.shape["tensor"] if length % mesh.shape["tensor"] == 0 else 1
+    return Setting(field, rows, rows * size // (row_ways(mesh) * split))
 
 
 def _trips(parts: dict[str, Packed | None]) -> tuple[tuple[str, float], ...]:

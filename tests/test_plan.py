@@ -1,4 +1,4 @@
-"""A plan's arithmetic on numbers known by hand, the search with a compiler that is made up, and a plan with the real one."""
+"""A plan's arithmetic on numbers known by hand, the search with a made-up compiler, and a plan with the real one."""
 
 import importlib.util
 import json
@@ -62,9 +62,9 @@ ASSUMED = Assumed(response_tokens=4096, prompt_tokens=256)
 
 
 def test_calls_of_the_papers_recipe():
-    # 8500 problems: 2833 for the warm-up, of which 283 are held out, and 2550 make 39 batches of 64; 5667 for RL make 44 of
-    # 128. Ten epochs each. The 283 make 5 batches, once an epoch. The sets, before and after RL, in batches of 64: 8 and 11
-    # with 4 samples, 1 and 1 with 32.
+    # 8500 problems: 2833 for the warm-up, of which 283 are held out, and 2550 make 39 batches of 64; 5667 for RL make 44
+    # of 128. Ten epochs each. The 283 make 5 batches, once an epoch. The sets, before and after RL, in batches of 64:
+    # 8 and 11 with 4 samples, 1 and 1 with 32.
     config = configs.paper("Qwen/Qwen2.5-7B-Instruct", tensor=4)
     assert recipe.calls(config, ASSUMED) == recipe.Calls(390, 50, 440, {4: 38, 32: 4})
 
@@ -167,7 +167,15 @@ def program(name, field, value, size, resident=0, arguments=0):
             4,
             "config.mesh.data=1, so that parameters are held once; config.mesh.tensor=2",
         ),
-        ("rl.micro_batch", 16, 10, 20, (1, 4, 2), 4, "config.rl.micro_batch=8; config.mesh.tensor=4"),
+        (
+            "rl.micro_batch",
+            16,
+            10,
+            20,
+            (1, 4, 2),
+            4,
+            "config.rl.micro_batch=8; config.optimizer.mu_dtype=bfloat16; config.mesh.tensor=4",
+        ),
     ],
 )
 def test_what_to_change(field, value, size, needed, mesh, heads, expected):
@@ -175,14 +183,15 @@ def test_what_to_change(field, value, size, needed, mesh, heads, expected):
         (program("first", field, value, size * GIB), result("rl", 1, fits=False, needed=needed * GIB)),
         (program("second", field, value, size * GIB), result("rl", 1)),
     ]
-    lines = estimate.advice(found, sharding.make_mesh(*mesh), heads, remat=True)
+    lines = estimate.advice(found, small_run(), sharding.make_mesh(*mesh), heads)
     assert lines == [f"first needs {needed}.00 of 16.00 GiB; in this order: {expected}"]
 
 
 def test_layers_are_recomputed_first():
     found = [(program("update", "rl.micro_batch", 16, 10 * GIB), result("rl", 1, fits=False, needed=20 * GIB))]
-    (line,) = estimate.advice(found, sharding.make_mesh(1, 8, 1), 2, remat=False)
-    assert "in this order: config.model.remat=True; config.rl.micro_batch=8" in line
+    config = small_run(**{"model.remat": "dots", "optimizer.mu_dtype": "bfloat16"})
+    (line,) = estimate.advice(found, config, sharding.make_mesh(1, 8, 1), 2)
+    assert line.endswith("in this order: config.model.remat=full; config.rl.micro_batch=8; config.mesh.tensor=2")
 
 
 def small_run(**changes):
