@@ -39,8 +39,8 @@ def make(config: ConfigDict, topology: str, auto: bool, assumed: Assumed, reache
     Raises:
       ValueError: there is no such topology, or the run does not divide over it.
     """
-    chip, devices = chips.topology(topology)
     shape = load_shape(config)
+    chip, devices = chips.topology(topology)
     limit = chips.hbm_limit(devices[0])
     measure = partial(estimate.measure, chip=chip, reached=reached, limit=limit)
     tried: list[search.Tried] = []

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from sgpo_jax import chips, estimate, models, programs, recipe, roofline, search, sharding
+from sgpo_jax import chips, estimate, models, plan, programs, recipe, roofline, search, sharding
 from sgpo_jax import config as configs
 from sgpo_jax.chips import Chip
 from sgpo_jax.models import known
@@ -203,6 +203,67 @@ def small_run(**changes):
     return config
 
 
+def with_eight(monkeypatch):
+    """Eight devices of the CPU in the place of a topology."""
+    monkeypatch.setattr(chips, "topology", lambda name: (CHIPS_FAST, jax.devices()))
+    monkeypatch.setattr(chips, "hbm_limit", lambda device: GIB)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"mesh.data": 3},
+            r"mesh\.data=3, mesh\.fsdp=-1, mesh\.tensor=1 needs a multiple or product of 3 devices; there",
+        ),
+        ({"rl.micro_batch": 12}, r"config\.rl\.micro_batch=12: must be a multiple of mesh\.data \* mesh\.fsdp = 8"),
+        (
+            {"mesh.tensor": 8},
+            r"params/layers/q/kernel: dimension 2 .* is not divisible by mesh axis 'tensor' of size 8",
+        ),
+    ],
+)
+def test_what_does_not_divide_is_refused_before_anything_is_compiled(monkeypatch, changes, message):
+    with_eight(monkeypatch)
+    monkeypatch.setattr(estimate, "measure", lambda *_, **__: pytest.fail("compiled"))
+    config = small_run(**{"model.source": "HuggingFaceTB/SmolLM2-135M-Instruct"} | changes)
+    with pytest.raises(ValueError, match=message):
+        plan.make(config, "v5e:2x4", False, Assumed(4, 4), Reached())
+
+
+def test_libtpu_is_asked_for(monkeypatch):
+    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r"libtpu, the compiler for TPUs, is not installed: pip install 'sgpo_jax\[tpu"
+    ):
+        chips.topology("v5e:2x2")
+
+
+def test_a_shape_that_libtpu_refuses_is_named(monkeypatch):
+    def refuse(**_):
+        raise RuntimeError("not divisible")
+
+    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(chips.topologies, "get_topology_desc", refuse)
+    monkeypatch.setattr(chips.os, "environ", {})
+    with pytest.raises(ValueError, match=r"--topology=v5e:3x7: libtpu knows no such topology \(not divisible\)"):
+        chips.topology("v5e:3x7")
+
+
+@pytest.mark.parametrize(
+    ("message", "sizes"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (36.50G) exceeds "
+         "available HBM (15.75G).", (36.5 * GIB, 15.75 * GIB)),
+        ("RESOURCE_EXHAUSTED: ... (512.00M) exceeds available HBM (1.00G).", (GIB / 2, GIB)),
+        ("INTERNAL: (36.50G) exceeds available HBM (15.75G).", None),
+        ("RESOURCE_EXHAUSTED: something else", None),
+    ],
+)  # fmt: skip
+def test_sizes_in_the_compilers_message(message, sizes):
+    assert chips.too_large(RuntimeError(message)) == sizes
+
+
 def made_up(limit, of_setting, of_mesh):
     """A compiler for which a program needs `of_setting` GiB for each unit of its setting, and `of_mesh` besides."""
 
@@ -259,3 +320,120 @@ def test_meshes_divide_heads_and_batches(tiny):
     assert {mesh.shape["tensor"] for _, mesh in every} == {1, 2}
     fewer = search.meshes(small_run(**{"sft.batch": 4}), tiny, jax.devices(), CHIPS_FAST, Assumed(4, 4))
     assert {mesh.shape["tensor"] for _, mesh in fewer} == {2}
+
+
+# ---- the compiler for TPUs
+
+P, T, D, F, V, H, N = 64, 192, 128, 256, 512, 2, 128  # prompt, response, hidden, MLP, vocabulary, heads, head size
+CONFIG = f"""
+from ml_collections import ConfigDict
+from sgpo_jax import config as configs
+
+def get_config():
+    config = configs.base()
+    config.model.source = "{{model}}"
+    config.data.train = "data/train.jsonl"
+    config.data.max_prompt_tokens = {P}
+    config.sft.batch = config.sft.micro_batch = config.rl.batch = config.rl.micro_batch = config.eval.batch = 4
+    config.rl.autonomous = config.rl.guided = 2
+    config.rl.distillation = "nll"
+    config.sft.max_response_tokens = config.rl.max_new_tokens = {T}
+    config.eval.max_new_tokens = 2**18
+    config.mesh.tensor = 2
+    with config.unlocked():
+        config.eval.sets.AIME24 = ConfigDict({{{{"source": "data/aime24.jsonl", "samples": 64}}}})
+    return config
+"""
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": V, "hidden_size": D, "intermediate_size": F, "head_dim": N,
+    "num_hidden_layers": 1, "num_attention_heads": H, "rms_norm_eps": 1e-6, "max_position_embeddings": 1024,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """(plan as JSON, what was printed) for a small model on v5e:2x2, in a process of its own."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs libtpu: pip install -e '.[tpu]'")
+    place = tmp_path_factory.mktemp("plan")
+    (place / "config.json").write_text(json.dumps(SHAPE))
+    (place / "config.py").write_text(CONFIG.format(model=place))
+    arguments = [f"--config={place}/config.py", "--topology=v5e:2x2", f"--json={place}/plan.json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "sgpo_jax.plan", *arguments, "--response_tokens=48", "--prompt_tokens=16"],
+        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads((place / "plan.json").read_text()), done.stdout
+
+
+def test_memory_on_a_chip(planned):
+    found, printed = planned
+    assert set(found["programs"]) == {
+        "SFT update", "SFT validation", "autonomous group", "guided group", "update", "evaluation, 64 samples",
+    }  # fmt: skip
+    split = D * (3 * H * N + 2 * F) + H * N * D + F * D + 2 * D * V  # matrices, over all four chips
+    parameters = 4 * (split // 4 + 3 * D)
+    for name, result in found["programs"].items():
+        hbm = result["hbm"]
+        assert hbm["limit"] == 15.75 * GIB
+        assert hbm["resident"] == pytest.approx(
+            2 * parameters if "group" in name or "validation" in name else 0, abs=64
+        )
+        if result["compiled"]:
+            # Parameters, and in updates their two moments; the rest are small batches of whole numbers.
+            own = parameters * (3 if "update" in name else 1)
+            assert own <= hbm["arguments"] <= own + 200_000
+            parts = ("arguments", "outputs", "temporaries", "code", "resident")
+            assert hbm["needed"] == sum(hbm[part] for part in parts)
+    assert "HBM of a chip in GiB, of which the compiler allows 15.75" in printed
+
+
+def test_a_program_that_does_not_fit(planned):
+    # 2 * 64 responses of a device with a token of 512 bytes, at 262,144 + 64 tokens: 16 GiB, and what is sampled.
+    found, printed = planned
+    evaluation = found["programs"].pop("evaluation, 64 samples")
+    assert not evaluation["fits"] and not evaluation["compiled"] and all(r["fits"] for r in found["programs"].values())
+    needed = evaluation["hbm"]["needed"] / GIB
+    assert 16 < needed < 40 and not found["fits"] and found["hours"] is None
+    assert found["advice"][0].startswith(
+        f"evaluation, 64 samples needs {needed:.2f} of 15.75 GiB; in this order: config.eval"
+    )
+    assert found["advice"][0] in printed and printed.endswith("does not fit\n")
+
+
+def test_work_of_an_update(planned):
+    # Four rows of P + T tokens, computed once; every product also in the backward pass, once again for what is computed
+    # again there (the last of a layer has no reader), and twice for the gradients.
+    phase = planned[0]["programs"]["SFT update"]["phases"]["responses"]
+    tokens = 4 * (P + T)
+    layer = 4 * (D * (3 * H * N + 2 * F) + H * N * D + F * D) - F * D
+    # One block of queries and keys: two products forward, twice, and seven backward; and outputs by their gradients.
+    attention = 11 * H * N * (P + T) + H * N
+    # All chunks of response tokens in use have 4 products with the head.
+    head = phase["flops"] * 4 / (2 * D * V) - tokens * (layer + attention) / (D * V)
+    assert head == pytest.approx(4 * round(head / 4)) and 4 * 4 * 48 <= head <= 4 * 4 * (T + 48)
+
+
+def test_communication_and_time(planned):
+    update = planned[0]["programs"]["SFT update"]["phases"]["responses"]
+    gathered = update["collectives"]["all-gather"]
+    # At least the matrices of the layer, forward and backward, in bfloat16, each from two chips.
+    assert gathered["bytes"] >= 2 * 2 * (D * (3 * H * N + 2 * F) + H * N * D + F * D) / 2
+    assert gathered["sent"] == gathered["bytes"] / 2 and gathered["count"] >= 14
+    assert update["seconds"]["compute"] == pytest.approx(update["flops"] / (0.4 * 197e12))
+    assert update["seconds"]["hbm"] == pytest.approx(update["hbm_bytes"] / (0.65 * 819e9))
+    decoding = planned[0]["programs"]["autonomous group"]["phases"]["decode"]
+    # Matrices in bfloat16 in each step, and the longest response takes nearly all of them.
+    assert decoding["hbm_bytes"] > 0 and decoding["flops"] > 0
+    assert planned[0]["assumed"]["response_tokens"] == 48
+
+
+def test_work_of_decoding(planned):
+    # Both prompts of a device have two responses, in four slots; the longest of the eight lengths decides the steps.
+    steps = max(recipe.lengths(8, 48, T))
+    decoding = planned[0]["programs"]["autonomous group"]["phases"]["decode"]
+    products = D * 3 * H * N + H * N * D + 3 * D * F + D * V
+    cache = decoding["flops"] * 4 / (2 * steps * 8) - products
+    # What is left are the blocks of 256 cached tokens (of 512 at most) that attention reads.
+    assert 0 < cache <= 2 * H * N * 512
