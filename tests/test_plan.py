@@ -62,9 +62,9 @@ ASSUMED = Assumed(response_tokens=4096, prompt_tokens=256)
 
 
 def test_calls_of_the_papers_recipe():
-    # 8500 problems: 2833 for the warm-up, of which 283 are held out, and 2550 make 39 batches of 64; 5667 for RL make 44
-    # of 128. Ten epochs each. The 283 make 5 batches, once an epoch. The sets, before and after RL, in batches of 64:
-    # 8 and 11 with 4 samples, 1 and 1 with 32.
+    # 8500 problems: 2833 for the warm-up, of which 283 are held out, and 2550 make 39 batches of 64; 5667 for RL make
+    # 44 of 128. Ten epochs each. The 283 make 5 batches, once an epoch. The sets, before and after RL, in batches of
+    # 64: 8 and 11 with 4 samples, 1 and 1 with 32.
     config = configs.paper("Qwen/Qwen2.5-7B-Instruct", tensor=4)
     assert recipe.calls(config, ASSUMED) == recipe.Calls(390, 50, 440, {4: 38, 32: 4})
 
@@ -217,10 +217,6 @@ def with_eight(monkeypatch):
             r"mesh\.data=3, mesh\.fsdp=-1, mesh\.tensor=1 needs a multiple or product of 3 devices; there",
         ),
         ({"rl.micro_batch": 12}, r"config\.rl\.micro_batch=12: must be a multiple of mesh\.data \* mesh\.fsdp = 8"),
-        (
-            {"mesh.tensor": 8},
-            r"params/layers/q/kernel: dimension 2 .* is not divisible by mesh axis 'tensor' of size 8",
-        ),
     ],
 )
 def test_what_does_not_divide_is_refused_before_anything_is_compiled(monkeypatch, changes, message):
@@ -324,7 +320,7 @@ def test_meshes_divide_heads_and_batches(tiny):
 
 # ---- the compiler for TPUs
 
-P, T, D, F, V, H, N = 64, 192, 128, 256, 512, 2, 128  # prompt, response, hidden, MLP, vocabulary, heads, head size
+P, T, D, F, V, H, N = 64, 192, 128, 256, 502, 2, 128  # prompt, response, hidden, MLP, vocabulary, heads, head size
 CONFIG = f"""
 from ml_collections import ConfigDict
 from sgpo_jax import config as configs
@@ -361,7 +357,7 @@ def planned(tmp_path_factory):
     arguments = [f"--config={place}/config.py", "--topology=v5e:2x2", f"--json={place}/plan.json"]
     done = subprocess.run(
         [sys.executable, "-m", "sgpo_jax.plan", *arguments, "--response_tokens=48", "--prompt_tokens=16"],
-        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads((place / "plan.json").read_text()), done.stdout
@@ -396,10 +392,9 @@ def test_a_program_that_does_not_fit(planned):
     assert not evaluation["fits"] and not evaluation["compiled"] and all(r["fits"] for r in found["programs"].values())
     needed = evaluation["hbm"]["needed"] / GIB
     assert 16 < needed < 40 and not found["fits"] and found["hours"] is None
-    assert found["advice"][0].startswith(
-        f"evaluation, 64 samples needs {needed:.2f} of 15.75 GiB; in this order: config.eval"
-    )
-    assert found["advice"][0] in printed and printed.endswith("does not fit\n")
+    (line,) = found["advice"]
+    assert line.startswith(f"evaluation, 64 samples needs {needed:.2f} of 15.75 GiB; in this order: config.eval.slots=")
+    assert line in printed and printed.endswith("does not fit\n")
 
 
 def test_work_of_an_update(planned):
