@@ -4,9 +4,9 @@
 
 The command trains as a process of its own, with evaluations, checkpoints and the page in between, at a learning rate so
 small that every step is the same work, and gets SIGTERM at the end. Every few seconds /proc is asked about it and its
-grading workers. Slopes are least squares over the means of equal stretches of time, from the second evaluation on, with 95 %
-intervals. Time is CPU time, which other work on the machine hardly changes, for as many steps as lie between two
-evaluations; it is also given as a multiple of a fixed piece of work that is timed along with it, and suffers as it does.
+grading workers. Slopes are least squares over the means of equal stretches of time, from the second evaluation on, with
+95 % intervals. Time is CPU time, which other work on the machine hardly changes, for as many steps as lie between two
+evaluations; it is also given as a multiple of a fixed piece of work that is timed along with it, and suffers alike.
 """
 
 import argparse
@@ -164,7 +164,8 @@ def machine(workdir: Path) -> dict:
               if line.startswith("model name")]  # fmt: skip
     (start, *_) = json.loads((workdir / "environment.json").read_text())
     memory = os.sysconf("SC_PHYS_PAGES") * PAGE / 1e9
-    return {"processor": models[0] if models else platform.machine(), "cpus": os.cpu_count(), "memory_gb": memory} | start
+    processor = models[0] if models else platform.machine()
+    return {"processor": processor, "cpus": os.cpu_count(), "memory_gb": memory} | start
 
 
 def main() -> None:

@@ -150,7 +150,8 @@ def make_update(
             loss = -jnp.where(micro["inside"], logp, 0.0).sum() / jnp.maximum(count, 1)
             return loss, {"loss": loss}
 
-        grads, metrics = accumulate(loss_fn, state.params, packed.count, _micro_batches(packed, tokens))
+        with jax.named_scope("responses"):
+            grads, metrics = accumulate(loss_fn, state.params, packed.count, _micro_batches(packed, tokens))
         state, grad_norm = apply_gradients(state, grads, optimizer, metrics["loss"])
         metrics |= {"grad_norm": grad_norm, "skipped": state.skipped, "tokens": count}
         return state.replace(step=state.step + 1), metrics
@@ -169,7 +170,8 @@ def make_losses(config: models.ModelConfig, *, dtype: Any, remat: str) -> Callab
             logp, _ = response_logprobs(params, micro, config=config, dtype=dtype, remat=remat)
             return -jnp.where(micro["inside"], logp, 0.0).sum()
 
-        return in_micro_batches(summed, packed.count, _micro_batches(packed, tokens)).sum()
+        with jax.named_scope("responses"):
+            return in_micro_batches(summed, packed.count, _micro_batches(packed, tokens)).sum()
 
     return loss
 

@@ -121,9 +121,10 @@ def make_update(
         }
         autonomous["weight"] = _weight(autonomous["share"], 1.0, normaliser * count)
         if updates_per_batch > 1:
-            autonomous["old_logp"] = in_micro_batches(
-                lambda micro: logprobs_of(params, micro)[0], packed.count, autonomous
-            )
+            with jax.named_scope("old_logp"):
+                autonomous["old_logp"] = in_micro_batches(
+                    lambda micro: logprobs_of(params, micro)[0], packed.count, autonomous
+                )
 
         if batch.targets is None:
             return autonomous, None
@@ -150,7 +151,8 @@ def make_update(
         packed = batch.candidates
         candidates = _micro_batches(packed, batch.guided_lengths.reshape(-1), 1)
         candidates |= {"tokens": batch.candidate_tokens, "owner": packed.owner}
-        summed = in_micro_batches(scores, packed.count, candidates).sum(axis=0)
+        with jax.named_scope("candidates"):
+            summed = in_micro_batches(scores, packed.count, candidates).sum(axis=0)
         index, _ = jax.vmap(losses.select_target)(summed.reshape(batch.correct.shape), batch.correct)
         problem = jnp.arange(len(index))
         return batch.guided_lengths[problem, index], batch.guided_tokens[problem, index]
@@ -159,11 +161,13 @@ def make_update(
         autonomous, targets = jax.lax.stop_gradient(select(state.params, batch))
 
         def optimise(state, _):
-            grads, metrics = accumulate(grpo_loss, state.params, batch.autonomous.count, autonomous)
+            with jax.named_scope("autonomous"):
+                grads, metrics = accumulate(grpo_loss, state.params, batch.autonomous.count, autonomous)
             metrics["loss"] = metrics["loss_grpo"] - entropy_bonus * metrics["entropy"]
             if targets is not None:
                 target_loss = likelihood_loss if distillation in LIKELIHOODS else kl_loss
-                target_grads, of_targets = accumulate(target_loss, state.params, batch.targets.count, targets)
+                with jax.named_scope("targets"):
+                    target_grads, of_targets = accumulate(target_loss, state.params, batch.targets.count, targets)
                 grads = jax.tree.map(jnp.add, grads, target_grads)
                 metrics |= of_targets | {"loss": metrics["loss"] + of_targets["loss_kd"]}
             measured = metrics["loss"], metrics["logp_mismatch"]

@@ -178,12 +178,15 @@ def _drain(state: Any, waiting: int, refill: Callable, decode: Callable) -> Any:
         def going(state):
             return busy(state, narrowed(all_slots)) & ~refill_due(state)
 
-        return jax.lax.while_loop(going, decode, refill(state))
+        state = refill(state)
+        with jax.named_scope(f"decode_{all_slots}"):
+            return jax.lax.while_loop(going, decode, state)
 
     step = refill_and_decode
     while width:
         narrower = narrowed(width)
-        state = jax.lax.while_loop(partial(busy, narrower=narrower), step, state)
+        with jax.named_scope("refill" if step is refill_and_decode else f"decode_{width}"):
+            state = jax.lax.while_loop(partial(busy, narrower=narrower), step, state)
         if narrower:
             state = state[0], _active_first(state[1], waiting, narrower), *state[2:]
         step, width = decode, narrower
