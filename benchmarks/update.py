@@ -24,11 +24,11 @@ GIB = 2**30
 def sides(stored: bool) -> list[Side]:
     """Ours first."""
     chosen = [
-        Side("sgpo_jax", "", {"remat": True}),
+        Side("sgpo_jax", "", {"remat": "full"}),
         Side("Tunix", "tunix", {"remat": False}),
-        Side("TRL", "torch", {"remat": True}),
+        Side("TRL", "torch", {"remat": "full"}),
     ]
-    others = [Side("sgpo_jax, stored", "", {"remat": False}), Side("TRL, stored", "torch", {"remat": False})]
+    others = [Side("sgpo_jax, stored", "", {"remat": "none"}), Side("TRL, stored", "torch", {"remat": False})]
     return chosen + others * stored
 
 

@@ -34,16 +34,27 @@ def schedule(
 
 
 def adamw(
-    learning_rate: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float
+    learning_rate: optax.Schedule,
+    *,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    clip_norm: float,
+    mu_dtype: str = "float32",
 ) -> optax.GradientTransformation:
-    """AdamW on gradients clipped to a global norm; norms and biases are not decayed."""
+    """AdamW on gradients clipped to a global norm; norms and biases are not decayed.
+
+    The first moment may be kept in bfloat16. The second stays float32: at b2 = 0.999 a step changes it by less than
+    bfloat16 resolves, and it would stand still.
+    """
 
     def decayed(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
 
     return optax.chain(
         _clip(clip_norm),
-        optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed),
+        optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mu_dtype=mu_dtype, mask=decayed),
     )
 
 

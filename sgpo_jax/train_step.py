@@ -50,7 +50,7 @@ def make_update(
     normaliser: int = 0,
     entropy_bonus: float = 0.0,
     dtype: Any = jnp.float32,
-    remat: bool = False,
+    remat: str = "none",
     shardings: TrainState | None = None,
 ) -> Callable[[TrainState, PackedBatch], tuple[TrainState, Metrics]]:
     """The jitted `update(state, batch) -> (state, metrics)` of Eq. 7; the state is donated.
@@ -202,7 +202,7 @@ def _with_responses(rows: Rows, owner: jax.Array, tokens: jax.Array) -> Rows:
     return rows._replace(tokens=by_row(rows.tokens, rows.slots, owner, tokens))
 
 
-def response_hidden(params: Any, rows: Rows, *, config: models.ModelConfig, dtype: Any, remat: bool) -> jax.Array:
+def response_hidden(params: Any, rows: Rows, *, config: models.ModelConfig, dtype: Any, remat: str) -> jax.Array:
     """Hidden states `[S,C,D]` that predict the response tokens of one micro-batch."""
     hidden, _ = models.apply(params, config, rows.tokens, rows.positions, rows.segments, dtype=dtype, remat=remat)
     chunks, count, _ = rows.slots.shape
@@ -212,7 +212,7 @@ def response_hidden(params: Any, rows: Rows, *, config: models.ModelConfig, dtyp
 
 
 def response_logprobs(
-    params: Any, micro: dict[str, Any], *, config: models.ModelConfig, dtype: Any, remat: bool
+    params: Any, micro: dict[str, Any], *, config: models.ModelConfig, dtype: Any, remat: str
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability and entropy `[S,M,J]` of the response tokens `micro["tokens"]`; 0 in unused chunks."""
     hidden = response_hidden(params, micro["rows"], config=config, dtype=dtype, remat=remat)

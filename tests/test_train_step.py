@@ -201,12 +201,12 @@ def test_micro_batches_give_the_result_of_one_batch(micro_batch, updates):
 
 def test_remat_changes_nothing():
     batch = make_batch()
-    plain, _ = run(batch, remat=False)
-    saved, _ = run(batch, remat=True)
+    plain, _ = run(batch, remat="none")
+    saved, _ = run(batch, remat="full")
     assert_trees_close(saved.params, plain.params, 1e-6)
     arguments = init_state(make_params(), optax.sgd(1.0)), pack_batch(batch, micro_batch=100)
     text, plain_text = (
-        str(jax.make_jaxpr(make_update(CONFIG, optax.sgd(1.0), remat=remat))(*arguments)) for remat in (True, False)
+        str(jax.make_jaxpr(make_update(CONFIG, optax.sgd(1.0), remat=remat))(*arguments)) for remat in ("full", "none")
     )
     assert text.count("checkpoint") + text.count("remat") > plain_text.count("checkpoint") + plain_text.count("remat")
 
@@ -343,6 +343,6 @@ def test_an_update_holds_one_gradient_and_nothing_else_of_that_size(guided):
     state = jax.eval_shape(lambda: init_state(models.init(jax.random.key(0), config), optimizer))
     batch = make_batch()
     batch = batch if guided else batch._replace(guided=None, guided_prompts=None)
-    update = make_update(config, optimizer, remat=True).lower(state, pack_batch(batch, micro_batch=2, chunk=8))
+    update = make_update(config, optimizer, remat="full").lower(state, pack_batch(batch, micro_batch=2, chunk=8))
     gradient = sum(4 * leaf.size for leaf in jax.tree.leaves(state.params))
     assert update.compile().memory_analysis().temp_size_in_bytes < 1.5 * gradient

@@ -158,7 +158,7 @@ WRONG_FLAGS = {
     "no value": ("--config.rl.batch", r"Missing value for flag --config\.rl\.batch"),
     "a value for a section": ("--config.rl=3", r"--config\.rl=3: Failed to parse '3' as a ConfigDict"),
     "half a tuple": ("--config.stages=('sft',", r"--config\.stages=\('sft',: Error while parsing string"),
-    "no switch": ("--config.model.remat=maybe", r"--config\.model\.remat=maybe: .*boolean"),
+    "no switch": ("--config.eval.guided=maybe", r"--config\.eval\.guided=maybe: .*boolean"),
     "an unknown flag": ("--workdri=x", r"Unknown command line flag 'workdri'"),
     "a folder for a config": ("--config=configs", r"sgpo_jax: --config=configs: there is no such file"),
 }
