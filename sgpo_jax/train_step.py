@@ -167,8 +167,7 @@ def make_update(
             if targets is not None:
                 target_loss = likelihood_loss if distillation in LIKELIHOODS else kl_loss
                 with jax.named_scope("targets"):
-                    target_grads, of_targets = accumulate(target_loss, state.params, batch.targets.count, targets)
-                grads = jax.tree.map(jnp.add, grads, target_grads)
+                    grads, of_targets = accumulate(target_loss, state.params, batch.targets.count, targets, grads)
                 metrics |= of_targets | {"loss": metrics["loss"] + of_targets["loss_kd"]}
             measured = metrics["loss"], metrics["logp_mismatch"]
             state, grad_norm = apply_gradients(state, grads, optimizer, measured)
@@ -228,23 +227,33 @@ def response_logprobs(
 
 
 def accumulate(
-    loss_fn: Callable[[Any, Any], tuple[jax.Array, Metrics]], params: Any, count: jax.Array, micro_batches: Any
+    loss_fn: Callable[[Any, Any], tuple[jax.Array, Metrics]],
+    params: Any,
+    count: jax.Array,
+    micro_batches: Any,
+    gradient: Any = None,
 ) -> tuple[Any, Metrics]:
-    """Float32 gradient of the sum of `loss_fn(params, micro) -> (loss, metrics)` over the first `count` micro-batches.
+    """Gradient of the sum of `loss_fn(params, micro) -> (loss, metrics)` over the first `count` micro-batches.
+
+    It is added to `gradient`, a tree like `params`, or to zeros: layer by layer and in place, so that there is never a
+    second one.
 
     Returns (gradient, metrics): each metric is summed, or, when its name ends in "_max", the largest.
     """
+    sums = jax.tree.map(jax.new_ref, jax.tree.map(jnp.zeros_like, params) if gradient is None else gradient)
 
-    def add(k, sums):
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(params, _at(micro_batches, k))
-        merged = {
-            name: (jnp.maximum if name.endswith("_max") else jnp.add)(sums[1][name], metrics[name]) for name in metrics
+    def add(k, measured):
+        loss, backward, metrics = jax.vjp(lambda params: loss_fn(params, _at(micro_batches, k)), params, has_aux=True)
+        backward.with_refs(sums)(jnp.ones_like(loss))
+        return {
+            name: (jnp.maximum if name.endswith("_max") else jnp.add)(measured[name], value)
+            for name, value in metrics.items()
         }
-        return jax.tree.map(jnp.add, sums[0], grads), merged
 
     metrics = jax.eval_shape(loss_fn, params, _at(micro_batches, 0))[1]
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (params, metrics))
-    return jax.lax.fori_loop(0, count, add, zeros)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), metrics)
+    metrics = jax.lax.fori_loop(0, count, add, zeros)
+    return jax.tree.map(jax.freeze, sums), metrics
 
 
 def in_micro_batches(fn: Callable[[Any], jax.Array], count: jax.Array, micro_batches: Any) -> jax.Array:
@@ -272,16 +281,15 @@ def apply_gradients(
       (state, gradient norm before clipping).
     """
     grad_norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates, _ = optimizer.update(grads, state.opt_state, state.params)
     finite = jnp.isfinite(jnp.stack(jax.tree.leaves((grad_norm, optax.tree.norm(updates), measured)))).all()
-    params = optax.apply_updates(state.params, updates)
 
-    def keep(new, old):
-        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+    def step(i, state):
+        # Tied to the loop, out of which XLA would move what needs the gradient alone, and hold it.
+        tied, _ = jax.lax.optimization_barrier((grads, i))
+        updates, opt_state = optimizer.update(tied, state.opt_state, state.params)
+        return state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
 
-    state = state.replace(
-        params=keep(params, state.params),
-        opt_state=keep(opt_state, state.opt_state),
-        skipped=jnp.where(finite, 0, state.skipped + 1),
-    )
-    return state, grad_norm
+    # One step or none, in place: to choose between old and new values would be to hold both.
+    state = jax.lax.fori_loop(0, finite.astype(jnp.int32), step, state)
+    return state.replace(skipped=jnp.where(finite, 0, state.skipped + 1)), grad_norm
