@@ -85,9 +85,10 @@ class Block(nn.Module):
             _, *spec = spec_for(f"layers/{name}/kernel", (config.num_layers, 1, features))
 
             def dot(x, kernel, *_, **__):
+                if keys is not None:  # sampling is as fast as it can be, and its weights are laid out for it
+                    return x @ kernel
                 # It is laid out like this anyway; so will be its gradient, which otherwise is summed whole everywhere.
-                kernel = constrain(kernel, *spec)
-                return dot_in_blocks(x, kernel) if keys is None else x @ kernel  # decoding is as fast as it can be
+                return dot_in_blocks(x, constrain(kernel, *spec))
 
             return nn.Dense(features, use_bias=bias, dtype=dtype, dot_general=dot, name=name)
 
