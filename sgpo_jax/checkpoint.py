@@ -120,6 +120,14 @@ class Checkpoints:
         except Exception as error:
             self._failed(error)
 
+    def delete_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps, the last one first."""
+        self.wait()
+        for later in reversed(self.all_steps()):
+            if later > step:
+                self._manager.delete(later)
+        self.wait()
+
     def wait(self) -> None:
         """Returns when every save has been written, with its checksums.
 

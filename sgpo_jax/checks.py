@@ -41,6 +41,8 @@ def check(config: ConfigDict) -> None:
         size = 2 * config.model.heads
         need("model.hidden", config.model.hidden % size == 0, f"a multiple of 2 * model.heads = {size}")
     choice("model.dtype", "float32", "bfloat16")
+    choice("model.remat", "full", "attention", "dots", "none")
+    choice("optimizer.mu_dtype", "float32", "bfloat16")
     if config.model.tokenizer == "arithmetic":
         need("data.instruction", config.data.instruction == "", "'': the embedded world's vocabulary has no other text")
 
@@ -72,7 +74,14 @@ def check(config: ConfigDict) -> None:
         whole(1, "monitor.window")
         whole(0, "monitor.least_entropy", "monitor.least_length")
         within(0.0, 1.0, "monitor.most_truncated", "monitor.most_identical", "monitor.most_clipped")
-        choice("monitor.action", "warn", "stop")
+        choice("monitor.action", "warn", "stop", "rollback")
+        whole(1, "monitor.most_rollbacks")
+        # A checkpoint from before the window has to be left when the sign is seen.
+        later = -(-config.monitor.window // config.checkpoint.every)
+        if config.rl.eval_every % config.checkpoint.every:
+            later += -(-config.monitor.window // config.rl.eval_every)
+        enough = config.monitor.action != "rollback" or config.checkpoint.keep > later
+        need("checkpoint.keep", enough, f"at least {later + 1} when monitor.action is 'rollback'")
         need("data.sft_share", config.data.sft_share < 1 or bool(config.sft.train), "below 1: RL needs problems too")
         whole(1, "rl.updates_per_batch", "rl.max_new_tokens")
         whole(0, "rl.guided")

@@ -101,7 +101,8 @@ def _logprobs_forward(hidden, head, targets, chunks, temperature):
         return tuple(x.at[s].set(new) for x, new in zip(out, (logp, entropy), strict=True))
 
     zeros = jnp.zeros(targets.shape, jnp.float32)
-    logp, entropy = jax.lax.fori_loop(0, chunks, step, (zeros, zeros))
+    with jax.named_scope("chunks"):
+        logp, entropy = jax.lax.fori_loop(0, chunks, step, (zeros, zeros))
     return (logp, entropy), (hidden, head, targets, chunks, entropy)
 
 
@@ -136,7 +137,8 @@ def _kl_forward(guided, unguided, head, chunks, direction):
         kl = losses.kl_divergence(log_p, log_q) if direction == "forward" else losses.kl_divergence(log_q, log_p)
         return out.at[s].set(kl)
 
-    kl = jax.lax.fori_loop(0, chunks, step, jnp.zeros(guided.shape[:2], jnp.float32))
+    with jax.named_scope("chunks"):
+        kl = jax.lax.fori_loop(0, chunks, step, jnp.zeros(guided.shape[:2], jnp.float32))
     return kl, (guided, unguided, head, chunks, kl)
 
 
@@ -169,7 +171,8 @@ def _through_head(logits_gradient, hidden, head, chunks):
         return of_hidden.at[s].set(into_hidden.astype(hidden.dtype)), of_head + into_head
 
     zeros = jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32)
-    of_hidden, of_head = jax.lax.fori_loop(0, chunks, step, zeros)
+    with jax.named_scope("chunks"):
+        of_hidden, of_head = jax.lax.fori_loop(0, chunks, step, zeros)
     return of_hidden, of_head.astype(head.dtype)
 
 

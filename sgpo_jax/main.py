@@ -1,6 +1,7 @@
 """The command: `python -m sgpo_jax.main --config=configs/NAME.py --workdir=DIR [--config.field=value ...]`."""
 
 import contextlib
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,11 +15,12 @@ from sgpo_jax import config as configs
 def run(config, workdir: Path) -> None:
     """Runs the stages of the config in order, each from where it stopped."""
     mesh = sharding.make_mesh(**config.mesh)
-    checks.check_mesh(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    checks.check_mesh(config, sharding.row_ways(mesh))
     rewards.check(config.rl.reward)
     with lock.hold(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
         # A run that was refused over its rows or its model has left a config too, which binds nobody.
-        if any(workdir.glob("*/checkpoints/[0-9]*")) or any(workdir.glob("eval/*")):
+        begun = "*/checkpoints/[0-9]*", "eval/*", "rl/rollbacks.json"
+        if any(any(workdir.glob(pattern)) for pattern in begun):
             configs.check_resume(config, workdir / "config.json")
         if jax.process_index() == 0:
             (workdir / "config.json").write_text(configs.to_json(config), encoding="utf-8")
@@ -29,13 +31,8 @@ def run(config, workdir: Path) -> None:
 def _run_stages(config, workdir: Path, mesh: Mesh) -> None:
     policy, load = stage.load_policy(config)
 
-    def initial():
-        return load(jax.random.key(config.seed))
-
-    def warmed_up():
-        params = stage.best_params(config, workdir, "sft", policy, mesh)
-        return initial() if params is None else params
-
+    initial = partial(load, jax.random.key(config.seed))
+    warmed_up = partial(stage.warmed_up, config, workdir, policy, initial, mesh)
     try:
         if "sft" in config.stages:
             sft.train(config, workdir, policy, initial, mesh)

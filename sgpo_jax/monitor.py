@@ -15,6 +15,19 @@ LIMITS = {
 }
 
 
+def sound_steps(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any]) -> int:
+    """The last step before the window in which the present signs appeared; 0 is the state before the first step.
+
+    Args:
+      rows: of the training so far; the last one has a sign, as may some before it.
+      limits: as in `signs`.
+    """
+    first = len(rows)
+    while signs(rows[: first - 1], limits):
+        first -= 1
+    return max(rows[first - 1]["step"] - limits["window"], 0)
+
+
 def signs(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any]) -> dict[str, str]:
     """Field of each limit that the mean of the last `limits["window"]` rows breaks -> what to say of it.
 

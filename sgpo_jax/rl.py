@@ -5,7 +5,7 @@ The methods SGPO is compared with (`methods.py`) are the same loop with another 
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import cleaning, data, monitor, page, preemption, rewards, sharding, stage
+from sgpo_jax import cleaning, data, logprobs, monitor, page, preemption, rewards, rollback, sharding, stage
 from sgpo_jax.batch import Batch, Group, pack_batch, specs
 from sgpo_jax.evaluation import evaluate_sets
 from sgpo_jax.metrics import Writer
@@ -26,6 +26,12 @@ from sgpo_jax.train_step import make_update
 
 def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[], Any], mesh: Mesh) -> None:
     """Runs RL, or what is left of it; checkpoints, metrics and generations go to `workdir/rl`."""
+    while _rolled_back(config, workdir, policy, initial, mesh):
+        pass  # what is on disk now is resumed
+
+
+def _rolled_back(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[], Any], mesh: Mesh) -> bool:
+    """Runs RL to its end, or until it has gone back to before a collapse; whether it has."""
     rl = config.rl
     rows, prompts = load_rows(config, workdir, policy)
     batches = data.batches(rows, rl.batch, config.seed)
@@ -35,34 +41,37 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
     tx, rate = stage.optimizer(config, "rl", total * rl.updates_per_batch)
     _, shardings = stage.state_shardings(policy, tx, mesh)
     of_batch, of_update = method(rl)
+    chunk = logprobs.CHUNK * sharding.row_ways(mesh)
     update = make_update(
         policy.config, tx, **of_update, dtype=policy.dtype, remat=config.model.remat, shardings=shardings
     )
     sampled = rl.guided > 0 and rl.guide == "strategy"
 
-    def rollout(params, batch_rows, step, guided):
+    def rollout(params, batch_rows, position, guided):
         tokens = prompts[guided]
         padded = pad_prompts(policy, [tokens[row["id"]] for row in batch_rows], max(map(len, tokens.values())))
-        key = noise_key(config.seed, "guided" if guided else "autonomous", step)
+        key = noise_key(config.seed, "guided" if guided else "autonomous", position)
         group = rl.guided if guided else rl.autonomous
         ids = np.arange(len(batch_rows))
         return padded, respond(policy, params, padded, ids, key, mesh, group=group, **sampling)
 
-    watch = collapse_watch(config.monitor)
+    rollbacks = rollback.read(workdir)
     with stage.checkpoints(config, workdir, "rl") as saved, jax.set_mesh(mesh):
         state = stage.start(saved, initial, policy, tx, mesh)
         first = int(state.step)
         if first >= total:
-            return
+            return False
+        watch = collapse_watch(config.monitor, rollback.recent_rows(workdir, first, config.monitor.window))
         show = page.live(workdir, config.report_seconds * (jax.process_index() == 0), "RL", total)
         with Writer(workdir, total, "rl", resume_step=first, enabled=jax.process_index() == 0) as writer:
             for step in range(first, total):
-                batch_rows = batches[step]
+                position = step + rollback.passed(rollbacks)
+                batch_rows = batches[position]
                 times = [time.perf_counter()]
-                unguided_prompts, (autonomous, slot_steps) = rollout(state.params, batch_rows, step, guided=False)
+                unguided_prompts, (autonomous, slot_steps) = rollout(state.params, batch_rows, position, guided=False)
                 guided_prompts = guided = None
                 if sampled:
-                    guided_prompts, (guided, _) = rollout(state.params, batch_rows, step, guided=True)
+                    guided_prompts, (guided, _) = rollout(state.params, batch_rows, position, guided=True)
                 elif rl.guided:
                     tokens = [prompts[False][row["id"]] for row in batch_rows]
                     guided = demonstrate(policy, tokens, batch_rows, rl.max_new_tokens)
@@ -72,13 +81,13 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
                 times.append(time.perf_counter())
                 groups = _group(graded_auto), _group(graded_guided) if graded_guided else None
                 batch = Batch(unguided_prompts, guided_prompts, *groups)
-                packed = pack_batch(batch, micro_batch=rl.micro_batch, **of_batch)
+                packed = pack_batch(batch, micro_batch=rl.micro_batch, chunk=chunk, **of_batch)
                 state, device_metrics = update(state, sharding.put(packed, specs(packed), mesh))
                 metrics = {name: float(value) for name, value in device_metrics.items()}
                 times.append(time.perf_counter())
 
                 done = step + 1
-                stage.watch_skipped(workdir / "rl", done, int(metrics["skipped"]), config.max_skipped, batch)
+                stage.watch_skipped(config, workdir, "rl", done, int(metrics["skipped"]), batch_rows, batch)
                 metrics |= _rollout_metrics(graded_auto, graded_guided) | _speed(times, autonomous, *[guided] * sampled)
                 metrics["slots_used"] = float(autonomous.lengths.sum() / slot_steps)
                 metrics["learning_rate"] = float(rate(step * rl.updates_per_batch))
@@ -90,14 +99,20 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
                     metrics |= {f"accuracy_{name}": result["accuracy"] for name, result in scores.items()}
                 writer.write(done, metrics)
                 collapsed = watch(metrics)
+                if collapsed and config.monitor.action == "rollback" and len(rollbacks) < config.monitor.most_rollbacks:
+                    if rollback.go_back(workdir, saved, config.monitor, config.checkpoint.every, done, collapsed):
+                        preemption.check()
+                        return True
                 preempted = preemption.requested()
                 if score is not None or done % config.checkpoint.every == 0 or done == total or preempted or collapsed:
                     saved.save(done, state, score)
                 if preempted:
                     preemption.check()
                 if collapsed:
-                    raise FloatingPointError(f"step {done}: {collapsed}; stopped, as monitor.action asks")
+                    after = f" after {len(rollbacks)} rollbacks" * bool(rollbacks)
+                    raise FloatingPointError(f"step {done}: {collapsed}; stopped{after}, as monitor.action asks")
                 show(done)
+    return False
 
 
 def method(rl: ConfigDict) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -109,10 +124,13 @@ def method(rl: ConfigDict) -> tuple[dict[str, Any], dict[str, Any]]:
     return of_batch, of_update | {"normaliser": rl.max_new_tokens if rl.normaliser == "constant" else 0}
 
 
-def collapse_watch(limits: ConfigDict) -> Callable[[dict[str, float]], str]:
-    """A function of each step's metrics that prints a sign of a collapse when it appears, and returns why to stop."""
-    rows: deque[dict[str, float]] = deque(maxlen=limits.window)
-    known: set[str] = set()
+def collapse_watch(limits: ConfigDict, before: Sequence[dict[str, Any]]) -> Callable[[dict[str, float]], str]:
+    """A function of each step's metrics that prints a sign of a collapse when it appears, and returns why not to go on.
+
+    `before` are the rows of the steps before, which it knows already.
+    """
+    rows: deque[dict[str, Any]] = deque(before, maxlen=limits.window)
+    known = set(monitor.signs(list(rows), limits))
 
     def watch(metrics: dict[str, float]) -> str:
         rows.append(metrics)
@@ -121,7 +139,7 @@ def collapse_watch(limits: ConfigDict) -> Callable[[dict[str, float]], str]:
             print(f"warning: {found[field]}", flush=True)
         known.clear()
         known.update(found)
-        return "; ".join(found.values()) if limits.action == "stop" else ""
+        return "; ".join(found.values()) if limits.action != "warn" else ""
 
     return watch
 

@@ -1,18 +1,17 @@
 """What the SFT and the RL loop share: policy, optimizer and state of a stage, its checkpoints, and skipped updates."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import cleaning, data, models, optim, prompts, sharding
+from sgpo_jax import cleaning, data, models, optim, prompts, sharding, skipped
 from sgpo_jax import policy as policies
 from sgpo_jax.checkpoint import Checkpoints
 from sgpo_jax.policy import Policy
@@ -81,11 +80,22 @@ def start(
     saved: Checkpoints, initial: Callable[[], Any], policy: Policy, tx: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """The state of the latest checkpoint, or the one before the first step, with the parameters of `initial()`."""
-    shapes, shardings = state_shardings(policy, tx, mesh)
-    if (state := saved.restore_latest(_placed(shapes, shardings))) is not None:
+    if (state := saved.restore_latest(_placed(*state_shardings(policy, tx, mesh)))) is not None:
         return state
-    params = jax.device_put(initial(), shardings.params)
+    return first_state(initial(), policy, tx, mesh)
+
+
+def first_state(params: Any, policy: Policy, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state before the first step of a stage that begins with `params`."""
+    _, shardings = state_shardings(policy, tx, mesh)
+    params = jax.device_put(params, shardings.params)
     return jax.jit(partial(init_state, optimizer=tx), out_shardings=shardings)(params)
+
+
+def warmed_up(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[], Any], mesh: Mesh) -> Any:
+    """The parameters that RL begins with: the best of the warm-up, or, where there is none, `initial()`."""
+    params = best_params(config, workdir, "sft", policy, mesh)
+    return initial() if params is None else params
 
 
 def best_params(config: ConfigDict, workdir: Path, stage: str, policy: Policy, mesh: Mesh) -> Any | None:
@@ -104,6 +114,14 @@ def find_step(config: ConfigDict, workdir: Path, stage: str, which: str) -> int 
         return int(which) if which.isdigit() and int(which) in saved.all_steps() else None
 
 
+def saved_steps(config: ConfigDict, workdir: Path, stage: str) -> list[int]:
+    """Steps of a stage that have a checkpoint."""
+    if not (workdir / stage / "checkpoints").is_dir():
+        return []
+    with checkpoints(config, workdir, stage, reading=True) as saved:
+        return saved.all_steps()
+
+
 def params_at(config: ConfigDict, workdir: Path, stage: str, step: int, policy: Policy, mesh: Mesh) -> Any:
     """Parameters of the checkpoint after `step` of a stage."""
     tx, _ = optimizer(config, stage, total_steps=1)  # only its state's shape matters here
@@ -111,21 +129,37 @@ def params_at(config: ConfigDict, workdir: Path, stage: str, step: int, policy: 
         return saved.restore_params(step, _placed(*state_shardings(policy, tx, mesh)))
 
 
-def watch_skipped(folder: Path, step: int, skipped: int, limit: int, batch: Any) -> None:
-    """Keeps the batch, in host memory, of a skipped update; stops the run when `limit` updates in a row were skipped.
+def state_at(
+    config: ConfigDict,
+    workdir: Path,
+    stage: str,
+    step: int,
+    policy: Policy,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+) -> TrainState:
+    """The checkpoint after `step` of a stage."""
+    with checkpoints(config, workdir, stage, reading=True) as saved:
+        return saved.restore(step, _placed(*state_shardings(policy, tx, mesh)))
+
+
+def watch_skipped(
+    config: ConfigDict, workdir: Path, stage: str, step: int, in_a_row: int, rows: Sequence[dict], batch: Any
+) -> None:
+    """Keeps what a skipped update read, in host memory; stops the run when `config.max_skipped` in a row were skipped.
 
     Raises:
       FloatingPointError: at the limit; the message names the saved batch.
     """
-    if not skipped:
+    if not in_a_row:
         return
-    path = folder / f"skipped_batch_{step:06d}.npz"
-    leaves, _ = jax.tree_util.tree_flatten_with_path(jax.tree.map(np.asarray, batch))
+    path = workdir / stage / f"skipped_batch_{step:06d}.npz"
     if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(path, **{sharding.path_name(key): value for key, value in leaves})
-    if skipped >= limit:
+        skipped.write(path, skipped.Skipped(stage, step, [row["id"] for row in rows], batch))
+    if in_a_row >= config.max_skipped:
         raise FloatingPointError(
-            f"step {step}: the gradient was not finite in {skipped} updates in a row (max_skipped={limit}); "
-            f"parameters are those before them, the last batch is in {path}"
+            f"step {step}: {in_a_row} updates in a row were not finite (max_skipped={config.max_skipped}); parameters "
+            f"are those before them. Where it begins: python -m sgpo_jax.replay --config=... --workdir={workdir} "
+            f"--batch={path}"
         )
+    print(f"warning: step {step}: the update was not finite and is skipped; what it read is in {path}", flush=True)

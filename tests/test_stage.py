@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sgpo_jax import stage
-from sgpo_jax.batch import Prompts
+from sgpo_jax import config as configs
+from sgpo_jax import skipped, stage
+from sgpo_jax.batch import Batch, Group, Prompts
 from sgpo_jax.checkpoint import Checkpoints
 from sgpo_jax.train_step import TrainState
 
@@ -58,14 +59,22 @@ def test_a_run_goes_on_only_under_its_seed(tmp_path):
         saved.restore(1, state(0))  # to look at it is allowed
 
 
-def test_skipped_updates_keep_the_batch_and_stop_at_the_limit(tmp_path):
-    batch = {"prompts": Prompts(jnp.arange(6).reshape(2, 3), jnp.ones((2, 3), bool)), "length": jnp.array([4, 5])}
-    stage.watch_skipped(tmp_path, 6, 0, 2, batch)
+def test_skipped_updates_keep_the_batch_and_stop_at_the_limit(tmp_path, capsys):
+    prompts = Prompts(np.arange(6).reshape(2, 3), np.ones((2, 3), bool))
+    group = Group(np.zeros((2, 1, 4), np.int32), np.array([[4], [2]]), np.full((2, 1, 4), -np.inf), np.ones((2, 1)))
+    batch, rows = Batch(prompts, None, group, None), [{"id": "a/1"}, {"id": "π"}]
+    config = configs.base()
+    config.max_skipped = 2
+    stage.watch_skipped(config, tmp_path, "rl", 6, 0, rows, batch)
     assert not list(tmp_path.iterdir())
-    stage.watch_skipped(tmp_path, 7, 1, 2, batch)
-    with pytest.raises(FloatingPointError, match=r"step 8: .* 2 updates .*\(max_skipped=2\).*skipped_batch_000008"):
-        stage.watch_skipped(tmp_path, 8, 2, 2, batch)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["skipped_batch_000007.npz", "skipped_batch_000008.npz"]
-    with np.load(tmp_path / "skipped_batch_000007.npz") as kept:
-        assert set(kept) == {"prompts/tokens", "prompts/mask", "length"}
-        np.testing.assert_array_equal(kept["prompts/tokens"], np.arange(6).reshape(2, 3))
+    stage.watch_skipped(config, tmp_path, "rl", 7, 1, rows, batch)
+    said = capsys.readouterr().out
+    assert said.startswith("warning: step 7: the update was not finite") and said.endswith("skipped_batch_000007.npz\n")
+    with pytest.raises(FloatingPointError, match=r"step 8: 2 updates .*\(max_skipped=2\).*skipped_batch_000008"):
+        stage.watch_skipped(config, tmp_path, "rl", 8, 2, rows, batch)
+    names = sorted(path.name for path in (tmp_path / "rl").iterdir())
+    assert names == ["skipped_batch_000007.npz", "skipped_batch_000008.npz"]
+    kept = skipped.read(tmp_path / "rl" / names[0])
+    assert kept[:3] == ("rl", 7, ["a/1", "π"]) and kept.batch.guided is None
+    assert jax.tree.structure(kept.batch) == jax.tree.structure(batch)
+    jax.tree.map(np.testing.assert_array_equal, kept.batch, batch)

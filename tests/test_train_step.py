@@ -1,5 +1,6 @@
 """The jitted update against an independent, dense, unjitted computation of Eq. 7, and the properties it promises."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from sgpo_jax import models, train_step
+from sgpo_jax import models, optim, train_step
 from sgpo_jax.batch import Batch, Group, Prompts, pack_batch
 from sgpo_jax.train_step import TrainState, init_state, make_update
 
@@ -200,12 +201,12 @@ def test_micro_batches_give_the_result_of_one_batch(micro_batch, updates):
 
 def test_remat_changes_nothing():
     batch = make_batch()
-    plain, _ = run(batch, remat=False)
-    saved, _ = run(batch, remat=True)
+    plain, _ = run(batch, remat="none")
+    saved, _ = run(batch, remat="full")
     assert_trees_close(saved.params, plain.params, 1e-6)
     arguments = init_state(make_params(), optax.sgd(1.0)), pack_batch(batch, micro_batch=100)
     text, plain_text = (
-        str(jax.make_jaxpr(make_update(CONFIG, optax.sgd(1.0), remat=remat))(*arguments)) for remat in (True, False)
+        str(jax.make_jaxpr(make_update(CONFIG, optax.sgd(1.0), remat=remat))(*arguments)) for remat in ("full", "none")
     )
     assert text.count("checkpoint") + text.count("remat") > plain_text.count("checkpoint") + plain_text.count("remat")
 
@@ -214,7 +215,7 @@ def test_guided_side_gets_exactly_no_gradient(monkeypatch):
     """A perturbation of the guided hidden states changes the loss, but has no gradient; the unguided one has."""
     accumulate, apply = train_step.accumulate, models.apply
 
-    def probed(loss_fn, params, count, micro_batches):
+    def probed(loss_fn, params, count, micro_batches, *gradient):
         def loss(perturbation):
             def perturbed(params, config, tokens, *args, **kwargs):
                 hidden, cache = apply(params, config, tokens, *args, **kwargs)
@@ -225,7 +226,7 @@ def test_guided_side_gets_exactly_no_gradient(monkeypatch):
                 return loss_fn(params, jax.tree.map(lambda x: x[0], micro_batches))[0]
 
         zero = {"guided": jnp.zeros(16), "unguided": jnp.zeros(16)}
-        grads, metrics = accumulate(loss_fn, params, count, micro_batches)
+        grads, metrics = accumulate(loss_fn, params, count, micro_batches, *gradient)
         if "guided_rows" in micro_batches:
             probes = jax.tree.map(lambda g: jnp.abs(g).sum(), jax.grad(loss)(zero))
             metrics |= {**probes, "change": loss(zero | {"guided": jnp.ones(16)}) - loss(zero)}
@@ -306,6 +307,35 @@ def test_non_finite_gradient_is_skipped_and_counted():
     assert not np.array_equal(before[0]["norm"]["scale"], state.params["norm"]["scale"])
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", ["gradient", "optimizer state", "parameters", "measured"])
+def test_one_number_that_is_not_finite_skips_the_update(place, value):
+    """The sign of an infinite gradient is finite; weight decay alone meets a parameter that the batch does not use."""
+    optimizer = optax.chain(optax.sign_sgd(0.1), optax.trace(0.9), optax.add_decayed_weights(-0.1))
+    state = init_state({"a": jnp.ones(3), "b": jnp.ones(3)}, optimizer)
+    grads, measured = {"a": jnp.ones(3), "b": jnp.zeros(3)}, {"loss": jnp.ones(()), "other": jnp.ones(())}
+    sound, _ = train_step.apply_gradients(state, grads, optimizer, measured)
+    assert sound.skipped == 0 and not np.array_equal(sound.params["a"], state.params["a"])
+    state = sound.replace(skipped=jnp.int32(4))
+
+    def spoil(tree):
+        return jax.tree.map(lambda x: x.at[(1,) * x.ndim].set(value), tree)
+
+    if place == "gradient":
+        grads = grads | {"a": spoil(grads["a"])}
+    if place == "optimizer state":
+        state = state.replace(opt_state=spoil(state.opt_state))
+    if place == "parameters":
+        state = state.replace(params=state.params | {"b": spoil(state.params["b"])})
+    if place == "measured":
+        measured = measured | {"other": jnp.float32(value)}
+    after, norm = train_step.apply_gradients(state, grads, optimizer, measured)
+    assert after.skipped == 5 and np.isfinite(norm) == (place != "gradient")
+    jax.tree.map(np.testing.assert_array_equal, after.replace(skipped=state.skipped), state)
+    good = {"a": jnp.zeros(3), "b": jnp.zeros(3)}
+    assert train_step.apply_gradients(sound.replace(skipped=jnp.int32(4)), good, optimizer, ())[0].skipped == 0
+
+
 def test_state_is_donated():
     state = init_state(make_params(), optax.sgd(1.0))
     make_update(CONFIG, optax.sgd(1.0))(state, pack_batch(make_batch(), micro_batch=100))
@@ -332,3 +362,16 @@ def test_no_vocabulary_sized_array_for_all_tokens():
 
     big = [s for s in shapes(jaxpr.jaxpr) if CONFIG.vocab_size in s and np.prod(s) >= smallest]
     assert not big, big
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_an_update_holds_one_gradient_and_nothing_else_of_that_size(guided):
+    """Micro-batches and both losses add to the same gradient, and AdamW works where its moments lie."""
+    config = dataclasses.replace(CONFIG, hidden_size=64, mlp_size=512, num_layers=32)
+    optimizer = optim.adamw(optim.schedule(1.0, 9), b1=0.9, b2=0.9, eps=1e-8, weight_decay=0.1, clip_norm=1.0)
+    state = jax.eval_shape(lambda: init_state(models.init(jax.random.key(0), config), optimizer))
+    batch = make_batch()
+    batch = batch if guided else batch._replace(guided=None, guided_prompts=None)
+    update = make_update(config, optimizer, remat="full").lower(state, pack_batch(batch, micro_batch=2, chunk=8))
+    gradient = sum(4 * leaf.size for leaf in jax.tree.leaves(state.params))
+    assert update.compile().memory_analysis().temp_size_in_bytes < 1.5 * gradient

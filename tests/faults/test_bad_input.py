@@ -66,7 +66,7 @@ CONFIGS = {
     "half a response": ({"rl.guided": 2.5}, r"config\.rl\.guided=2\.5: must be a whole number"),
     "a seed that is NaN": ({"seed": math.nan}, r"config\.seed=nan: must be a whole number"),
     "a number for text": ({"model.source": 5}, r"config\.model\.source=5: must be text"),
-    "a number for a switch": ({"model.remat": 1}, r"config\.model\.remat=1: must be True or False"),
+    "a number for a switch": ({"eval.guided": 1}, r"config\.eval\.guided=1: must be True or False"),
     "text for stages": ({"stages": "sft"}, r"config\.stages='sft': must be a tuple"),
     "a number among stages": ({"stages": (5,)}, r"config\.stages=\(5,\): must be one or more of \('sft', 'rl',"),
     "a field that is missing": ({"rl.delta": ...}, r"config\.rl\.delta: is missing"),

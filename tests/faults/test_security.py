@@ -86,11 +86,11 @@ def test_the_search_leaves_alone_what_is_fine():
 
 def test_a_saved_batch_opens_without_pickle(tmp_path):
     """The one kind of file of ours that numpy could pickle."""
-    from sgpo_jax import stage
+    from sgpo_jax import skipped
 
-    stage.watch_skipped(tmp_path, 1, 1, 3, {"tokens": np.arange(3)})
-    with np.load(tmp_path / "skipped_batch_000001.npz", allow_pickle=False) as kept:
-        assert kept["tokens"].tolist() == [0, 1, 2]
+    skipped.write(tmp_path / "batch.npz", skipped.Skipped("rl", 1, ["a"], {"tokens": np.arange(3)}))
+    with np.load(tmp_path / "batch.npz", allow_pickle=False) as kept:
+        assert kept["batch/tokens"].tolist() == [0, 1, 2] and kept["ids"].tolist() == ["a"]
 
 
 def test_model_folders_come_from_the_hub_without_code_or_pickles():

@@ -1,0 +1,137 @@
+"""Runs a command of sgpo_jax again and again, each time until it is in a given phase, and kills it there with SIGKILL.
+
+    python kill_in.py FILE
+
+FILE holds a JSON object: module, arguments, folder, sick, and kills, a list of [phase, number, seconds]. The process
+ends that long after the phase began for the `number`th time, or when it ends. Each is a fork of this process: the
+imports are paid for once. After the last kill, the command runs to its end. Printed is a list with what became of each,
+[exit code, names of unfinished checkpoints, last line of the output], up to the first that was not killed.
+
+Responses to the batches at the positions `sick` count as truncated, so that the monitor has something to see.
+"""
+
+import importlib
+import itertools
+import json
+import os
+import runpy
+import signal
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import jax
+import jax._src.compiler
+
+from sgpo_jax import checkpoint, evaluation, journal, rl, rollback, sft
+
+# phase -> (where a function is, its name)
+PHASES = {
+    "compilation": (jax._src.compiler, "backend_compile_and_load"),
+    "SFT update": (sft, "make_update"),
+    "validation": (sft, "validation_loss"),
+    "rollout": (rl, "respond"),
+    "grading": (rl, "grade"),
+    "RL update": (rl, "make_update"),
+    "checkpoint": (checkpoint.Checkpoints, "save"),
+    "evaluation": (evaluation, "evaluate"),
+    "part of an evaluation": (evaluation, "_append"),
+    "rollback": (rollback, "_keep_rows"),
+    "rolled back": (rollback, "go_back"),
+    "extraction": (journal.Journal, "append"),
+}
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(phase, number, seconds):
+    """Makes this process end in the phase."""
+    if phase == "start-up":
+        threading.Timer(seconds, die).start()
+        return
+    place, name = PHASES[phase]
+    function, calls = getattr(place, name), itertools.count(1)
+    if phase == "compilation":
+        jax.config.update("jax_enable_compilation_cache", False)
+
+    def until_killed(function):
+        def call(*arguments, **more):
+            if next(calls) != number:
+                return function(*arguments, **more)
+            if phase == "checkpoint":
+                saved = arguments[0]
+                threading.Thread(target=when_writing, args=(saved._folder, seconds), daemon=True).start()
+            else:
+                threading.Timer(seconds, die).start()
+            try:
+                result = function(*arguments, **more)
+                if phase == "checkpoint":
+                    saved.wait()
+                return result
+            finally:
+                die()
+
+        return call
+
+    if name == "make_update":
+        setattr(place, name, lambda *arguments, **more: until_killed(function(*arguments, **more)))
+    else:
+        setattr(place, name, until_killed(function))
+
+
+def when_writing(folder, seconds):
+    while not any(any(path.iterdir()) for path in unfinished(folder)):
+        time.sleep(0.001)
+    time.sleep(seconds)
+    die()
+
+
+def unfinished(folder):
+    return [path for path in Path(folder).glob("*.orbax-checkpoint-tmp*") if path.is_dir()]
+
+
+def make_sick(positions):
+    noise_key, measure, visited = rl.noise_key, rl._rollout_metrics, []
+
+    def key(seed, purpose, position):
+        visited.append(position)
+        return noise_key(seed, purpose, position)
+
+    def measured(*graded):
+        return measure(*graded) | {"truncated": float(visited[-1] in positions)}
+
+    rl.noise_key, rl._rollout_metrics = key, measured
+
+
+def run(kill, output):
+    """Exit code of a fork."""
+    child = os.fork()
+    if not child:
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, 1), os.dup2(file, 2)
+        make_sick(plan["sick"])
+        if kill:
+            arm(*kill)
+        sys.argv = [plan["module"], *plan["arguments"]]
+        del sys.modules[plan["module"]]  # it runs as __main__
+        runpy.run_module(plan["module"], run_name="__main__", alter_sys=True)
+        sys.exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+warnings.simplefilter("ignore")  # jax warns of forks; here no thread of its is running yet
+plan = json.loads(Path(sys.argv[1]).read_text())
+importlib.import_module(plan["module"])
+results, output = [], Path(sys.argv[1]).with_suffix(".output")
+for kill in [*plan["kills"], None]:
+    code = run(kill, output)
+    cut = [path.name for stage in Path(plan["folder"]).glob("*/checkpoints") for path in unfinished(stage)]
+    lines = output.read_text(errors="replace").splitlines()
+    results.append([code, cut, (lines or [""])[-1]])
+    if code != -signal.SIGKILL:
+        break
+print(json.dumps(results))

@@ -1,0 +1,140 @@
+"""SIGKILL in every phase of a run and of an extraction: what the same command makes of it in the end is the same.
+
+SGPO_KILLS=30 kills so often, at random moments of random phases on top of those that are always tried.
+"""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from chat_server import WORDS, ChatServer, completion, helpful, problems, stage_of, strategy
+from test_run import ROOT, TIMES, assert_same_run, command, environment
+
+from sgpo_jax.metrics import read_jsonl
+
+# In the order in which a run comes to them: [phase, its number, seconds in it].
+KILLS = [
+    ["start-up", 1, 0.5],
+    ["compilation", 3, 0.02],
+    ["SFT update", 5, 0.001],
+    ["checkpoint", 1, 0.0],
+    ["validation", 1, 0.01],
+    ["rollout", 5, 0.02],
+    ["grading", 2, 0.001],
+    ["evaluation", 1, 0.2],
+    ["RL update", 4, 0.001],
+    ["checkpoint", 2, 0.01],
+    ["rollback", 1, 60],
+    ["rolled back", 1, 60],
+    ["part of an evaluation", 3, 60],
+]
+# SFT in 8 steps, RL in 8; what is sampled for steps 6 and 7 looks collapsed, once.
+WORLD = {"monitor__window": 2, "monitor__most_truncated": 0.5, "monitor__action": "rollback", "checkpoint__keep": 4}
+SICK = [5, 6]
+
+
+def plan(more):
+    """`KILLS` and so many others, at random moments."""
+    chosen, order = random.Random(0), {phase: place for place, (phase, *_) in enumerate(KILLS)}
+    others = [[chosen.choice([*order]), chosen.randint(1, 4), chosen.expovariate(5)] for _ in range(more)]
+    for kill in others:
+        if kill[0] in ("rollback", "rolled back"):
+            kill[1] = 1  # there is only one
+        if kill[0] == "start-up":
+            kill[2] *= 20  # it takes longer than the others
+    return sorted(KILLS + others, key=lambda kill: order[kill[0]]) if more else KILLS
+
+
+def attempts(folder, workdir, module, arguments, kills, sick=()):
+    """What became of each kill, and of the run after them."""
+    file = folder / "plan.json"
+    file.write_text(json.dumps({
+        "module": module, "arguments": arguments, "folder": str(workdir), "kills": kills, "sick": sick,
+    }))  # fmt: skip
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "kill_in.py"), str(file)], env=environment() | cache, cwd=ROOT,
+        capture_output=True, text=True, timeout=1500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(done.stdout)
+    assert results[-1][0] == 0, (results[-1], (folder / "plan.output").read_text()[-3000:])
+    return results
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_every_phase_ends_as_without(tmp_path):
+    undisturbed, workdir, kills = tmp_path / "undisturbed", tmp_path / "run", plan(extra())
+
+    def run(workdir, kills):
+        return attempts(tmp_path, workdir, "sgpo_jax.main", command(workdir, **WORLD)[3:], kills, SICK)
+
+    def assert_same():
+        assert_same_run(undisturbed, workdir)
+        for name in ("rl.rolled_back.jsonl", "rl/rollbacks.json"):
+            assert without_times(workdir / name) == without_times(undisturbed / name)
+        assert len(read_jsonl(workdir / "rl.rolled_back.jsonl")) == 3, "steps 5 to 7"
+
+    run(undisturbed, [])
+    assert json.loads((undisturbed / "rl" / "rollbacks.json").read_text())[0]["at"] == 7
+    cut, count = 0, 0
+    while True:
+        results = run(workdir, kills[count:])
+        assert_same()
+        print(*zip(kills[count:], results, strict=False), sep="\n")
+        cut += sum(bool(names) for (phase, *_), (_, names, _) in zip(kills[count:], results, strict=False)
+                   if phase == "checkpoint")  # fmt: skip
+        count += len(results) - 1
+        if count == len(kills):
+            break
+        shutil.rmtree(workdir)  # it ended before it came to the next one: begin anew
+    assert cut, "one of them in the middle of writing"
+
+
+def extra():
+    return max(int(os.environ.get("SGPO_KILLS", "0")) - len(KILLS) - len(EXTRACTION), 0)
+
+
+def without_times(path):
+    text = path.read_text()
+    rows = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+    return [{name: value for name, value in row.items() if not name.startswith(TIMES)} for row in rows]
+
+
+EXTRACTION = [["extraction", 5, 0.0], ["extraction", 12, 60], ["extraction", 9, 0.02]]
+
+
+def test_an_extraction_killed_again_and_again_ends_as_without_and_pays_for_nothing_twice(tmp_path, monkeypatch):
+    pytest.importorskip("openai", reason="needs the extra 'extract'")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-0123456789abcdef")
+    rows = problems(10, solved=False)
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def same_again(prompt, body, headers, number):
+        if stage_of(prompt) == "strategy":
+            return completion(strategy(WORDS[zlib.crc32(prompt.encode()) % 10]))._replace(delay=0.01)
+        return helpful(prompt, body, headers, number)._replace(delay=0.01)
+
+    found = []
+    for kills in ([], EXTRACTION):
+        workdir = tmp_path / f"work{len(kills)}"
+        with ChatServer(same_again) as server:
+            fields = {"source": tmp_path / "problems.jsonl", "concurrency": 3, "strong.base_url": server.url,
+                      "strong.name": "big"}  # fmt: skip
+            flags = [f"--config.extract.{name}={value}" for name, value in fields.items()]
+            flags = [f"--config={ROOT / 'configs/strategies.py'}", f"--workdir={workdir}", *flags]
+            results = attempts(tmp_path, workdir, "sgpo_jax.strategies", flags, kills)
+            assert len(results) == len(kills) + 1
+            asked = Counter(body["messages"][0]["content"] for body in server.requests)
+        replies = [record for record in read_jsonl(workdir / "extraction.jsonl") if record["kind"] == "reply"]
+        assert len({(r["id"], r["stage"], r["index"], r["prompt"]) for r in replies}) == len(replies) == 70
+        assert asked.total() <= 70 + 3 * len(kills), "at most those under way are asked for again"
+        found.append((workdir / "strategies.jsonl").read_text())
+    assert found[0] == found[1] and len(found[0].splitlines()) == 10
