@@ -39,7 +39,7 @@ class Op(NamedTuple):
     def path(self) -> str:
         """Where in the traced program it comes from, or ""."""
         found = re.search(r'op_name="([^"]*)"', self.text)
-        return found[1] if found else ""
+        return found[1].replace("\\'", "'") if found else ""
 
     def called(self, attribute: str) -> list[str]:
         """The computations in `attribute`, such as "body"."""

@@ -7,7 +7,6 @@ Every jitted program of the run is compiled for the chips on this machine's CPU;
 """
 
 import json
-from copy import deepcopy
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +24,7 @@ from sgpo_jax.metrics import table
 from sgpo_jax.programs import load_shape, programs
 from sgpo_jax.recipe import Assumed
 from sgpo_jax.roofline import Reached, Seconds
+from sgpo_jax.traffic import KINDS
 
 
 def make(config: ConfigDict, topology: str, auto: bool, assumed: Assumed, reached: Reached) -> dict[str, Any]:
@@ -70,6 +70,7 @@ def make(config: ConfigDict, topology: str, auto: bool, assumed: Assumed, reache
         "hours": estimate.hours(results) if results else None,
         "advice": estimate.advice(measured, config, mesh, shape.num_kv_heads) if mesh else [],
         "tried": [each._asdict() for each in tried],
+        "flags": search.flags(config) if auto and mesh else "",
         "config": json.loads(configs.to_json(config)),
     }
 
@@ -78,43 +79,36 @@ def show(plan: dict[str, Any]) -> None:
     """Prints a plan as tables."""
     mesh = ", ".join(f"mesh.{axis}={size}" for axis, size in (plan["mesh"] or {}).items())
     print(f"\n{plan['model']}, {plan['parameters'] / 1e9:.3f}e9 parameters, on the {plan['chips']} chips of ", end="")
-    print(f"{plan['topology']}, {mesh or 'where no mesh was found that fits'}\n", flush=True)
+    print(f"{plan['topology']}: {mesh or 'no mesh was found that fits'}\n", flush=True)
     if plan["tried"]:
-        columns = ["mesh.fsdp", "mesh.tensor", "field", "value", "outcome"]
-        table(
-            "Tried",
-            columns,
-            [[*list(each.pop("mesh").values())[1:], *each.values()] for each in deepcopy(plan["tried"])],
-        )
-    if not plan["programs"]:
-        return
+        rows = [[each["mesh"]["fsdp"], each["mesh"]["tensor"], *list(each.values())[1:]] for each in plan["tried"]]
+        table("Tried", ["mesh.fsdp", "mesh.tensor", "field", "value", "outcome"], rows)
     results = plan["programs"].items()
-    limit = next(iter(plan["programs"].values()))["hbm"]["limit"]
-    rows = [[name, *_memory(result)] for name, result in results]
-    table(f"HBM of a chip in GiB, of which the compiler allows {_gib(limit)}", ["program", *_PARTS, "fits"], rows)
-    columns = ["program, phase", "TFLOP", "HBM GB", "ICI GB", "compute s", "HBM s", "ICI s", "least s", "most s"]
-    rows = [row for name, result in results for row in _work(name, result)]
-    table("A call, on one chip: work, and the time of each kind of it at the shares assumed", columns, rows)
-    columns = ["program, phase", "collective", "count", "results GB", "sent GB"]
-    table(
-        "Collectives of a call, on one chip", columns, [row for name, result in results for row in _moved(name, result)]
-    )
-    rows = [
-        [name, each["array"], _gib(each["bytes"]), each["from"][-100:]]
-        for name, result in results
-        for each in result.get("largest", [])[:_LARGEST]
-    ]
-    table("Largest arrays on a chip", ["program", "array", "GiB", "from"], rows)
-    columns = ["program", "calls", "response tokens", "s", "tokens/s"]
-    table("A call, on all chips, least to most time", columns, [_speed(name, result) for name, result in results])
+    if results:
+        limit = _short(next(iter(plan["programs"].values()))["hbm"]["limit"] / GIB)
+        rows = [[name, *_memory(result)] for name, result in results]
+        table(f"HBM of a chip in GiB, of which the compiler allows {limit}", ["program", *_PARTS, "fits"], rows)
+        columns = ["program", "array", "GiB", "from"]
+        table("Its largest arrays", columns, [row for name, result in results for row in _largest(name, result)])
+        columns = ["program, phase", "TFLOP", "HBM GB", "sent GB", "compute s", "HBM s", "ICI s", "least s", "most s"]
+        rows = [row for name, result in results for row in _work(name, result)]
+        table("A call, on one chip: work, and seconds at the shares of peak speeds assumed", columns, rows)
+        columns = ["program, collective", "count", "results GB", "sent GB"]
+        rows = [row for name, result in results for row in _collectives(name, result)]
+        table("Collectives of a call, on one chip", columns, rows)
+        columns = ["program", "calls", "response tokens", "least s", "most s", "tokens/s at most"]
+        table("A call, on all chips", columns, [_speed(name, result) for name, result in results])
     if plan["hours"]:
-        rows = [[stage, f"{each['least']:.1f}", f"{each['most']:.1f}"] for stage, each in plan["hours"].items()]
-        table("Hours", ["stage", "all at once", "one after the other"], rows)
-    for name, value in _flat(plan["assumed"]).items():
-        print(f"assumed: {name} {value:g}")
-    print("not in the hours: grading, packing, data, checkpoints, compilation, idle hosts")
+        rows = [[stage, *map(_short, each.values())] for stage, each in plan["hours"].items()]
+        table(
+            "Hours: where each phase does everything at once, and one after the other", ["stage", "least", "most"], rows
+        )
+    print("Assumed:", ", ".join(f"{name}={value:g}" for name, value in configs.flat(plan["assumed"]).items()))
+    print("Not in the hours: grading, packing, loading and saving, compilation")
     for line in plan["advice"]:
-        print(f"does not fit: {line}")
+        print(line)
+    if plan["flags"]:
+        print(f"Run it with {plan['flags']}")
     print("fits" if plan["fits"] else "does not fit", flush=True)
 
 
@@ -123,38 +117,48 @@ _LARGEST = 3  # arrays of each program that are shown
 
 
 def _memory(result: Result) -> list[str]:
-    cells = [_gib(result["hbm"][part]) if part in result["hbm"] else "-" for part in _PARTS]
+    cells = [_short(result["hbm"][part] / GIB) if part in result["hbm"] else "-" for part in _PARTS]
     return [*cells, "yes" if result["fits"] else "no"]
+
+
+def _largest(name: str, result: Result) -> list[list[str]]:
+    return [
+        [name, each["array"], _short(each["bytes"] / GIB), each["from"][-90:]]
+        for each in result.get("largest", [])[:_LARGEST]
+    ]
 
 
 def _work(name: str, result: Result) -> list[list[str]]:
     rows = []
     for phase, each in result["phases"].items():
-        time = Seconds(**each["seconds"])
+        seconds = Seconds(**each["seconds"])
         sent = sum(kind["sent"] for kind in each["collectives"].values())
-        moved = [f"{each['flops'] / 1e12:.3f}", f"{each['hbm_bytes'] / 1e9:.2f}", f"{sent / 1e9:.2f}"]
-        rows.append([f"{name}, {phase}", *moved, *(f"{value:.3f}" for value in (*time, time.least, time.most))])
+        cells = [each["flops"] / 1e12, each["hbm_bytes"] / 1e9, sent / 1e9, *seconds, seconds.least, seconds.most]
+        rows.append([f"{name}, {phase}", *map(_short, cells)])
     return rows
 
 
-def _moved(name: str, result: Result) -> list[list[str]]:
-    return [
-        [f"{name}, {phase}", kind, f"{found['count']:.0f}", f"{found['bytes'] / 1e9:.3f}", f"{found['sent'] / 1e9:.3f}"]
-        for phase, each in result["phases"].items()
-        for kind, found in sorted(each["collectives"].items())
-    ]
+def _collectives(name: str, result: Result) -> list[list[str]]:
+    rows = []
+    for kind in KINDS:
+        found = [each["collectives"][kind] for each in result["phases"].values() if kind in each["collectives"]]
+        count, results, sent = (sum(each[part] for each in found) for part in ("count", "bytes", "sent"))
+        if count:
+            rows.append([f"{name}, {kind}", _short(count), _short(results / 1e9), _short(sent / 1e9)])
+    return rows
 
 
 def _speed(name: str, result: Result) -> list[str]:
+    cells = [name, str(result["calls"]), _short(result["tokens"])]
     if not result["compiled"]:
-        return [name, str(result["calls"]), f"{result['tokens']:.0f}", "-", "-"]
+        return [*cells, "-", "-", "-"]
     least, most = estimate.seconds(result)
-    speed = f"{result['tokens'] / most:.0f} to {result['tokens'] / least:.0f}"
-    return [name, str(result["calls"]), f"{result['tokens']:.0f}", f"{least:.1f} to {most:.1f}", speed]
+    return [*cells, _short(least), _short(most), _short(result["tokens"] / least)]
 
 
-def _gib(size: float) -> str:
-    return f"{size / GIB:.2f}"
+def _short(value: float) -> str:
+    """Four digits, or all those before the point."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def main(config: ConfigDict, given: Any) -> None:
@@ -191,10 +195,6 @@ def without_files(config: ConfigDict) -> ConfigDict:
     for chosen in config.eval.sets.values():
         chosen.source = "rows"
     return config
-
-
-def _flat(tree: dict[str, Any]) -> dict[str, float]:
-    return configs.flat(tree)
 
 
 if __name__ == "__main__":

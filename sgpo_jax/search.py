@@ -75,6 +75,12 @@ def search(
     return None, [], tried
 
 
+def flags(config: ConfigDict) -> str:
+    """What the search has chosen, for the command line."""
+    fields = [*(f"mesh.{axis}" for axis in sharding.AXES), *FIELDS]
+    return " ".join(f"--config.{field}={config[field.split('.')[0]][field.split('.')[1]]}" for field in fields)
+
+
 def meshes(
     config: ConfigDict, shape: ModelConfig, devices: list[jax.Device], chip: Chip, assumed: Assumed
 ) -> list[tuple[ConfigDict, Mesh]]:
