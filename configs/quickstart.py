@@ -22,7 +22,7 @@ def get_config(method: str = "sgpo") -> ConfigDict:
     config.model.heads = 4
     config.model.mlp = 256
     config.model.dtype = "float32"
-    config.model.remat = True  # recomputing is faster than storing here
+    config.model.remat = "full"  # recomputing is faster than storing here
 
     config.data.train = "arithmetic:train,count=4096"
     config.data.instruction = ""

@@ -21,7 +21,7 @@ def get_config(method: str = "sgpo") -> ConfigDict:
     config = configs.base()
     config.model.source = "smollm2"
     config.model.dtype = "float32"
-    config.model.remat = True
+    config.model.remat = "full"
 
     config.data.train = f"{SUMS},count=300;{DIVISORS},count=300"
     config.data.max_prompt_tokens = 192

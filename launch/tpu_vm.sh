@@ -1,101 +1,71 @@
 #!/usr/bin/env bash
-# Runs sgpo_jax on one Cloud TPU VM.
+# Runs sgpo_jax on Cloud TPU VMs: on one, or on all workers of a pod slice.
 #
-#   launch/tpu_vm.sh create  --name NAME --zone ZONE --type TYPE [--spot]
-#   launch/tpu_vm.sh install --name NAME --zone ZONE
-#   launch/tpu_vm.sh run     --name NAME --zone ZONE --config configs/FILE.py --workdir DIR [-- --config.field=value ...]
-#   launch/tpu_vm.sh fetch   --name NAME --zone ZONE --workdir DIR --to LOCAL_DIR
-#   launch/tpu_vm.sh delete  --name NAME --zone ZONE
+#   launch/tpu_vm.sh create  WHERE --type TYPE [--spot] [--queued]
+#   launch/tpu_vm.sh install WHERE [--share SERVER:/SHARE]
+#   launch/tpu_vm.sh put     WHERE --from LOCAL_PATH --to PATH
+#   launch/tpu_vm.sh exec    WHERE [--worker N] -- COMMAND [ARGUMENT ...]
+#   launch/tpu_vm.sh run     WHERE --config configs/FILE.py --workdir DIR [-- --config.field=value ...]
+#   launch/tpu_vm.sh keep    WHERE --type TYPE [--spot] [--queued] [--share SERVER:/SHARE] [--retries N] [--poll SECONDS]
+#                            --config configs/FILE.py --workdir DIR [-- --config.field=value ...]
+#   launch/tpu_vm.sh stop    WHERE
+#   launch/tpu_vm.sh collect WHERE --workdir DIR --to LOCAL_DIR
+#   launch/tpu_vm.sh fetch   WHERE --from PATH --to LOCAL_DIR
+#   launch/tpu_vm.sh delete  WHERE [--queued]
 #
-# Every subcommand also takes --project PROJECT (default: gcloud's own setting) and --dry-run, which
-# prints the commands and runs none of them.
+# WHERE is --name NAME --zone ZONE [--project PROJECT]; the project is gcloud's own setting otherwise. Every subcommand
+# takes --dry-run, which prints the commands and runs none of them.
 #
-#   create   makes the VM. TYPE is a slice with one host: v6e-1, v6e-4, v6e-8, v5litepod-1,
-#            v5litepod-4, v5litepod-8, v5p-8, v4-8, v3-8 or v2-8. --spot: cheaper, may be taken away.
-#   install  copies the committed tree to ~/sgpo_jax on the VM and installs it with its `tpu` extra.
-#   run      starts training and follows its output. Losing the connection or pressing Ctrl-C stops
-#            only the following. The same command given again after the run was stopped resumes it.
-#   fetch    copies DIR from the VM to LOCAL_DIR.
-#   delete   deletes the VM with everything on it, without asking.
+#   create   makes the TPU VM, or all those of a slice. TYPE is v6e-N or v5litepod-N with N chips (1, 4, 8, 16, 32, 64, 128,
+#            256), v5p-N or v4-N with N/2 chips, v3-N or v2-N. --spot: cheaper, may be taken away. --queued: asks for it
+#            with a queued resource of the same name, and waits for it.
+#   install  copies the committed tree to ~/sgpo_jax on every worker and installs it with its `tpu` extra. --share mounts
+#            an NFS share at /shared, and makes data/ a link to /shared/data.
+#   put      copies a local file or folder to worker 0.
+#   exec     runs a command in ~/sgpo_jax, with the virtual environment, on worker N, 0, or `all`.
+#   run      starts training on every worker and follows its output. Losing the connection or pressing Ctrl-C stops only
+#            the following; the same command follows it again, or resumes the run if it has stopped. On more than one
+#            worker, DIR must be on the share: /shared/NAME.
+#   keep     sees the run through: creates and installs the TPU when it is not there or was taken away, asking for as long as
+#            it takes, runs, and begins again until the run has ended by itself. Gives up after N failures (3) on a TPU
+#            that is there, each within an hour. Waits SECONDS (60) before it looks again.
+#   stop     sends SIGTERM to the run, which saves and ends.
+#   collect  copies the results from DIR, all but the checkpoints, to LOCAL_DIR.
+#   fetch    copies any file or folder from worker 0 to LOCAL_DIR.
+#   delete   deletes the TPU with everything on it, without asking.
 #
-# gcloud must be installed and logged in; nothing secret is read or stored here.
+# gcloud must be installed and logged in; nothing secret is read or stored here. For more than one worker, gcloud wants its
+# key in the agent: ssh-add ~/.ssh/google_compute_engine
 set -euo pipefail
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-fail() {
-    echo "tpu_vm.sh: $1" >&2
-    echo "launch/tpu_vm.sh --help tells how to use it" >&2
-    exit 2
-}
-
-# Prints the arguments as one line for a shell, quoted where they must be.
-quoted() {
-    local line="" argument
-    for argument in "$@"; do
-        if [[ ! $argument =~ ^[A-Za-z0-9_./:=@,+-]+$ ]]; then
-            argument="'${argument//\'/\'\\\'\'}'"
-        fi
-        line+="${line:+ }$argument"
-    done
-    printf '%s\n' "$line"
-}
-
-execute() {
-    if [[ $dry_run == yes ]]; then
-        quoted "$@"
-    else
-        "$@"
-    fi
-}
-
-# check FIELD VALUE PATTERN WHAT: the value must match the whole pattern.
-check() {
-    [[ -n $2 ]] || fail "--$1 is missing"
-    [[ $2 =~ ^($3)$ ]] || fail "--$1 must be $4, not '$2'"
-}
-
-(($# > 0)) || fail "the subcommand is missing: create, install, run, fetch or delete"
+known="create, install, put, exec, run, keep, stop, collect, fetch or delete"
+(($# > 0)) || fail "the subcommand is missing: $known"
 subcommand=$1
 shift
+values="name zone project" flags=""
 case $subcommand in
 --help | -h)
-    sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    usage
     exit
     ;;
-create) takes=" type spot " ;;
-install | delete) takes=" " ;;
-run) takes=" config workdir " ;;
-fetch) takes=" workdir to " ;;
-*) fail "unknown subcommand '$subcommand': it must be create, install, run, fetch or delete" ;;
+create) values+=" type" flags="spot queued" ;;
+install) values+=" share" ;;
+put | fetch) values+=" from to" ;;
+exec) values+=" worker" ;;
+run) values+=" config workdir" ;;
+keep) values+=" type share config workdir retries poll" flags="spot queued" ;;
+stop) ;;
+collect) values+=" workdir to" ;;
+delete) flags="queued" ;;
+*) fail "unknown subcommand '$subcommand': it must be $known" ;;
 esac
 
-dry_run=no name="" zone="" project="" type="" spot=no config="" workdir="" to=""
-overrides=()
-while (($# > 0)); do
-    option=${1#--}
-    case $1 in
-    --dry-run) dry_run=yes ;;
-    --)
-        [[ $subcommand == run ]] || fail "only run takes arguments after --"
-        shift
-        overrides=("$@")
-        break
-        ;;
-    --name | --zone | --project | --type | --spot | --config | --workdir | --to)
-        [[ " name zone project$takes" == *" $option "* ]] || fail "$subcommand takes no $1"
-        if [[ $1 == --spot ]]; then
-            spot=yes
-        else
-            (($# > 1)) || fail "$1 needs a value"
-            printf -v "$option" '%s' "$2"
-            shift
-        fi
-        ;;
-    *) fail "unknown argument '$1'" ;;
-    esac
-    shift
-done
+name="" zone="" project="" type="" share="" from="" to="" worker=0 config="" workdir="" retries=3 poll=60
+spot=no queued=no
+parse "$subcommand" "$values" "$flags" "$@"
 
 check name "$name" '[a-z]([a-z0-9-]{0,61}[a-z0-9])?' \
     "lower-case letters, digits and hyphens, at most 63, the first a letter"
@@ -105,76 +75,236 @@ if [[ -n $project ]]; then
     check project "$project" '[a-z][a-z0-9-]{4,28}[a-z0-9]' "a project id"
     where+=(--project "$project")
 fi
-if [[ " run fetch " == *" $subcommand "* ]]; then
-    # Relative to the home folder on the VM, unless absolute.
-    check workdir "$workdir" '[A-Za-z0-9_./][A-Za-z0-9_./-]*' "a plain path on the VM"
-fi
-[[ $dry_run == yes ]] || command -v gcloud >/dev/null || fail "gcloud is not installed"
+[[ -z $share ]] || check_share "$share"
+[[ " exec run keep " == *" $subcommand "* ]] || no_overrides "$subcommand"
 
 tpu=(gcloud compute tpus tpu-vm)
+queue=(gcloud compute tpus queued-resources)
+
+# A path on the VM: relative to the home folder, unless absolute.
+check_path() {
+    check "$1" "$2" '[A-Za-z0-9_./][A-Za-z0-9_./-]*' "a plain path on the VM"
+}
+
+# Sets `version` to the software of the type.
+check_type() {
+    local what="v6e-N or v5litepod-N with N of 1, 4, 8, 16, ... 256, or v5p-N, v4-N, v3-N or v2-N with N a multiple of 8"
+    check type "$type" '(v6e|v5litepod)-(1|4|8|16|32|64|128|256)|(v5p|v[234])-[1-9][0-9]{0,4}' "$what"
+    case $type in
+    v6e-*) version=v2-alpha-tpuv6e ;;
+    v5litepod-*) version=v2-alpha-tpuv5-lite ;;
+    *)
+        ((${type#*-} % 8 == 0)) || fail "--type must be $what, not '$type'"
+        version="tpu-ubuntu2204-base"
+        if [[ $type == v5p-* ]]; then
+            version=v2-alpha-tpuv5
+        fi
+        ;;
+    esac
+}
+
+check_run() {
+    check_config "$config"
+    check_path workdir "$workdir"
+    check_overrides
+}
+
+request_state=("${queue[@]}" list "${where[@]}" --filter "name ~ /$name\$" --format "value(state.state)")
+node_state=("${tpu[@]}" list "${where[@]}" --filter "name ~ /$name\$" --format "value(state)")
+
+# Prints the state of the TPU, or of the request for it with --queued, in one word: ready, coming, gone or absent.
+look() {
+    local state absent=absent
+    if [[ $queued == yes ]]; then
+        state=$("${request_state[@]}") || return
+        case $state in
+        ACTIVE) absent=gone ;;
+        "") echo absent && return ;;
+        FAILED | SUSPENDING | SUSPENDED | DELETING) echo gone && return ;;
+        *) echo coming && return ;;
+        esac
+    fi
+    state=$("${node_state[@]}") || return
+    case $state in
+    READY) echo ready ;;
+    CREATING | STARTING | RESTARTING | REPAIRING | REIMAGING) echo coming ;;
+    "") echo $absent ;;
+    *) echo gone ;; # PREEMPTED, TERMINATED, STOPPED, ...
+    esac
+}
+
+# What `look` would run.
+show_look() {
+    [[ $queued == no ]] || execute "${request_state[@]}"
+    execute "${node_state[@]}"
+}
+
+# Runs another subcommand of this script with the same WHERE.
+again() {
+    local dry=()
+    if [[ $dry_run == yes ]]; then
+        dry=(--dry-run)
+    fi
+    local other=$1
+    shift
+    "${BASH_SOURCE[0]}" "$other" --name "$name" "${where[@]}" ${dry[@]+"${dry[@]}"} "$@"
+}
+
+keep() {
+    local state status started failures=0
+    local request=() creating=() installing=()
+    [[ $queued == no ]] || request=(--queued)
+    [[ $spot == no ]] || creating=(--spot)
+    [[ -z $share ]] || installing=(--share "$share")
+    bring() { again create --type "$type" ${creating[@]+"${creating[@]}"} ${request[@]+"${request[@]}"}; }
+    give_up() { again delete ${request[@]+"${request[@]}"}; }
+    install() { again install ${installing[@]+"${installing[@]}"}; }
+    run() { again run --config "$config" --workdir "$workdir" -- ${overrides[@]+"${overrides[@]}"}; }
+
+    if [[ $dry_run == yes ]]; then
+        remark "every $poll seconds at most, while there is no run to follow:"
+        show_look
+        remark "whenever it was taken away:"
+        give_up
+        remark "then, or where there is none:"
+        bring
+        install
+        remark "then, and again until the run has ended by itself:"
+        run
+        return
+    fi
+    while :; do
+        started=$SECONDS status=0
+        if state=$(look); then
+            echo "$(date '+%F %T') $name: $state"
+            case $state in
+            coming) sleep "$poll" && continue ;;
+            ready) run || status=$? ;;
+            *)
+                [[ $state != gone ]] || give_up || status=$?
+                if ((status == 0)); then
+                    { bring && install && run; } || status=$?
+                fi
+                ;;
+            esac
+            if ((status == 69)); then
+                status=0
+                { install && run; } || status=$?
+            fi
+            ((status != 0)) || return 0
+        else
+            status=$?
+        fi
+        sleep "$poll" # a TPU that is being taken away does not say so at once
+        if ((status == 75)); then
+            echo "$(date '+%F %T') $name: stopped by SIGTERM, it goes on"
+        elif state=$(look) && [[ $state != ready ]]; then
+            echo "$(date '+%F %T') $name: status $status, because it is $state"
+        else
+            ((SECONDS - started < 3600)) || failures=0
+            failures=$((failures + 1))
+            echo "$(date '+%F %T') $name: status $status, failure $failures of $retries"
+            ((failures < retries)) || return "$status"
+        fi
+    done
+}
+
 case $subcommand in
 create)
-    check type "$type" '(v6e|v5litepod)-[148]|(v5p|v4|v3|v2)-8' \
-        "a slice with one host (v6e-8, v5litepod-8, v5p-8, v4-8, ...)"
-    case $type in
-    v6e-*) version="v2-alpha-tpuv6e" ;;
-    v5p-*) version="v2-alpha-tpuv5" ;;
-    v5litepod-*) version="v2-alpha-tpuv5-lite" ;;
-    *) version="tpu-ubuntu2204-base" ;;
-    esac
-    arguments=("$name" "${where[@]}" --accelerator-type "$type" --version "$version")
-    if [[ $spot == yes ]]; then
-        arguments+=(--spot)
+    check_type
+    need gcloud
+    arguments=(--accelerator-type "$type")
+    [[ $spot == no ]] || arguments+=(--spot)
+    if [[ $queued == no ]]; then
+        execute "${tpu[@]}" create "$name" "${where[@]}" "${arguments[@]}" --version "$version"
+        exit
     fi
-    execute "${tpu[@]}" create "${arguments[@]}"
+    execute "${queue[@]}" create "$name" --node-id "$name" "${where[@]}" "${arguments[@]}" --runtime-version "$version"
+    if [[ $dry_run == yes ]]; then
+        remark "every 30 seconds, until it is READY:"
+        show_look
+    fi
+    while [[ $dry_run == no ]]; do
+        state=$(look)
+        [[ $state != ready ]] || exit 0
+        if [[ $state == gone ]]; then
+            echo "the request has failed; launch/tpu_vm.sh delete --queued takes it back" >&2
+            exit 1
+        fi
+        sleep 30
+    done
     ;;
 install)
-    archive=$root/build/sgpo_jax.tar.gz
-    execute mkdir -p "$root/build"
-    execute git -C "$root" archive --output "$archive" HEAD
-    execute "${tpu[@]}" scp "$archive" "$name:sgpo_jax.tar.gz" "${where[@]}"
-    # The images come with Python 3.10; uv brings a newer one.
-    execute "${tpu[@]}" ssh "$name" "${where[@]}" --command "set -e
-mkdir -p sgpo_jax
-tar -xzf sgpo_jax.tar.gz -C sgpo_jax
-cd sgpo_jax
-python3 -m pip install --quiet --user uv
-[ -d .venv ] || python3 -m uv venv --python 3.12 .venv
-python3 -m uv pip install --python .venv -e '.[tpu]'
-.venv/bin/python -c 'import jax; print(jax.devices())'"
-    ;;
-run)
-    check config "$config" 'configs/[A-Za-z0-9_]+\.py(:[A-Za-z0-9_,=.-]+)?' "configs/FILE.py"
-    [[ -f $root/${config%%:*} ]] || fail "--config: there is no file ${config%%:*}"
-    arguments=("--config=$config")
-    for override in ${overrides[@]+"${overrides[@]}"}; do
-        [[ $override == --config.?*=* ]] ||
-            fail "after -- only --config.field=value may follow, not '$override'"
-        arguments+=("$override")
-    done
-    # nohup keeps the run alive without the connection, and the lock keeps a second one out of its
-    # folder; tail ends with the run, wait hands on its status.
-    execute "${tpu[@]}" ssh "$name" "${where[@]}" --command "set -e
-mkdir -p $workdir
-workdir=\$(cd $workdir && pwd)
-log=\$workdir/output.log
-touch \"\$log\"
-flock --nonblock \"\$workdir/run.lock\" true || {
-  echo \"a run is already writing to \$workdir\" >&2
+    need gcloud git
+    archive_tree
+    execute "${tpu[@]}" scp "$archive" "$name:sgpo_jax.tar.gz" "${where[@]}" --worker all
+    execute "${tpu[@]}" ssh "$name" "${where[@]}" --worker all --command "set -e
+[ ! -e sgpo_jax.run/lock ] || flock --nonblock sgpo_jax.run/lock true || {
+  echo 'a run is going on here; launch/tpu_vm.sh stop ends it' >&2
   exit 1
 }
-cd sgpo_jax
-start=\$((\$(stat -c %s \"\$log\") + 1))
-nohup flock --close \"\$workdir/run.lock\" .venv/bin/python -m sgpo_jax.main --workdir=\"\$workdir\" $(quoted "${arguments[@]}") >>\"\$log\" 2>&1 </dev/null &
-tail --pid=\$! -c +\$start -f \"\$log\"
-wait \$!"
+mkdir -p sgpo_jax
+tar -xzf sgpo_jax.tar.gz -C sgpo_jax
+exec sgpo_jax/launch/vm_setup.sh${share:+ $share}"
+    ;;
+put)
+    [[ -n $from ]] || fail "--from is missing"
+    check_path to "$to"
+    need gcloud
+    execute "${tpu[@]}" scp --recurse "$from" "$name:$to" "${where[@]}" --worker 0
+    ;;
+exec)
+    check worker "$worker" '[0-9]{1,4}|all' "the number of a worker, or all"
+    ((${#overrides[@]} > 0)) || fail "the command is missing: -- COMMAND [ARGUMENT ...]"
+    need gcloud
+    execute "${tpu[@]}" ssh "$name" "${where[@]}" --worker "$worker" --command "cd sgpo_jax || exit 69
+export PATH=\"\$PWD/.venv/bin:\$PATH\"
+$(quoted "${overrides[@]}")"
+    ;;
+run)
+    check_run
+    need gcloud
+    # A TPU that is taken away gets 30 seconds.
+    execute "${tpu[@]}" ssh "$name" "${where[@]}" --worker all --command "[ -x sgpo_jax/launch/vm_run.sh ] || exit 69
+exec sgpo_jax/launch/vm_run.sh $(quoted "$workdir" "--config=$config" --config.grace=20 ${overrides[@]+"${overrides[@]}"})"
+    ;;
+keep)
+    check_type
+    check_run
+    check retries "$retries" '[1-9][0-9]{0,2}' "a whole number from 1 on"
+    check_seconds poll "$poll"
+    need gcloud git
+    keep
+    ;;
+stop)
+    need gcloud
+    # shellcheck disable=SC2016 # for the shell over there
+    execute "${tpu[@]}" ssh "$name" "${where[@]}" --worker all --command 'kill -TERM "$(cat sgpo_jax.run/pid)"'
+    ;;
+collect)
+    check_path workdir "$workdir"
+    [[ -n $to ]] || fail "--to is missing"
+    need gcloud tar
+    execute "${tpu[@]}" ssh "$name" "${where[@]}" --worker 0 \
+        --command "tar -czf sgpo_jax.results.tar.gz --exclude=checkpoints -C $workdir . || [ \$? -eq 1 ]" # 1: still written to
+    execute mkdir -p "$to"
+    execute "${tpu[@]}" scp "$name:sgpo_jax.results.tar.gz" "$to/results.tar.gz" "${where[@]}" --worker 0
+    execute tar -xzf "$to/results.tar.gz" -C "$to"
+    execute rm "$to/results.tar.gz"
     ;;
 fetch)
+    check_path from "$from"
     [[ -n $to ]] || fail "--to is missing"
+    need gcloud
     execute mkdir -p "$to"
-    execute "${tpu[@]}" scp --recurse "$name:$workdir" "$to" "${where[@]}"
+    execute "${tpu[@]}" scp --recurse "$name:$from" "$to" "${where[@]}" --worker 0
     ;;
 delete)
-    execute "${tpu[@]}" delete "$name" "${where[@]}" --quiet
+    need gcloud
+    if [[ $queued == yes ]]; then
+        execute "${queue[@]}" delete "$name" "${where[@]}" --force --quiet
+    else
+        execute "${tpu[@]}" delete "$name" "${where[@]}" --quiet
+    fi
     ;;
 esac

@@ -16,6 +16,9 @@ from sgpo_jax import seal
 from sgpo_jax.train_step import TrainState
 
 FORMAT = 1  # of what is saved; another one is refused
+# Most bytes of an array that are written, and have to be read, as one. By default that is what one device holds of it:
+# where many devices restore what one has saved, each would read the whole.
+_PIECE = 2**24
 
 
 class Damaged(ValueError):
@@ -109,7 +112,8 @@ class Checkpoints:
         """
         self.wait()
         run = {"format": FORMAT, "seed": self._seed}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
+        pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_PIECE), state)
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave(state, pieces), run=ocp.args.JsonSave(run))
         metrics = None if score is None else {self._best: float(score)}
         try:
             self._manager.save(step, args=args, metrics=metrics)
@@ -155,14 +159,23 @@ class Checkpoints:
           Damaged: files are missing or not what was saved.
           ValueError: it is of another format, model or optimizer.
         """
+        return self._restore(step, jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
+
+    def restore_params(self, step: int, state: TrainState) -> Any:
+        """The parameters of that state alone; the optimizer's, twice their size, is not read. Raises as `restore`."""
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        skipped = jax.tree.map(lambda _: ocp.PLACEHOLDER, target.opt_state)
+        return self._restore(step, target.replace(opt_state=skipped)).params
+
+    def _restore(self, step: int, target: TrainState) -> TrainState:
         path = self._folder / str(step)
         if found := seal.damage(path, quick=False):
             raise Damaged(f"checkpoint {path} is damaged: {found}")
         saved = self._run(step).get("format")
         if saved != FORMAT:
             raise ValueError(f"checkpoint {path} has format {saved!r}; this version reads {FORMAT}")
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        return self._read(step, state=ocp.args.StandardRestore(target))["state"]
+        placed = ocp.checkpoint_utils.construct_restore_args(target)
+        return self._read(step, state=ocp.args.PyTreeRestore(target, restore_args=placed))["state"]
 
     def restore_latest(self, state: TrainState) -> TrainState | None:
         """The newest state that is whole, or None where nothing was saved. Damaged ones are set aside, and named.

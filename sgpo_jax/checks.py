@@ -41,6 +41,8 @@ def check(config: ConfigDict) -> None:
         size = 2 * config.model.heads
         need("model.hidden", config.model.hidden % size == 0, f"a multiple of 2 * model.heads = {size}")
     choice("model.dtype", "float32", "bfloat16")
+    choice("model.remat", "full", "attention", "dots", "none")
+    choice("optimizer.mu_dtype", "float32", "bfloat16")
     if config.model.tokenizer == "arithmetic":
         need("data.instruction", config.data.instruction == "", "'': the embedded world's vocabulary has no other text")
 

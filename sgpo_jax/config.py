@@ -36,7 +36,9 @@ def base() -> ConfigDict:
     config.model.heads = 4
     config.model.mlp = 256
     config.model.dtype = "bfloat16"  # of activations and matrix products; parameters are always float32
-    config.model.remat = True  # recompute layer activations in the backward pass
+    # What a layer computes again in the backward pass: "full" everything, "attention" all but attention, "dots" all but
+    # products with weights, "none" nothing.
+    config.model.remat = "full"
 
     config.data = ConfigDict()
     config.data.train = ""  # problems with solutions and strategies: see data.load
@@ -54,6 +56,7 @@ def base() -> ConfigDict:
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 0.01
     config.optimizer.clip_norm = 1.0  # global gradient norm
+    config.optimizer.mu_dtype = "float32"  # of the first moment; "bfloat16" saves 2 bytes a parameter
 
     config.sft = ConfigDict()  # warm-up on expert responses; Sec. 4.1
     config.sft.train = ""  # its own rows; "" takes the sft_share of data.train

@@ -19,7 +19,6 @@ from ml_collections import ConfigDict
 
 from sgpo_jax import checks, command, metrics, paper, preemption, rewards, scores, sharding, stage
 from sgpo_jax import config as configs
-from sgpo_jax import policy as policies
 from sgpo_jax.evaluation import evaluate_sets
 
 
@@ -52,7 +51,7 @@ def run(config: ConfigDict, checkpoint: str | None, out: str | None, paper_row: 
         params, step = stage.params_at(config, workdir, *found, policy, mesh), found[1]
         model = f"{workdir} after {found[0]} step {step}"
     else:
-        params, step, model = policies.place(load(jax.random.key(config.seed)), mesh), 0, config.model.source
+        params, step, model = load(jax.random.key(config.seed)), 0, config.model.source
     results = {}
     for kind in ("unguided", "guided") if config.eval.guided else ("unguided",):
         with jax.set_mesh(mesh):

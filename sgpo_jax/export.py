@@ -24,11 +24,8 @@ def run(config, workdir: Path, from_stage: str, folder: Path, dtype: str) -> Non
     params = stage.best_params(config, workdir, from_stage, policy, sharding.make_mesh(**config.mesh))
     if params is None:
         raise ValueError(f"workdir={str(workdir)!r}: there is no checkpoint of stage {from_stage!r}")
-    host = sharding.fetch(params)
+    huggingface.save(folder, params, policy.config, tokenizer=policy.tokenizer, stop_ids=policy.stop_ids, dtype=dtype)
     if jax.process_index() == 0:
-        huggingface.save(
-            folder, host, policy.config, tokenizer=policy.tokenizer, stop_ids=policy.stop_ids, dtype=dtype
-        )
         print(f"exported to {folder}", flush=True)
 
 

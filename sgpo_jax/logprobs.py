@@ -3,17 +3,23 @@
 The positions are visited in chunks; the logits of a chunk live only inside its step, and the backward pass, written by
 hand, makes them anew and turns them into gradients at once. Matrix products accumulate in float32.
 
-Axis key: N token positions, D hidden, V vocabulary, S chunks, C positions of a chunk.
+On a mesh every device visits its part of each chunk's positions with its part of the vocabulary: the head is gathered
+once for all chunks, and its gradient is summed over devices once, after the last.
+
+Axis key: N token positions, D hidden, V vocabulary, S chunks, C positions of a chunk; a device's, inside `_on_devices`.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from sgpo_jax import losses
+from sgpo_jax.sharding import BATCH, fitting
 
 CHUNK = 512  # positions per step: at V = 152k one float32 logits buffer is 311 MB
 
@@ -94,29 +100,39 @@ def chunked_logprobs(
 
 
 def _logprobs_forward(hidden, head, targets, chunks, temperature):
-    def step(s, out):
-        log_probs = _log_softmax(hidden[s], head, temperature)
-        logp = jnp.take_along_axis(log_probs, targets[s][:, None], axis=-1)[:, 0]
-        entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
-        return tuple(x.at[s].set(new) for x, new in zip(out, (logp, entropy), strict=True))
+    def local(hidden, head, targets, chunks):
+        def step(s, out):
+            log_probs = _log_softmax(hidden[s], head, temperature)
+            place = _place_in(head, targets[s])[:, None]
+            logp = jnp.take_along_axis(log_probs, jnp.clip(place, 0, head.shape[1] - 1), axis=-1)
+            logp = jnp.where((place >= 0) & (place < head.shape[1]), logp, 0.0)[:, 0]
+            entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
+            return tuple(x.at[s].set(_over_vocabulary(new)) for x, new in zip(out, (logp, entropy), strict=True))
 
-    zeros = jnp.zeros(targets.shape, jnp.float32)
-    logp, entropy = jax.lax.fori_loop(0, chunks, step, (zeros, zeros))
+        zeros = jnp.zeros(targets.shape, jnp.float32)
+        with jax.named_scope("chunks"):
+            return jax.lax.fori_loop(0, chunks, step, (zeros, zeros))
+
+    logp, entropy = _on_devices(local, (hidden, head, targets, chunks), "hvn.", "nn")
     return (logp, entropy), (hidden, head, targets, chunks, entropy)
 
 
 def _logprobs_backward(temperature, saved, cotangents):
     hidden, head, targets, chunks, entropy = saved
-    by_logp, by_entropy = cotangents
 
-    def logits_gradient(s):
-        log_probs = _log_softmax(hidden[s], head, temperature)
-        # d logp / d z_k = [k is the target] - p_k, d entropy / d z_k = -p_k (log p_k + entropy)
-        common = by_logp[s][:, None] + by_entropy[s][:, None] * (log_probs + entropy[s][:, None])
-        is_target = jnp.arange(head.shape[1]) == targets[s][:, None]
-        return (jnp.where(is_target, by_logp[s][:, None], 0.0) - jnp.exp(log_probs) * common) / temperature
+    def local(hidden, head, targets, chunks, entropy, by_logp, by_entropy):
+        def logits_gradient(s):
+            log_probs = _log_softmax(hidden[s], head, temperature)
+            # d logp / d z_k = [k is the target] - p_k, d entropy / d z_k = -p_k (log p_k + entropy)
+            common = by_logp[s][:, None] + by_entropy[s][:, None] * (log_probs + entropy[s][:, None])
+            is_target = jnp.arange(head.shape[1]) == _place_in(head, targets[s])[:, None]
+            return (jnp.where(is_target, by_logp[s][:, None], 0.0) - jnp.exp(log_probs) * common) / temperature
 
-    return *_through_head(logits_gradient, hidden, head, chunks), None, None
+        return _through_head(logits_gradient, hidden, head, chunks)
+
+    arguments = hidden, head, targets, chunks, entropy, *cotangents
+    of_hidden, of_head = _on_devices(local, arguments, "hvn.nnn", "hg")
+    return of_hidden, of_head.astype(head.dtype), None, None
 
 
 chunked_logprobs.defvjp(_logprobs_forward, _logprobs_backward)
@@ -131,27 +147,35 @@ def chunked_kl(
 
 
 def _kl_forward(guided, unguided, head, chunks, direction):
-    def step(s, out):
-        log_p, log_q = _log_softmax(guided[s], head), _log_softmax(unguided[s], head)
-        kl = losses.kl_divergence(log_p, log_q) if direction == "forward" else losses.kl_divergence(log_q, log_p)
-        return out.at[s].set(kl)
+    def local(guided, unguided, head, chunks):
+        def step(s, out):
+            log_p, log_q = _log_softmax(guided[s], head), _log_softmax(unguided[s], head)
+            kl = losses.kl_divergence(log_p, log_q) if direction == "forward" else losses.kl_divergence(log_q, log_p)
+            return out.at[s].set(_over_vocabulary(kl))
 
-    kl = jax.lax.fori_loop(0, chunks, step, jnp.zeros(guided.shape[:2], jnp.float32))
+        with jax.named_scope("chunks"):
+            return jax.lax.fori_loop(0, chunks, step, jnp.zeros(guided.shape[:2], jnp.float32))
+
+    kl = _on_devices(local, (guided, unguided, head, chunks), "hhv.", "n")
     return kl, (guided, unguided, head, chunks, kl)
 
 
 def _kl_backward(direction, saved, cotangent):
     guided, unguided, head, chunks, kl = saved
 
-    def logits_gradient(s):
-        log_p, log_q = _log_softmax(guided[s], head), _log_softmax(unguided[s], head)
-        if direction == "forward":
-            gradient = jnp.exp(log_q) - jnp.exp(log_p)
-        else:
-            gradient = jnp.exp(log_q) * (log_q - log_p - kl[s][:, None])
-        return cotangent[s][:, None] * gradient
+    def local(guided, unguided, head, chunks, kl, cotangent):
+        def logits_gradient(s):
+            log_p, log_q = _log_softmax(guided[s], head), _log_softmax(unguided[s], head)
+            if direction == "forward":
+                gradient = jnp.exp(log_q) - jnp.exp(log_p)
+            else:
+                gradient = jnp.exp(log_q) * (log_q - log_p - kl[s][:, None])
+            return cotangent[s][:, None] * gradient
 
-    return jnp.zeros_like(guided), *_through_head(logits_gradient, unguided, head, chunks), None
+        return _through_head(logits_gradient, unguided, head, chunks)
+
+    of_unguided, of_head = _on_devices(local, (guided, unguided, head, chunks, kl, cotangent), "hhv.nn", "hg")
+    return jnp.zeros_like(guided), of_unguided, of_head.astype(head.dtype), None
 
 
 chunked_kl.defvjp(_kl_forward, _kl_backward)
@@ -163,20 +187,64 @@ def _through_head(logits_gradient, hidden, head, chunks):
     def step(s, gradients):
         of_hidden, of_head = gradients
         of_logits = logits_gradient(s).astype(hidden.dtype)
-        weights = head.astype(hidden.dtype)
-        into_hidden = jnp.dot(of_logits, weights.T, preferred_element_type=jnp.float32)
+        into_hidden = _over_vocabulary(jnp.dot(of_logits, head.T, preferred_element_type=jnp.float32))
         into_head = jnp.dot(hidden[s].T, of_logits, preferred_element_type=jnp.float32)
         return of_hidden.at[s].set(into_hidden.astype(hidden.dtype)), of_head + into_head
 
     zeros = jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32)
-    of_hidden, of_head = jax.lax.fori_loop(0, chunks, step, zeros)
-    return of_hidden, of_head.astype(head.dtype)
+    with jax.named_scope("chunks"):
+        of_hidden, of_head = jax.lax.fori_loop(0, chunks, step, zeros)
+    return of_hidden, _over_positions(of_head)
 
 
 def _log_softmax(hidden: jax.Array, head: jax.Array, temperature: float = 1.0) -> jax.Array:
-    """`[C,D]`, `[D,V]` -> `[C,V]` float32."""
-    logits = jnp.dot(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    return jax.nn.log_softmax(logits / temperature, axis=-1)
+    """`[C,D]`, `[D,V]` -> `[C,V]` float32, normalised over the vocabulary of all devices."""
+    logits = jnp.dot(hidden, head, preferred_element_type=jnp.float32) / temperature
+    largest = logits.max(axis=-1, keepdims=True)
+    largest = jax.lax.pmax(largest, "tensor") if _on_a_device() else largest
+    shifted = logits - largest
+    return shifted - jnp.log(_over_vocabulary(jnp.exp(shifted).sum(axis=-1, keepdims=True)))
+
+
+def _place_in(head: jax.Array, targets: jax.Array) -> jax.Array:
+    """`[C]` token ids -> where they stand in this device's part of the vocabulary; others lie outside of [0, V)."""
+    return targets - (jax.lax.axis_index("tensor") * head.shape[1] if _on_a_device() else 0)
+
+
+def _over_vocabulary(x: jax.Array) -> jax.Array:
+    """Sum over the devices that share positions."""
+    return jax.lax.psum(x, "tensor") if _on_a_device() else x
+
+
+def _over_positions(of_head: jax.Array) -> jax.Array:
+    """Sum over the devices that share a part of the vocabulary, of which each keeps the rows that are its own."""
+    if not _on_a_device():
+        return of_head
+    return jax.lax.psum_scatter(jax.lax.psum(of_head, "data"), "fsdp", scatter_dimension=0, tiled=True)
+
+
+def _on_a_device() -> bool:
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+_PARTS = {"h": P(None, BATCH, None), "n": P(None, BATCH), "v": P(None, "tensor"), "g": P("fsdp", "tensor"), ".": P()}
+
+
+def _on_devices(local: Callable, arguments: Sequence[Any], inputs: str, outputs: str) -> Any:
+    """`local(*arguments)` with each device's part of positions and vocabulary; with all where there is no such part.
+
+    `inputs` and `outputs` have a letter for each array: h hidden states `[S,C,D]`, n numbers `[S,C]`, v the head
+    `[D,V]`, which is cast to the type of the hidden states, g its gradient, . a scalar.
+    """
+    dtype = arguments[0].dtype
+    arguments = [jnp.asarray(x, dtype if kind == "v" else None) for x, kind in zip(arguments, inputs, strict=True)]
+    head = arguments[inputs.index("v")]
+    shapes = zip([*map(jnp.shape, arguments), head.shape], inputs + "g", strict=True)
+    if any(fitting(shape, tuple(_PARTS[kind])) != tuple(_PARTS[kind]) for shape, kind in shapes):
+        return local(*arguments)
+    in_specs, parts = (tuple(_PARTS[kind] for kind in kinds) for kinds in (inputs, outputs))
+    out_specs = parts if len(parts) > 1 else parts[0]
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arguments)
 
 
 def _split(rows: Any, chunk: int) -> tuple[Any, Any]:

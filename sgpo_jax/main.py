@@ -15,7 +15,7 @@ from sgpo_jax import config as configs
 def run(config, workdir: Path) -> None:
     """Runs the stages of the config in order, each from where it stopped."""
     mesh = sharding.make_mesh(**config.mesh)
-    checks.check_mesh(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    checks.check_mesh(config, sharding.row_ways(mesh))
     rewards.check(config.rl.reward)
     with lock.hold(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
         # A run that was refused over its rows or its model has left a config too, which binds nobody.

@@ -3,6 +3,7 @@
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -33,14 +34,35 @@ def schedule(
 
 
 def adamw(
-    learning_rate: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float
+    learning_rate: optax.Schedule,
+    *,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    clip_norm: float,
+    mu_dtype: str = "float32",
 ) -> optax.GradientTransformation:
-    """AdamW on gradients clipped to a global norm; norms and biases are not decayed."""
+    """AdamW on gradients clipped to a global norm; norms and biases are not decayed.
+
+    The first moment may be kept in bfloat16. The second stays float32: at b2 = 0.999 a step changes it by less than
+    bfloat16 resolves, and it would stand still.
+    """
 
     def decayed(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
 
     return optax.chain(
-        optax.clip_by_global_norm(clip_norm),
-        optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed),
+        _clip(clip_norm),
+        optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mu_dtype=mu_dtype, mask=decayed),
     )
+
+
+def _clip(norm: float) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm` as one multiplication, done where the gradient is read: optax's makes a copy."""
+
+    def update(grads, state, params=None):
+        factor = jnp.minimum(1.0, norm / optax.tree.norm(grads))
+        return jax.tree.map(lambda g: g * factor, grads), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -30,7 +30,7 @@ class Policy(NamedTuple):
 
 def load(
     source: str, tokenizer: str, *, layers: int, hidden: int, heads: int, mlp: int, dtype: Any, instruction: str
-) -> tuple[Policy, Callable[[jax.Array], Any]]:
+) -> tuple[Policy, Callable[[jax.Array, Mesh], Any]]:
     """Reads shape and tokenizer; the weights are read when the returned function is called.
 
     Args:
@@ -41,7 +41,7 @@ def load(
       instruction: closing line of every prompt.
 
     Returns:
-      (policy, `initial(key) -> params`), params float32 in host memory; only a model from scratch uses the key.
+      (policy, `initial(key, mesh) -> params`), params float32 on the mesh; only a model from scratch uses the key.
 
     Raises:
       ValueError: for a model or tokenizer that cannot be read.
@@ -61,18 +61,17 @@ def load(
     if source == "scratch":
         config = scratch_config(len(tok), layers=layers, hidden=hidden, heads=heads, mlp=mlp)
 
-        def initial(key):
-            return models.init(key, config)
+        def initial(key, mesh):
+            return place(models.init(key, config), mesh)
     elif folder is None:
-        params, config = gguf.load(source)
-        listed = gguf.stop_ids(source)
+        config, listed = gguf.read_config(source), gguf.stop_ids(source)
 
-        def initial(key):
-            return params
+        def initial(key, mesh):
+            return gguf.load(source, jnp.float32, mesh)[0]
     else:
 
-        def initial(key):
-            return huggingface.load(folder, config, dtype=jnp.float32)[0]
+        def initial(key, mesh):
+            return huggingface.load(folder, config, jnp.float32, mesh)[0]
 
     if len(tok) > config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tok)} tokens, the model's vocabulary {config.vocab_size}")

@@ -66,7 +66,7 @@ def respond(
     rollout, slot_steps = generate(
         params, policy.config, tokens, mask, key, sharding.put_rows(ids.astype(np.uint32), mesh),
         stop_ids=policy.stop_ids, pad_id=policy.pad_id, dtype=policy.dtype,
-        shards=mesh.shape["data"] * mesh.shape["fsdp"], **sampling,
+        shards=sharding.row_ways(mesh), **sampling,
     )  # fmt: skip
     return sharding.fetch(rollout), int(slot_steps)
 

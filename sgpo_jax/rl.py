@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import cleaning, data, monitor, page, preemption, rewards, rollback, sharding, stage
+from sgpo_jax import cleaning, data, logprobs, monitor, page, preemption, rewards, rollback, sharding, stage
 from sgpo_jax.batch import Batch, Group, pack_batch, specs
 from sgpo_jax.evaluation import evaluate_sets
 from sgpo_jax.metrics import Writer
@@ -41,6 +41,7 @@ def _rolled_back(config: ConfigDict, workdir: Path, policy: Policy, initial: Cal
     tx, rate = stage.optimizer(config, "rl", total * rl.updates_per_batch)
     _, shardings = stage.state_shardings(policy, tx, mesh)
     of_batch, of_update = method(rl)
+    chunk = logprobs.CHUNK * sharding.row_ways(mesh)
     update = make_update(
         policy.config, tx, **of_update, dtype=policy.dtype, remat=config.model.remat, shardings=shardings
     )
@@ -80,7 +81,7 @@ def _rolled_back(config: ConfigDict, workdir: Path, policy: Policy, initial: Cal
                 times.append(time.perf_counter())
                 groups = _group(graded_auto), _group(graded_guided) if graded_guided else None
                 batch = Batch(unguided_prompts, guided_prompts, *groups)
-                packed = pack_batch(batch, micro_batch=rl.micro_batch, **of_batch)
+                packed = pack_batch(batch, micro_batch=rl.micro_batch, chunk=chunk, **of_batch)
                 state, device_metrics = update(state, sharding.put(packed, specs(packed), mesh))
                 metrics = {name: float(value) for name, value in device_metrics.items()}
                 times.append(time.perf_counter())

@@ -37,7 +37,10 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
     settings = {"dtype": policy.dtype, "remat": config.model.remat}
     update = make_update(policy.config, tx, shardings=shardings, **settings)
     loss_of = make_losses(policy.config, **settings)
-    encode = partial(encode_batch, encoded=encoded, batch=config.sft.batch, micro_batch=config.sft.micro_batch)
+    encode = partial(
+        encode_batch, encoded=encoded, batch=config.sft.batch, micro_batch=config.sft.micro_batch,
+        chunk=logprobs.CHUNK * sharding.row_ways(mesh),
+    )  # fmt: skip
 
     with stage.checkpoints(config, workdir, "sft") as saved, jax.set_mesh(mesh):
         state = stage.start(saved, initial, policy, tx, mesh)
@@ -105,14 +108,17 @@ def _encode(config: ConfigDict, policy: Policy, row: dict) -> Encoded:
 
 
 def encode_batch(
-    rows: Sequence[dict], encoded: dict[str, Encoded], *, batch: int, micro_batch: int
+    rows: Sequence[dict], encoded: dict[str, Encoded], *, batch: int, micro_batch: int, chunk: int = logprobs.CHUNK
 ) -> tuple[Packed, np.ndarray]:
-    """At most `batch` responses after their prompts, packed in shapes that are those of the stage; and their tokens."""
+    """At most `batch` responses after their prompts, packed in shapes that are those of the stage; and their tokens.
+
+    `chunk`: response tokens whose logits are held at once, over all devices.
+    """
     prompts, responses = zip(*(encoded[row["id"]] for row in rows), strict=True)
     longest = [max(map(len, part)) for part in zip(*encoded.values(), strict=True)]
     packed = packing.pack(
         [prompts], responses, range(len(rows)), lengths=[sum(longest)], micro_batch=min(micro_batch, batch), most=batch,
-        chunk=logprobs.CHUNK,
+        chunk=chunk,
     )  # fmt: skip
     tokens, _ = tokenizers.pad_right(responses, longest[1], 0)
     return packed, packing.of_sequence(tokens, packed)
@@ -127,7 +133,7 @@ def make_update(
     optimizer: optax.GradientTransformation,
     *,
     dtype: Any = jnp.float32,
-    remat: bool = False,
+    remat: str = "none",
     shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """The jitted `update(state, (packed, tokens)) -> (state, metrics)` on the mean loss per response token.
@@ -144,7 +150,8 @@ def make_update(
             loss = -jnp.where(micro["inside"], logp, 0.0).sum() / jnp.maximum(count, 1)
             return loss, {"loss": loss}
 
-        grads, metrics = accumulate(loss_fn, state.params, packed.count, _micro_batches(packed, tokens))
+        with jax.named_scope("responses"):
+            grads, metrics = accumulate(loss_fn, state.params, packed.count, _micro_batches(packed, tokens))
         state, grad_norm = apply_gradients(state, grads, optimizer, metrics["loss"])
         metrics |= {"grad_norm": grad_norm, "skipped": state.skipped, "tokens": count}
         return state.replace(step=state.step + 1), metrics
@@ -152,7 +159,7 @@ def make_update(
     return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def make_losses(config: models.ModelConfig, *, dtype: Any, remat: bool) -> Callable[[Any, Any], jax.Array]:
+def make_losses(config: models.ModelConfig, *, dtype: Any, remat: str) -> Callable[[Any, Any], jax.Array]:
     """The jitted `loss(params, (packed, tokens)) -> []`: summed negative log-likelihood of the responses, nats."""
 
     @jax.jit
@@ -163,7 +170,8 @@ def make_losses(config: models.ModelConfig, *, dtype: Any, remat: bool) -> Calla
             logp, _ = response_logprobs(params, micro, config=config, dtype=dtype, remat=remat)
             return -jnp.where(micro["inside"], logp, 0.0).sum()
 
-        return in_micro_batches(summed, packed.count, _micro_batches(packed, tokens)).sum()
+        with jax.named_scope("responses"):
+            return in_micro_batches(summed, packed.count, _micro_batches(packed, tokens)).sum()
 
     return loss
 

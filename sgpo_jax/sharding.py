@@ -54,6 +54,11 @@ def mesh_shape(sizes: tuple[int, int, int], num_devices: int) -> tuple[int, int,
     return resolved  # type: ignore[return-value]
 
 
+def row_ways(mesh: Mesh) -> int:
+    """Ways in which the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
 def path_name(path: tuple[Any, ...]) -> str:
     """`params/layers/q/kernel` from a pytree key path."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
@@ -114,12 +119,24 @@ def constrain(x: jax.Array, *spec: Any) -> jax.Array:
 
     Does nothing outside `jax.set_mesh`, so models and engine also run without a mesh.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if jax.sharding.get_abstract_mesh().empty:
         return x
+    return jax.lax.with_sharding_constraint(x, P(*fitting(x.shape, spec)))
+
+
+def fitting(shape: tuple[int, ...], spec: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The mesh axes of each dimension in `spec` that divide it; None for the others, and without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
 
     def ways(axes):
         return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
-    fitting = [axes if x.shape[dim] % ways(axes) == 0 else None for dim, axes in enumerate(spec)]
-    return jax.lax.with_sharding_constraint(x, P(*fitting))
+    if mesh.empty:
+        return (None,) * len(spec)
+    return tuple(axes if size % ways(axes) == 0 else None for size, axes in zip(shape, spec, strict=False))
+
+
+def platform() -> str:
+    """"cpu", "gpu" or "tpu": where a computation traced now will run, which need not be where it is compiled."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform

@@ -22,12 +22,13 @@ BEST = {"sft": ("validation_loss", False), "rl": ("accuracy", True)}
 
 
 def load_policy(config: ConfigDict) -> tuple[Policy, Callable[[jax.Array], Any]]:
-    """`policy.load` of the model that the config names."""
+    """(policy, `initial(key) -> params`) of the model that the config names, on the mesh that it names."""
     model, instruction = config.model, config.data.instruction
-    return policies.load(
+    policy, initial = policies.load(
         model.source, model.tokenizer, layers=model.layers, hidden=model.hidden, heads=model.heads, mlp=model.mlp,
         dtype=jnp.dtype(model.dtype), instruction=prompts.INSTRUCTION if instruction == "default" else instruction,
     )  # fmt: skip
+    return policy, lambda key: initial(key, sharding.make_mesh(**config.mesh))
 
 
 def sift(config: ConfigDict, source: str) -> cleaning.Sieve:
@@ -91,9 +92,7 @@ def first_state(params: Any, policy: Policy, tx: optax.GradientTransformation, m
     return jax.jit(partial(init_state, optimizer=tx), out_shardings=shardings)(params)
 
 
-def warmed_up(
-    config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[], Any], mesh: Mesh
-) -> Any:
+def warmed_up(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[], Any], mesh: Mesh) -> Any:
     """The parameters that RL begins with: the best of the warm-up, or, where there is none, `initial()`."""
     params = best_params(config, workdir, "sft", policy, mesh)
     return initial() if params is None else params
@@ -126,7 +125,8 @@ def saved_steps(config: ConfigDict, workdir: Path, stage: str) -> list[int]:
 def params_at(config: ConfigDict, workdir: Path, stage: str, step: int, policy: Policy, mesh: Mesh) -> Any:
     """Parameters of the checkpoint after `step` of a stage."""
     tx, _ = optimizer(config, stage, total_steps=1)  # only its state's shape matters here
-    return state_at(config, workdir, stage, step, policy, tx, mesh).params
+    with checkpoints(config, workdir, stage, reading=True) as saved:
+        return saved.restore_params(step, _placed(*state_shardings(policy, tx, mesh)))
 
 
 def state_at(

@@ -162,7 +162,7 @@ def _model(config: ConfigDict, model: ConfigDict, name: str, role: str, meter: M
         policy, initial = policies.load(
             name, "", layers=0, hidden=0, heads=0, mlp=0, dtype=jnp.dtype(config.model.dtype), instruction=""
         )
-        params = policies.place(initial(jax.random.key(config.seed)), mesh)
+        params = initial(jax.random.key(config.seed), mesh)
         rows_over = mesh.shape["data"] * mesh.shape["fsdp"]
         batch = int(np.ceil(fields.concurrency / rows_over)) * rows_over
         return llm.local(

@@ -50,7 +50,7 @@ def make_update(
     normaliser: int = 0,
     entropy_bonus: float = 0.0,
     dtype: Any = jnp.float32,
-    remat: bool = False,
+    remat: str = "none",
     shardings: TrainState | None = None,
 ) -> Callable[[TrainState, PackedBatch], tuple[TrainState, Metrics]]:
     """The jitted `update(state, batch) -> (state, metrics)` of Eq. 7; the state is donated.
@@ -121,9 +121,10 @@ def make_update(
         }
         autonomous["weight"] = _weight(autonomous["share"], 1.0, normaliser * count)
         if updates_per_batch > 1:
-            autonomous["old_logp"] = in_micro_batches(
-                lambda micro: logprobs_of(params, micro)[0], packed.count, autonomous
-            )
+            with jax.named_scope("old_logp"):
+                autonomous["old_logp"] = in_micro_batches(
+                    lambda micro: logprobs_of(params, micro)[0], packed.count, autonomous
+                )
 
         if batch.targets is None:
             return autonomous, None
@@ -150,7 +151,8 @@ def make_update(
         packed = batch.candidates
         candidates = _micro_batches(packed, batch.guided_lengths.reshape(-1), 1)
         candidates |= {"tokens": batch.candidate_tokens, "owner": packed.owner}
-        summed = in_micro_batches(scores, packed.count, candidates).sum(axis=0)
+        with jax.named_scope("candidates"):
+            summed = in_micro_batches(scores, packed.count, candidates).sum(axis=0)
         index, _ = jax.vmap(losses.select_target)(summed.reshape(batch.correct.shape), batch.correct)
         problem = jnp.arange(len(index))
         return batch.guided_lengths[problem, index], batch.guided_tokens[problem, index]
@@ -159,12 +161,13 @@ def make_update(
         autonomous, targets = jax.lax.stop_gradient(select(state.params, batch))
 
         def optimise(state, _):
-            grads, metrics = accumulate(grpo_loss, state.params, batch.autonomous.count, autonomous)
+            with jax.named_scope("autonomous"):
+                grads, metrics = accumulate(grpo_loss, state.params, batch.autonomous.count, autonomous)
             metrics["loss"] = metrics["loss_grpo"] - entropy_bonus * metrics["entropy"]
             if targets is not None:
                 target_loss = likelihood_loss if distillation in LIKELIHOODS else kl_loss
-                target_grads, of_targets = accumulate(target_loss, state.params, batch.targets.count, targets)
-                grads = jax.tree.map(jnp.add, grads, target_grads)
+                with jax.named_scope("targets"):
+                    grads, of_targets = accumulate(target_loss, state.params, batch.targets.count, targets, grads)
                 metrics |= of_targets | {"loss": metrics["loss"] + of_targets["loss_kd"]}
             measured = metrics["loss"], metrics["logp_mismatch"]
             state, grad_norm = apply_gradients(state, grads, optimizer, measured)
@@ -204,7 +207,7 @@ def with_responses(rows: Rows, owner: jax.Array, tokens: jax.Array) -> Rows:
     return rows._replace(tokens=by_row(rows.tokens, rows.slots, owner, tokens))
 
 
-def response_hidden(params: Any, rows: Rows, *, config: models.ModelConfig, dtype: Any, remat: bool) -> jax.Array:
+def response_hidden(params: Any, rows: Rows, *, config: models.ModelConfig, dtype: Any, remat: str) -> jax.Array:
     """Hidden states `[S,C,D]` that predict the response tokens of one micro-batch."""
     hidden, _ = models.apply(params, config, rows.tokens, rows.positions, rows.segments, dtype=dtype, remat=remat)
     chunks, count, _ = rows.slots.shape
@@ -214,7 +217,7 @@ def response_hidden(params: Any, rows: Rows, *, config: models.ModelConfig, dtyp
 
 
 def response_logprobs(
-    params: Any, micro: dict[str, Any], *, config: models.ModelConfig, dtype: Any, remat: bool
+    params: Any, micro: dict[str, Any], *, config: models.ModelConfig, dtype: Any, remat: str
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability and entropy `[S,M,J]` of the response tokens `micro["tokens"]`; 0 in unused chunks."""
     hidden = response_hidden(params, micro["rows"], config=config, dtype=dtype, remat=remat)
@@ -224,23 +227,33 @@ def response_logprobs(
 
 
 def accumulate(
-    loss_fn: Callable[[Any, Any], tuple[jax.Array, Metrics]], params: Any, count: jax.Array, micro_batches: Any
+    loss_fn: Callable[[Any, Any], tuple[jax.Array, Metrics]],
+    params: Any,
+    count: jax.Array,
+    micro_batches: Any,
+    gradient: Any = None,
 ) -> tuple[Any, Metrics]:
-    """Float32 gradient of the sum of `loss_fn(params, micro) -> (loss, metrics)` over the first `count` micro-batches.
+    """Gradient of the sum of `loss_fn(params, micro) -> (loss, metrics)` over the first `count` micro-batches.
+
+    It is added to `gradient`, a tree like `params`, or to zeros: layer by layer and in place, so that there is never a
+    second one.
 
     Returns (gradient, metrics): each metric is summed, or, when its name ends in "_max", the largest.
     """
+    sums = jax.tree.map(jax.new_ref, jax.tree.map(jnp.zeros_like, params) if gradient is None else gradient)
 
-    def add(k, sums):
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(params, _at(micro_batches, k))
-        merged = {
-            name: (jnp.maximum if name.endswith("_max") else jnp.add)(sums[1][name], metrics[name]) for name in metrics
+    def add(k, measured):
+        loss, backward, metrics = jax.vjp(lambda params: loss_fn(params, _at(micro_batches, k)), params, has_aux=True)
+        backward.with_refs(sums)(jnp.ones_like(loss))
+        return {
+            name: (jnp.maximum if name.endswith("_max") else jnp.add)(measured[name], value)
+            for name, value in metrics.items()
         }
-        return jax.tree.map(jnp.add, sums[0], grads), merged
 
     metrics = jax.eval_shape(loss_fn, params, _at(micro_batches, 0))[1]
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (params, metrics))
-    return jax.lax.fori_loop(0, count, add, zeros)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), metrics)
+    metrics = jax.lax.fori_loop(0, count, add, zeros)
+    return jax.tree.map(jax.freeze, sums), metrics
 
 
 def in_micro_batches(fn: Callable[[Any], jax.Array], count: jax.Array, micro_batches: Any) -> jax.Array:
@@ -268,16 +281,15 @@ def apply_gradients(
       (state, gradient norm before clipping).
     """
     grad_norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates, _ = optimizer.update(grads, state.opt_state, state.params)
     finite = jnp.isfinite(jnp.stack(jax.tree.leaves((grad_norm, optax.tree.norm(updates), measured)))).all()
-    params = optax.apply_updates(state.params, updates)
 
-    def keep(new, old):
-        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+    def step(i, state):
+        # Tied to the loop, out of which XLA would move what needs the gradient alone, and hold it.
+        tied, _ = jax.lax.optimization_barrier((grads, i))
+        updates, opt_state = optimizer.update(tied, state.opt_state, state.params)
+        return state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
 
-    state = state.replace(
-        params=keep(params, state.params),
-        opt_state=keep(opt_state, state.opt_state),
-        skipped=jnp.where(finite, 0, state.skipped + 1),
-    )
-    return state, grad_norm
+    # One step or none, in place: to choose between old and new values would be to hold both.
+    state = jax.lax.fori_loop(0, finite.astype(jnp.int32), step, state)
+    return state.replace(skipped=jnp.where(finite, 0, state.skipped + 1)), grad_norm

@@ -122,7 +122,7 @@ def test_misspelt_fields_and_wrong_types_are_refused_at_once():
     with pytest.raises(TypeError):
         config.rl.batch = "3"
     with pytest.raises(TypeError):
-        config.model.remat = "no"
+        config.eval.guided = "no"
 
 
 # ---- wrong values

@@ -16,7 +16,7 @@ def small():
     small, initial = policy.load(
         "scratch", "arithmetic", layers=1, hidden=16, heads=2, mlp=16, dtype=jnp.float32, instruction=""
     )
-    return small, initial(jax.random.key(0))
+    return small, initial(jax.random.key(0), sharding.make_mesh(devices=jax.devices()[:1]))
 
 
 def rollout_of(small, texts, finish):
@@ -193,7 +193,7 @@ def test_policy_from_a_hugging_face_folder(small, tmp_path):
         str(folder), "", layers=0, hidden=0, heads=0, mlp=0, dtype=jnp.float32, instruction="x"
     )
     assert loaded.config == source.config and loaded.stop_ids == source.stop_ids and loaded.pad_id == source.pad_id
-    jax.tree.map(np.testing.assert_array_equal, initial(jax.random.key(1)), params)
+    jax.tree.map(np.testing.assert_array_equal, initial(jax.random.key(1), sharding.make_mesh()), params)
     prompt = respond.encode_prompts(loaded._replace(instruction=""), data.load("arithmetic:eval,count=1"), False)
     assert prompt == respond.encode_prompts(source, data.load("arithmetic:eval,count=1"), False)
     tokens, mask = respond.pad_prompts(loaded, prompt, 20)

@@ -234,7 +234,7 @@ def small():
         "scratch", "arithmetic", layers=1, hidden=16, heads=2, mlp=16, dtype=jnp.float32, instruction=""
     )
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    return chosen, policy.place(initial(jax.random.key(0)), mesh), mesh
+    return chosen, initial(jax.random.key(0), mesh), mesh
 
 
 def local(small, **options):

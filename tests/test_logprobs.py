@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis.extra.numpy import arrays
+from jax.sharding import PartitionSpec as P
 
+from sgpo_jax import logprobs, sharding
 from sgpo_jax.logprobs import token_kl, token_logprobs
 
 N, D, V = 7, 4, 11
@@ -336,3 +338,34 @@ def test_wrong_shapes_of_kl_are_refused(shapes):
 def test_temperature_must_be_positive(temperature):
     with pytest.raises(ValueError, match=f"temperature={temperature}: must be above 0"):
         token_logprobs(jnp.ones((2, 3)), jnp.ones((3, 5)), jnp.zeros(2, jnp.int32), temperature=temperature)
+
+
+# ---- on a mesh
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2), (1, 8, 1)])
+def test_devices_share_positions_and_vocabulary(shape):
+    """Values and gradients are those of one device; the head is gathered, and its gradient summed, outside of loops."""
+    rng = np.random.default_rng(0)
+    chunks, count, size, vocabulary = 3, 8, 16, 24
+    guided, unguided = (rng.normal(size=(chunks, count, size)).astype(np.float32) for _ in range(2))
+    head = rng.normal(size=(size, vocabulary)).astype(np.float32)
+    targets = rng.integers(0, vocabulary, (chunks, count)).astype(np.int32)
+    weight = rng.normal(size=(4, chunks, count)).astype(np.float32)
+    used = 2
+
+    def loss(unguided, head):
+        logp, entropy = logprobs.chunked_logprobs(unguided, head, targets, used, 0.7)
+        kls = [logprobs.chunked_kl(guided, unguided, head, used, direction) for direction in ("forward", "reverse")]
+        return sum((w * x).sum() for w, x in zip(weight, (logp, entropy, *kls), strict=True)), (logp, entropy, *kls)
+
+    function = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    expected = function(unguided, head)
+    mesh = sharding.make_mesh(*shape)
+    with jax.set_mesh(mesh):
+        placed = sharding.put((unguided, head), (P(None, sharding.BATCH), P("fsdp", "tensor")), mesh)
+        compiled = function.lower(*placed).compile()
+        actual = compiled(*placed)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected)
+    inside = [line for line in compiled.as_text().splitlines() if "while/body" in line and " all-" in line]
+    assert not [line for line in inside if f"{size},{vocabulary // shape[2]}]" in line or "all-gather" in line]

@@ -86,7 +86,7 @@ def of_pack(params, config, pack, tokens, weights):
         for context in pack.contexts:
             micro = {"rows": context, "chunks": pack.chunks, "tokens": tokens}
             logp, _ = jax.lax.map(
-                partial(response_logprobs, params, config=config, dtype=jnp.float32, remat=False), micro
+                partial(response_logprobs, params, config=config, dtype=jnp.float32, remat="none"), micro
             )
             sums.append(jnp.sum(logp * weights))
         return sums[0] - 2.0 * sums[1], sums
@@ -141,7 +141,7 @@ def test_guided_and_unguided_rows_are_aligned_by_response_token(tiny, tiny_param
     prompts, _, responses = sequences(sizes)
     pack = packing.pack([prompts, prompts], responses, range(4), lengths=[14, 17], micro_batch=4, most=4, chunk=8)
     first, second = (
-        response_hidden(tiny_params, jax.tree.map(lambda x: x[0], rows), config=tiny, dtype=jnp.float32, remat=False)
+        response_hidden(tiny_params, jax.tree.map(lambda x: x[0], rows), config=tiny, dtype=jnp.float32, remat="none")
         for rows in pack.contexts
     )
     real = (pack.owner[0] >= 0).reshape(first.shape[:2])

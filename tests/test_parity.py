@@ -140,20 +140,22 @@ def test_padding(pair, side):
 
 
 def test_cached_decoding(pair):
-    """Left-padded prompts in one piece, then token by token, against the whole sequence at once."""
+    """Prompts of several lengths in one piece, then token by token, against each whole sequence alone."""
     model, params, config = pair
-    lengths = np.array([9, 4, 7])
-    mask = np.concatenate([np.arange(9)[::-1] < lengths[:, None], np.ones((3, 6), bool)], axis=1)
-    tokens = np.where(mask, random_tokens(3, 15), 0)
-    positions = np.asarray(positions_of(jnp.asarray(mask)))
+    lengths, new = np.array([9, 4, 7]), 6
+    tokens, slots = random_tokens(3, 9 + new), np.arange(9)
     step = jax.jit(lambda cache, *row: apply(params, config, *row, cache))
-    cache, pieces = init_cache(config, 3, 15), []
-    for start, stop in [(0, 9)] + [(i, i + 1) for i in range(9, 15)]:
-        row = (jnp.asarray(x[:, start:stop]) for x in (tokens, positions, mask))
-        hidden, cache = step(cache, *row)
+    inside = slots < lengths[:, None]
+    hidden, cache = step(init_cache(config, 3, 9 + new), tokens[:, :9], rows_of_positions(3, 9), inside)
+    pieces = [np.asarray(hidden @ head(params, config))]
+    for i in range(new):
+        at = lengths[:, None] + i
+        hidden, cache = step(cache, np.take_along_axis(tokens, at, axis=1), at, np.ones((3, 1), bool))
         pieces.append(np.asarray(hidden @ head(params, config)))
-    got = np.concatenate(pieces, axis=1)
-    assert_close(got[mask], theirs(model, tokens, positions, mask)[mask])
+    np.testing.assert_array_equal(cache["length"], lengths + new)
+    for row, length in enumerate(lengths):
+        got = np.concatenate([pieces[0][row, :length], *(piece[row] for piece in pieces[1:])])
+        assert_close(got, theirs(model, tokens[row, : length + new][None], rows_of_positions(1, length + new))[0])
 
 
 def test_export_loads_in_transformers_bit_for_bit(pair, tmp_path):

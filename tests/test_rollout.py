@@ -392,19 +392,19 @@ def packed_responses(rollout):
 def training_hidden(params, config, packed, dtype=jnp.float32):
     """Hidden states `[R,T,D]` that predict the responses as the update computes them."""
     micro, owner, index = packed
-    hidden = response_hidden(params, micro["rows"], config=config, dtype=dtype, remat=False)
+    hidden = response_hidden(params, micro["rows"], config=config, dtype=dtype, remat="none")
     hidden = hidden.reshape(*owner.shape, -1)
     return jnp.zeros((len(IDS) * 2, NEW, hidden.shape[-1])).at[owner, index].set(hidden, mode="drop")
 
 
 @partial(jax.jit, static_argnames=("config", "dtype", "remat"))
-def packed_logp(params, config, packed, dtype=jnp.float32, remat=False):
+def packed_logp(params, config, packed, dtype=jnp.float32, remat="none"):
     micro, owner, index = packed
     logp, _ = response_logprobs(params, micro, config=config, dtype=dtype, remat=remat)
     return jnp.zeros((len(IDS) * 2, NEW)).at[owner, index].set(logp, mode="drop")
 
 
-def training_logp(params, config, rollout, dtype=jnp.float32, remat=False):
+def training_logp(params, config, rollout, dtype=jnp.float32, remat="none"):
     """Log-probabilities `[B,G,T]` of the responses in training, 0 after the end."""
     logp = packed_logp(params, config, packed_responses(rollout), dtype=dtype, remat=remat)
     return logp.reshape(rollout.tokens.shape)
@@ -448,11 +448,11 @@ def test_remat_changes_the_memory_and_not_the_gradient(plain, tiny, tiny_params)
         return training_logp(params, tiny, plain, remat=remat).sum()
 
     primitives = {}
-    for remat in (False, True):
+    for remat in ("none", "full"):
         jaxpr = jax.make_jaxpr(lambda params, remat=remat: loss(params, remat))(tiny_params)
         primitives[remat] = [eqn.primitive.name for eqn, _ in equations(jaxpr.jaxpr)]
-    assert [sum("remat" in name or "checkpoint" in name for name in primitives[r]) for r in (False, True)] == [0, 1]
-    kept, recomputed = (jax.grad(loss)(tiny_params, remat) for remat in (False, True))
+    assert [sum("remat" in name or "checkpoint" in name for name in primitives[r]) for r in ("none", "full")] == [0, 1]
+    kept, recomputed = (jax.grad(loss)(tiny_params, remat) for remat in ("none", "full"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), recomputed, kept)
 
 
@@ -496,7 +496,10 @@ def test_the_prompt_is_prefilled_once_per_problem(tiny, tiny_params):
     # Each decoded token costs a row per response and no more than one position.
     decode = [shape for shape, in_loop in products if in_loop]
     assert len(decode) == 10
-    assert all(shape[0] == batch * group and shape[1:3].count(length) == 0 for shape in decode)
+    rows = batch * group
+    # In the products with the cache the key/value heads come first.
+    assert all(rows in shape[:2] and length not in shape for shape in decode)
+    assert all(math.prod(shape) <= rows * tiny.vocab_size for shape in decode)
 
 
 MESHES = [(2, 2, 2)] + [pytest.param(m, marks=pytest.mark.slow) for m in [(1, 4, 2), (4, 1, 2), (1, 1, 8), (2, 1, 4)]]

@@ -60,7 +60,7 @@ def test_the_validation_loss_is_the_mean_over_response_tokens(tiny, tiny_params,
     def encode(part):
         return sft.encode_batch(part, encoded, batch=batch, micro_batch=2)
 
-    loss_of = sft.make_losses(tiny, dtype=jnp.float32, remat=False)
+    loss_of = sft.make_losses(tiny, dtype=jnp.float32, remat="none")
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     actual = sft.validation_loss(loss_of, tiny_params, rows("abcde"), encode, batch, mesh)
     count = sum(response for _, response in LENGTHS.values())

@@ -6,6 +6,7 @@ import pytest
 
 from sgpo_jax import policy, sharding
 from sgpo_jax.rollout import STOP, Rollout, engine, generate
+from sgpo_jax.rollout.schedule import schedule
 
 COUNT, GROUP, NEW, LENGTH, PAD = 24, 2, 24, 7, 63
 STOPS = tuple(range(1, 9))  # an eighth of the vocabulary, so that responses end at all lengths
@@ -58,6 +59,23 @@ def test_any_number_of_slots_gives_the_same_responses(run, at_once, slots):
 @pytest.mark.parametrize(("slots", "shards"), [(8, 4), (4, 2), (0, 3)])
 def test_any_number_of_shards_gives_the_same_responses(run, at_once, slots, shards):
     assert_same(run(slots=slots, shards=shards)[0], at_once[0])
+
+
+@pytest.mark.parametrize(("slots", "shards"), [(0, 1), (1, 1), (3, 1), (16, 1), (40, 1), (8, 4), (4, 2), (0, 3)])
+def test_the_schedule_is_known_from_the_lengths(run, at_once, slots, shards):
+    lengths = at_once[0].lengths.reshape(shards, -1)
+    stages = schedule(lengths, np.full_like(lengths, LENGTH), slots // shards or lengths.shape[1])
+    _, slot_steps = run(**({"slots": slots, "shards": shards} if (slots, shards) != (0, 1) else {}))
+    assert sum(stage.width * stage.steps for stage in stages) * shards == slot_steps
+
+
+def test_what_the_slots_hold():
+    # Prompts of 5 tokens, of which 4 are in the cache before the first step. Slot 0 takes responses of 2 and 3 tokens,
+    # slot 1 one of 4; after the 4th step it is idle and still holds 8.
+    (stage,) = schedule(np.array([[2, 4, 3]]), np.full((1, 3), 5), 2)
+    assert (stage.width, stage.refills, stage.steps) == (2, 2, 5)
+    first, second = [5, 6, 5, 6, 7], [5, 6, 7, 8, 8]
+    assert stage.cached == pytest.approx((sum(first) + sum(second)) / 5)
 
 
 def test_slots_on_a_mesh_of_eight_devices(at_once, tiny, tiny_params):

@@ -10,13 +10,23 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
+from sgpo_jax.models.attention import SAVED, append, attend, attend_cache, cache_length
 from sgpo_jax.models.config import ModelConfig
-from sgpo_jax.sharding import BATCH, constrain
+from sgpo_jax.sharding import BATCH, constrain, spec_for
 
 Cache = dict[str, jax.Array]
 
 BLOCK = 128  # terms of a float32 product that are summed in one chain, on CPU
+
+# What a layer keeps for its backward pass besides its input; the rest is computed again.
+REMAT: dict[str, Any] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # every product of activations and weights
+}
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
@@ -42,7 +52,7 @@ def rotate(x: jax.Array, angle: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def dot_in_blocks(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
+def dot_in_blocks(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`[...,D]` by `[D,F]`; a long float32 D is summed in blocks of about BLOCK, and these in pairs.
 
     XLA's CPU product adds up all of D in one chain, which rounds twice as coarsely as torch's. Where residuals reach
@@ -57,17 +67,6 @@ def dot_in_blocks(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Ar
     return sums[0]
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array) -> jax.Array:
-    """Grouped-query attention, softmax in float32: `[B,T,H,N]`, `[B,S,K,N]` x2, visible `[B,T,S]` -> `[B,T,H*N]`."""
-    batch, length, heads, size = query.shape
-    query = query.reshape(batch, length, key.shape[2], heads // key.shape[2], size)
-    scores = jnp.einsum("btkgn,bskn->bkgts", query, key, preferred_element_type=jnp.float32)
-    # A finite fill keeps padding queries, which see nothing, free of NaN.
-    scores = jnp.where(visible[:, None, None], scores * size**-0.5, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgts,bskn->btkgn", weights, value).reshape(batch, length, heads * size)
-
-
 class Block(nn.Module):
     """Pre-norm attention and gated MLP. The carry is the residual stream and, when decoding, the whole cache."""
 
@@ -75,13 +74,22 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, carry, layer, angle, visible, index):
+    def __call__(self, carry, layer, angle, segments, lengths):
         config, dtype = self.config, self.dtype
         x, keys, values = carry
         batch, length = x.shape[:2]
-        dot = dot_in_blocks if keys is None else None  # decoding is as fast as it can be
+        # While training the residual stream is split over the tensor axis by token; a decoded token is too short.
+        residual = (BATCH, "tensor", None)
 
         def dense(name, features, bias=False):
+            _, *spec = spec_for(f"layers/{name}/kernel", (config.num_layers, 1, features))
+
+            def dot(x, kernel, *_, **__):
+                if keys is not None:  # sampling is as fast as it can be, and its weights are laid out for it
+                    return x @ kernel
+                # It is laid out like this anyway; so will be its gradient, which otherwise is summed whole everywhere.
+                return dot_in_blocks(x, constrain(kernel, *spec))
+
             return nn.Dense(features, use_bias=bias, dtype=dtype, dot_general=dot, name=name)
 
         def norm(name):
@@ -97,19 +105,25 @@ class Block(nn.Module):
         if config.qk_norm:
             query, key = norm("q_norm")(query), norm("k_norm")(key)
         query, key = rotate(query, angle), rotate(key, angle)
-        if keys is not None:
-            # Carried through the layer scan and written in place: stacking per-layer outputs would copy the cache.
-            keys = jax.lax.dynamic_update_slice(keys, key[None], (layer, 0, index, 0, 0))
-            values = jax.lax.dynamic_update_slice(values, value[None], (layer, 0, index, 0, 0))
-            key, value = keys[layer], values[layer]
-        attention = constrain(attend(query, key, value, visible), BATCH, None, "tensor")
-        x = x + dense("o", config.hidden_size)(attention)
+        if lengths is None:
+            attention = attend(query, key, value, segments)
+            if keys is not None:
+                # Carried through the layer scan and written in place: stacking per-layer outputs would copy the cache.
+                keys, values = (
+                    jax.lax.dynamic_update_slice(cache, new.transpose(2, 0, 1, 3)[:, None], (0, layer, 0, 0, 0))
+                    for cache, new in ((keys, key), (values, value))
+                )
+        else:
+            keys, values = append(keys, key[:, 0], layer, lengths), append(values, value[:, 0], layer, lengths)
+            attention = attend_cache(query[:, 0], keys, values, layer, lengths + 1)[:, None]
+        attention = checkpoint_name(constrain(attention, BATCH, None, "tensor"), SAVED)
+        x = constrain(x + dense("o", config.hidden_size)(attention), *residual)
 
         h = norm("mlp_norm")(x)
         gated = nn.silu(dense("gate", config.mlp_size)(h)) * dense("up", config.mlp_size)(h)
         # Without this the partitioner gathers the MLP and all-reduces full-width weight gradients.
         gated = constrain(gated, BATCH, None, "tensor")
-        x = constrain(x + dense("down", config.hidden_size)(gated), BATCH, None, None)
+        x = constrain(x + dense("down", config.hidden_size)(gated), *residual)
         return (x, keys, values), None
 
 
@@ -118,7 +132,7 @@ class Decoder(nn.Module):
 
     config: ModelConfig
     dtype: Any
-    remat: bool
+    remat: str
 
     @nn.compact
     def __call__(self, tokens, positions, mask, cache):
@@ -126,16 +140,11 @@ class Decoder(nn.Module):
         embed = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype, name="embed")
         x = constrain(embed(tokens), BATCH, None, None)
         angle = positions[..., None] * jnp.asarray(rope_frequencies(config))
-        if cache is None:
-            order, seen, index, keys, values = jnp.arange(tokens.shape[1]), mask[:, None, :], 0, None, None
-            # Within a row causality goes by slot, which also holds for segments packed one after another.
-            visible = (order <= order[:, None]) & (seen == mask[:, :, None]) & (seen != 0)
-        else:
-            index, keys, values = cache["index"], cache["key"], cache["value"]
-            seen = jax.lax.dynamic_update_slice(cache["position"], jnp.where(mask, positions, -1), (0, index))
-            visible = (seen[:, None, :] <= positions[:, :, None]) & (seen[:, None, :] >= 0)
+        keys, values = (None, None) if cache is None else (cache["key"], cache["value"])
+        decoding = cache is not None and tokens.shape[1] == 1
+        lengths = cache["length"] if decoding else None
 
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -143,9 +152,10 @@ class Decoder(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=config.num_layers,
         )(config, self.dtype, name="layers")
-        (x, keys, values), _ = layers((x, keys, values), jnp.arange(config.num_layers), angle, visible, index)
+        layer = jnp.arange(config.num_layers)
+        (x, keys, values), _ = layers((x, keys, values), layer, angle, mask.astype(jnp.int32), lengths)
         if cache is not None:
-            cache = {"key": keys, "value": values, "position": seen, "index": index + tokens.shape[1]}
+            cache = {"key": keys, "value": values, "length": cache["length"] + mask.sum(axis=1, dtype=jnp.int32)}
         hidden = nn.RMSNorm(epsilon=config.norm_eps, dtype=self.dtype, name="norm")(x)
         if not config.tie_embeddings and self.is_initializing():
             nn.Dense(config.vocab_size, use_bias=False, name="head")(hidden[:, :1])
@@ -156,7 +166,7 @@ class Decoder(nn.Module):
 def init(rng: jax.Array, config: ModelConfig) -> dict[str, Any]:
     """Random float32 parameters; the tree is listed in `sharding.RULES` and named in `models.huggingface`."""
     tokens = jnp.zeros((1, 1), jnp.int32)
-    module = Decoder(config, jnp.float32, remat=False)
+    module = Decoder(config, jnp.float32, remat="none")
     params = module.init(rng, tokens, tokens, tokens == 0, None)["params"]
     # GPT-2's 0.02 rather than Flax's unit-variance rows, which saturate the softmax of a tied head.
     embedding = params["embed"]["embedding"]
@@ -173,7 +183,7 @@ def apply(
     cache: Cache | None = None,
     *,
     dtype: Any = jnp.float32,
-    remat: bool = False,
+    remat: str = "none",
 ) -> tuple[jax.Array, Cache | None]:
     """Final hidden states and, given a cache, the cache with these tokens appended.
 
@@ -185,10 +195,11 @@ def apply(
       mask: `[B,T]` bool, False on padding, which no token attends to. Padding may stand anywhere. Without a cache it
         may be int32: several sequences packed into one row are segments 1, 2, ..., attend only within their own, and 0
         is padding.
-      cache: from `init_cache`. The tokens are written from slot `index` on, the same for all rows, and attend to every
-        slot of their row whose position is not after their own, wherever it stands.
+      cache: from `init_cache`. Several tokens of a row (prefill) go into its empty cache, real ones first and padding
+        after them. A single one (decode) is written behind those that the row has, and attends to all of them; where
+        the mask says False it is not counted.
       dtype: of activations and matrix products; norms, rotary angles and softmax are float32.
-      remat: recompute each layer in the backward pass and keep only its input.
+      remat: of `REMAT`: what is computed again in the backward pass.
 
     Returns:
       (hidden `[B,T,D]` after the final norm, cache or None).
@@ -203,14 +214,9 @@ def head(params: dict[str, Any], config: ModelConfig) -> jax.Array:
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any = jnp.float32) -> Cache:
-    """Empty cache: key and value `[L,B,S,K,N]`, position `[B,S]` of the token in each slot (-1: none), next slot."""
-    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
-    return {
-        "key": jnp.zeros(shape, dtype),
-        "value": jnp.zeros(shape, dtype),
-        "position": jnp.full((batch, slots), -1, jnp.int32),
-        "index": jnp.zeros((), jnp.int32),
-    }
+    """Empty cache with room for `slots` tokens: key and value `[K,L,B,S,N]`, length `[B]` of what each row has."""
+    shape = (config.num_kv_heads, config.num_layers, batch, cache_length(slots), config.head_dim)
+    return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype), "length": jnp.zeros(batch, jnp.int32)}
 
 
 def positions_of(mask: jax.Array) -> jax.Array:

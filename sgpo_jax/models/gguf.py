@@ -6,16 +6,19 @@ Needs the `gguf` package. transformers reads GGUF only through torch, so the map
 import importlib.util
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sgpo_jax.models.config import ModelConfig, RopeScaling
 from sgpo_jax.models.decoder import rope_frequencies
 from sgpo_jax.models.huggingface import assemble
+from sgpo_jax.models.stream import Stored
 
 # Stem of a GGUF tensor name, without layer and suffix: stem of the Hugging Face one.
 _STEMS = {
@@ -40,16 +43,17 @@ _END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>")
 
 
 def load(
-    path: str | os.PathLike[str], dtype: Any = np.float32
+    path: str | os.PathLike[str], dtype: Any = np.float32, mesh: Mesh | None = None
 ) -> tuple[dict[str, Any], ModelConfig]:
     """Reads a GGUF file, quantised or not.
 
     Args:
         path: the file.
         dtype: float32 or bfloat16, of the parameters after dequantisation.
+        mesh: where the parameters go, as `sharding.RULES` say; None is one device of this process.
 
     Returns:
-        (params, config); the leaves of params are numpy arrays in host memory.
+        (params, config); the leaves of params are jax arrays. Of the rest, a host holds one tensor at a time.
 
     Raises:
         ValueError: the file is absent or damaged, holds another architecture, or a tensor is
@@ -58,11 +62,9 @@ def load(
     reader = _open(path)
     from gguf import dequantize
 
-    tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
-    factors = tensors.pop(_ROPE_FACTORS, None)
-    config = _config(reader, tensors, factors)
+    tensors, config = _contents(reader)
 
-    def read(name: str) -> np.ndarray:
+    def dequantized(name: str) -> np.ndarray:
         tensor = tensors[name]
         try:
             array = dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
@@ -70,7 +72,16 @@ def load(
             raise ValueError(f"tensor {tensor.name}: {error}") from error
         return _unpermuted(array, config.head_dim) if re.search("[qk]_proj", name) else array
 
-    return assemble(config, tensors, read, dtype), config
+    def find(name: str) -> Stored:
+        shape = tuple(int(size) for size in tensors[name].shape[::-1])
+        return Stored(shape, np.dtype(np.float32), partial(dequantized, name))
+
+    return assemble(config, tensors, find, dtype, mesh), config
+
+
+def read_config(path: str | os.PathLike[str]) -> ModelConfig:
+    """The shape of the model in a GGUF file; raises as `load`."""
+    return _contents(_open(path))[1]
 
 
 def tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
@@ -188,6 +199,13 @@ def _hf_name(name: str) -> str:
         return name
     layer = "" if match[1] is None else f"model.layers.{match[1]}."
     return f"{layer}{_STEMS[match[2]]}.{match[3]}"
+
+
+def _contents(reader: Any) -> tuple[dict[str, Any], ModelConfig]:
+    """(tensors by Hugging Face name, shape of the model)."""
+    tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
+    factors = tensors.pop(_ROPE_FACTORS, None)
+    return tensors, _config(reader, tensors, factors)
 
 
 def _config(reader: Any, tensors: dict[str, Any], factors: Any) -> ModelConfig:

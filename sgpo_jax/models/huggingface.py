@@ -1,7 +1,7 @@
-"""Hugging Face folders (config.json and safetensors) to parameter trees and back.
+"""Hugging Face folders (config.json and safetensors) to parameter trees on a mesh and back.
 
-One table of names serves both directions. Tensors pass through host memory one at a time; `load`
-leaves the result there, as numpy arrays, for the caller to place on devices.
+`names.NAMES` serves both directions. All of a checkpoint is checked before its tensors are read, which `stream` does in
+blocks, so that no host ever holds more than the parts of its own devices.
 """
 
 import json
@@ -9,65 +9,39 @@ import math
 import os
 import re
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from sgpo_jax import sharding
+from sgpo_jax.models import names as table
+from sgpo_jax.models import stream
 from sgpo_jax.models.config import ModelConfig, from_hf, to_hf
-from sgpo_jax.models.decoder import init
+from sgpo_jax.models.stream import Stored
 
-# Path in the parameter tree: name in the checkpoint, with the layer number for {}. A kernel is
-# stored as [in, out] here and as [out, in] there; everything else is stored alike.
-NAMES = {
-    "embed/embedding": "model.embed_tokens.weight",
-    "layers/attn_norm/scale": "model.layers.{}.input_layernorm.weight",
-    "layers/q/kernel": "model.layers.{}.self_attn.q_proj.weight",
-    "layers/q/bias": "model.layers.{}.self_attn.q_proj.bias",
-    "layers/k/kernel": "model.layers.{}.self_attn.k_proj.weight",
-    "layers/k/bias": "model.layers.{}.self_attn.k_proj.bias",
-    "layers/v/kernel": "model.layers.{}.self_attn.v_proj.weight",
-    "layers/v/bias": "model.layers.{}.self_attn.v_proj.bias",
-    "layers/q_norm/scale": "model.layers.{}.self_attn.q_norm.weight",
-    "layers/k_norm/scale": "model.layers.{}.self_attn.k_norm.weight",
-    "layers/o/kernel": "model.layers.{}.self_attn.o_proj.weight",
-    "layers/mlp_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
-    "layers/gate/kernel": "model.layers.{}.mlp.gate_proj.weight",
-    "layers/up/kernel": "model.layers.{}.mlp.up_proj.weight",
-    "layers/down/kernel": "model.layers.{}.mlp.down_proj.weight",
-    "norm/scale": "model.norm.weight",
-    "head/kernel": "lm_head.weight",
-}
-_EMBEDDING, _HEAD = NAMES["embed/embedding"], NAMES["head/kernel"]
 _RECOMPUTED = "rotary_emb.inv_freq"  # a buffer that old versions of transformers saved
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_READABLE = ("F16", "BF16", "F32", "F64")  # in the words of safetensors
-
-
-class _Slot(NamedTuple):
-    """Where a tensor of the checkpoint lives in the parameter tree."""
-
-    path: str
-    index: Any  # layer number along the leading axis of the leaf, or ... for the whole leaf
-    shape: tuple[int, ...]  # as stored in the checkpoint
-
-    def flip(self, array: np.ndarray) -> np.ndarray:
-        """From the checkpoint's orientation to the tree's, or back."""
-        return array.T if self.path.endswith("/kernel") else array
+# In the words of safetensors.
+_READABLE = {"F16": np.dtype(np.float16), "BF16": _DTYPES["bfloat16"], "F32": _DTYPES["float32"], "F64": np.dtype("f8")}
 
 
 def load(
-    folder: str | os.PathLike[str], config: ModelConfig | None = None, dtype: Any = None
+    folder: str | os.PathLike[str], config: ModelConfig | None = None, dtype: Any = None, mesh: Mesh | None = None
 ) -> tuple[dict[str, Any], ModelConfig]:
     """Reads a Hugging Face folder: config.json, and model.safetensors or the shards of its index.
 
@@ -75,13 +49,14 @@ def load(
         folder: path of the folder.
         config: the model's shape, instead of the one in config.json.
         dtype: float32 or bfloat16; None keeps the stored one.
+        mesh: where the parameters go, as `sharding.RULES` say; None is one device of this process.
 
     Returns:
-        (params, config); the leaves of params are numpy arrays in host memory.
+        (params, config); the leaves of params are jax arrays. Each process reads the parts of its own devices.
 
     Raises:
-        ValueError: a file is absent or damaged, the model is not supported, or a tensor is missing,
-            unknown, misshapen or of another dtype; the message names it. Pickles are never opened.
+        ValueError: a file is absent or damaged, the model is not supported or cannot be split as the mesh asks, or a
+            tensor is missing, unknown, misshapen or of another dtype; the message names it. Pickles are never opened.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -99,7 +74,7 @@ def load(
                     f"{_listed(promised ^ stored)}"
                 )
             handles.update(dict.fromkeys(stored, handle))
-        params = assemble(config, handles, lambda name: _read(handles[name], name), dtype)
+        params = assemble(config, handles, lambda name: _stored(handles[name], name), dtype, mesh)
     return params, config
 
 
@@ -109,15 +84,20 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
 
 
 def assemble(
-    config: ModelConfig, names: Iterable[str], read: Callable[[str], np.ndarray], dtype: Any = None
+    config: ModelConfig,
+    names: Iterable[str],
+    find: Callable[[str], Stored],
+    dtype: Any = None,
+    mesh: Mesh | None = None,
 ) -> dict[str, Any]:
-    """Parameter tree of a checkpoint whose tensors are read by name, one at a time.
+    """Parameter tree of a checkpoint, whose tensors are read when all of them are known to fit.
 
     Args:
         config: the model's shape.
         names: every tensor of the checkpoint, by its Hugging Face name.
-        read: gives the tensor of a name, floating point, as the checkpoint stores it.
+        find: gives the tensor of a name, which is floating point.
         dtype: float32 or bfloat16; None keeps that of the tensors, which must then agree.
+        mesh: as of `load`.
 
     Raises:
         ValueError: naming the tensor that is missing, unknown, misshapen or of another dtype.
@@ -125,41 +105,48 @@ def assemble(
     names = set(names)
     if config.num_layers > len(names):  # not listed one by one: the number may be any
         raise ValueError(f"num_hidden_layers is {config.num_layers}; the checkpoint has {len(names)} tensors in all")
-    shapes, layout = _shapes(config), _layout(config)
+    layout = table.layout(config)
     unknown = {name for name in names - layout.keys() if not name.endswith(_RECOMPUTED)}
-    if config.tie_embeddings and _HEAD in unknown:
-        if _EMBEDDING in names and not np.array_equal(read(_HEAD), read(_EMBEDDING)):
-            raise ValueError(
-                f"tensor {_HEAD} differs from {_EMBEDDING}, "
-                "but the config says tie_word_embeddings is true"
-            )
-        unknown.remove(_HEAD)
+    repeated = config.tie_embeddings and table.HEAD in unknown
+    if repeated:
+        unknown.remove(table.HEAD)
     missing = layout.keys() - names
     if missing or unknown:
-        hint = ", as the config says tie_word_embeddings is false" if _HEAD in missing else ""
+        hint = ", as the config says tie_word_embeddings is false" if table.HEAD in missing else ""
         raise ValueError(
             f"the checkpoint does not fit a {config.architecture} of this config: "
             f"missing tensors: {_listed(missing)}{hint}; unknown tensors: {_listed(unknown)}"
         )
 
-    leaves: dict[str, np.ndarray] = {}
-    chosen = None if dtype is None else _checked_dtype("dtype", dtype)
+    if dtype is None:
+        first = next(iter(layout))
+        chosen = _checked_dtype(f"dtype of tensor {first}", find(first).dtype)
+    else:
+        chosen = _checked_dtype("dtype", dtype)
+    tensors: dict[str, dict[table.Slot, Stored]] = {}
     for name, slot in layout.items():
-        tensor = read(name)
+        tensor = find(name)
         if tensor.shape != slot.shape:
             raise ValueError(
                 f"tensor {name} has shape {tensor.shape}; the config asks for {slot.shape}"
             )
-        if chosen is None:
-            chosen = _checked_dtype(f"dtype of tensor {name}", tensor.dtype)
         if dtype is None and tensor.dtype != chosen:
             raise ValueError(
                 f"tensor {name} is {tensor.dtype} where others are {chosen}; "
                 "give a dtype to convert all to"
             )
-        if slot.path not in leaves:
-            leaves[slot.path] = np.empty(shapes[slot.path], chosen)
-        leaves[slot.path][slot.index] = slot.flip(tensor)
+        tensors.setdefault(slot.path, {})[slot] = tensor
+    tree = table.shapes(config)
+    shapes = flatten_dict(tree, sep="/")
+    shardings = flatten_dict(sharding.tree_shardings(tree, mesh or _one_device()), sep="/")
+    if repeated and not stream.equal(find(table.HEAD), find(table.EMBEDDING)):
+        raise ValueError(
+            f"tensor {table.HEAD} differs from {table.EMBEDDING}, "
+            "but the config says tie_word_embeddings is true"
+        )
+    leaves = {
+        path: stream.read(shapes[path].shape, chosen, shardings[path], parts) for path, parts in tensors.items()
+    }
     return unflatten_dict(leaves, sep="/")
 
 
@@ -176,12 +163,12 @@ def save(
     """Writes a folder that `load` and transformers' Auto classes read.
 
     It is written under a hidden name beside its final place and renamed when whole, so a folder
-    under the final name is never half a checkpoint. On several hosts, gather the parameters and
-    call it on one.
+    under the final name is never half a checkpoint. Of several processes all call it, and the first one writes what
+    is gathered from all, a block at a time.
 
     Args:
         folder: path to create; it must not exist, or be an empty folder.
-        params: parameter tree, of jax or numpy arrays.
+        params: parameter tree, of jax arrays placed as `sharding.RULES` say, or of others, which go to one device.
         config: the model's shape.
         tokenizer: a transformers tokenizer to save along; it also gives the special ids.
         stop_ids: tokens that end a response; by default the tokenizer's end-of-sequence token.
@@ -190,15 +177,14 @@ def save(
 
     Raises:
         ValueError: the folder has contents, an id lies outside the vocabulary, or a leaf is
-            missing, unknown, misshapen or neither float32 nor bfloat16.
+            missing, unknown, misshapen, split between layers or neither float32 nor bfloat16.
         OSError: the folder cannot be written, or the disk is full.
     """
     folder = Path(folder).resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"folder is {str(folder)!r}, which already exists; give a new one")
+    _on_first(partial(_check_new, folder))
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes is {shard_bytes}; it must be at least 1")
-    leaves, layout = flatten_dict(params, sep="/"), _layout(config)
+    leaves, layout = flatten_dict(params, sep="/"), table.layout(config)
     _check_leaves(leaves, config)
     stored = {
         path: _checked_dtype(f"dtype of {path}", leaf.dtype if dtype is None else dtype)
@@ -209,52 +195,73 @@ def save(
         name: math.prod(slot.shape) * stored[slot.path].itemsize for name, slot in layout.items()
     }
     shards = _shards(num_bytes, shard_bytes)
+    leaves = {path: _on_mesh(path, leaf) for path, leaf in leaves.items()}
 
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    unfinished = folder.with_name(f".{folder.name}.partial")
     try:
+        _on_first(partial(_make_anew, unfinished))
         for file, names in shards.items():
-            tensors = {}
-            for name in names:
-                slot = layout[name]
-                tensor = slot.flip(np.asarray(leaves[slot.path][slot.index]))
-                tensors[name] = np.ascontiguousarray(tensor, stored[slot.path])
-            try:
-                save_file(tensors, partial / file, metadata={"format": "pt"})
-            except SafetensorError as error:  # such as a full disk
-                raise OSError(f"{partial / file} cannot be written: {error}") from error
+            # The order of safetensors' own writer: wider numbers first, so that all are aligned.
+            names.sort(key=lambda name: (-stored[layout[name].path].itemsize, name))
+            slots = {name: layout[name] for name in names}
+            rows = stream.blocks(leaves, slots)
+            _on_first(partial(stream.write, unfinished / file, slots, stored, rows), rows)
+        documents = {"generation_config.json": ids}
+        documents["config.json"] = {**to_hf(config), **ids, "torch_dtype": stored["embed/embedding"].name}
         if len(shards) > 1:
             weight_map = {name: file for file, names in shards.items() for name in names}
-            metadata = {"total_size": sum(num_bytes.values())}
-            _write_json(partial / _INDEX, {"metadata": metadata, "weight_map": weight_map})
-        torch_dtype = stored["embed/embedding"].name
-        _write_json(partial / "config.json", {**to_hf(config), **ids, "torch_dtype": torch_dtype})
-        _write_json(partial / "generation_config.json", ids)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        partial.rename(folder)
+            documents[_INDEX] = {"metadata": {"total_size": sum(num_bytes.values())}, "weight_map": weight_map}
+        _on_first(partial(_finish, unfinished, folder, documents, tokenizer))
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if jax.process_index() == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
         raise
 
 
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every leaf of the parameter tree, by path."""
-    tree = jax.eval_shape(lambda: init(jax.random.key(0), config))
-    return {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
+def _on_first(action: Callable[[], None], rest: Iterable[Any] = ()) -> None:
+    """Runs `action` on the first process, and what is left of `rest` on all; when it fails, it fails on all."""
+    error: Exception | None = None
+    if jax.process_index() == 0:
+        try:
+            action()
+        except Exception as caught:
+            error = caught
+    deque(rest, maxlen=0)
+    failed = multihost_utils.broadcast_one_to_all(np.array(error is not None))
+    if error is not None:
+        raise error
+    if failed:
+        raise OSError("the first process cannot write the folder; its message says why")
 
 
-def _layout(config: ModelConfig) -> dict[str, _Slot]:
-    """Every tensor of a checkpoint, by name."""
-    layout = {}
-    for path, shape in _shapes(config).items():
-        stacked = path.startswith("layers/")
-        shape = shape[1:] if stacked else shape
-        shape = shape[::-1] if path.endswith("/kernel") else shape
-        for index in range(config.num_layers) if stacked else [...]:
-            layout[NAMES[path].format(index)] = _Slot(path, index, shape)
-    return layout
+def _check_new(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"folder is {str(folder)!r}, which already exists; give a new one")
+
+
+def _make_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _finish(unfinished: Path, folder: Path, documents: dict[str, dict[str, Any]], tokenizer: Any) -> None:
+    for name, content in documents.items():
+        (unfinished / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(unfinished)
+    unfinished.rename(folder)
+
+
+def _one_device() -> Mesh:
+    return sharding.make_mesh(devices=jax.local_devices()[:1])
+
+
+def _on_mesh(path: str, leaf: Any) -> jax.Array:
+    if not isinstance(getattr(leaf, "sharding", None), NamedSharding):
+        return jax.device_put(leaf, NamedSharding(_one_device(), P()))
+    if path.startswith("layers/") and leaf.sharding.shard_shape(leaf.shape)[0] != leaf.shape[0]:
+        raise ValueError(f"params {path} is placed as {leaf.sharding.spec}; the first axis, its layers, must be whole")
+    return leaf
 
 
 def _weight_files(folder: Path) -> dict[str, set[str] | None]:
@@ -286,15 +293,15 @@ def _open(path: Path) -> Any:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
 
 
-def _read(handle: Any, name: str) -> np.ndarray:
-    stored = handle.get_slice(name).get_dtype()
-    if stored not in _READABLE:
-        raise ValueError(f"tensor {name} is {stored}; supported: {', '.join(_READABLE)}")
-    return handle.get_tensor(name)
+def _stored(handle: Any, name: str) -> Stored:
+    tensor = handle.get_slice(name)
+    if (code := tensor.get_dtype()) not in _READABLE:
+        raise ValueError(f"tensor {name} is {code}; supported: {', '.join(_READABLE)}")
+    return Stored(tuple(tensor.get_shape()), _READABLE[code], lambda: tensor)
 
 
 def _check_leaves(leaves: dict[str, Any], config: ModelConfig) -> None:
-    shapes = _shapes(config)
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(table.shapes(config), sep="/").items()}
     if leaves.keys() != shapes.keys():
         raise ValueError(
             f"params do not fit a {config.architecture} of this config: "
@@ -356,10 +363,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
     return content
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _listed(names: Iterable[str]) -> str:

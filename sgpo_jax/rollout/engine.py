@@ -1,10 +1,10 @@
 """Jitted generation with continuous batching: a fixed number of slots decodes, and a free slot takes the next response.
 
-Each prompt is prefilled once. A slot's cache holds a copy of its prompt and a ring that all slots write at the same
-index: a response feeds at most T tokens, so its own entries are never overwritten, whenever it began.
+Each prompt is prefilled once. A slot's cache begins with a copy of its prompt, and its response follows, so that what
+is read of it grows with it.
 
 Axis key: W shards of the rows, B prompts, G responses per prompt, Q = B / W * G responses of a shard, R slots of a
-shard, P prompt length, T new tokens, V vocabulary.
+shard, P prompt length, T new tokens, V vocabulary; of a cache K key/value heads, L layers, S length, N head size.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ import numpy as np
 
 from sgpo_jax import models
 from sgpo_jax.rollout.sampling import sample
-from sgpo_jax.sharding import BATCH, constrain, path_name
+from sgpo_jax.sharding import BATCH, constrain, path_name, spec_for
 
 Array = jax.Array | np.ndarray
 
@@ -41,7 +41,7 @@ class _Slots(NamedTuple):
     item: jax.Array  # [W,R] response of the shard; Q: none
     sampled: jax.Array  # [W,R] tokens of it so far
     token: jax.Array  # [W,R] token to feed next, at first the prompt's last
-    cache: models.Cache  # of W * R rows and P - 1 + T slots
+    cache: models.Cache  # of W * R rows, with room for P - 1 + T tokens
 
 
 @partial(
@@ -96,20 +96,19 @@ def generate(
     count, length = prompts.shape
     if count % shards or slots % shards:
         raise ValueError(f"shards={shards}: must divide the {count} prompts and slots={slots}")
-    if length == 1:  # decoding starts with the prompt's last token, and there must be something before it
-        prompts, mask = jnp.pad(prompts, ((0, 0), (1, 0))), jnp.pad(mask, ((0, 0), (1, 0)))
     waiting = count // shards * group
     width = min(slots // shards or waiting, waiting)
-    params = _cast(params, dtype)
+    params = _resident(params, dtype)
     head = _contiguous_head(params, config)
     stops = jnp.asarray(stop_ids, jnp.int32)
 
-    cache = models.init_cache(config, count, prompts.shape[1] - 1, dtype)
-    early, seen = prompts[:, :-1], mask[:, :-1]
-    _, filled = models.apply(params, config, early, models.positions_of(mask)[:, :-1], seen, cache, dtype=dtype)
-    assert filled is not None  # a cache went in
     by_shard = partial(jnp.reshape, shape=(shards, count // shards))
-    last, prompt_lengths, problem_ids = by_shard(prompts[:, -1]), by_shard(mask.sum(axis=-1)), by_shard(problem_ids)
+    last, problem_ids = by_shard(prompts[:, -1]), by_shard(problem_ids)
+    empty = _laid_out(models.init_cache(config, count, length - 1, dtype))
+    # All but the last token, which is the first to be decoded.
+    early = _left_aligned(prompts[:, :-1], mask[:, :-1])
+    filled = models.apply(params, config, *early, empty, dtype=dtype)[1] if length > 1 else empty
+    assert filled is not None  # a cache went in
 
     def of_problem(values, item):
         return jnp.take_along_axis(values, jnp.minimum(item // group, values.shape[1] - 1), axis=1)
@@ -117,13 +116,14 @@ def generate(
     def decode(state):
         queued, now, out, steps = state
         active = now.item < waiting
-        position = of_problem(prompt_lengths, now.item) - 1 + now.sampled
+        position = now.cache["length"]
         hidden, cache = models.apply(
             params, config, *(x.reshape(-1, 1) for x in (now.token, position, active)), now.cache, dtype=dtype
         )
         assert cache is not None
-        index = jnp.where(cache["index"] == cache["position"].shape[1], ring, cache["index"]).astype(jnp.int32)
-        logits = constrain(jnp.dot(hidden[:, 0], head, preferred_element_type=jnp.float32), BATCH, None)
+        logits = jnp.dot(hidden[:, 0], head, preferred_element_type=jnp.float32)
+        # Each device makes its part of the vocabulary, and then samples a part of the rows.
+        logits = constrain(constrain(logits, BATCH, "tensor"), (*BATCH, "tensor"), None)
         noise = [x.reshape(-1) for x in (of_problem(problem_ids, now.item), now.item % group, now.sampled)]
         uniform = jax.vmap(lambda *ids: jax.random.uniform(_fold(key, *ids)))(*noise)
         token, logp = sample(logits, uniform, temperature=temperature, top_p=top_p, top_k=top_k)
@@ -131,7 +131,7 @@ def generate(
         stopped = jnp.isin(token, stops)
         out = _record(out, now, token, logp, stopped)
         ended = stopped | (now.sampled + 1 == max_new_tokens)
-        now = _Slots(jnp.where(ended, waiting, now.item), now.sampled + 1, token, {**cache, "index": index})
+        now = _Slots(jnp.where(ended, waiting, now.item), now.sampled + 1, token, cache)
         return queued, now, out, steps + now.item.size
 
     def refill(state):
@@ -145,9 +145,7 @@ def generate(
         now = _Slots(item, jnp.where(fresh, 0, now.sampled), token, cache)
         return queued + fresh.sum(axis=1), now, out, steps
 
-    ring = prompts.shape[1] - 1
-    cache = _laid_out(models.init_cache(config, shards * width, ring + max_new_tokens, dtype))
-    cache["index"] = jnp.int32(ring)
+    cache = _laid_out(models.init_cache(config, shards * width, length - 1 + max_new_tokens, dtype))
     idle = jnp.full((shards, width), waiting, jnp.int32)
     out = Rollout(
         jnp.full((shards, waiting, max_new_tokens), pad_id, jnp.int32),
@@ -180,12 +178,15 @@ def _drain(state: Any, waiting: int, refill: Callable, decode: Callable) -> Any:
         def going(state):
             return busy(state, narrowed(all_slots)) & ~refill_due(state)
 
-        return jax.lax.while_loop(going, decode, refill(state))
+        state = refill(state)
+        with jax.named_scope(f"decode_{all_slots}"):
+            return jax.lax.while_loop(going, decode, state)
 
     step = refill_and_decode
     while width:
         narrower = narrowed(width)
-        state = jax.lax.while_loop(partial(busy, narrower=narrower), step, state)
+        with jax.named_scope("refill" if step is refill_and_decode else f"decode_{width}"):
+            state = jax.lax.while_loop(partial(busy, narrower=narrower), step, state)
         if narrower:
             state = state[0], _active_first(state[1], waiting, narrower), *state[2:]
         step, width = decode, narrower
@@ -212,29 +213,38 @@ def _record(out: Rollout, now: _Slots, token: jax.Array, logp: jax.Array, stoppe
     return jax.vmap(write)(*out, now.item, now.sampled, token, logp, stopped)
 
 
+def _left_aligned(prompts: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Prompts `[B,P]` padded on the left -> (padded on the right, positions, mask)."""
+    lengths = mask.sum(axis=-1, keepdims=True)
+    positions = jnp.broadcast_to(jnp.arange(mask.shape[1]), mask.shape)
+    tokens = jnp.take_along_axis(prompts, (positions - lengths) % mask.shape[1], axis=1)
+    return tokens, positions, positions < lengths
+
+
 def _insert(cache: models.Cache, prompts: models.Cache, fresh: jax.Array, problem: jax.Array) -> models.Cache:
-    """The slots' cache with the prompt of `problem` `[W,R]` in every `fresh` `[W,R]` slot, and nothing after it."""
-    shards, rows = fresh.shape
-    length = prompts["position"].shape[1]
+    """The slots' cache with the prompt of `problem` `[W,R]`, and nothing else, in every `fresh` `[W,R]` slot."""
+    shards = len(fresh)
+    length = prompts["key"].shape[3]
+    replaced = fresh.reshape(-1)
 
-    def of_problem(values):
-        by_shard = values.reshape(shards, -1, *values.shape[1:])
-        return jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(by_shard, problem).reshape(-1, *values.shape[1:])
-
-    def where_fresh(new, old):
-        return jnp.where(fresh.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+    def of_problem(values, axis):
+        shape = values.shape[:axis], values.shape[axis + 1 :]
+        by_shard = values.reshape(*shape[0], shards, -1, *shape[1])
+        take = jax.vmap(partial(jnp.take, axis=axis, mode="clip"), in_axes=(axis, 0), out_axes=axis)
+        return take(by_shard, problem).reshape(*shape[0], -1, *shape[1])
 
     def copy(layer, caches):
         # A layer at a time: the gathered prompts are as large as the part of the cache that they go to.
         return tuple(
-            whole.at[layer, :, :length].set(where_fresh(of_problem(source[layer]), whole[layer, :, :length]))
+            whole.at[:, layer, :, :length].set(
+                jnp.where(replaced[:, None, None], of_problem(source[:, layer], 1), whole[:, layer, :, :length])
+            )
             for whole, source in zip(caches, (prompts["key"], prompts["value"]), strict=True)
         )
 
-    keys, values = jax.lax.fori_loop(0, cache["key"].shape[0], copy, (cache["key"], cache["value"]))
-    ring = jnp.full((shards * rows, cache["position"].shape[1] - length), -1, jnp.int32)
-    position = where_fresh(jnp.concatenate([of_problem(prompts["position"]), ring], axis=1), cache["position"])
-    return {**cache, "key": keys, "value": values, "position": position}
+    keys, values = jax.lax.fori_loop(0, cache["key"].shape[1], copy, (cache["key"], cache["value"]))
+    lengths = jnp.where(replaced, of_problem(prompts["length"], 0), cache["length"])
+    return {"key": keys, "value": values, "length": lengths}
 
 
 def _active_first(now: _Slots, waiting: int, width: int) -> _Slots:
@@ -248,24 +258,28 @@ def _active_first(now: _Slots, waiting: int, width: int) -> _Slots:
         picked = jax.vmap(lambda x, i: jnp.take(x, i, axis=axis), in_axes=(axis, 0), out_axes=axis)(values, chosen)
         return picked.reshape(*shape[:axis], -1, *shape[axis + 1 :])
 
-    cache = {**now.cache, "position": pick(now.cache["position"], 0)}
-    cache |= {name: pick(now.cache[name], 1) for name in ("key", "value")}
+    cache = {"length": pick(now.cache["length"], 0)} | {name: pick(now.cache[name], 2) for name in ("key", "value")}
     item, sampled, token = (jnp.take_along_axis(field, chosen, axis=1) for field in now[:3])
     return _Slots(item, sampled, token, _laid_out(cache))
 
 
 def _laid_out(cache: models.Cache) -> models.Cache:
-    layout = (None, BATCH, None, "tensor", None)
+    layout = ("tensor", None, BATCH, None, None)
     return {**cache, **{name: constrain(cache[name], *layout) for name in ("key", "value")}}
 
 
-def _cast(params: Any, dtype: Any) -> Any:
-    """Matrices in the dtype they are multiplied in, once rather than at every token; norms and biases stay."""
+def _resident(params: Any, dtype: Any) -> Any:
+    """Matrices in the dtype they are multiplied in, and whole but for the tensor axis.
 
-    def cast(path, leaf):
-        return leaf.astype(dtype) if path_name(path).endswith(("kernel", "embedding")) else leaf
+    Done once: else every token would cast them, and gather them from all devices. Norms and biases stay.
+    """
 
-    return jax.tree_util.tree_map_with_path(cast, params)
+    def prepare(path, leaf):
+        name = path_name(path)
+        leaf = leaf.astype(dtype) if name.endswith(("kernel", "embedding")) else leaf
+        return constrain(leaf, *("tensor" if axis == "tensor" else None for axis in spec_for(name, leaf.shape)))
+
+    return jax.tree_util.tree_map_with_path(prepare, params)
 
 
 def _contiguous_head(params: Any, config: models.ModelConfig) -> jax.Array:

@@ -2,8 +2,8 @@
 
     python kill_in.py FILE
 
-FILE holds a JSON object: module, arguments, folder, sick, and kills, a list of [phase, number, seconds]. The process ends
-that long after the phase began for the `number`th time, at the latest when it ends. Each is a fork of this process: the
+FILE holds a JSON object: module, arguments, folder, sick, and kills, a list of [phase, number, seconds]. The process
+ends that long after the phase began for the `number`th time, or when it ends. Each is a fork of this process: the
 imports are paid for once. After the last kill, the command runs to its end. Printed is a list with what became of each,
 [exit code, names of unfinished checkpoints, last line of the output], up to the first that was not killed.
 

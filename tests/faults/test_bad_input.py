@@ -66,7 +66,7 @@ CONFIGS = {
     "half a response": ({"rl.guided": 2.5}, r"config\.rl\.guided=2\.5: must be a whole number"),
     "a seed that is NaN": ({"seed": math.nan}, r"config\.seed=nan: must be a whole number"),
     "a number for text": ({"model.source": 5}, r"config\.model\.source=5: must be text"),
-    "a number for a switch": ({"model.remat": 1}, r"config\.model\.remat=1: must be True or False"),
+    "a number for a switch": ({"eval.guided": 1}, r"config\.eval\.guided=1: must be True or False"),
     "text for stages": ({"stages": "sft"}, r"config\.stages='sft': must be a tuple"),
     "a number among stages": ({"stages": (5,)}, r"config\.stages=\(5,\): must be one or more of \('sft', 'rl',"),
     "a field that is missing": ({"rl.delta": ...}, r"config\.rl\.delta: is missing"),
@@ -181,7 +181,7 @@ def load_model(folder):
     _, initial = policy.load(
         str(folder), "", layers=0, hidden=0, heads=0, mlp=0, dtype=jnp.float32, instruction=""
     )
-    return initial(jax.random.key(0))
+    return initial(jax.random.key(0), sharding.make_mesh())
 
 
 def load_changed(change, place):

@@ -42,6 +42,15 @@ COMMANDS = {
     "a paper's row that is none": (
         "evaluate", ["--model=smollm2", "--out={place}/out", "--paper=gpt"], r"--paper=gpt: must be one of",
     ),
+    "topology that is none": ("plan", ["--topology=v9:4x4"], r"--topology=v9:4x4: must be v5e, v6e, v5p, ':' and a"),
+    "search without chips": ("plan", ["--topology=auto"], r"--chips=: must be given with --topology=auto, and only"),
+    "response beyond its limit": (
+        "plan", ["--topology=v5e:2x2", "--response_tokens=29"], r"--response_tokens=29: must be between 1 and 28",
+    ),
+    "plan of an unknown model": (
+        "plan", ["--topology=v5e:2x2", "--config.model.source=Org/model"],
+        r"config\.model\.source='Org/model': without a network the shapes of these are known: Qwen/Qwen2\.5-0\.5B",
+    ),
     "strategies without endpoint": (
         "strategies", ["--config.extract.source={place}/good.jsonl"],
         r"config\.extract\.strong\.name='': must name a model, or OPENAI_MODEL",
@@ -158,7 +167,7 @@ WRONG_FLAGS = {
     "no value": ("--config.rl.batch", r"Missing value for flag --config\.rl\.batch"),
     "a value for a section": ("--config.rl=3", r"--config\.rl=3: Failed to parse '3' as a ConfigDict"),
     "half a tuple": ("--config.stages=('sft',", r"--config\.stages=\('sft',: Error while parsing string"),
-    "no switch": ("--config.model.remat=maybe", r"--config\.model\.remat=maybe: .*boolean"),
+    "no switch": ("--config.eval.guided=maybe", r"--config\.eval\.guided=maybe: .*boolean"),
     "an unknown flag": ("--workdri=x", r"Unknown command line flag 'workdri'"),
     "a folder for a config": ("--config=configs", r"sgpo_jax: --config=configs: there is no such file"),
 }

@@ -1,0 +1,132 @@
+# shellcheck shell=bash
+# What the launch scripts share; they source it. It works with the bash 3.2 of macOS.
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+dry_run=no
+overrides=()
+
+fail() {
+    echo "${0##*/}: $1" >&2
+    echo "launch/${0##*/} --help tells how to use it" >&2
+    exit 2
+}
+
+# Prints the comment at the top of a script.
+usage() {
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
+}
+
+# Prints the arguments as one line for a shell, quoted where they must be.
+quoted() {
+    local line="" argument
+    for argument in "$@"; do
+        if [[ ! $argument =~ ^[A-Za-z0-9_./:=@,+-]+$ ]]; then
+            argument="'${argument//\'/\'\\\'\'}'"
+        fi
+        line+="${line:+ }$argument"
+    done
+    printf '%s\n' "$line"
+}
+
+# Prints a text without control characters as a string of JSON, which YAML reads as well.
+json_string() {
+    local text=${1//\\/\\\\}
+    printf '"%s"' "${text//\"/\\\"}"
+}
+
+# Runs a command, or prints it in a dry run.
+execute() {
+    if [[ $dry_run == yes ]]; then
+        quoted "$@"
+    else
+        "$@"
+    fi
+}
+
+# execute_with TEXT COMMAND ...: the same, with the text as its standard input.
+execute_with() {
+    local text=$1
+    shift
+    if [[ $dry_run == yes ]]; then
+        printf "%s <<'EOF'\n%s\nEOF\n" "$(quoted "$@")" "$text"
+    else
+        "$@" <<<"$text"
+    fi
+}
+
+# In a dry run, says what the commands after it depend on.
+remark() {
+    [[ $dry_run == no ]] || echo "# $1"
+}
+
+# check OPTION VALUE PATTERN WHAT: the value must match the whole pattern.
+check() {
+    [[ -n $2 ]] || fail "--$1 is missing"
+    [[ $2 =~ ^($3)$ ]] || fail "--$1 must be $4, not '$2'"
+}
+
+# parse SUBCOMMAND VALUES FLAGS ARGUMENTS ...: the variables named like the options in VALUES get what was given, those
+# in FLAGS "yes"; what comes after -- goes into `overrides`.
+parse() {
+    # The names begin with two underscores because an option's variable may be called like any other.
+    local __subcommand=$1 __values=" $2 " __flags=" $3 dry-run " __option
+    shift 3
+    while (($# > 0)); do
+        __option=${1#--}
+        if [[ $1 == -- ]]; then
+            shift
+            overrides=("$@")
+            return
+        elif [[ $1 == --?* && $__flags == *" $__option "* ]]; then
+            printf -v "${__option//-/_}" yes
+        elif [[ $1 == --?* && $__values == *" $__option "* ]]; then
+            (($# > 1)) || fail "$1 needs a value"
+            printf -v "${__option//-/_}" '%s' "$2"
+            shift
+        else
+            fail "$__subcommand takes no '$1'"
+        fi
+        shift
+    done
+}
+
+# The tools that a subcommand needs, unless it only prints what it would do.
+need() {
+    local tool
+    for tool in "$@"; do
+        [[ $dry_run == yes ]] || command -v "$tool" >/dev/null || fail "$tool is not installed"
+    done
+}
+
+check_config() {
+    check config "$1" 'configs/[A-Za-z0-9_]+\.py(:[A-Za-z0-9_,=.-]+)?' "configs/FILE.py or configs/FILE.py:METHOD"
+    [[ -f $root/${1%%:*} ]] || fail "--config: there is no file ${1%%:*}"
+}
+
+check_overrides() {
+    local override
+    for override in ${overrides[@]+"${overrides[@]}"}; do
+        [[ $override != *[[:cntrl:]]* ]] || fail "what follows -- must be without line breaks and control characters"
+        [[ $override == --config.?*=* ]] || fail "after -- only --config.field=value may follow, not '$override'"
+    done
+}
+
+no_overrides() {
+    ((${#overrides[@]} == 0)) || fail "$1 takes nothing after --"
+}
+
+# Seconds, a whole number.
+check_seconds() {
+    check "$1" "$2" '[0-9]{1,5}' "a whole number of seconds"
+}
+
+check_share() {
+    check share "$1" '[A-Za-z0-9.-]+:/[A-Za-z0-9_./-]*' "an NFS share such as 10.0.0.2:/shared"
+}
+
+# Makes an archive of the committed tree, and nothing that is not committed.
+archive_tree() {
+    archive=$root/build/sgpo_jax.tar.gz
+    execute mkdir -p "$root/build"
+    execute git -C "$root" archive --output "$archive" HEAD
+}

@@ -1,0 +1,181 @@
+"""Grouped-query attention, over a row of packed sequences and over the cache of a decoding step.
+
+On a mesh of TPUs these are JAX's Pallas kernels (splash attention, paged attention) under `shard_map`, on GPUs cuDNN's
+attention; elsewhere, or where a kernel does not take the shape, plain products. No kernel holds scores of [T,T].
+
+Axis key: B batch, T tokens, S cache length, H query heads, K key/value heads, N head size, L layers.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention as paged_attention_kernel
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+from jax.sharding import PartitionSpec as P
+
+from sgpo_jax.sharding import BATCH, fitting, platform
+
+LANES = 128  # both TPU kernels want lengths, and paged attention head sizes, in multiples of this
+SPLASH_BLOCK = 512  # queries and keys of a splash block
+PAGES_PER_BLOCK = 4  # pages of LANES tokens that paged attention reads at once
+
+SAVED = "attention"  # name of the outputs, for rematerialisation to save
+
+_FILL = -1e30  # finite, so that a padding query, which sees nothing, gives no NaN
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
+    """Causal attention within segments; softmax in float32.
+
+    Args:
+      query: `[B,T,H,N]`.
+      key, value: `[B,T,K,N]`.
+      segments: `[B,T]` int32. A token sees those of its own segment that do not stand after it; 0 is padding, whose
+        outputs mean nothing.
+
+    Returns:
+      `[B,T,H*N]`.
+    """
+    chosen = {"tpu": splash, "gpu": cudnn}.get(platform(), plain)
+    return chosen(query, key, value, segments)
+
+
+def attend_cache(query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any, lengths: jax.Array) -> jax.Array:
+    """Attention of one new token of each row to the first `lengths` tokens of its cache, of which it is the last.
+
+    Args:
+      query: `[B,H,N]`.
+      keys, values: `[K,L,B,S,N]`.
+      layer: [] int32, which of the L.
+      lengths: `[B]` int32, at least 1; more than S is S.
+
+    Returns:
+      `[B,H*N]`.
+    """
+    if platform() == "tpu" and query.shape[-1] % LANES == 0 and keys.shape[3] % LANES == 0:
+        return paged(query, keys, values, layer, lengths)
+    return plain_cache(query, keys, values, layer, lengths)
+
+
+def append(cache: jax.Array, new: jax.Array, layer: Any, slots: jax.Array) -> jax.Array:
+    """`cache` `[K,L,B,S,N]` with `new` `[B,K,N]` in slot `slots[b]` of each row, if it has such a slot."""
+    # Written out because B must be a batch dimension of the scatter, for the partitioner to see that a row concerns no
+    # other device, and because what vmap makes of this is not done in place.
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(0, 2), inserted_window_dims=(1, 3), scatter_dims_to_operand_dims=(1, 3),
+        operand_batching_dims=(2,), scatter_indices_batching_dims=(0,),
+    )  # fmt: skip
+    places = jnp.stack([jnp.full_like(slots, layer), slots], axis=-1)
+    return jax.lax.scatter(cache, places, new.swapaxes(0, 1), numbers, unique_indices=True, mode="drop")
+
+
+def cache_length(slots: int) -> int:
+    """S, room for at least `slots` tokens: a whole number of pages where the kernel asks for it."""
+    return -(-slots // LANES) * LANES if platform() == "tpu" else slots
+
+
+def plain(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
+    """`attend` with all scores `[B,H,T,T]` at once."""
+    batch, length, heads, size = query.shape
+    query = query.reshape(batch, length, key.shape[2], heads // key.shape[2], size)
+    scores = jnp.einsum("btkgn,bskn->bkgts", query, key, preferred_element_type=jnp.float32)
+    scores = jnp.where(_visible(segments)[:, None, None], scores * size**-0.5, _FILL)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgts,bskn->btkgn", weights, value).reshape(batch, length, heads * size)
+
+
+def plain_cache(query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any, lengths: jax.Array) -> jax.Array:
+    """`attend_cache` that reads every slot."""
+    batch, heads, size = query.shape
+    key, value = keys[:, layer], values[:, layer]
+    query = query.reshape(batch, len(key), heads // len(key), size)
+    scores = jnp.einsum("bkgn,kbsn->kbgs", query, key, preferred_element_type=jnp.float32)
+    visible = jnp.arange(key.shape[2]) < lengths[:, None, None]
+    weights = jax.nn.softmax(jnp.where(visible, scores * size**-0.5, _FILL), axis=-1).astype(value.dtype)
+    return jnp.einsum("kbgs,kbsn->bkgn", weights, value).reshape(batch, heads * size)
+
+
+def cudnn(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
+    """`attend` by cuDNN, which holds no scores, but takes the segments as a mask `[B,1,T,T]` for all heads."""
+    batch, length, heads, size = query.shape
+    # Its kernels are for 16 bits and head sizes up to 128.
+    fits = query.dtype in (jnp.bfloat16, jnp.float16) and size % 8 == 0 and size <= LANES
+    out = jax.nn.dot_product_attention(
+        query, key, value, mask=_visible(segments)[:, None], implementation="cudnn" if fits else "xla"
+    )
+    return out.reshape(batch, length, heads * size)
+
+
+def splash(
+    query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, interpret: bool = False
+) -> jax.Array:
+    """`attend` by the splash kernel, which skips the blocks that causality empties; `interpret` runs it anywhere."""
+    batch, length, heads, size = query.shape
+    block = min(SPLASH_BLOCK, -(-length // LANES) * LANES)
+    room = -length % block
+    # The kernel knows no scale; rounded once more, in the query's type.
+    query = (query.astype(jnp.float32) * size**-0.5).astype(query.dtype)
+    query, key, value = (jnp.pad(x, ((0, 0), (0, room), (0, 0), (0, 0))).swapaxes(1, 2) for x in (query, key, value))
+    segments = jnp.pad(segments, ((0, 0), (0, room)))
+
+    def local(query, key, value, segments):
+        kernel = _splash_kernel(query.shape[1], length + room, block, interpret)
+        ids = splash_attention_kernel.SegmentIds(segments, segments)
+        return jax.vmap(kernel)(query, key, value, ids)
+
+    rows, tensor = fitting((batch, key.shape[1]), (BATCH, "tensor"))
+    by_head, by_row = P(rows, tensor, None, None), P(rows, None)
+    out = _per_device(local, (by_head, by_head, by_head, by_row), by_head)(query, key, value, segments)
+    return out.swapaxes(1, 2)[:, :length].reshape(batch, length, heads * size)
+
+
+def paged(query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any, lengths: jax.Array) -> jax.Array:
+    """`attend_cache` by the paged kernel, which reads the pages in use: those of all layers are one pool."""
+    batch, heads, size = query.shape
+    kv_heads, layers, _, slots, _ = keys.shape
+    pages = slots // LANES
+    query = (query.astype(jnp.float32) * size**-0.5).astype(query.dtype)
+    lengths = jnp.minimum(lengths, slots)
+
+    def local(query, keys, values, layer, lengths):
+        pool = (keys.shape[0], -1, LANES, size)
+        rows = len(query)
+        # Rows stand one after another in a layer, so the table is known; only where it begins is not.
+        table = (layer * rows + jnp.arange(rows)[:, None]) * pages + jnp.arange(pages)
+        return paged_attention_kernel(
+            query, keys.reshape(pool), values.reshape(pool), lengths, table.astype(jnp.int32),
+            pages_per_compute_block=math.gcd(pages, PAGES_PER_BLOCK),
+        )  # fmt: skip
+
+    rows, tensor = fitting((batch, kv_heads), (BATCH, "tensor"))
+    by_head, cache = P(rows, tensor, None), P(tensor, None, rows, None, None)
+    run = _per_device(local, (by_head, cache, cache, P(), P(rows)), by_head)
+    return run(query, keys, values, jnp.asarray(layer, jnp.int32), lengths).reshape(batch, heads * size)
+
+
+def _visible(segments: jax.Array) -> jax.Array:
+    """`[B,T]` -> `[B,T,T]` bool. Within a row causality goes by slot, which also holds for packed sequences."""
+    order = jnp.arange(segments.shape[1])
+    return (order <= order[:, None]) & (segments[:, None, :] == segments[:, :, None]) & (segments[:, None, :] != 0)
+
+
+def _splash_kernel(heads: int, length: int, block: int, interpret: bool) -> Callable:
+    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * heads)
+    sizes = splash_attention_kernel.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
+        block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
+    )  # fmt: skip
+    return splash_attention_kernel.make_splash_mha(
+        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name=SAVED, interpret=interpret
+    )
+
+
+def _per_device(local: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """`local` on each device's part: the partitioner cannot split a kernel."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return local
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -1,0 +1,64 @@
+"""Shapes of published models, so that a plan for them needs neither weights nor a network."""
+
+from typing import Any
+
+from sgpo_jax.models.config import ModelConfig, from_hf
+
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+
+
+def _qwen2(*sizes: int, vocab: int, tied: bool) -> dict[str, Any]:
+    return dict(zip(_SIZES, sizes, strict=True)) | {
+        "architectures": ["Qwen2ForCausalLM"], "vocab_size": vocab, "tie_word_embeddings": tied,
+        "rope_theta": 1e6, "rms_norm_eps": 1e-6, "max_position_embeddings": 32768,
+    }  # fmt: skip
+
+
+def _qwen3(*sizes: int, tied: bool) -> dict[str, Any]:
+    return dict(zip(_SIZES, sizes, strict=True)) | {
+        "architectures": ["Qwen3ForCausalLM"], "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": tied,
+        "rope_theta": 1e6, "rms_norm_eps": 1e-6, "max_position_embeddings": 40960,
+    }  # fmt: skip
+
+
+def _llama3(*sizes: int, tied: bool, factor: float) -> dict[str, Any]:
+    scaling = {
+        "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    return dict(zip(_SIZES, sizes, strict=True)) | {
+        "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "tie_word_embeddings": tied,
+        "rope_theta": 5e5, "rope_scaling": scaling, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072,
+    }  # fmt: skip
+
+
+def _smollm2(*sizes: int, theta: float) -> dict[str, Any]:
+    return dict(zip(_SIZES, sizes, strict=True)) | {
+        "architectures": ["LlamaForCausalLM"], "vocab_size": 49152, "tie_word_embeddings": True,
+        "rope_theta": theta, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192,
+    }  # fmt: skip
+
+
+# Hub id -> what the decoder reads of its config.json; the sizes in the order of _SIZES.
+KNOWN: dict[str, dict[str, Any]] = {
+    "Qwen/Qwen2.5-0.5B-Instruct": _qwen2(896, 24, 14, 2, 4864, vocab=151936, tied=True),
+    "Qwen/Qwen2.5-1.5B-Instruct": _qwen2(1536, 28, 12, 2, 8960, vocab=151936, tied=True),
+    "Qwen/Qwen2.5-3B-Instruct": _qwen2(2048, 36, 16, 2, 11008, vocab=151936, tied=True),
+    "Qwen/Qwen2.5-7B-Instruct": _qwen2(3584, 28, 28, 4, 18944, vocab=152064, tied=False),
+    "Qwen/Qwen2.5-14B-Instruct": _qwen2(5120, 48, 40, 8, 13824, vocab=152064, tied=False),
+    "Qwen/Qwen3-1.7B": _qwen3(2048, 28, 16, 8, 6144, tied=True),
+    "Qwen/Qwen3-4B": _qwen3(2560, 36, 32, 8, 9728, tied=True),
+    "Qwen/Qwen3-8B": _qwen3(4096, 36, 32, 8, 12288, tied=False),
+    "meta-llama/Llama-3.1-8B-Instruct": _llama3(4096, 32, 32, 8, 14336, tied=False, factor=8.0),
+    "meta-llama/Llama-3.2-1B-Instruct": _llama3(2048, 16, 32, 8, 8192, tied=True, factor=32.0),
+    "meta-llama/Llama-3.2-3B-Instruct": _llama3(3072, 28, 24, 8, 8192, tied=True, factor=32.0),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": _smollm2(576, 30, 9, 3, 1536, theta=1e5),
+    "HuggingFaceTB/SmolLM2-360M-Instruct": _smollm2(960, 32, 15, 5, 2560, theta=1e5),
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": _smollm2(2048, 24, 32, 32, 8192, theta=1.3e5),
+}
+
+
+def shape(source: str) -> ModelConfig | None:
+    """The shape of a model of the hub, or None where it is not known here."""
+    source = "HuggingFaceTB/SmolLM2-135M-Instruct" if source == "smollm2" else source
+    return from_hf(KNOWN[source]) if source in KNOWN else None

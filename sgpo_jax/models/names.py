@@ -1,0 +1,62 @@
+"""The one table between names in a Hugging Face checkpoint and paths in the parameter tree, for import and export."""
+
+from typing import Any, NamedTuple
+
+import jax
+from flax.traverse_util import flatten_dict
+
+from sgpo_jax.models.config import ModelConfig
+from sgpo_jax.models.decoder import init
+
+# Path in the parameter tree: name in the checkpoint, with the layer number for {}. A kernel is
+# stored as [in, out] here and as [out, in] there; everything else is stored alike.
+NAMES = {
+    "embed/embedding": "model.embed_tokens.weight",
+    "layers/attn_norm/scale": "model.layers.{}.input_layernorm.weight",
+    "layers/q/kernel": "model.layers.{}.self_attn.q_proj.weight",
+    "layers/q/bias": "model.layers.{}.self_attn.q_proj.bias",
+    "layers/k/kernel": "model.layers.{}.self_attn.k_proj.weight",
+    "layers/k/bias": "model.layers.{}.self_attn.k_proj.bias",
+    "layers/v/kernel": "model.layers.{}.self_attn.v_proj.weight",
+    "layers/v/bias": "model.layers.{}.self_attn.v_proj.bias",
+    "layers/q_norm/scale": "model.layers.{}.self_attn.q_norm.weight",
+    "layers/k_norm/scale": "model.layers.{}.self_attn.k_norm.weight",
+    "layers/o/kernel": "model.layers.{}.self_attn.o_proj.weight",
+    "layers/mlp_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
+    "layers/gate/kernel": "model.layers.{}.mlp.gate_proj.weight",
+    "layers/up/kernel": "model.layers.{}.mlp.up_proj.weight",
+    "layers/down/kernel": "model.layers.{}.mlp.down_proj.weight",
+    "norm/scale": "model.norm.weight",
+    "head/kernel": "lm_head.weight",
+}
+EMBEDDING, HEAD = NAMES["embed/embedding"], NAMES["head/kernel"]
+
+
+class Slot(NamedTuple):
+    """Where a tensor of the checkpoint lives in the parameter tree."""
+
+    path: str
+    layer: int | None  # position along the leading axis of the leaf; None: it is the whole leaf
+    shape: tuple[int, ...]  # as stored in the checkpoint
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the checkpoint stores it the other way round."""
+        return self.path.endswith("/kernel")
+
+
+def shapes(config: ModelConfig) -> dict[str, Any]:
+    """The parameter tree, of jax.ShapeDtypeStruct."""
+    return jax.eval_shape(lambda: init(jax.random.key(0), config))
+
+
+def layout(config: ModelConfig) -> dict[str, Slot]:
+    """Every tensor of a checkpoint, by name."""
+    slots = {}
+    for path, leaf in flatten_dict(shapes(config), sep="/").items():
+        stacked = path.startswith("layers/")
+        for layer in range(config.num_layers) if stacked else [None]:
+            slot = Slot(path, layer, leaf.shape[1:] if stacked else leaf.shape)
+            shape = slot.shape[::-1] if slot.transposed else slot.shape
+            slots[NAMES[path].format(layer)] = slot._replace(shape=shape)
+    return slots

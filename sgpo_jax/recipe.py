@@ -1,0 +1,67 @@
+"""How often a run calls its programs, and how long its responses are, from its config and stated assumptions."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+# Problems in the paper's evaluation sets; of others, as many as Assumed.eval_problems.
+SETS = {"MATH500": 500, "AMC23": 40, "OlympiadBench": 675, "AIME24": 30}
+
+
+class Assumed(NamedTuple):
+    """What a config does not say."""
+
+    response_tokens: float  # mean length of responses, the experts' too; their lengths are spread exponentially
+    prompt_tokens: int  # length of prompts
+    correct: float = 0.5  # share of the sampled responses that are correct
+    problems: int = 8500  # rows of the training data; Sec. 4.1
+    eval_problems: int = 500  # of a set that is none of SETS
+
+
+class Calls(NamedTuple):
+    """Calls of the jitted programs in a whole run."""
+
+    sft_steps: int
+    sft_validations: int  # batches of the validation loss
+    rl_steps: int
+    evaluations: dict[int, int]  # samples for each problem -> batches of problems
+
+
+def calls(config: ConfigDict, assumed: Assumed) -> Calls:
+    """What the run's stages call; 0 for stages that it does not have."""
+    stages, sft, rl, fields = config.stages, config.sft, config.rl, config.eval
+    rows = round(assumed.problems * (1.0 if sft.train else config.data.sft_share))
+    held_out = round(rows * sft.validation_share)
+    epoch = max((rows - held_out) // sft.batch, 1)
+    sft_steps = (sft.steps or sft.epochs * epoch) * ("sft" in stages)
+    validations = math.ceil(sft_steps / (sft.validate_every or epoch)) * math.ceil(held_out / sft.batch)
+
+    rows = assumed.problems - (0 if sft.train else rows)
+    rl_steps = (rl.steps or rl.epochs * max(rows // rl.batch, 1)) * ("rl" in stages)
+
+    # Before RL and after it, and with strategies too if asked for; during RL without them.
+    times = (1 + ("rl" in stages)) * (1 + fields.guided) * ("eval" in stages)
+    times += math.ceil(rl_steps / rl.eval_every) if rl.eval_every else 0
+    evaluations: dict[int, int] = {}
+    for name, chosen in fields.sets.items():
+        batches = math.ceil(SETS.get(name, assumed.eval_problems) / fields.batch)
+        evaluations[chosen.samples] = evaluations.get(chosen.samples, 0) + times * batches
+    return Calls(sft_steps, validations, rl_steps, {samples: count for samples, count in evaluations.items() if count})
+
+
+def lengths(count: int, mean: float, most: int) -> np.ndarray:
+    """`[count]` lengths from 1 to `most`, exponential and cut off there, with this mean, in a random order."""
+    quantiles = (np.arange(count) + 0.5) / count
+
+    def spread(rate: float) -> np.ndarray:
+        """Of the density exp(-rate x / most) on [0, most]."""
+        scaled = quantiles if abs(rate) < 1e-6 else -np.log1p(quantiles * np.expm1(-rate)) / rate
+        return np.clip(np.ceil(scaled * most), 1, most).astype(np.int64)
+
+    low, high = -500.0, 1e6  # the rate; the larger, the shorter the lengths
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if spread(middle).mean() > min(mean, most) else (low, middle)
+    return np.random.default_rng(0).permutation(spread(high))

@@ -1,0 +1,244 @@
+"""What compiled programs move: on eight devices by known amounts, and in texts as the TPU compiler writes them."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sgpo_jax import hlo, sharding, traffic
+from sgpo_jax.scopes import Scopes
+from sgpo_jax.traffic import Collective
+
+ROWS, COLUMNS, LAYERS = 16, 32, 5
+SCOPES = Scopes("rest", (("steps", "steps"),), (("steps/while$", 7.0),))
+
+
+def compiled(fn, *args):
+    return jax.jit(fn).lower(*args).compile().as_text()
+
+
+@pytest.fixture(scope="module")
+def summed():
+    """A sum over all eight devices of f32[16,32], in a scan of 5 inside a loop whose count is traced."""
+    mesh = sharding.make_mesh(8, 1, 1)
+
+    def local(x):
+        return jax.lax.scan(lambda x, _: (jax.lax.psum(jnp.sin(x), "data"), None), x, None, length=LAYERS)[0]
+
+    spec = P("data")
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+
+    def program(x, count):
+        with jax.named_scope("steps"):
+            return jax.lax.fori_loop(0, count, lambda _, x: sharded(x), x)
+
+    x = jax.ShapeDtypeStruct((8 * ROWS, COLUMNS), jnp.float32, sharding=NamedSharding(mesh, P("data")))
+    return compiled(program, x, jax.ShapeDtypeStruct((), jnp.int32))
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["with known_trip_count", "by the loop's condition"])
+def test_all_reduces_in_loops(summed, told):
+    text = summed if told else re.sub(r'"known_trip_count":\{[^}]*\},?', "", summed)
+    assert told == ("known_trip_count" in text)
+    found = traffic.collectives(hlo.parse(text), SCOPES)
+    assert found == [Collective("all-reduce", "steps", 4 * ROWS * COLUMNS, 8, LAYERS * 7.0)]
+
+
+def test_a_loop_of_which_nothing_is_known_is_refused(summed):
+    with pytest.raises(ValueError, match=r"loop jit\(program\)/steps/while: its text does not say how often"):
+        traffic.collectives(hlo.parse(summed), Scopes("rest"))
+
+
+def test_a_split_weight_is_gathered():
+    mesh = sharding.make_mesh(1, 4, 2)
+    x = jax.ShapeDtypeStruct((8, COLUMNS), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
+    w = jax.ShapeDtypeStruct((COLUMNS, 64), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
+    found = traffic.collectives(hlo.parse(compiled(jnp.dot, x, w)), Scopes("all"))
+    assert found == [Collective("all-gather", "all", 4 * COLUMNS * 64, 4, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sent"),
+    [("all-gather", 75), ("all-reduce", 150), ("reduce-scatter", 300), ("all-to-all", 75), ("collective-permute", 100)],
+)
+def test_bytes_sent_round_a_ring_of_four(kind, sent):
+    # Of results of 100 bytes; those of a reduce-scatter come from operands of 400.
+    assert Collective(kind, "", 100, 4, 1.0).sent == pytest.approx(sent)
+
+
+@pytest.mark.parametrize(
+    ("groups", "devices"),
+    [
+        ("replica_groups={{0,1,2},{3,4,5}}", 3),
+        ("replica_groups=[2,4]<=[8]", 4),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", 2),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}", 4),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0','axis_1'}", 8),
+        ("replica_groups={}", 16),
+        ("source_target_pairs={{0,1},{1,0}}", 2),
+    ],
+)
+def test_how_many_take_part(groups, devices):
+    text = f"""HloModule m, num_partitions=16
+
+ENTRY %main (p: f32[4]) -> f32[4] {{
+  %p = f32[4]{{0}} parameter(0)
+  ROOT %r = f32[4]{{0}} all-reduce(%p), channel_id=1, {groups}, to_apply=%add
+}}
+"""
+    (found,) = traffic.collectives(hlo.parse(text), Scopes("all"))
+    assert (found.devices, found.bytes, found.times) == (devices, 16, 1.0)
+
+
+# A gather that starts before a product, runs beside it, and ends after it; and one that is plain. The compiler writes an
+# all-gather in each of the three fusions, all with channel 1.
+ASYNCHRONOUS = """HloModule jit_f, is_scheduled=true, num_partitions=4
+
+%start (p: bf16[256,1024]) -> (bf16[256,1024], bf16[1024,1024], u32[]) {
+  %p = bf16[256,1024]{1,0:T(8,128)(2,1)} parameter(0)
+  %g = bf16[1024,1024]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %c = (bf16[256,1024]{1,0:T(8,128)(2,1)}, bf16[1024,1024]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.1 (a: bf16[8,1024], w: bf16[1024,1024], p.1: bf16[256,1024], g.1: bf16[1024,1024]) -> (bf16[8,1024], bf16[256,1024], bf16[1024,1024]) {
+  %a = bf16[8,1024]{1,0:T(8,128)(2,1)} parameter(0)
+  %w = bf16[1024,1024]{1,0:T(8,128)(2,1)} parameter(1)
+  %p.1 = bf16[256,1024]{1,0:T(8,128)(2,1)} parameter(2)
+  %g.1 = bf16[1024,1024]{1,0:T(8,128)(2,1)} parameter(3)
+  %piece = bf16[1024,1024]{1,0:T(8,128)(2,1)} all-gather(%p.1), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}
+  %d = bf16[8,1024]{1,0:T(8,128)(2,1)} convolution(%a, %w), dim_labels=bf_io->bf
+  ROOT %t = (bf16[8,1024]{1,0:T(8,128)(2,1)}, bf16[256,1024]{1,0:T(8,128)(2,1)}, bf16[1024,1024]{1,0:T(8,128)(2,1)}) tuple(%d, %p.1, %piece)
+}
+
+%done (p.2: bf16[256,1024], g.2: bf16[1024,1024]) -> bf16[1024,1024] {
+  %p.2 = bf16[256,1024]{1,0:T(8,128)(2,1)} parameter(0)
+  %g.2 = bf16[1024,1024]{1,0:T(8,128)(2,1)} parameter(1)
+  %g.3 = bf16[1024,1024]{1,0:T(8,128)(2,1)} all-gather(%p.2), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %c.1 = bf16[1024,1024]{1,0:T(8,128)(2,1)} custom-call(%p.2, %g.2, %g.3), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (x: bf16[8,1024], v: bf16[1024,1024], q: bf16[256,1024]) -> bf16[1024,1024] {
+  %x = bf16[8,1024]{1,0:T(8,128)(2,1)} parameter(0)
+  %v = bf16[1024,1024]{1,0:T(8,128)(2,1)} parameter(1)
+  %q = bf16[256,1024]{1,0:T(8,128)(2,1)} parameter(2)
+  %s = (bf16[256,1024]{1,0:T(8,128)(2,1)}, bf16[1024,1024]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) fusion(%q), kind=kCustom, calls=%start
+  %s.0 = bf16[256,1024]{1,0:T(8,128)(2,1)} get-tuple-element(%s), index=0
+  %s.1 = bf16[1024,1024]{1,0:T(8,128)(2,1)} get-tuple-element(%s), index=1
+  %f = (bf16[8,1024]{1,0:T(8,128)(2,1)}, bf16[256,1024]{1,0:T(8,128)(2,1)}, bf16[1024,1024]{1,0:T(8,128)(2,1)}) fusion(%x, %v, %s.0, %s.1), kind=kOutput, calls=%async_collective_fusion.1
+  %f.1 = bf16[256,1024]{1,0:T(8,128)(2,1)} get-tuple-element(%f), index=1
+  %f.2 = bf16[1024,1024]{1,0:T(8,128)(2,1)} get-tuple-element(%f), index=2
+  %e = bf16[1024,1024]{1,0:T(8,128)(2,1)} fusion(%f.1, %f.2), kind=kCustom, calls=%done
+  ROOT %h = bf16[1024,1024]{1,0:T(8,128)(2,1)} all-gather(%q), channel_id=2, replica_groups=[1,4]<=[4], dimensions={0}
+}
+"""
+WEIGHT = 2 * 1024 * 1024
+
+
+def test_an_asynchronous_gather_counts_once():
+    found = traffic.collectives(hlo.parse(ASYNCHRONOUS), Scopes("all"))
+    assert found == [Collective("all-gather", "all", WEIGHT, 4, 2.0)]
+
+
+def test_an_asynchronous_gather_moves_its_bytes_where_it_starts():
+    gathers = 2 * (WEIGHT / 4 + WEIGHT)
+    product = WEIGHT + 2 * (2 * 8 * 1024)
+    assert traffic.hbm_bytes(hlo.parse(ASYNCHRONOUS), Scopes("all")) == {"all": gathers + product}
+
+
+# A layer loop as the compiler writes it: a slice of stacked weights is copied to memory on the core, multiplied there, and
+# a row is written into a cache in place.
+LAYERS_LOOP = """HloModule jit_f, is_scheduled=true, num_partitions=4
+
+%slice_fusion (s: bf16[3,1024,1024], l: s32[]) -> bf16[1,1024,1024] {
+  %s = bf16[3,1024,1024]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %l = s32[]{:T(128)} parameter(1)
+  %z = s32[]{:T(128)} constant(0)
+  ROOT %d = bf16[1,1024,1024]{2,1,0:T(8,128)(2,1)} dynamic-slice(%s, %l, %z, %z), dynamic_slice_sizes={1,1024,1024}
+}
+
+%write_fusion (c: bf16[64,1024], r: bf16[1,1024], l.1: s32[]) -> bf16[64,1024] {
+  %c = bf16[64,1024]{1,0:T(8,128)(2,1)} parameter(0)
+  %r = bf16[1,1024]{1,0:T(2,128)(2,1)} parameter(1)
+  %l.1 = s32[]{:T(128)} parameter(2)
+  %z.1 = s32[]{:T(128)} constant(0)
+  ROOT %u = bf16[64,1024]{1,0:T(8,128)(2,1)} dynamic-update-slice(%c, %r, %l.1, %z.1)
+}
+
+%body (t: (s32[], bf16[8,1024], bf16[3,1024,1024], bf16[64,1024])) -> (s32[], bf16[8,1024], bf16[3,1024,1024], bf16[64,1024]) {
+  %t = (s32[]{:T(128)}, bf16[8,1024]{1,0:T(8,128)(2,1)S(1)}, bf16[3,1024,1024]{2,1,0:T(8,128)(2,1)}, bf16[64,1024]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i = s32[]{:T(128)S(6)} get-tuple-element(%t), index=0
+  %x = bf16[8,1024]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%t), index=1
+  %w = bf16[3,1024,1024]{2,1,0:T(8,128)(2,1)} get-tuple-element(%t), index=2
+  %k = bf16[64,1024]{1,0:T(8,128)(2,1)} get-tuple-element(%t), index=3
+  %v = bf16[1,1024,1024]{2,1,0:T(8,128)(2,1)S(1)} fusion(%w, %i), kind=kLoop, calls=%slice_fusion
+  %y = bf16[8,1024]{1,0:T(8,128)(2,1)S(1)} convolution(%x, %v), dim_labels=bf_io->bf
+  %m = bf16[1,1024]{1,0:T(2,128)(2,1)S(1)} custom-call(%k, %y), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/kernel"}
+  %n = bf16[64,1024]{1,0:T(8,128)(2,1)} fusion(%k, %m, %i), kind=kLoop, calls=%write_fusion
+  %one = s32[]{:T(128)S(6)} constant(1)
+  %j = s32[]{:T(128)S(6)} add(%i, %one)
+  ROOT %o = (s32[]{:T(128)}, bf16[8,1024]{1,0:T(8,128)(2,1)S(1)}, bf16[3,1024,1024]{2,1,0:T(8,128)(2,1)}, bf16[64,1024]{1,0:T(8,128)(2,1)}) tuple(%j, %y, %w, %n)
+}
+
+%cond (t.1: (s32[], bf16[8,1024], bf16[3,1024,1024], bf16[64,1024])) -> pred[] {
+  %t.1 = (s32[]{:T(128)}, bf16[8,1024]{1,0:T(8,128)(2,1)S(1)}, bf16[3,1024,1024]{2,1,0:T(8,128)(2,1)}, bf16[64,1024]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i.1 = s32[]{:T(128)S(6)} get-tuple-element(%t.1), index=0
+  %three = s32[]{:T(128)S(6)} constant(3)
+  ROOT %lt = pred[]{:T(512)S(6)} compare(%i.1, %three), direction=LT
+}
+
+ENTRY %main (x.1: bf16[8,1024], w.1: bf16[3,1024,1024], k.1: bf16[64,1024]) -> bf16[64,1024] {
+  %x.1 = bf16[8,1024]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %w.1 = bf16[3,1024,1024]{2,1,0:T(8,128)(2,1)} parameter(1), metadata={op_name="weights"}
+  %k.1 = bf16[64,1024]{1,0:T(8,128)(2,1)} parameter(2), metadata={op_name="cache"}
+  %zero = s32[]{:T(128)S(6)} constant(0)
+  %b = (s32[]{:T(128)}, bf16[8,1024]{1,0:T(8,128)(2,1)S(1)}, bf16[3,1024,1024]{2,1,0:T(8,128)(2,1)}, bf16[64,1024]{1,0:T(8,128)(2,1)}) tuple(%zero, %x.1, %w.1, %k.1)
+  %loop = (s32[]{:T(128)}, bf16[8,1024]{1,0:T(8,128)(2,1)S(1)}, bf16[3,1024,1024]{2,1,0:T(8,128)(2,1)}, bf16[64,1024]{1,0:T(8,128)(2,1)}) while(%b), condition=%cond, body=%body, metadata={op_name="jit(f)/layers/while"}
+  ROOT %g = bf16[64,1024]{1,0:T(8,128)(2,1)} get-tuple-element(%loop), index=3
+}
+"""
+
+
+def test_a_loop_reads_each_slice_once_and_writes_in_place():
+    # In each of three layers: one matrix, the whole cache by the kernel, and a row of it, of which only the write is HBM.
+    scopes = Scopes("rest", (("kernel", "kernel"), ("layers", "layers")))
+    row = 2 * 2 * 1024  # padded to two
+    assert traffic.hbm_bytes(hlo.parse(LAYERS_LOOP), scopes) == {
+        "rest": 0.0, "layers": 3 * (WEIGHT + row), "kernel": 3 * (2 * 64 * 1024),
+    }  # fmt: skip
+
+
+def test_a_kernel_may_read_less_than_it_is_given():
+    found = traffic.hbm_bytes(hlo.parse(LAYERS_LOOP), Scopes("all", reads=(("kernel", 100.0),)))
+    assert found == {"all": 3 * (WEIGHT + 2 * 2 * 1024 + 100)}
+
+
+def test_the_largest_arrays():
+    # Not what is in memory on the core, and not the slices there.
+    assert traffic.largest(hlo.parse(LAYERS_LOOP), 2) == [
+        (3 * WEIGHT, "bf16[3,1024,1024]", "argument weights"),
+        (2 * 64 * 1024, "bf16[64,1024]", "argument cache"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("array", "size"),
+    [
+        ("f32[2,3]{1,0}", 24),
+        ("f32[2,3]{1,0:T(8,128)}", 4 * 8 * 128),
+        ("f32[2,3]{0,1:T(8,128)}", 4 * 128 * 8),
+        ("f32[130,2]{0,1:T(2,128)}", 4 * 2 * 256),
+        ("bf16[5,1,128]{2,0,1:T(8,128)(2,1)}", 2 * 8 * 128),
+        ("s32[]{:T(128)}", 512),
+        ("s32[]", 4),
+        ("pred[100]{0:T(512)}", 512),
+        ("s4[7]{0}", 4),
+        ("f8e4m3fn[6]{0}", 6),
+    ],
+)
+def test_bytes_with_the_padding_of_the_layout(array, size):
+    text = f"HloModule m\n\nENTRY %main (p: f32[4]) -> f32[4] {{\n  ROOT %p = {array} parameter(0)\n}}\n"
+    (parsed,) = hlo.parse(text).computations["main"].root.arrays
+    assert parsed.bytes == size
