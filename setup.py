@@ -1,32 +1,33 @@
 """Packaging of sgpo_jax.
 
-Lower bounds are the releases the tests run with. `pip install .` brings neither torch nor
-tensorflow: JAX does the work, transformers gives its tokenizers and chat templates only.
+CI runs tests at both ends of the ranges: with the newest releases, and with the lower bounds, which are
+in .ci/oldest.txt too. `pip install .` brings neither torch nor tensorflow: JAX does the work,
+transformers gives its tokenizers and chat templates only.
 """
 
 from setuptools import find_packages, setup
 
 RUNTIME = [
-    "jax>=0.10.2",  # arrays, jit, sharding
-    "flax>=0.12.8",  # Linen modules under models/
-    "optax>=0.2.8",  # AdamW, schedules, clipping
-    "orbax-checkpoint>=0.12.8",  # checkpoints
-    "chex>=0.1.92",  # shape checks in the losses
-    "grain>=0.2.18",  # input pipeline whose position can be saved
-    "numpy>=2.0",
-    "scipy>=1.14",  # Student's t for the lab's intervals; JAX needs it anyway
-    "ml-dtypes>=0.5",  # bfloat16 for numpy
-    "transformers>=5.23,<6",  # tokenizers and chat templates
-    "huggingface-hub>=1.31",  # models of the hub by name
+    "jax>=0.9.0",  # arrays, jit, sharding
+    "flax>=0.12.3",  # Linen modules under models/
+    "optax>=0.2.6",  # AdamW, schedules, clipping
+    "orbax-checkpoint>=0.11.33",  # checkpoints
+    "chex>=0.1.91",  # shape checks in the losses
+    "grain>=0.2.15",  # input pipeline whose position can be saved
+    "numpy>=2.0.0",
+    "scipy>=1.14.0",  # Student's t for the lab's intervals; JAX needs it anyway
+    "ml-dtypes>=0.5.0",  # bfloat16 for numpy
+    "transformers>=5.20.0,<6",  # tokenizers and chat templates
+    "huggingface-hub>=1.31.0",  # models of the hub by name
     "tokenizers>=0.23.1",  # the quickstart's own small tokenizer
-    "jinja2>=3.1",  # the report's page; chat templates, for which transformers needs it but does not ask for it
+    "jinja2>=3.1.6",  # the report's page; chat templates, for which transformers needs it but does not ask for it
     "safetensors>=0.8.0",  # Hugging Face weights, in and out
-    "ml-collections>=1.1.0",  # configs
+    "ml-collections>=1.0.0",  # configs
     "absl-py>=2.3.1",  # command line flags
     "math-verify>=0.9.0",  # mathematical equality of answers
-    "rich>=14.0",  # progress line and tables
-    "tensorboardX>=2.6.5",  # TensorBoard event files without TensorFlow
-    "matplotlib>=3.10",  # figures
+    "rich>=13.0.0",  # progress line and tables
+    "tensorboardX>=2.6.2",  # TensorBoard event files without TensorFlow
+    "matplotlib>=3.9.0",  # figures
 ]
 
 # Strategy extraction from a model behind an OpenAI-compatible endpoint: connections, timeouts, the protocol.
@@ -49,8 +50,8 @@ EXTRAS = {
     "hub": ["datasets>=5.0"],  # parquet files and data sets of the Hugging Face hub
     "tfds": ["tensorflow-datasets>=4.9.10"],  # data sets of TFDS, read without TensorFlow
     "browser": ["playwright>=1.55"],  # the report's page in headless Chromium; `playwright install chromium` brings one
-    "tpu": ["jax[tpu]>=0.10.2"],
-    "gpu": ["jax[cuda13]>=0.10.2"],  # driver 580 or newer; with an older one install jax[cuda12]
+    "tpu": ["jax[tpu]>=0.9.0"],
+    "gpu": ["jax[cuda13]>=0.9.0"],  # driver 580 or newer; with an older one install jax[cuda12]
 }
 
 setup(

@@ -2,7 +2,8 @@
 
 Tests listed in the file $CI_PASSED are left out, those that pass are added to it. With CI_COMPLETE=1,
 in the run that has every package installed, a skipped test is a failure; the reasons that count are
-the folder shared/data beside the repository and a browser, which not every machine has.
+the folder shared/data beside the repository and a browser, which not every machine has. Files that take
+long come first, so that no worker is left alone with one at the end.
 """
 
 import os
@@ -10,6 +11,8 @@ from pathlib import Path
 
 PASSED = Path(os.environ["CI_PASSED"])
 COMPLETE = os.environ.get("CI_COMPLETE") == "1"
+# From the longest on, as measured.
+LONG = ("test_run", "test_kills", "test_methods", "test_train_step", "test_sharding", "test_lab", "test_rollout")
 
 not_run: list[str] = []
 
@@ -18,6 +21,7 @@ def pytest_collection_modifyitems(config, items):
     done = set(PASSED.read_text().splitlines()) if PASSED.exists() else set()
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
     items[:] = [item for item in items if item.nodeid not in done]
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 def pytest_collectreport(report):

@@ -6,7 +6,7 @@ The command trains as a process of its own, with evaluations, checkpoints and th
 small that every step is the same work, and gets SIGTERM at the end. Every few seconds /proc is asked about it and its
 grading workers. Slopes are least squares over the means of equal stretches of time, from the second evaluation on, with
 95 % intervals. Time is CPU time, which other work on the machine hardly changes, for as many steps as lie between two
-evaluations; it is also given as a multiple of a fixed piece of work that is timed along with it, and suffers alike.
+evaluations; it is also given as a multiple of a fixed piece of work, timed along with it, which suffers as it does.
 """
 
 import argparse
@@ -175,6 +175,7 @@ def main() -> None:
     parser.add_argument("--workdir", default="", help="empty folder for the run; by default one that is removed")
     parser.add_argument("--json", default="", help="file for the figures")
     arguments, overrides = parser.parse_known_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))  # and the run with it
     with tempfile.TemporaryDirectory() as temporary:
         workdir = Path(arguments.workdir or temporary).absolute()
         samples, code = watch(workdir, arguments.seconds, arguments.interval, overrides)
