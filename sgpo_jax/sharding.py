@@ -99,7 +99,23 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 
 def put(tree: Any, specs: Any, mesh: Mesh) -> Any:
     """Host arrays onto the mesh, each as its PartitionSpec says. Every process passes the same arrays."""
-    return jax.tree.map(lambda x, spec: jax.device_put(np.asarray(x), NamedSharding(mesh, spec)), tree, specs)
+    return place(jax.tree.map(np.asarray, tree), jax.tree.map(lambda _, spec: NamedSharding(mesh, spec), tree, specs))
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Arrays onto devices, each as its sharding says.
+
+    Of arrays in host memory every process passes the same ones and copies its own parts of them, unchecked:
+    `jax.device_put` would send them all to all processes to compare.
+    """
+
+    def one(x, sharding):
+        if sharding.is_fully_addressable or not getattr(x, "is_fully_addressable", True):
+            return jax.device_put(x, sharding)
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(one, tree, shardings)
 
 
 def put_rows(tree: Any, mesh: Mesh) -> Any:
