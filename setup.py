@@ -26,7 +26,7 @@ RUNTIME = [
     "absl-py>=2.3.1",  # command line flags
     "math-verify>=0.9.0",  # mathematical equality of answers
     "rich>=13.0.0",  # progress line and tables
-    "tensorboardX>=2.6.2",  # TensorBoard event files without TensorFlow
+    "tensorboardX>=2.6.2.2",  # TensorBoard event files without TensorFlow
     "matplotlib>=3.9.0",  # figures
 ]
 
