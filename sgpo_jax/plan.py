@@ -101,7 +101,7 @@ def show(plan: dict[str, Any]) -> None:
     if plan["hours"]:
         rows = [[stage, *map(_short, each.values())] for stage, each in plan["hours"].items()]
         table(
-            "Hours: where each phase does everything at once, and one after the other", ["stage", "least", "most"], rows
+            "Hours", ["stage", "least", "most"], rows
         )
     print("Assumed:", ", ".join(f"{name}={value:g}" for name, value in configs.flat(plan["assumed"]).items()))
     print("Not in the hours: grading, packing, loading and saving, compilation")
@@ -158,12 +158,15 @@ def _speed(name: str, result: Result) -> list[str]:
 
 def _short(value: float) -> str:
     """Four digits, or all those before the point."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if 0 < value < 1e-3:
+        return "<0.001"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def main(config: ConfigDict, given: Any) -> None:
     # On a host with TPUs the run there is left alone.
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # nor can what was compiled for absent chips be read back
     config = without_files(config)
     checks.check(config)
     auto = given.topology == "auto"
