@@ -166,10 +166,12 @@ def _show(lines: Sequence[dict[str, Any]]) -> None:
 
 def main(config, given) -> None:
     checks.check(config)
+    command.join(config, given)
     run(config, Path(given.workdir).expanduser(), given.problems)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run.")
     flags.DEFINE_integer("problems", 8, "Problems whose guided responses are analysed.", lower_bound=1)
+    command.define_processes()
     command.start(main, required=["config", "workdir"])

@@ -9,10 +9,9 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-from sgpo_jax import seal
+from sgpo_jax import distributed, seal
 from sgpo_jax.train_step import TrainState
 
 FORMAT = 1  # of what is saved; another one is refused
@@ -36,7 +35,8 @@ class Checkpoints:
       seed: of the run. With the step it fixes the data position and all noise, so a run goes on only under the seed of
         its checkpoint.
       stop_on_error: whether a checkpoint that cannot be saved (a full disk) stops the run; else it is said and the run
-        goes on, with the last one that could.
+        goes on, with the last one that could. With several processes it stops: the others would wait for the one that
+        failed.
       reading: of a folder in which a run may be going on: nothing is written or renamed. Otherwise damaged checkpoints
         are set aside, and finished ones get their checksums.
     """
@@ -52,7 +52,7 @@ class Checkpoints:
         reading: bool = False,
     ):
         self._folder = Path(folder).absolute()
-        self._stop_on_error = stop_on_error
+        self._stop_on_error = stop_on_error or jax.process_count() > 1
         self._reading = reading
         if not reading:
             self._set_aside_damaged()
@@ -70,7 +70,9 @@ class Checkpoints:
         ]
         # Without best_fn the manager would not write the metrics, and a resumed run would not know its best.
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(kept), best_fn=lambda metrics: metrics[best]
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            best_fn=lambda metrics: metrics[best],
+            single_host_load_and_broadcast=True,
         )
         try:
             self._manager = ocp.CheckpointManager(self._folder, options=options)
@@ -87,15 +89,17 @@ class Checkpoints:
             self._manager.close()
 
     def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+        return max(self.all_steps(), default=None)
 
     def all_steps(self) -> list[int]:
-        return sorted(self._manager.all_steps())
+        return sorted(map(int, self._manager.all_steps()))  # numpy's, where the first process has told the others
 
     def best_step(self) -> int | None:
         """Step of the best checkpoint, the earliest on a tie; the latest when none carries the metric."""
-        steps = self._manager.all_steps()
-        scores = {step: score for step in sorted(steps) if (score := self._score(step)) is not None}
+        return distributed.first(self._best_step)
+
+    def _best_step(self) -> int | None:
+        scores = {step: score for step in self.all_steps() if (score := self._score(step)) is not None}
         if not scores:
             return self.latest_step()
         return (max if self._higher_is_better else min)(scores, key=lambda step: scores[step])
@@ -169,7 +173,7 @@ class Checkpoints:
 
     def _restore(self, step: int, target: TrainState) -> TrainState:
         path = self._folder / str(step)
-        if found := seal.damage(path, quick=False):
+        if found := distributed.first(lambda: seal.damage(path, quick=False)):
             raise Damaged(f"checkpoint {path} is damaged: {found}")
         saved = self._run(step).get("format")
         if saved != FORMAT:
@@ -190,8 +194,8 @@ class Checkpoints:
             except Damaged:
                 self._set_aside_damaged(quick=False)
                 self._manager.reload()
-        if damaged := sorted(self._folder.glob("*.damaged")):
-            raise ValueError(f"no checkpoint is left but {', '.join(map(str, damaged))}; remove it to begin anew")
+        if damaged := distributed.first(lambda: sorted(map(str, self._folder.glob("*.damaged")))):
+            raise ValueError(f"no checkpoint is left but {', '.join(damaged)}; remove it to begin anew")
         return None
 
     def _check_seed(self, step: int) -> None:
@@ -211,13 +215,13 @@ class Checkpoints:
             raise ValueError(f"{message}: {_short(error)}") from error
 
     def _set_aside_damaged(self, quick: bool = True) -> None:
-        if jax.process_index() == 0 and self._folder.is_dir():
-            for path in self._folder.iterdir():
+        def look():
+            for path in self._folder.iterdir() if self._folder.is_dir() else ():
                 if path.name.isdigit() and (found := seal.damage(path, quick)):
                     aside = seal.set_aside(path)
                     print(f"warning: checkpoint {path} is damaged: {found}; it is now {aside.name}", flush=True)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+
+        distributed.first(look)  # the others go on when it is done
 
 
 def _short(error: Exception) -> str:

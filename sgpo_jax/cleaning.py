@@ -176,12 +176,11 @@ class Sieve:
         return digest.hexdigest()
 
 
-def record(sieve: Sieve, workdir: Path, stage: str, *, resuming: bool, write: bool) -> None:
+def record(sieve: Sieve, workdir: Path, stage: str, *, resuming: bool) -> None:
     """Puts the counts into `workdir/data.json` and what was found into `data_left_out.jsonl`, beside other stages'.
 
     Args:
         resuming: the stage has begun already, with the rows it recorded then.
-        write: whether this process is the one that writes.
 
     Raises:
         ValueError: the stage has begun with other rows.
@@ -196,8 +195,6 @@ def record(sieve: Sieve, workdir: Path, stage: str, *, resuming: bool, write: bo
             f"the {stage} stage in {workdir} has begun with other rows: {kept} then (see {path}), {len(sieve.rows)} "
             "now; go on with the same data and evaluation sets, or choose another --workdir"
         )
-    if not write:
-        return
     lines = [line for line in metrics.read_jsonl(listing) if line["stage"] != stage] if listing.is_file() else []
     lines += [{"stage": stage, "source": sieve.origin[item.id], **item._asdict()} for item in sieve.found]
     _replace(listing, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

@@ -1,6 +1,7 @@
 """What the commands share: reading the flags, and one line for what is wrong instead of a stack trace."""
 
 import argparse
+import json
 import logging as standard_logging
 import os
 import runpy
@@ -14,6 +15,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sgpo_jax import config as configs
+from sgpo_jax import distributed, environment
 from sgpo_jax.preemption import Preempted
 
 
@@ -36,13 +38,55 @@ def start(run: Callable[..., None], required: Sequence[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unexpected arguments: {argv[1:]}")
         try:
-            run(*([flags.FLAGS.config] if has_config else []), flags.FLAGS)
-        except Preempted as stopped:
-            print(f"sgpo_jax: {stopped}", flush=True)
+            with distributed.together():
+                try:
+                    run(*([flags.FLAGS.config] if has_config else []), flags.FLAGS)
+                except Preempted as stopped:
+                    print(f"sgpo_jax: {stopped}", flush=True)
         except (ValueError, ImportError, FloatingPointError, OSError) as error:
             sys.exit(f"sgpo_jax: {' '.join(str(error).split())}")
 
     app.run(main, flags_parser=parse_flags)
+
+
+def define_processes() -> None:
+    """The flags of the commands that several processes can run together."""
+    flags.DEFINE_bool("distributed", False, "One process of several; TPU pod, SLURM, Open MPI or Kubernetes.")
+    flags.DEFINE_string("coordinator", None, "One process of several, anywhere: HOST:PORT of the first.")
+    flags.DEFINE_integer("processes", None, "With --coordinator: how many there are.")
+    flags.DEFINE_integer("process", None, "With --coordinator: which one this is, from 0.")
+
+
+def join(config: configs.ConfigDict, given: flags.FlagValues) -> None:
+    """Makes this process one of several, if the flags say so.
+
+    Raises:
+      ValueError: the flags do not go together, the others do not come, or they run something else.
+    """
+    chosen = {name: getattr(given, name) for name in ("coordinator", "processes", "process")}
+    missing = [f"--{name}" for name, value in chosen.items() if value is None]
+    if len(missing) == len(chosen):
+        if not given.distributed:
+            return
+        distributed.start()
+    elif missing:
+        raise ValueError(f"{', '.join(missing)}: missing; --coordinator, --processes and --process go together")
+    else:
+        _check_processes(**chosen)
+        distributed.start(**chosen)
+    runs = {f"config.{name}": value for name, value in configs.flat(json.loads(configs.to_json(config))).items()}
+    same = {name: value for name, value in environment.describe().items() if name != "system"}
+    distributed.agree(runs | same)
+
+
+def _check_processes(coordinator: str, processes: int, process: int) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not (host and port.isascii() and port.isdigit() and 0 < int(port) < 65_536):
+        raise ValueError(f"--coordinator={coordinator}: must be HOST:PORT, with a port from 1 to 65535")
+    if processes < 1:
+        raise ValueError(f"--processes={processes}: must be at least 1")
+    if not 0 <= process < processes:
+        raise ValueError(f"--process={process}: must be from 0 to {processes - 1}, as --processes={processes}")
 
 
 def folder(flag: str, value: str) -> Path:

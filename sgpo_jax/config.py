@@ -197,6 +197,7 @@ def paper(model: str, tensor: int) -> ConfigDict:
     """
     config = base()
     config.model.source = model
+    config.eval.slots = 512  # 32 long responses to each of 64 problems at once would not fit 256 chips of 16 GB
     config.data.train = "data/train.jsonl"
     config.mesh.tensor = tensor
     with config.unlocked():

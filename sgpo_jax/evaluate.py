@@ -154,8 +154,7 @@ def main(config, given) -> None:
     config.stages, config.data.train, config.sft.train = ("eval",), "", ""  # training reads these, this does not
     config.model.source = given.model or config.model.source
     checks.check(config)
-    if given.distributed:
-        jax.distributed.initialize()
+    command.join(config, given)
     preemption.watch(config.grace)
     run(config, given.checkpoint, given.out, given.paper, given.limit)
 
@@ -166,5 +165,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Folder for generations and results; resumes if it can.")
     flags.DEFINE_string("paper", "", "The paper's row to print beside, MODEL:METHOD, such as qwen7b:sgpo.")
     flags.DEFINE_integer("limit", 0, "First problems of each set that are evaluated; 0 is all.", lower_bound=0)
-    flags.DEFINE_bool("distributed", False, "One process of several: call jax.distributed.initialize().")
+    command.define_processes()
     command.start(main, required=["config"])

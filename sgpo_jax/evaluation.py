@@ -15,11 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import data, metrics, preemption, rewards, scores
+from sgpo_jax import data, distributed, metrics, preemption, rewards, scores
 from sgpo_jax.policy import Policy
 from sgpo_jax.problems import unsolvable
 from sgpo_jax.respond import Graded, encode_prompts, grade, noise_key, pad_prompts, respond
@@ -72,18 +71,17 @@ def evaluate(
       others.
 
     Raises:
-      ValueError: `path` was made with other settings, and `restart` is not set.
+      ValueError: `path` was made with other settings, and `restart` is not set; or the processes have read different
+        problems.
     """
     settings = {
         "model": model, "set": name, "seed": seed, "step": step, "guided": guided, "samples": samples,
         "reward": reward, "instruction": policy.instruction, "dtype": jnp.dtype(policy.dtype).name, **sampling,
         "problems": _digest(rows),
     }  # fmt: skip
-    numbers = np.full((len(rows), samples, len(_NUMBERS)), np.nan, np.float32)
-    if jax.process_index() == 0:
-        _resume(path, settings, rows, numbers, restart)
-    if jax.process_count() > 1:  # all do the same calls, so all have to know what is left
-        numbers = np.asarray(multihost_utils.broadcast_one_to_all(numbers))
+    distributed.agree({f"the content of the problems of {name}": settings["problems"]})
+    kept = distributed.first(lambda: _resume(path, settings, rows, samples, restart))
+    numbers = np.array(kept, np.float32)
     left = np.any(np.isnan(numbers), axis=(1, 2))
 
     prompts = encode_prompts(policy, rows, guided)
@@ -174,8 +172,8 @@ def _digest(rows: Sequence[dict]) -> str:
     return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
 
 
-def _resume(path: Path, settings: dict[str, Any], rows: Sequence[dict], numbers: np.ndarray, restart: bool) -> None:
-    """Fills in the numbers of the problems that `path` has whole, and leaves the file with these alone."""
+def _resume(path: Path, settings: dict[str, Any], rows: Sequence[dict], samples: int, restart: bool) -> list:
+    """`[M,K,5]` numbers of the problems that `path` has whole, NaN of the others; leaves the file with these alone."""
     beside = path.with_suffix(".settings.json")
     settings = json.loads(json.dumps(settings))
     if path.is_file() and beside.is_file():
@@ -187,6 +185,7 @@ def _resume(path: Path, settings: dict[str, Any], rows: Sequence[dict], numbers:
         kept = [] if changed else metrics.read_jsonl(path)
     else:
         kept = []
+    numbers: np.ndarray = np.full((len(rows), samples, len(_NUMBERS)), np.nan, np.float32)
     place = {row["id"]: i for i, row in enumerate(rows)}
     for line in kept:
         numbers[place[line["id"]], line["sample"]] = _numbers(line)
@@ -194,6 +193,7 @@ def _resume(path: Path, settings: dict[str, Any], rows: Sequence[dict], numbers:
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace(path, "".join(_text(line) for line in kept if whole[place[line["id"]]]))
     _replace(beside, json.dumps(settings, indent=1) + "\n")
+    return numbers.tolist()
 
 
 def _replace(path: Path, text: str) -> None:
@@ -246,8 +246,14 @@ def _votes(graded: Graded) -> list[list[int]]:
     """`[B][K]` class of each response's answer among those of its problem, equal answers sharing one; -1 for none.
 
     A response without a box, or cut at the limit, has no vote. Correct answers are one class, wrong ones are compared
-    with each other as the verifier compares; what it could not grade is compared as text.
+    with each other as the verifier compares; what it could not grade is compared as text. The problems are split over
+    the processes.
     """
+    return distributed.split(_votes_of, list(zip(graded.verdicts, graded.rollout.finish, strict=True)))
+
+
+def _votes_of(problems: Sequence[tuple[list[rewards.Verdict], np.ndarray]]) -> list[list[int]]:
+    """`_votes` of some problems, given as (verdicts, finish reasons)."""
 
     def name(verdict: rewards.Verdict, finish: int) -> tuple[str, str] | None:
         if finish != STOP or not verdict.extracted:
@@ -256,7 +262,7 @@ def _votes(graded: Graded) -> list[list[int]]:
 
     names = [
         [name(*pair) for pair in zip(group, finish, strict=True)]
-        for group, finish in zip(graded.verdicts, graded.rollout.finish, strict=True)
+        for group, finish in problems
     ]
     wrong = [list(dict.fromkeys(n[1] for n in group if n and n[0] == "wrong")) for group in names]
     pairs = [(first, later) for group in wrong for i, later in enumerate(group) for first in group[:i]]

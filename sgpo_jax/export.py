@@ -31,7 +31,9 @@ def run(config, workdir: Path, from_stage: str, folder: Path, dtype: str) -> Non
 
 def main(config, given) -> None:
     checks.check(config)
-    run(config, Path(given.workdir).expanduser(), given.stage, command.folder("to", given.to), given.dtype)
+    folder = command.folder("to", given.to)
+    command.join(config, given)
+    run(config, Path(given.workdir).expanduser(), given.stage, folder, given.dtype)
 
 
 if __name__ == "__main__":
@@ -39,4 +41,5 @@ if __name__ == "__main__":
     flags.DEFINE_enum("stage", "rl", ["sft", "rl"], "Whose best checkpoint is exported.")
     flags.DEFINE_string("to", None, "Folder to create.")
     flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Of the exported weights.")
+    command.define_processes()
     command.start(main, required=["config", "workdir", "to"])

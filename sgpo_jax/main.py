@@ -18,11 +18,11 @@ def run(config, workdir: Path) -> None:
     checks.check_mesh(config, sharding.row_ways(mesh))
     rewards.check(config.rl.reward)
     with lock.hold(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
-        # A run that was refused over its rows or its model has left a config too, which binds nobody.
-        begun = "*/checkpoints/[0-9]*", "eval/*", "rl/rollbacks.json"
-        if any(any(workdir.glob(pattern)) for pattern in begun):
-            configs.check_resume(config, workdir / "config.json")
         if jax.process_index() == 0:
+            # A run that was refused over its rows or its model has left a config too, which binds nobody.
+            begun = "*/checkpoints/[0-9]*", "eval/*", "rl/rollbacks.json"
+            if any(any(workdir.glob(pattern)) for pattern in begun):
+                configs.check_resume(config, workdir / "config.json")
             (workdir / "config.json").write_text(configs.to_json(config), encoding="utf-8")
             environment.record(workdir)
         _run_stages(config, workdir, mesh)
@@ -48,13 +48,12 @@ def _run_stages(config, workdir: Path, mesh: Mesh) -> None:
 def main(config, given) -> None:
     checks.check(config)
     workdir = command.folder("workdir", given.workdir)
-    if given.distributed:
-        jax.distributed.initialize()
+    command.join(config, given)
     preemption.watch(config.grace)
     run(config, workdir)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and generations; resumes if it can.")
-    flags.DEFINE_bool("distributed", False, "One process of several: call jax.distributed.initialize().")
+    command.define_processes()
     command.start(main, required=["config", "workdir"])

@@ -100,7 +100,7 @@ def scratch_config(vocab_size: int, *, layers: int, hidden: int, heads: int, mlp
 
 def place(params: Any, mesh: Mesh) -> Any:
     """Parameters in host memory onto the mesh, as `sharding.RULES` say."""
-    return jax.device_put(params, sharding.tree_shardings(params, mesh))
+    return sharding.place(params, sharding.tree_shardings(params, mesh))
 
 
 def _download(source: str) -> Path:

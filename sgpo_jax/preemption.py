@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from sgpo_jax import peers
+
 _requested = threading.Event()
 
 
@@ -18,6 +20,8 @@ class Preempted(Exception):
 
 def watch(grace: float) -> None:
     """From now on SIGTERM is a request; `grace` seconds later the process exits, even in the middle of a step.
+
+    If it is one of several, the others exit with it.
 
     A thread listens, because Python's own handlers wait for the main thread, which may be in a long computation.
     """
@@ -36,6 +40,7 @@ def _listen(listener: socket.socket, writer: socket.socket, grace: float) -> Non
     _requested.set()
     threading.Event().wait(grace)
     print("SIGTERM: the step took too long; the next start goes on from the last checkpoint", flush=True)
+    peers.tell("was stopped by SIGTERM in the middle of a step", code=0)
     os._exit(0)
 
 

@@ -245,8 +245,8 @@ def _layer_inputs(field: str, packed: Packed, policy: Policy, mesh: Mesh) -> Set
 
 
 def _trips(parts: dict[str, Packed | None]) -> tuple[tuple[str, float], ...]:
-    """Micro-batches of each part, and, in each of them, chunks of response tokens."""
-    chunks, micro_batches = [], []
+    """Micro-batches of each part, and, in each of them, chunks of response tokens; one optimizer step."""
+    chunks, micro_batches = [], [("optimizer/while$", 1.0)]
     for name, packed in parts.items():
         if packed is not None:
             used = packed.chunks[: int(packed.count)]

@@ -218,31 +218,29 @@ def _in_update(
     config: ConfigDict, kept: skipped.Skipped, policy: Policy, tx: optax.GradientTransformation, state: TrainState,
     mesh: Mesh,
 ) -> list[Finding]:  # fmt: skip
-    """What is not finite in the run's own update: metrics, gradient, and change of the parameters."""
-    seen: list[tuple[Any, Any]] = []
+    """What is not finite in the run's own update: metrics and gradients."""
+    seen: list[Any] = []
 
-    def update(gradient, opt_state, params=None):
-        changes, opt_state = tx.update(gradient, opt_state, params)
-        jax.debug.callback(lambda *counts: seen.append(counts), _bad(gradient), _bad(changes), ordered=False)
-        return changes, opt_state
+    def watch(gradient):
+        jax.debug.callback(seen.append, _bad(gradient), ordered=False)
 
-    watched = optax.GradientTransformation(tx.init, update)
     settings = {
         "dtype": policy.dtype, "remat": config.model.remat, "shardings": stage.state_shardings(policy, tx, mesh)[1],
+        "watch": watch,
     }  # fmt: skip
     if kept.stage == "sft":
-        _, metrics = sft.make_update(policy.config, watched, **settings)(state, sft.put(kept.batch, mesh))
+        _, metrics = sft.make_update(policy.config, tx, **settings)(state, sft.put(kept.batch, mesh))
     else:
         of_batch, of_update = rl.method(config.rl)
         packed = pack_batch(kept.batch, micro_batch=config.rl.micro_batch, **of_batch)
-        run_update = make_update(policy.config, watched, **of_update, **settings)
+        run_update = make_update(policy.config, tx, **of_update, **settings)
         _, metrics = run_update(state, sharding.put(packed, specs(packed), mesh))
     values = {name: float(value) for name, value in metrics.items()}
     jax.effects_barrier()
     found = [Finding("metric", name, 1) for name, value in values.items() if not np.isfinite(value)]
-    for number, (gradient, changes) in enumerate(seen, start=1):
+    for number, gradient in enumerate(seen, start=1):
         which = f", optimizer step {number} of {len(seen)}" if len(seen) > 1 else ""
-        found += _findings(f"gradient{which}", gradient) + _findings(f"change of parameters{which}", changes)
+        found += _findings(f"gradient{which}", gradient)
     verdict = "is skipped" if values["skipped"] else "is applied"
     print(f"the update {verdict}; loss {values['loss']:g}, gradient norm {values['grad_norm']:g}", flush=True)
     return found

@@ -2,13 +2,14 @@
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import astuple
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sgpo_jax import rewards, sharding
+from sgpo_jax import distributed, rewards, sharding
 from sgpo_jax import tokenizer as tokenizers
 from sgpo_jax.batch import Prompts
 from sgpo_jax.policy import Policy
@@ -74,18 +75,24 @@ def respond(
 def grade(policy: Policy, rollout: Rollout, rows: Sequence[dict], reward: str = "") -> Graded:
     """Texts and grades of a rollout for B problems; a response cut at the limit gets reward 0.
 
+    The problems are split over the processes.
+
     Args:
       policy, rollout: where the tokens come from.
       rows: B problems.
       reward: as in `rewards.judge`: "" is the verifier.
     """
-    texts = [
-        [tokenizers.decode(policy.tokenizer, tokens, length) for tokens, length in zip(*group, strict=True)]
-        for group in zip(rollout.tokens, rollout.lengths, strict=True)
-    ]
     size = rollout.lengths.shape[1]
-    flat = [text for group in texts for text in group]
-    verdicts = rewards.judge(flat, [row for row in rows for _ in range(size)], reward)
-    grouped = [verdicts[i : i + size] for i in range(0, len(verdicts), size)]
-    values = np.array([[verdict.reward for verdict in group] for group in grouped], np.float32)
-    return Graded(rollout, texts, grouped, np.where(rollout.finish == STOP, values, 0.0).astype(np.float32))
+
+    def texts_and_verdicts(problems):
+        pairs = [(i, k) for i in problems for k in range(size)]
+        texts = [tokenizers.decode(policy.tokenizer, rollout.tokens[at], rollout.lengths[at]) for at in pairs]
+        verdicts = rewards.judge(texts, [rows[i] for i, _ in pairs], reward)
+        graded = [(text, astuple(verdict)) for text, verdict in zip(texts, verdicts, strict=True)]
+        return [graded[i : i + size] for i in range(0, len(graded), size)]
+
+    groups = distributed.split(texts_and_verdicts, range(len(rows)))
+    texts = [[text for text, _ in group] for group in groups]
+    verdicts = [[rewards.Verdict(*verdict) for _, verdict in group] for group in groups]
+    values = np.array([[verdict.reward for verdict in group] for group in verdicts], np.float32)
+    return Graded(rollout, texts, verdicts, np.where(rollout.finish == STOP, values, 0.0).astype(np.float32))

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
-from sgpo_jax import monitor
+from sgpo_jax import distributed, monitor
 from sgpo_jax.checkpoint import Checkpoints
 from sgpo_jax.metrics import read_jsonl
 
@@ -24,7 +23,7 @@ from sgpo_jax.metrics import read_jsonl
 def read(workdir: Path) -> list[dict[str, Any]]:
     """The rollbacks of a run so far: at which step, to which, and the sign."""
     path = workdir / "rl" / "rollbacks.json"
-    return _from_first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else [])
+    return distributed.first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else [])
 
 
 def passed(rollbacks: list[dict[str, Any]]) -> int:
@@ -35,7 +34,7 @@ def passed(rollbacks: list[dict[str, Any]]) -> int:
 def recent_rows(workdir: Path, step: int, window: int) -> list[dict[str, Any]]:
     """The last rows of rl.jsonl up to `step`, at most `window`."""
     path = workdir / "rl.jsonl"
-    rows = _from_first(lambda: read_jsonl(path)[-window:] if path.is_file() else [])
+    rows = distributed.first(lambda: read_jsonl(path)[-window:] if path.is_file() else [])
     return [row for row in rows if row["step"] <= step]
 
 
@@ -55,7 +54,7 @@ def go_back(workdir: Path, saved: Checkpoints, limits: Mapping[str, Any], every:
     """
     saved.wait()
     rollbacks = read(workdir)
-    sound = _from_first(lambda: monitor.sound_steps(read_jsonl(workdir / "rl.jsonl"), limits))
+    sound = distributed.first(lambda: monitor.sound_steps(read_jsonl(workdir / "rl.jsonl"), limits))
     sound = max(sound, *(each["to"] for each in rollbacks[-1:]), 0)  # where it went back to last was sound
     to = max((each for each in saved.all_steps() if each <= sound), default=0)
     if not to and sound >= every:
@@ -91,13 +90,3 @@ def _replace(path: Path, *lines: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
-
-
-def _from_first(value: Any) -> Any:
-    """What `value()`, made of what JSON has, is on the first process, which wrote the files."""
-    if jax.process_count() == 1:
-        return value()
-    text = json.dumps(value() if jax.process_index() == 0 else None).encode()
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    padded = np.frombuffer(text.ljust(length)[:length], np.uint8)
-    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())

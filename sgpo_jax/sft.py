@@ -135,10 +135,11 @@ def make_update(
     dtype: Any = jnp.float32,
     remat: str = "none",
     shardings: TrainState | None = None,
+    watch: Callable[[Any], None] = lambda gradient: None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """The jitted `update(state, (packed, tokens)) -> (state, metrics)` on the mean loss per response token.
 
-    It donates the state.
+    It donates the state. `watch` sees the gradient, also of an update that is skipped.
     """
 
     def update(state, batch):
@@ -152,6 +153,7 @@ def make_update(
 
         with jax.named_scope("responses"):
             grads, metrics = accumulate(loss_fn, state.params, packed.count, _micro_batches(packed, tokens))
+        watch(grads)
         state, grad_norm = apply_gradients(state, grads, optimizer, metrics["loss"])
         metrics |= {"grad_norm": grad_norm, "skipped": state.skipped, "tokens": count}
         return state.replace(step=state.step + 1), metrics

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -39,7 +39,9 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list | No
         chosen = os.environ.get("JAX_PLATFORMS", "")
         raise ValueError(f"JAX_PLATFORMS={chosen!r}: JAX finds no such devices here ({error})") from error
     shape = mesh_shape((data, fsdp, tensor), len(devices))
-    return jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+    # jax.make_mesh refuses shapes that divide an axis of the torus, such as 16 x 4 on 8 x 8 chips.
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def mesh_shape(sizes: tuple[int, int, int], num_devices: int) -> tuple[int, int, int]:
@@ -99,7 +101,23 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 
 def put(tree: Any, specs: Any, mesh: Mesh) -> Any:
     """Host arrays onto the mesh, each as its PartitionSpec says. Every process passes the same arrays."""
-    return jax.tree.map(lambda x, spec: jax.device_put(np.asarray(x), NamedSharding(mesh, spec)), tree, specs)
+    return place(jax.tree.map(np.asarray, tree), jax.tree.map(lambda _, spec: NamedSharding(mesh, spec), tree, specs))
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Arrays onto devices, each as its sharding says.
+
+    Of arrays in host memory every process passes the same ones and copies its own parts of them, unchecked:
+    `jax.device_put` would send them all to all processes to compare.
+    """
+
+    def one(x, sharding):
+        if sharding.is_fully_addressable or not getattr(x, "is_fully_addressable", True):
+            return jax.device_put(x, sharding)
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(one, tree, shardings)
 
 
 def put_rows(tree: Any, mesh: Mesh) -> Any:

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import cleaning, data, models, optim, prompts, sharding, skipped
+from sgpo_jax import cleaning, data, distributed, models, optim, prompts, sharding, skipped
 from sgpo_jax import policy as policies
 from sgpo_jax.checkpoint import Checkpoints
 from sgpo_jax.policy import Policy
@@ -42,13 +42,14 @@ def account(sieve: cleaning.Sieve, workdir: Path, stage: str) -> None:
     """Prints what became of the rows of a stage and records it in `workdir`.
 
     Raises:
-      ValueError: the stage has a checkpoint, but began with other rows.
+      ValueError: the stage has a checkpoint, but began with other rows; or the processes have read different ones.
     """
-    first = jax.process_index() == 0
-    if first:
+    rows = f"rows of the {stage} stage"
+    distributed.agree({f"the number of {rows}": len(sieve.rows), f"the content of {rows}": sieve.fingerprint()})
+    if jax.process_index() == 0:
         sieve.table(f"{stage.upper()}: {len(sieve.rows)} rows of {sum(sieve.read.values())}")
-    started = any((workdir / stage / "checkpoints").glob("[0-9]*"))
-    cleaning.record(sieve, workdir, stage, resuming=started, write=first)
+        started = any((workdir / stage / "checkpoints").glob("[0-9]*"))
+        cleaning.record(sieve, workdir, stage, resuming=started)
 
 
 def optimizer(config: ConfigDict, stage: str, total_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -88,7 +89,7 @@ def start(
 def first_state(params: Any, policy: Policy, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The state before the first step of a stage that begins with `params`."""
     _, shardings = state_shardings(policy, tx, mesh)
-    params = jax.device_put(params, shardings.params)
+    params = sharding.place(params, shardings.params)
     return jax.jit(partial(init_state, optimizer=tx), out_shardings=shardings)(params)
 
 
@@ -106,7 +107,7 @@ def best_params(config: ConfigDict, workdir: Path, stage: str, policy: Policy, m
 
 def find_step(config: ConfigDict, workdir: Path, stage: str, which: str) -> int | None:
     """Step of the "best" or "last" checkpoint of a stage, or `which` itself; None when there is no such checkpoint."""
-    if not (workdir / stage / "checkpoints").is_dir():
+    if not distributed.first((workdir / stage / "checkpoints").is_dir):
         return None
     with checkpoints(config, workdir, stage, reading=True) as saved:
         if which in ("best", "last"):

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import metrics, plots, stage
+from sgpo_jax import distributed, metrics, plots, stage
+from sgpo_jax import policy as policies
 from sgpo_jax.evaluation import evaluate_sets
 from sgpo_jax.policy import Policy
 from sgpo_jax.scores import gain
@@ -35,10 +37,11 @@ def write(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
         for kind in ("unguided", "guided") if config.eval.guided else ("unguided",):
             path = folder / f"{when}_{kind}.json"
             wanted = {"config": json.loads(config.eval.to_json()), "seed": config.seed, "step": step}
-            scores = _finished(path, wanted)
+            scores = distributed.first(partial(_finished, path, wanted))
             if scores is None:
                 if params is None:
                     params = initial() if when == "before" else stage.best_params(config, workdir, "rl", policy, mesh)
+                    params = policies.place(params, mesh)
                 print(f"evaluating {when} RL, {kind}", flush=True)
                 with jax.set_mesh(mesh):
                     scores = evaluate_sets(config, folder / when, policy, params, mesh, step, guided=kind == "guided")
@@ -51,7 +54,7 @@ def write(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
 
 
 def _rl_step(config: ConfigDict, workdir: Path) -> int | None:
-    if not (workdir / "rl" / "checkpoints").is_dir():
+    if not distributed.first((workdir / "rl" / "checkpoints").is_dir):
         return None
     with stage.checkpoints(config, workdir, "rl") as saved:
         return saved.best_step()

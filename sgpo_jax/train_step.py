@@ -52,6 +52,7 @@ def make_update(
     dtype: Any = jnp.float32,
     remat: str = "none",
     shardings: TrainState | None = None,
+    watch: Callable[[Any], None] = lambda gradient: None,
 ) -> Callable[[TrainState, PackedBatch], tuple[TrainState, Metrics]]:
     """The jitted `update(state, batch) -> (state, metrics)` of Eq. 7; the state is donated.
 
@@ -70,6 +71,7 @@ def make_update(
       entropy_bonus: coefficient of the mean entropy of the autonomous responses' tokens, which is maximised.
       dtype, remat: see `models.apply`.
       shardings: of the state, which stays where it is; None leaves it to the compiler.
+      watch: sees every gradient while tracing, also that of an update that will be skipped.
     """
     logprobs_of = partial(response_logprobs, config=config, dtype=dtype, remat=remat)
     hidden_of = partial(response_hidden, config=config, dtype=dtype, remat=remat)
@@ -169,6 +171,7 @@ def make_update(
                 with jax.named_scope("targets"):
                     grads, of_targets = accumulate(target_loss, state.params, batch.targets.count, targets, grads)
                 metrics |= of_targets | {"loss": metrics["loss"] + of_targets["loss_kd"]}
+            watch(grads)
             measured = metrics["loss"], metrics["logp_mismatch"]
             state, grad_norm = apply_gradients(state, grads, optimizer, measured)
             return state, metrics | {"grad_norm": grad_norm}
@@ -271,7 +274,7 @@ def _at(micro_batches: Any, k: Any) -> Any:
 def apply_gradients(
     state: TrainState, grads: Any, optimizer: optax.GradientTransformation, measured: Any
 ) -> tuple[TrainState, jax.Array]:
-    """One optimizer step, or none when the gradient, the change of the parameters or `measured` is not finite.
+    """One optimizer step, or none when the gradient, the state or `measured` is not finite.
 
     Args:
       state, grads, optimizer: what is changed, and how.
@@ -281,8 +284,9 @@ def apply_gradients(
       (state, gradient norm before clipping).
     """
     grad_norm = optax.tree.norm(grads)
-    updates, _ = optimizer.update(grads, state.opt_state, state.params)
-    finite = jnp.isfinite(jnp.stack(jax.tree.leaves((grad_norm, optax.tree.norm(updates), measured)))).all()
+    # What the change of the parameters is made of; it would itself have to be held to be looked at.
+    held = [x for x in jax.tree.leaves((state.params, state.opt_state)) if jnp.issubdtype(x.dtype, jnp.floating)]
+    finite = jnp.isfinite(jnp.stack(jax.tree.leaves((grad_norm, optax.tree.norm(held), measured)))).all()
 
     def step(i, state):
         # Tied to the loop, out of which XLA would move what needs the gradient alone, and hold it.
@@ -291,5 +295,6 @@ def apply_gradients(
         return state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
 
     # One step or none, in place: to choose between old and new values would be to hold both.
-    state = jax.lax.fori_loop(0, finite.astype(jnp.int32), step, state)
+    with jax.named_scope("optimizer"):
+        state = jax.lax.fori_loop(0, finite.astype(jnp.int32), step, state)
     return state.replace(skipped=jnp.where(finite, 0, state.skipped + 1)), grad_norm

@@ -196,8 +196,8 @@ def test_the_record_of_one_stage_leaves_the_other_alone(tmp_path):
     first.leave_out("duplicate", {"r1": "r0"})
     second.leave_out("in é", {"r0": "e0"}, keep=True)
     for _ in range(2):  # a second time changes nothing
-        cleaning.record(first, tmp_path, "sft", resuming=False, write=True)
-        cleaning.record(second, tmp_path, "rl", resuming=True, write=True)
+        cleaning.record(first, tmp_path, "sft", resuming=False)
+        cleaning.record(second, tmp_path, "rl", resuming=True)
         written = json.loads((tmp_path / "data.json").read_text())
         count = {"read": 2, "left_out": {"duplicate": 1}, "kept_although": {}, "kept": 1}
         assert list(written) == ["sft", "rl"] and written["sft"]["sources"] == {"s": count}
@@ -206,22 +206,20 @@ def test_the_record_of_one_stage_leaves_the_other_alone(tmp_path):
             {"stage": "sft", "source": "s", "id": "r1", "reason": "duplicate", "detail": "r0", "kept": False},
             {"stage": "rl", "source": "s", "id": "r0", "reason": "in é", "detail": "e0", "kept": True},
         ]
-    cleaning.record(second, tmp_path / "elsewhere", "rl", resuming=False, write=False)
-    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_a_stage_that_has_begun_goes_on_with_the_same_rows_only(tmp_path):
     begun = Sieve({"s": rows("x", "y")})
-    cleaning.record(begun, tmp_path, "rl", resuming=True, write=True)
+    cleaning.record(begun, tmp_path, "rl", resuming=True)
     before = (tmp_path / "data.json").read_text()
     for other in (Sieve({"s": rows("x")}), Sieve({"s": rows("y", "x")}), Sieve({"s": rows("x", "y", strategy="s")})):
         with pytest.raises(
             ValueError, match=rf"the rl stage in .* has begun with other rows: 2 then .*, {len(other.rows)} n"
         ):
-            cleaning.record(other, tmp_path, "rl", resuming=True, write=True)
+            cleaning.record(other, tmp_path, "rl", resuming=True)
     assert (tmp_path / "data.json").read_text() == before
-    cleaning.record(Sieve({"elsewhere": rows("x", "y")}), tmp_path, "rl", resuming=True, write=True)
-    cleaning.record(Sieve({"s": rows("x")}), tmp_path, "rl", resuming=False, write=True)
+    cleaning.record(Sieve({"elsewhere": rows("x", "y")}), tmp_path, "rl", resuming=True)
+    cleaning.record(Sieve({"s": rows("x")}), tmp_path, "rl", resuming=False)
     assert json.loads((tmp_path / "data.json").read_text())["rl"]["sources"]["s"]["kept"] == 1
 
 
