@@ -149,6 +149,8 @@ CATALOGUE = [
     ("stages", ("rl", "rl"), "('sft', 'rl', 'eval'), in that order"),
     ("stages", ("train",), "('sft', 'rl', 'eval'), in that order"),
     ("max_skipped", 0, "at least 1"),
+    ("monitor.action", "restart", "'warn' or 'stop' or 'rollback'"),
+    ("monitor.most_rollbacks", 0, "at least 1"),
     ("model.source", "", "'scratch'"),
     ("model.tokenizer", "", "set when model.source is 'scratch'"),
     ("model.dtype", "float16", "'float32' or 'bfloat16'"),

@@ -39,6 +39,10 @@ COMMANDS = {
         "export", ["--workdir={place}/none", "--to={place}/out"], r"there is no checkpoint of stage 'rl'",
     ),
     "nothing to evaluate": ("evaluate", ["--checkpoint={place}/none"], r"--checkpoint=.*: there is no such checkpoint"),
+    "nothing to replay": (
+        "replay", ["--workdir={place}/none", "--batch={place}/good.jsonl"],
+        r"good\.jsonl: must be a skipped_batch_STEP\.npz that a run left behind",
+    ),
     "a paper's row that is none": (
         "evaluate", ["--model=smollm2", "--out={place}/out", "--paper=gpt"], r"--paper=gpt: must be one of",
     ),

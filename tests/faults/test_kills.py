@@ -61,7 +61,7 @@ def attempts(folder, workdir, module, arguments, kills, sick=()):
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     done = subprocess.run(
         [sys.executable, str(Path(__file__).parent / "kill_in.py"), str(file)], env=environment() | cache, cwd=ROOT,
-        capture_output=True, text=True, timeout=1500,
+        capture_output=True, text=True, timeout=600 + 120 * len(kills),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads(done.stdout)
