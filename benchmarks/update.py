@@ -26,7 +26,7 @@ def sides(stored: bool) -> list[Side]:
     chosen = [
         Side("sgpo_jax", "", {"remat": "full"}),
         Side("Tunix", "tunix", {"remat": False}),
-        Side("TRL", "torch", {"remat": "full"}),
+        Side("TRL", "torch", {"remat": True}),
     ]
     others = [Side("sgpo_jax, stored", "", {"remat": "none"}), Side("TRL, stored", "torch", {"remat": False})]
     return chosen + others * stored
