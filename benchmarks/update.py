@@ -26,7 +26,7 @@ def sides(stored: bool) -> list[Side]:
     chosen = [
         Side("sgpo_jax", "", {"remat": "full"}),
         Side("Tunix", "tunix", {"remat": False}),
-        Side("TRL", "torch", {"remat": "full"}),
+        Side("TRL", "torch", {"remat": True}),
     ]
     others = [Side("sgpo_jax, stored", "", {"remat": "none"}), Side("TRL, stored", "torch", {"remat": False})]
     return chosen + others * stored
@@ -61,18 +61,19 @@ def main() -> None:
     ours = results[chosen[0].name]
     for side in chosen:
         found = results[side.name]
-        seconds, compiling = pooled(found, "seconds"), compile_seconds(found)
+        seconds = pooled(found, "seconds")
         rows.append([
             side.name, spread(seconds), spread(pooled(found, "cpu")),
             spread([x / GIB for x in pooled(found, "peak_rss")]), spread([x / GIB for x in pooled(found, "temporary")]),
-            spread(compiling), f"{useful / statistics.median(seconds) / peak:.0%}" if seconds else "-",
+            spread(pooled(found, "compile_seconds")),
+            f"{useful / statistics.median(seconds) / peak:.0%}" if seconds else "-",
         ])  # fmt: skip
         summary[side.name] = {
             "time_ratio": ratio(pooled(ours, "seconds"), seconds),
             "cpu_ratio": ratio(pooled(ours, "cpu"), pooled(found, "cpu")),
             "rss_ratio": ratio(pooled(ours, "peak_rss"), pooled(found, "peak_rss")),
             "temporary_ratio": ratio(pooled(ours, "temporary"), pooled(found, "temporary")),
-            "compile_ratio": ratio(compile_seconds(ours), compiling),
+            "compile_ratio": ratio(pooled(ours, "compile_seconds"), pooled(found, "compile_seconds")),
         }
     title = (
         f"Update of {len(lengths)} responses, {flags.prompt} + {lengths.min()} to {lengths.max()} tokens, "
@@ -86,13 +87,6 @@ def main() -> None:
         [[side, *("-" if x is None else f"{x:.2f}" for x in values.values())] for side, values in summary.items()],
     )  # fmt: skip
     common.save(flags.json, __file__, flags=vars(flags), results=results, ratios=summary)
-
-
-def compile_seconds(found: list[dict]) -> list[float]:
-    """Of the compiler where it was asked, or what the first call took longer than the later ones."""
-    if "compile_seconds" in found[0]:
-        return pooled(found, "compile_seconds")
-    return [result["warm_up"][0] - statistics.median(result["seconds"]) for result in found if result["seconds"]]
 
 
 if __name__ == "__main__":

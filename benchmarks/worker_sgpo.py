@@ -1,8 +1,12 @@
 """Our side of the benchmarks: `worker_sgpo.py TASK.json RESULT.json`."""
 
 import json
+import re
 import sys
+import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +34,7 @@ def weights(task: dict[str, Any]) -> dict[str, Any]:
 
 def generate(task: dict[str, Any]) -> dict[str, Any]:
     """Seconds of rollouts of `requests` responses, `group` to a prompt, `batch` at a time; and their tokens."""
-    shape = workload.shape(task["shape"])
-    params, config = load(task["model"])
-    stops = workload.stop_ids(shape, task["median"])
-    count = task["requests"] // task["group"]
-    prompts = jnp.asarray(workload.prompts(shape, count, task["prompt"], len(stops), task["seed"]))
-
-    def call(number):
-        responses, steps = rollout.generate(
-            params, config, prompts, jnp.ones_like(prompts, bool), jax.random.key(1000 * task["seed"] + number),
-            jnp.arange(count), group=task["group"], max_new_tokens=task["longest"], temperature=1.0,
-            top_p=task["top_p"], top_k=0, stop_ids=tuple(stops), pad_id=shape.vocab - 1, slots=task["batch"],
-        )  # fmt: skip
-        return np.asarray(responses.lengths), int(steps)
-
-    results, measured = timed(call, task["calls"])
+    results, measured = timed(prepare_generate(task)[0], task["calls"])
     lengths, steps = zip(*results, strict=True)
     return measured | {
         "tokens": [int(each.sum()) for each in lengths],
@@ -54,11 +44,88 @@ def generate(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def update(task: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of updates, AdamW included, on the same responses; the compiler's temporary memory in bytes."""
+    """Seconds of updates, AdamW included, on the same responses; the compiler's time and temporary memory in bytes."""
+    started = time.perf_counter(), time.process_time()
+    call, compiled = prepare_update(task)
+    result = {
+        "compile_seconds": time.perf_counter() - started[0],
+        "compile_cpu": time.process_time() - started[1],
+        "temporary": compiled.memory_analysis().temp_size_in_bytes,
+    }
+    return result | timed(call, task["calls"])[1] if task["calls"] else result
+
+
+def profile(task: dict[str, Any]) -> dict[str, Any]:
+    """Of one call of the work `profiled`: [name, whether a matrix product, seconds] of each operation."""
+    call, compiled = {"generate": prepare_generate, "update": prepare_update}[task["profiled"]](task)
+    call(0)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            _, measured = timed(call, 1, warm_up=0)
+        (file,) = Path(folder).glob("**/*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(file)).planes
+        seconds: Counter[str] = Counter()
+        for event in (event for plane in planes for line in plane.lines for event in line.events):
+            operation = dict(event.stats).get("hlo_op")
+            # A loop's time is that of what it runs.
+            if operation and not operation.startswith(("while", "call", "conditional")):
+                seconds[operation] += event.duration_ns / 1e9
+    program = compiled.as_text()
+    defined = dict(re.findall(r"^\s*(?:ROOT )?%(\S+) = (.*)$", program, re.MULTILINE))
+    operations = []
+    for name, spent in seconds.items():
+        text = defined.get(name, "")
+        named = re.search(r'op_name="([^"]*)"', text)
+        product = re.search(r"[ )](dot|convolution)\(|__onednn|ynn_fusion.*dot_general", f" {text}") is not None
+        operations.append([named[1] if named else "", product, spent])
+    return measured | {"operations": operations}
+
+
+def prepare_generate(task: dict[str, Any]) -> tuple[Callable[[int], Any], Any]:
+    """(a call -> lengths `[B,G]` and slot-steps, the compiled program)."""
+    shape = workload.shape(task["shape"])
+    params, config = load(task["model"])
+    stops = workload.stop_ids(shape, task["median"])
+    count = task["requests"] // task["group"]
+    prompts = jnp.asarray(workload.prompts(shape, count, task["prompt"], len(stops), task["seed"]))
+    mask, ids = jnp.ones_like(prompts, bool), jnp.arange(count)
+    compiled = rollout.generate.lower(
+        params, config, prompts, mask, jax.random.key(0), ids, group=task["group"], max_new_tokens=task["longest"],
+        temperature=1.0, top_p=task["top_p"], top_k=0, stop_ids=tuple(stops), pad_id=shape.vocab - 1,
+        slots=task["batch"],
+    ).compile()  # fmt: skip
+
+    def call(number):
+        responses, steps = compiled(params, prompts, mask, jax.random.key(1000 * task["seed"] + number), ids)
+        return np.asarray(responses.lengths), int(steps)
+
+    return call, compiled
+
+
+def prepare_update(task: dict[str, Any]) -> tuple[Callable[[int], Any], Any]:
+    """(a call -> loss, the compiled program); weights and moments are made at the first call."""
     shape = workload.shape(task["shape"])
     data = workload.responses(shape, task)
     config = model_config.from_hf(shape.hf_config())
     optimizer = optim.adamw(optim.schedule(1e-6, 1000), b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.01, clip_norm=1.0)
+    packed = pack_batch(batch(shape, data, task), micro_batch=task["micro_batch"] or data.lengths.size)
+    shapes = jax.eval_shape(lambda: init_state(models.init(jax.random.key(0), config), optimizer))
+    compiled = make_update(config, optimizer, remat=task["remat"]).lower(shapes, packed).compile()
+    state = None
+
+    def call(_):
+        nonlocal state
+        if state is None:
+            state = init_state(load(task["model"])[0], optimizer)
+        state, metrics = compiled(state, packed)
+        return float(metrics["loss"])
+
+    return call, compiled
+
+
+def batch(shape: workload.Shape, data: workload.Responses, task: dict[str, Any]) -> Batch:
+    """A batch for GRPO, or, when the task says how many of each group are guided, for SGPO."""
+    guided = task.get("guided", 0)
 
     def group(chosen):
         tokens = data.tokens[:, chosen]
@@ -67,37 +134,11 @@ def update(task: dict[str, Any]) -> dict[str, Any]:
     def prompts(tokens):
         return Prompts(tokens, np.ones(tokens.shape, bool))
 
-    guided = task.get("guided", 0)
-    strategies = workload.prompts(shape, task["problems"], task["strategy"], 0, 3) if guided else None
-    batch = Batch(
-        prompts(data.prompts),
-        prompts(np.concatenate([strategies, data.prompts], axis=1)) if guided else None,
-        group(slice(guided, None)),
-        group(slice(guided)) if guided else None,
-    )
-    packed = pack_batch(batch, micro_batch=task["micro_batch"] or data.lengths.size)
-    compiled_update = make_update(config, optimizer, remat=task["remat"])
-    shapes = jax.eval_shape(lambda: init_state(models.init(jax.random.key(0), config), optimizer))
-    started = time.perf_counter(), time.process_time()
-    lowered = compiled_update.lower(shapes, packed)
-    compiled = lowered.compile()
-    result = {
-        "compile_seconds": time.perf_counter() - started[0],
-        "compile_cpu": time.process_time() - started[1],
-        "temporary": compiled.memory_analysis().temp_size_in_bytes,
-    }
-    if not task["calls"]:
-        return result
-    params, _ = load(task["model"])
-    state = init_state(params, optimizer)
-    del params
-
-    def call(_):
-        nonlocal state
-        state, metrics = compiled(state, packed)
-        return float(metrics["loss"])
-
-    return timed(call, task["calls"])[1] | result
+    if not guided:
+        return Batch(prompts(data.prompts), None, group(slice(None)), None)
+    strategies = workload.prompts(shape, task["problems"], task["strategy"], 0, 3)
+    guided_prompts = prompts(np.concatenate([strategies, data.prompts], axis=1))
+    return Batch(prompts(data.prompts), guided_prompts, group(slice(guided, None)), group(slice(guided)))
 
 
 def kl(task: dict[str, Any]) -> dict[str, Any]:
@@ -153,5 +194,5 @@ def resident() -> int:
 
 if __name__ == "__main__":
     task = json.loads(Path(sys.argv[1]).read_text())
-    work = {function.__name__: function for function in (weights, generate, update, kl, peak)}[task["work"]]
+    work = {function.__name__: function for function in (weights, generate, update, kl, peak, profile)}[task["work"]]
     Path(sys.argv[2]).write_text(json.dumps(work(task) | {"versions": environment.describe()}))

@@ -47,6 +47,12 @@ class Shape(NamedTuple):
         per_pair = 4 * self.layers * self.heads * self.head_dim
         return 2.0 * (tokens * self.layer_parameters + scored * self.head_parameters) + per_pair * attended
 
+    def decode_cost(self, batch: int, attended: float) -> tuple[float, float]:
+        """(FLOP for a token, bytes that a step of `batch` tokens reads): float32, `attended` tokens in the cache."""
+        cache = 2 * self.layers * self.kv_heads * self.head_dim * attended
+        weights = self.layer_parameters + self.head_parameters
+        return self.forward_flops(1, 1, attended), 4.0 * (weights + batch * cache)
+
 
 SHAPES = {
     "small": Shape(layers=4, hidden=256, heads=4, kv_heads=2, mlp=1024, vocab=8192),

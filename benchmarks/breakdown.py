@@ -1,0 +1,70 @@
+"""Where the time of an update and of a rollout goes: a profile of one call each, by part of the program.
+
+    python benchmarks/breakdown.py
+    python benchmarks/breakdown.py --shape=small --remat=none
+
+XLA names each operation after the code that asked for it. Times of operations that run at once are added, so the sum
+is that of the threads that run operations, and shares of it are what counts.
+"""
+
+import re
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import common
+import workload
+from common import Side
+
+from sgpo_jax import metrics
+
+# The first pattern that an operation's name has says where it belongs.
+PARTS = {
+    "update": [
+        (r"rematted_computation", "layers, computed again"),
+        (r"transpose\(jvp\(Decoder", "layers, backward"),
+        (r"Decoder", "layers, forward"),
+        (r"transpose\(jvp\(\)\)", "head, backward"),
+        (r"jvp\(\)", "head, forward"),
+        (r"", "sum of gradients, optimizer"),
+    ],
+    "generate": [
+        (r"while/body.*Decoder.*(bkgn|bkgs|kbgs|softmax)", "decoding, attention"),
+        (r"while/body.*Decoder.*(gate|up|down|/[qkvo]/)", "decoding, layers' matrices"),
+        (r"while/body.*Decoder", "decoding, rest of the layers"),
+        (r"while/body.*dot_general", "decoding, head"),
+        (r"while/body", "decoding, sampling and bookkeeping"),
+        (r"", "prefill and preparation"),
+    ],
+}
+
+
+def main() -> None:
+    parser = common.arguments(
+        "Where the time of an update and of a rollout goes.",
+        shape=("smollm2", workload.SHAPE_HELP), problems=(1, "problems of the update"), group=(4, "samples of each"),
+        requests=(32, "responses of the rollout"), batch=(32, "decoded at once"), prompt=(64, "tokens of a prompt"),
+        longest=(128, "tokens of a response"), micro_batch=(0, "rows whose activations are held at once; 0: all"),
+        remat=("full", "what is recomputed"),
+    )  # fmt: skip
+    flags = parser.parse_args()
+    everything = {}
+    with tempfile.TemporaryDirectory() as folder:
+        task = {**vars(flags), "median": 0, "top_p": 1.0, "calls": 1, "seed": 0, "model": str(Path(folder) / "model")}
+        common.run(Side("weights"), {**task, "work": "weights"})
+        for work, parts in PARTS.items():
+            result = common.run(Side(work), {**task, "work": "profile", "profiled": work})
+            shares = Counter()
+            for name, product, seconds in result["operations"]:
+                part = next(part for pattern, part in parts if re.search(pattern, name))
+                shares[part, "products" if product else "other"] += seconds
+            total = shares.total()
+            rows = [[*key, f"{seconds:.3g}", f"{seconds / total:.0%}"] for key, seconds in shares.most_common()]
+            title = f"{work}, {flags.shape}: {result['seconds'][0]:.3g} s, {result['cpu'][0]:.3g} CPU-s"
+            metrics.table(title, ["part", "operations", "seconds", "share"], rows)
+            everything[work] = result
+    common.save(flags.json, __file__, flags=vars(flags), results=everything)
+
+
+if __name__ == "__main__":
+    main()
