@@ -24,7 +24,7 @@ STEPS = {"sft": 3, "rl": 5}
 # Every group has right and wrong answers by a reward that a model without skill can earn. The evaluation has the shape
 # of the autonomous rollouts, so that it is not compiled again.
 TINY = {
-    "model.hidden": 16, "model.heads": 2, "model.mlp": 32, "model.layers": 1, "model.remat": False,
+    "model.hidden": 16, "model.heads": 2, "model.mlp": 32, "model.layers": 1, "model.remat": "none",
     "data.train": "arithmetic:train,count=64", "sft.train": "arithmetic:pretraining,count=200",
     "sft.batch": 16, "sft.micro_batch": 8, "sft.steps": STEPS["sft"], "sft.validate_every": 2,
     "sft.validation_share": 0.1, "sft.learning_rate": 0.03, "rl.reward": "tests.reward_functions:even",
