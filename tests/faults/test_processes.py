@@ -62,7 +62,7 @@ def run(count, how, slurm=False, **more):
 
 
 def own_words(errors):
-    """What the command itself says, without the lines of jaxlib, which dies with the coordinator in a way of its own."""
+    """What the command itself says, without what jaxlib says when it loses its coordinator."""
     return [line for line in errors.splitlines() if line.startswith("sgpo_jax: ")]
 
 
