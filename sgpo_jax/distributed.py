@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -22,6 +23,7 @@ from jax.experimental import multihost_utils
 from sgpo_jax import peers
 
 HEARTBEAT = 50  # seconds until jaxlib gives up a process that is there but frozen
+_LAG = 90.0  # seconds after which a network file system shows everyone the same file
 _NEWS = 2.0  # seconds in which an error of a collective is explained by the death of another process
 
 T = TypeVar("T")
@@ -127,6 +129,20 @@ def split(work: Callable[[Sequence[Any]], list[T]], items: Sequence[Any]) -> lis
     for process, part in enumerate(gather(work(items[jax.process_index() :: count]))):
         results[process::count] = part
     return results
+
+
+def wait_for(path: Path) -> None:
+    """Waits until every process sees the file as the first one does, which has just written it.
+
+    Raises:
+      ValueError: one does not, though a network file system has had time to show it.
+    """
+    text, deadline = first(path.read_text), time.monotonic() + _LAG
+    while not (path.is_file() and path.read_text() == text):
+        if time.monotonic() > deadline:
+            raise ValueError(f"{path.parent}: process {jax.process_index()} does not see there what process 0 wrote; "
+                             "it must be a folder that all of them share")  # fmt: skip
+        time.sleep(0.2)
 
 
 def agree(values: Mapping[str, Any]) -> None:

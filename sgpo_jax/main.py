@@ -8,7 +8,21 @@ import jax
 from absl import flags
 from jax.sharding import Mesh
 
-from sgpo_jax import checks, command, environment, lock, page, preemption, rewards, rl, sft, sharding, stage, summary
+from sgpo_jax import (
+    checks,
+    command,
+    distributed,
+    environment,
+    lock,
+    page,
+    preemption,
+    rewards,
+    rl,
+    sft,
+    sharding,
+    stage,
+    summary,
+)
 from sgpo_jax import config as configs
 
 
@@ -25,6 +39,7 @@ def run(config, workdir: Path) -> None:
                 configs.check_resume(config, workdir / "config.json")
             (workdir / "config.json").write_text(configs.to_json(config), encoding="utf-8")
             environment.record(workdir)
+        distributed.wait_for(workdir / lock.FILE)
         _run_stages(config, workdir, mesh)
 
 

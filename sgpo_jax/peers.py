@@ -151,12 +151,16 @@ def connect(host: str, port: int, process: int, count: int) -> None:
     deadline, address = time.monotonic() + PATIENCE, f"{host}:{port}"
     while True:
         try:
-            stream = _Stream(socket.create_connection((host, port), timeout=_HELLO), PATIENCE)
-            break
+            connection = socket.create_connection((host, port), timeout=_HELLO)
+            if connection.getsockname() != connection.getpeername():
+                break
+            connection.close()  # on one host, a port that nobody listens at may be given to this very connection
+            raise ConnectionRefusedError("nobody listens there")
         except OSError as error:  # a name that is not known may become so while machines start
             if time.monotonic() > deadline:
                 raise ValueError(f"process 0 does not answer at {address} in {PATIENCE:g} s ({error})") from error
             time.sleep(0.2)
+    stream = _Stream(connection, PATIENCE)
     stream.send({"process": process, "processes": count, "host": socket.gethostname()})
     match stream.read():
         case {"refused": str(refusal)}:

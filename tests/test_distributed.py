@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 
 from sgpo_jax import lock
 from sgpo_jax.metrics import read_jsonl
+from sgpo_jax.models import huggingface
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = ("seconds", "tokens_per_second")
@@ -33,18 +35,34 @@ TINY = {
     "eval.sets.heldout.source": "arithmetic:eval,count=12", "eval.sets.heldout.samples": 4,
     "checkpoint.every": 1, "checkpoint.keep": 3, "report_seconds": 0,
 }  # fmt: skip
+OTHERS = """
+from pathlib import Path
+from absl import flags
+from sgpo_jax import analyze, command, evaluate, export
+
+def main(config, given):
+    command.join(config, given)
+    workdir = Path(given.workdir)
+    evaluate.run(config, str(workdir), str(workdir / "out"), "", 0)
+    export.run(config, workdir, "rl", workdir / "model", "float32")
+    analyze.run(config, workdir, 3)
+
+flags.DEFINE_string("workdir", None, "")
+command.define_processes()
+command.start(main, required=["config", "workdir"])
+"""
 SAVED = "stopped by SIGTERM, what was done is saved; the same command goes on"
 
 
-def start(workdir, processes, devices):
-    """The processes of a run with so many devices each."""
+def start(workdir, processes, devices, program=("-m", "sgpo_jax.main")):
+    """The processes of a run, or of another program, with so many devices each."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     # Without fusion emitters compiling takes half as long.
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     flags += " --xla_cpu_use_fusion_emitters=false"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "sgpo_jax.main", f"--config={ROOT / 'configs/quickstart.py'}"]
+    command = [sys.executable, *program, f"--config={ROOT / 'configs/quickstart.py'}"]
     command += [f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in TINY.items())]
 
     def one(i):
@@ -67,9 +85,9 @@ def end(run):
     return [(one.returncode, *texts) for one, texts in zip(run, outputs, strict=True)]
 
 
-def finished(workdir, processes, devices):
+def finished(workdir, processes, devices, **more):
     """Output of the first process of a run that goes well."""
-    results = end(start(workdir, processes, devices))
+    results = end(start(workdir, processes, devices, **more))
     assert [code for code, _, _ in results] == [0] * processes, results
     for _, output, errors in results[1:]:
         assert errors == "" and all(line.startswith("[Gloo]") for line in output.splitlines()), "only the first talks"
@@ -77,7 +95,7 @@ def finished(workdir, processes, devices):
 
 
 def interrupt(workdir, stage, step, process, how):
-    """Starts two processes and sends one a signal after `step` rows of a stage; `end` of them, and seconds it took."""
+    """Starts two processes and sends one a signal after `step` rows of a stage; (what `end` says, seconds it took)."""
     run, path, deadline = start(workdir, 2, 2), workdir / f"{stage}.jsonl", time.monotonic() + 400
     try:
         while not (path.is_file() and len(path.read_text().splitlines()) >= step):
@@ -140,9 +158,8 @@ def assert_agree(one, several):
             assert jax.tree.structure(pair[0]) == jax.tree.structure(pair[1])
             for a, b in zip(*map(jax.tree.leaves, pair), strict=True):
                 np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
-    rewards = [row["reward_auto"] for row in rows(one, "rl")]
-    assert 0 < min(rewards) and max(rewards) < 1, "it says something"
-    assert max(row["alpha"] for row in rows(one, "rl")) > 0
+    for row in rows(one, "rl"):
+        assert 0 < row["reward_auto"] < 1 and row["alpha"] > 0, "rewards and targets were there to be got wrong"
 
 
 @pytest.fixture(scope="module")
@@ -171,8 +188,8 @@ def test_killed_preempted_and_damaged_it_ends_bit_for_bit_as_undisturbed(undistu
     killed, seconds = interrupt(tmp_path, "sft", 2, 1, signal.SIGKILL)
     assert [code for code, _, _ in killed] == [1, -signal.SIGKILL] and seconds < 60
     host = re.escape(socket.gethostname())
-    died = f"process 1 of 2, on host {host}, has died without a word .*; this one, 0, stops too"
-    assert re.fullmatch(f"sgpo_jax: {died}\n", killed[0][2]), killed[0][2]
+    died = rf"sgpo_jax: process 1 of 2, on host {host}, has died without a word .*; this one, 0, stops too\n"
+    assert re.fullmatch(died, killed[0][2]), killed[0][2]
 
     preempted, seconds = interrupt(tmp_path, "rl", 2, 1, signal.SIGTERM)
     assert [code for code, _, _ in preempted] == [0, 0] and seconds < 60, preempted
@@ -192,6 +209,21 @@ def test_killed_preempted_and_damaged_it_ends_bit_for_bit_as_undisturbed(undistu
         assert rows(tmp_path, stage) == rows(undisturbed, stage)
         for a, b in zip(*(jax.tree.leaves(state(w, stage, total)) for w in (tmp_path, undisturbed)), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_the_other_commands_in_two_processes_do_what_the_run_did(undisturbed, tmp_path):
+    workdir = shutil.copytree(undisturbed, tmp_path / "run")
+    finished(workdir, 2, 2, program=("-c", OTHERS))
+    after = json.loads((workdir / "eval/after_unguided.json").read_text())
+    assert json.loads((workdir / "out/results.json").read_text())["results"]["unguided"] == after["results"]
+    exported, _ = huggingface.load(workdir / "model")
+    trained = state(workdir, "rl", after["step"])["params"]
+    for a, b in zip(jax.tree.leaves(exported), jax.tree.leaves(trained), strict=True):
+        np.testing.assert_array_equal(a, b)
+    lines = read_jsonl(workdir / "analysis.jsonl")
+    assert [line["step"] for line in lines] == [after["step"]] * 3
+    assert all(0 < kl < 1 for line in lines for kl in line["token_kl"])
 
 
 def test_a_run_in_a_locked_folder_is_refused_in_every_process(tmp_path):

@@ -1,5 +1,7 @@
 """Grading of rollouts, intervals, and the evaluation of a set."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -179,6 +181,37 @@ def test_equal_answers_share_a_vote():
     assert votes == [[0, 1, 0, 1, 2, 0]], "an answer given again after another"
     votes = evaluation._votes(graded("8", "8", outcomes=wrong[:2], finish=[LENGTH, STOP]))
     assert votes == [[-1, 0]]
+
+
+def test_grades_and_votes_are_the_same_when_processes_share_them(small, monkeypatch):
+    texts = [rf" \boxed{{{answer}}}" for answer in (352, 417, 352, 9, 417, 9, 0, 352, 9, 9)]
+    parts = [rollout_of(small[0], [text, " sum 3 4", texts[i - 1]], [STOP] * 3) for i, text in enumerate(texts)]
+    whole = Rollout(*(np.concatenate([pad_to(field, 12) for field in fields]) for fields in zip(*parts, strict=True)))
+    rows = [{"answer": "352"}] * 5 + [{"answer": "9"}] * 5
+    alone = respond.grade(small[0], whole, rows)
+    votes = evaluation._votes(alone)
+    shares = []
+
+    def split(work, items):
+        """As three processes would, what they say travelling as JSON."""
+        results = [None] * len(items)
+        for process in range(3):
+            results[process::3] = json.loads(json.dumps(work(items[process::3])))
+            shares.append(len(results[process::3]))
+        return results
+
+    monkeypatch.setattr(respond.distributed, "split", split)
+    shared = respond.grade(small[0], whole, rows)
+    assert shared.texts == alone.texts and shared.verdicts == alone.verdicts
+    np.testing.assert_array_equal(shared.rewards, alone.rewards)
+    assert 0 < alone.rewards.mean() < 1 and len({str(vote) for vote in votes}) > 1
+    assert evaluation._votes(shared) == votes
+    assert shares == [4, 3, 3] * 2
+
+
+def pad_to(field, length):
+    """A field of a rollout, its last axis made longer if it is one of tokens."""
+    return np.pad(field, ((0, 0), (0, 0), (0, length - field.shape[2]))) if field.ndim == 3 else field
 
 
 def test_policy_from_a_hugging_face_folder(small, tmp_path):

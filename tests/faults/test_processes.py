@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sgpo_jax import command, distributed, peers
+from sgpo_jax import cleaning, command, distributed, peers, stage
 from sgpo_jax import config as configs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +62,7 @@ def run(count, how, slurm=False, **more):
 
 
 def own_words(errors):
-    """What the command itself says, without jaxlib's lines, which dies with the coordinator in a way of its own."""
+    """What the command itself says, without what jaxlib says when it loses its coordinator."""
     return [line for line in errors.splitlines() if line.startswith("sgpo_jax: ")]
 
 
@@ -126,6 +126,31 @@ def test_another_config_is_refused_by_name():
     assert [code for code, _, _ in results] == [1, 1]
     for _, _, errors in results:  # its own words, or the news of the other's
         assert own_words(errors) and said.removeprefix("sgpo_jax: ") in own_words(errors)[0], errors
+
+
+def test_other_rows_in_another_process_are_refused(monkeypatch, tmp_path):
+    def gather(values):
+        return [values, values | {name: 5 for name in values if changed in name}]
+
+    monkeypatch.setattr(distributed, "gather", gather)
+    for changed in ("number", "content"):
+        sieve = cleaning.Sieve({"s": [{"id": "a", "problem": "p", "answer": "1"}]})
+        with pytest.raises(ValueError, match=rf"^the {changed} of rows of the rl stage is .* in process 0 and 5 in"):
+            stage.account(sieve, tmp_path, "rl")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_not_the_same_everywhere_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(distributed, "_LAG", 0.5)
+    monkeypatch.setattr(distributed, "first", lambda make: "what process 0 wrote")
+    path = tmp_path / "lock"
+    with pytest.raises(ValueError, match=rf"^{tmp_path}: process 0 does not see there what process 0 wrote; it must"):
+        distributed.wait_for(path)
+    path.write_text("of another run")
+    writer = threading.Timer(0.1, path.write_text, ["what process 0 wrote"])
+    writer.start()
+    distributed.wait_for(path)
+    writer.join()
 
 
 # ---- the flags
