@@ -24,17 +24,17 @@ PARTS = {
         (r"rematted_computation", "layers, computed again"),
         (r"transpose\(jvp\(Decoder", "layers, backward"),
         (r"Decoder", "layers, forward"),
-        (r"transpose\(jvp\(\)\)", "head, backward"),
-        (r"jvp\(\)", "head, forward"),
-        (r"", "sum of gradients, optimizer"),
+        (r"transpose\(jvp\(chunks", "head, backward"),
+        (r"chunks", "head, forward"),
+        (r"", "sums of gradients, optimizer"),
     ],
     "generate": [
-        (r"while/body.*Decoder.*(bkgn|bkgs|kbgs|softmax)", "decoding, attention"),
-        (r"while/body.*Decoder.*(gate|up|down|/[qkvo]/)", "decoding, layers' matrices"),
-        (r"while/body.*Decoder", "decoding, rest of the layers"),
-        (r"while/body.*dot_general", "decoding, head"),
-        (r"while/body", "decoding, sampling and bookkeeping"),
-        (r"", "prefill and preparation"),
+        (r"decode.*Decoder.*(bkgn|bkgs|kbgs|reduce_max|squeeze)", "decoding, attention and its cache"),
+        (r"decode.*Decoder.*dot_general", "decoding, layers' matrices"),
+        (r"decode.*Decoder.*dynamic_index_in_dim", "decoding, copies of layers' matrices"),
+        (r"decode.*Decoder", "decoding, rest of the layers"),
+        (r"decode", "decoding, head and sampling"),
+        (r"", "prefill and refills"),
     ],
 }
 
@@ -54,14 +54,13 @@ def main() -> None:
         common.run(Side("weights"), {**task, "work": "weights"})
         for work, parts in PARTS.items():
             result = common.run(Side(work), {**task, "work": "profile", "profiled": work})
-            shares = Counter()
-            for name, product, seconds in result["operations"]:
-                part = next(part for pattern, part in parts if re.search(pattern, name))
-                shares[part, "products" if product else "other"] += seconds
+            shares: Counter[str] = Counter()
+            for name, seconds in result["operations"]:
+                shares[next(part for pattern, part in parts if re.search(pattern, name))] += seconds
             total = shares.total()
-            rows = [[*key, f"{seconds:.3g}", f"{seconds / total:.0%}"] for key, seconds in shares.most_common()]
+            rows = [[part, f"{seconds:.3g}", f"{seconds / total:.0%}"] for part, seconds in shares.most_common()]
             title = f"{work}, {flags.shape}: {result['seconds'][0]:.3g} s, {result['cpu'][0]:.3g} CPU-s"
-            metrics.table(title, ["part", "operations", "seconds", "share"], rows)
+            metrics.table(title, ["part", "seconds", "share"], rows)
             everything[work] = result
     common.save(flags.json, __file__, flags=vars(flags), results=everything)
 

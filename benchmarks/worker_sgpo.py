@@ -56,7 +56,7 @@ def update(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def profile(task: dict[str, Any]) -> dict[str, Any]:
-    """Of one call of the work `profiled`: [name, whether a matrix product, seconds] of each operation."""
+    """Of one call of the work `profiled`: [name, seconds] of each operation."""
     call, compiled = {"generate": prepare_generate, "update": prepare_update}[task["profiled"]](task)
     call(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -74,10 +74,8 @@ def profile(task: dict[str, Any]) -> dict[str, Any]:
     defined = dict(re.findall(r"^\s*(?:ROOT )?%(\S+) = (.*)$", program, re.MULTILINE))
     operations = []
     for name, spent in seconds.items():
-        text = defined.get(name, "")
-        named = re.search(r'op_name="([^"]*)"', text)
-        product = re.search(r"[ )](dot|convolution)\(|__onednn|ynn_fusion.*dot_general", f" {text}") is not None
-        operations.append([named[1] if named else "", product, spent])
+        named = re.search(r'op_name="([^"]*)"', defined.get(name, ""))
+        operations.append([named[1] if named else "", spent])
     return measured | {"operations": operations}
 
 

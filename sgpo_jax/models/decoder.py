@@ -53,18 +53,33 @@ def rotate(x: jax.Array, angle: jax.Array) -> jax.Array:
 
 
 def dot_in_blocks(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`[...,D]` by `[D,F]`; a long float32 D is summed in blocks of about BLOCK, and these in pairs.
+    """`[...,D]` by `[D,F]`; on CPU a long float32 D is summed in blocks of about BLOCK, and these in pairs.
 
     XLA's CPU product adds up all of D in one chain, which rounds twice as coarsely as torch's. Where residuals reach
     25,000, as in SmolLM2, that is visible in the logits. Other types round far more coarsely afterwards.
     """
     if x.dtype != jnp.float32 or x.shape[-1] <= 4 * BLOCK or jax.default_backend() != "cpu":
         return x @ kernel
+    return _in_blocks(x, kernel)
+
+
+@jax.custom_vjp
+def _in_blocks(x, kernel):
     edges = np.linspace(0, x.shape[-1], -(-x.shape[-1] // BLOCK) + 1).astype(int)[1:-1].tolist()
     sums = [a @ b for a, b in zip(jnp.split(x, edges, axis=-1), jnp.split(kernel, edges), strict=True)]
     while len(sums) > 1:
         sums = [sums[i] if i + 1 == len(sums) else sums[i] + sums[i + 1] for i in range(0, len(sums), 2)]
     return sums[0]
+
+
+def _in_blocks_backward(saved, gradient):
+    # The derivative of the blocks would be a product for each, none of them with a longer sum than these two have.
+    x, kernel = saved
+    of_kernel = x.reshape(-1, x.shape[-1]).T @ gradient.reshape(-1, gradient.shape[-1])
+    return gradient @ kernel.T, of_kernel
+
+
+_in_blocks.defvjp(lambda x, kernel: (_in_blocks(x, kernel), (x, kernel)), _in_blocks_backward)
 
 
 class Block(nn.Module):
