@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 
 def load(task: dict[str, Any]) -> Any:
-    return AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32, trust_remote_code=False)
 
 
 def generate(task: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from sgpo_jax.models.attention import SAVED, append, attend, attend_cache, cache_length
 from sgpo_jax.models.config import ModelConfig
-from sgpo_jax.sharding import BATCH, constrain, spec_for
+from sgpo_jax.sharding import BATCH, constrain, platform, spec_for
 
 Cache = dict[str, jax.Array]
 
@@ -58,7 +58,7 @@ def dot_in_blocks(x: jax.Array, kernel: jax.Array) -> jax.Array:
     XLA's CPU product adds up all of D in one chain, which rounds twice as coarsely as torch's. Where residuals reach
     25,000, as in SmolLM2, that is visible in the logits. Other types round far more coarsely afterwards.
     """
-    if x.dtype != jnp.float32 or x.shape[-1] <= 4 * BLOCK or jax.default_backend() != "cpu":
+    if x.dtype != jnp.float32 or x.shape[-1] <= 4 * BLOCK or platform() != "cpu":
         return x @ kernel
     return _in_blocks(x, kernel)
 
