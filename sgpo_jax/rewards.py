@@ -101,6 +101,8 @@ class _Worker:
         line = os.read(self.stdout.fileno(), select.PIPE_BUF)  # a reply is written at once
         if not line:
             raise EOFError
+        if line.count(b"\n") != 1:  # an empty line before the reply would count as space in it
+            raise ValueError(f"a grading worker replied {line!r:.100}")
         return json.loads(line)
 
     def kill(self) -> None:
