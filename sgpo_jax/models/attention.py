@@ -62,13 +62,14 @@ def attend_cache(query: jax.Array, keys: jax.Array, values: jax.Array, layer: An
 
 def append(cache: jax.Array, new: jax.Array, layer: Any, slots: jax.Array) -> jax.Array:
     """`cache` `[K,L,B,S,N]` with `new` `[B,K,N]` in slot `slots[b]` of each row, if it has such a slot."""
-    # Written out because B must be a batch dimension of the scatter, for the partitioner to see that a row concerns no
-    # other device, and because what vmap makes of this is not done in place.
+    # Written out because K and B must be batch dimensions of the scatter: for the partitioner to see that a row concerns
+    # no other device, and for the compiler to write in place instead of laying out the cache anew.
     numbers = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(0, 2), inserted_window_dims=(1, 3), scatter_dims_to_operand_dims=(1, 3),
-        operand_batching_dims=(2,), scatter_indices_batching_dims=(0,),
+        update_window_dims=(2,), inserted_window_dims=(1, 3), scatter_dims_to_operand_dims=(1, 3),
+        operand_batching_dims=(0, 2), scatter_indices_batching_dims=(0, 1),
     )  # fmt: skip
     places = jnp.stack([jnp.full_like(slots, layer), slots], axis=-1)
+    places = jnp.broadcast_to(places, (len(cache), *places.shape))
     return jax.lax.scatter(cache, places, new.swapaxes(0, 1), numbers, unique_indices=True, mode="drop")
 
 
