@@ -62,8 +62,8 @@ def attend_cache(query: jax.Array, keys: jax.Array, values: jax.Array, layer: An
 
 def append(cache: jax.Array, new: jax.Array, layer: Any, slots: jax.Array) -> jax.Array:
     """`cache` `[K,L,B,S,N]` with `new` `[B,K,N]` in slot `slots[b]` of each row, if it has such a slot."""
-    # Written out because K and B must be batch dimensions of the scatter: for the partitioner to see that a row concerns
-    # no other device, and for the compiler to write in place instead of laying out the cache anew.
+    # Written out because K and B must be batch dimensions of the scatter: for the partitioner to see that a row is no
+    # concern of other devices, and for the compiler to write in place instead of laying out the cache anew.
     numbers = jax.lax.ScatterDimensionNumbers(
         update_window_dims=(2,), inserted_window_dims=(1, 3), scatter_dims_to_operand_dims=(1, 3),
         operand_batching_dims=(0, 2), scatter_indices_batching_dims=(0, 1),
