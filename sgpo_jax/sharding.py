@@ -157,4 +157,7 @@ def fitting(shape: tuple[int, ...], spec: tuple[Any, ...]) -> tuple[Any, ...]:
 def platform() -> str:
     """"cpu", "gpu" or "tpu": where a computation traced now will run, which need not be where it is compiled."""
     mesh = jax.sharding.get_abstract_mesh()
-    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    if mesh.empty:
+        return jax.default_backend()
+    kind = mesh.abstract_device.device_kind.lower()  # as in "TPU v5 lite", "cpu", "NVIDIA H100"
+    return next((name for name in ("cpu", "tpu") if kind.startswith(name)), "gpu")
