@@ -8,12 +8,12 @@ transformers gives its tokenizers and chat templates only.
 from setuptools import find_packages, setup
 
 RUNTIME = [
-    "jax>=0.9.0",  # arrays, jit, sharding
-    "flax>=0.12.3",  # Linen modules under models/
-    "optax>=0.2.6",  # AdamW, schedules, clipping
-    "orbax-checkpoint>=0.11.33",  # checkpoints
-    "chex>=0.1.91",  # shape checks in the losses
-    "grain>=0.2.15",  # input pipeline whose position can be saved
+    "jax>=0.10.2",  # arrays, jit, sharding
+    "flax>=0.12.8",  # Linen modules under models/
+    "optax>=0.2.8",  # AdamW, schedules, clipping
+    "orbax-checkpoint>=0.12.8",  # checkpoints
+    "chex>=0.1.92",  # shape checks in the losses
+    "grain>=0.2.18",  # input pipeline whose position can be saved
     "numpy>=2.0.0",
     "scipy>=1.14.0",  # Student's t for the lab's intervals; JAX needs it anyway
     "ml-dtypes>=0.5.0",  # bfloat16 for numpy
@@ -50,8 +50,8 @@ EXTRAS = {
     "hub": ["datasets>=5.0"],  # parquet files and data sets of the Hugging Face hub
     "tfds": ["tensorflow-datasets>=4.9.10"],  # data sets of TFDS, read without TensorFlow
     "browser": ["playwright>=1.55"],  # the report's page in headless Chromium; `playwright install chromium` brings one
-    "tpu": ["jax[tpu]>=0.9.0"],
-    "gpu": ["jax[cuda13]>=0.9.0"],  # driver 580 or newer; with an older one install jax[cuda12]
+    "tpu": ["jax[tpu]>=0.10.2"],
+    "gpu": ["jax[cuda13]>=0.10.2"],  # driver 580 or newer; with an older one install jax[cuda12]
 }
 
 setup(
