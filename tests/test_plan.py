@@ -338,6 +338,16 @@ def test_what_moves_least_is_the_first(tiny, autonomous, first):
         assert moved == pytest.approx(seconds[mesh.shape["tensor"]])
 
 
+def test_updates_are_planned_with_the_runs_chunks(tiny):
+    # Of 512 response tokens each of 128 rows has 4; on eight devices 512 are those of one.
+    # A quarter of a row is less.
+    sizes = {f"{stage}.{name}": 128 for stage in ("sft", "rl") for name in ("batch", "micro_batch")}
+    found = programs.programs(small_run(**sizes), tiny, sharding.make_mesh(1, 8, 1), Assumed(4, 4))
+    of_sft, of_rl = (next(p for p in found if p.name == name).trace.args[1] for name in ("SFT update", "update"))
+    assert of_sft[1].shape == (1, 4, 128, 6)
+    assert of_rl.autonomous_tokens.shape == (8, 4, 128, 6)
+
+
 def test_meshes_divide_heads_and_batches(tiny):
     # Two key and value heads; and a batch of 4, for which 8 ways are too many.
     every = search.meshes(small_run(), tiny, jax.devices(), CHIPS_FAST, Assumed(4, 4))
@@ -408,6 +418,7 @@ def test_memory_on_a_chip(planned):
             # Parameters, and in updates their two moments; the rest are small batches of whole numbers.
             own = parameters * (3 if "update" in name else 1)
             assert own <= hbm["arguments"] <= own + 200_000
+            assert hbm["outputs"] <= 200_000  # the state takes the place of the one that was given
             parts = ("arguments", "outputs", "temporaries", "code", "resident")
             assert hbm["needed"] == sum(hbm[part] for part in parts)
     assert "HBM of a chip in GiB, of which the compiler allows 15.75" in printed
