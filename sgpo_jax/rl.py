@@ -26,11 +26,13 @@ from sgpo_jax.train_step import make_update
 
 def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[], Any], mesh: Mesh) -> None:
     """Runs RL, or what is left of it; checkpoints, metrics and generations go to `workdir/rl`."""
-    while _rolled_back(config, workdir, policy, initial, mesh):
+    while _train_until_rollback(config, workdir, policy, initial, mesh):
         pass  # what is on disk now is resumed
 
 
-def _rolled_back(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[], Any], mesh: Mesh) -> bool:
+def _train_until_rollback(
+    config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[], Any], mesh: Mesh
+) -> bool:
     """Runs RL to its end, or until it has gone back to before a collapse; whether it has."""
     rl = config.rl
     rows, prompts = load_rows(config, workdir, policy)
