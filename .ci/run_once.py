@@ -12,7 +12,10 @@ from pathlib import Path
 PASSED = Path(os.environ["CI_PASSED"])
 COMPLETE = os.environ.get("CI_COMPLETE") == "1"
 # From the longest on, as measured.
-LONG = ("test_run", "test_kills", "test_methods", "test_train_step", "test_sharding", "test_lab", "test_rollout")
+LONG = (
+    "test_distributed", "test_run", "test_kills", "test_plan", "test_methods", "test_train_step", "test_sharding",
+    "test_lab", "test_rollout", "test_processes", "test_weights",
+)  # fmt: skip
 
 not_run: list[str] = []
 

@@ -4,7 +4,7 @@ import os
 import re
 from importlib import metadata
 
-_JAX = (0, 9, 0)  # as in setup.py; an older one lacks names that are imported, and would fail with those
+_JAX = (0, 10, 2)  # as in setup.py; an older one lacks names that are imported, and would fail with those
 
 _found = metadata.version("jax")
 if tuple(map(int, re.findall(r"\d+", _found)[:3])) < _JAX:

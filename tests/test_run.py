@@ -1,9 +1,7 @@
-"""Whole runs of the command on a tiny world: all stages, the same again from a kill, and refusals."""
+"""Whole runs of the command on a tiny world: all stages, the same again after a preemption, and refusals."""
 
 import json
 import os
-import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -137,39 +135,6 @@ def stop(workdir, stage, step, how):
         output, _ = process.communicate(timeout=60)
     assert not (workdir / "eval" / "after_guided.json").exists(), "stopped too late to say anything"
     return process.returncode, output
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("stage", "step"), [("sft", 5), ("rl", 7)])
-def test_a_killed_run_resumes_bit_for_bit(undisturbed, tmp_path, stage, step):
-    assert stop(tmp_path, stage, step, signal.SIGKILL)[0] == -signal.SIGKILL
-    run(tmp_path)
-    assert_same_run(undisturbed[0], tmp_path)
-
-
-@pytest.mark.slow
-def test_a_run_killed_again_and_again_at_random_moments(undisturbed, tmp_path):
-    """Start-up, compilation, rollout, grading, update, saving, evaluation: whatever it was doing.
-
-    SGPO_KILLS=30 kills more often.
-    """
-    moments, kills = random.Random(0), 0
-    while kills < int(os.environ.get("SGPO_KILLS", "3")):
-        process = subprocess.Popen(
-            command(tmp_path), env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        try:
-            _, errors = process.communicate(timeout=moments.uniform(1, 30))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            kills += 1
-            continue
-        assert process.returncode == 0, errors[-3000:]
-        assert_same_run(undisturbed[0], tmp_path)
-        shutil.rmtree(tmp_path)  # it got to its end: begin anew
-    run(tmp_path)
-    assert_same_run(undisturbed[0], tmp_path)
 
 
 @pytest.mark.slow
