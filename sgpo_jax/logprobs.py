@@ -1,7 +1,8 @@
 """From hidden states to per-token log-probability, entropy and KL without ever holding `[N, V]`.
 
-The positions are visited in chunks; the logits of a chunk live only inside its step, and the backward pass, written by
-hand, makes them anew and turns them into gradients at once. Matrix products accumulate in float32.
+The positions are visited in chunks, and the logits of a chunk live only inside its step. The backward pass, written by
+hand, makes them anew and turns them into gradients at once. A loss that is a sum over tokens (`logprobs_loss`,
+`kl_loss`) has its gradient made in the forward pass, from the same logits. Matrix products accumulate in float32.
 
 On a mesh every device visits its part of each chunk's positions with its part of the vocabulary: the head is gathered
 once for all chunks, and its gradient is summed over devices once, after the last.
@@ -24,6 +25,7 @@ from sgpo_jax.sharding import BATCH, fitting
 CHUNK = 512  # positions per step: at V = 152k one float32 logits buffer is 311 MB
 
 Direction = Literal["forward", "reverse"]
+TokenLoss = Callable[..., jax.Array]
 
 
 def token_logprobs(
@@ -80,7 +82,6 @@ def token_kl(
     return join(chunked_kl(guided, unguided, head, guided.shape[0], direction))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def chunked_logprobs(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, chunks: jax.Array | int, temperature: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
@@ -96,105 +97,179 @@ def chunked_logprobs(
     Returns:
       (log-probability `[S,C]`, entropy `[S,C]`), float32, nats.
     """
-    return _logprobs_forward(hidden, head, targets, chunks, temperature)[0]
+    return _measured(partial(_logprobs, temperature=temperature), (hidden, targets), head, chunks)
 
 
-def _logprobs_forward(hidden, head, targets, chunks, temperature):
-    def local(hidden, head, targets, chunks):
-        def step(s, out):
-            log_probs = _log_softmax(hidden[s], head, temperature)
-            place = _place_in(head, targets[s])[:, None]
-            logp = jnp.take_along_axis(log_probs, jnp.clip(place, 0, head.shape[1] - 1), axis=-1)
-            logp = jnp.where((place >= 0) & (place < head.shape[1]), logp, 0.0)[:, 0]
-            entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
-            return tuple(x.at[s].set(_over_vocabulary(new)) for x, new in zip(out, (logp, entropy), strict=True))
-
-        zeros = jnp.zeros(targets.shape, jnp.float32)
-        with jax.named_scope("chunks"):
-            return jax.lax.fori_loop(0, chunks, step, (zeros, zeros))
-
-    logp, entropy = _on_devices(local, (hidden, head, targets, chunks), "hvn.", "nn")
-    return (logp, entropy), (hidden, head, targets, chunks, entropy)
-
-
-def _logprobs_backward(temperature, saved, cotangents):
-    hidden, head, targets, chunks, entropy = saved
-
-    def local(hidden, head, targets, chunks, entropy, by_logp, by_entropy):
-        def logits_gradient(s):
-            log_probs = _log_softmax(hidden[s], head, temperature)
-            # d logp / d z_k = [k is the target] - p_k, d entropy / d z_k = -p_k (log p_k + entropy)
-            common = by_logp[s][:, None] + by_entropy[s][:, None] * (log_probs + entropy[s][:, None])
-            is_target = jnp.arange(head.shape[1]) == _place_in(head, targets[s])[:, None]
-            return (jnp.where(is_target, by_logp[s][:, None], 0.0) - jnp.exp(log_probs) * common) / temperature
-
-        return _through_head(logits_gradient, hidden, head, chunks)
-
-    arguments = hidden, head, targets, chunks, entropy, *cotangents
-    of_hidden, of_head = _on_devices(local, arguments, "hvn.nnn", "hg")
-    return of_hidden, of_head.astype(head.dtype), None, None
-
-
-chunked_logprobs.defvjp(_logprobs_forward, _logprobs_backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def chunked_kl(
     guided: jax.Array, unguided: jax.Array, head: jax.Array, chunks: jax.Array | int, direction: Direction = "forward"
 ) -> jax.Array:
     """`token_kl` of positions in chunks `[S,C,D]` -> `[S,C]`; the others than the first `chunks` give 0."""
-    return _kl_forward(guided, unguided, head, chunks, direction)[0]
+    return _measured(partial(_kl, direction=direction), (unguided, guided), head, chunks)[0]
 
 
-def _kl_forward(guided, unguided, head, chunks, direction):
-    def local(guided, unguided, head, chunks):
-        def step(s, out):
-            log_p, log_q = _log_softmax(guided[s], head), _log_softmax(unguided[s], head)
-            kl = losses.kl_divergence(log_p, log_q) if direction == "forward" else losses.kl_divergence(log_q, log_p)
-            return out.at[s].set(_over_vocabulary(kl))
+def logprobs_loss(
+    token_loss: TokenLoss, hidden: jax.Array, head: jax.Array, targets: jax.Array, chunks: jax.Array | int, given: Any
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Sum over tokens of `token_loss(logp, entropy, given)`, at two thirds of the cost of `chunked_logprobs`.
 
-        with jax.named_scope("chunks"):
-            return jax.lax.fori_loop(0, chunks, step, jnp.zeros(guided.shape[:2], jnp.float32))
+    As the loss of a token is a function of the token alone, the gradient is made with it, from the same logits.
 
-    kl = _on_devices(local, (guided, unguided, head, chunks), "hhv.", "n")
-    return kl, (guided, unguided, head, chunks, kl)
+    Args:
+      token_loss: elementwise, of float32 `[C]` and a chunk of `given`; it reads no other arrays.
+      hidden, head, targets, chunks: see `chunked_logprobs`.
+      given: tree of `[S,C]`, what else the loss reads; there is no gradient of it.
 
-
-def _kl_backward(direction, saved, cotangent):
-    guided, unguided, head, chunks, kl = saved
-
-    def local(guided, unguided, head, chunks, kl, cotangent):
-        def logits_gradient(s):
-            log_p, log_q = _log_softmax(guided[s], head), _log_softmax(unguided[s], head)
-            if direction == "forward":
-                gradient = jnp.exp(log_q) - jnp.exp(log_p)
-            else:
-                gradient = jnp.exp(log_q) * (log_q - log_p - kl[s][:, None])
-            return cotangent[s][:, None] * gradient
-
-        return _through_head(logits_gradient, unguided, head, chunks)
-
-    of_unguided, of_head = _on_devices(local, (guided, unguided, head, chunks, kl, cotangent), "hhv.nn", "hg")
-    return jnp.zeros_like(guided), of_unguided, of_head.astype(head.dtype), None
+    Returns:
+      (loss `[]`, (log-probability, entropy) `[S,C]`, which are constants to a gradient).
+    """
+    return _loss(_logprobs, token_loss, (hidden, targets), head, chunks, given)
 
 
-chunked_kl.defvjp(_kl_forward, _kl_backward)
+def kl_loss(
+    token_loss: TokenLoss, guided: jax.Array, unguided: jax.Array, head: jax.Array, chunks: jax.Array | int, given: Any,
+    direction: Direction = "forward",
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Sum over tokens of `token_loss(kl, given)`, and `[S,C]` KL: as `logprobs_loss`, of `chunked_kl`."""
+    loss, (kl,) = _loss(partial(_kl, direction=direction), token_loss, (unguided, guided), head, chunks, given)
+    return loss, kl
 
 
-def _through_head(logits_gradient, hidden, head, chunks):
-    """Gradients of `hidden` `[S,C,D]` and `head` `[D,V]` from those of the logits, `logits_gradient(s)` `[C,V]`."""
+def _logprobs(head, hidden, targets, temperature=1.0):
+    """(log-probability, entropy) `[C]`, and the function that makes `[C,V]`, the gradient of the logits, of theirs."""
+    log_probs = _log_softmax(hidden, head, temperature)
+    place = _place_in(head, targets)[:, None]
+    logp = jnp.take_along_axis(log_probs, jnp.clip(place, 0, head.shape[1] - 1), axis=-1)
+    logp = jnp.where((place >= 0) & (place < head.shape[1]), logp, 0.0)[:, 0]
+    entropy = _over_vocabulary(-jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1))
 
-    def step(s, gradients):
-        of_hidden, of_head = gradients
-        of_logits = logits_gradient(s).astype(hidden.dtype)
-        into_hidden = _over_vocabulary(jnp.dot(of_logits, head.T, preferred_element_type=jnp.float32))
-        into_head = jnp.dot(hidden[s].T, of_logits, preferred_element_type=jnp.float32)
-        return of_hidden.at[s].set(into_hidden.astype(hidden.dtype)), of_head + into_head
+    def backward(by_logp, by_entropy):
+        # d logp / d z_k = [k is the target] - p_k, d entropy / d z_k = -p_k (log p_k + entropy)
+        common = by_logp[:, None] + by_entropy[:, None] * (log_probs + entropy[:, None])
+        is_target = jnp.arange(head.shape[1]) == place
+        return (jnp.where(is_target, by_logp[:, None], 0.0) - jnp.exp(log_probs) * common) / temperature
 
-    zeros = jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32)
+    return (_over_vocabulary(logp), entropy), backward
+
+
+def _kl(head, unguided, guided, direction):
+    """The same of (KL `[C]`,), in which the guided side is a constant."""
+    log_p, log_q = _log_softmax(guided, head), _log_softmax(unguided, head)
+    kl = losses.kl_divergence(log_p, log_q) if direction == "forward" else losses.kl_divergence(log_q, log_p)
+    kl = _over_vocabulary(kl)
+
+    def backward(by_kl):
+        if direction == "forward":
+            return by_kl[:, None] * (jnp.exp(log_q) - jnp.exp(log_p))
+        return by_kl[:, None] * jnp.exp(log_q) * (log_q - log_p - kl[:, None])
+
+    return (kl,), backward
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _measured(measure, inputs, head, chunks):
+    """What `measure` finds `[S,C]` of `inputs`, of which the first are the hidden states that have a gradient."""
+    return _measured_forward(measure, inputs, head, chunks)[0]
+
+
+def _measured_forward(measure, inputs, head, chunks):
+    def local(inputs, head, chunks):
+        def step(s, found):
+            values, _ = measure(head, *_at(inputs, s))
+            return _set(found, s, values)
+
+        return _visit(step, chunks, _values(measure, inputs, head))
+
+    outputs = ("n",) * len(_values(measure, inputs, head))
+    return _on_devices(local, inputs, head, chunks, outputs=outputs), (inputs, head, chunks)
+
+
+def _measured_backward(measure, saved, cotangents):
+    inputs, head, chunks = saved
+
+    def local(arrays, head, chunks):
+        inputs, cotangents = arrays
+
+        def step(s, gradients):
+            _, backward = measure(head, *_at(inputs, s))
+            return _through_head(backward(*_at(cotangents, s)), inputs[0], head, s, gradients)
+
+        of_hidden, of_head = _visit(step, chunks, _no_gradients(inputs[0], head))
+        return of_hidden, _over_positions(of_head)
+
+    of_hidden, of_head = _on_devices(local, (inputs, cotangents), head, chunks, outputs=("h", "g"))
+    return (of_hidden, *(None for _ in inputs[1:])), of_head.astype(head.dtype), None
+
+
+_measured.defvjp(_measured_forward, _measured_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _loss(measure, token_loss, inputs, head, chunks, given):
+    """(sum of `token_loss` over what `measure` finds, and that); the gradient is made in the forward pass."""
+    return _loss_forward(measure, token_loss, inputs, head, chunks, given)[0]
+
+
+def _loss_forward(measure, token_loss, inputs, head, chunks, given):
+    def local(arrays, head, chunks):
+        inputs, given = arrays
+
+        def step(s, carry):
+            found, total, *gradients = carry
+            values, backward = measure(head, *_at(inputs, s))
+            loss, pull = jax.vjp(lambda *values: token_loss(*values, _at(given, s)), *values)
+            gradients = _through_head(backward(*pull(jnp.ones_like(loss))), inputs[0], head, s, gradients)
+            return _set(found, s, values), total.at[s].set(loss), *gradients
+
+        found = _values(measure, inputs, head)
+        start = found, jnp.zeros_like(found[0]), *_no_gradients(inputs[0], head)
+        found, total, of_hidden, of_head = _visit(step, chunks, start)
+        return found, total, of_hidden, _over_positions(of_head)
+
+    outputs = ("n",) * len(_values(measure, inputs, head)), "n", "h", "g"
+    found, total, *gradients = _on_devices(local, (inputs, given), head, chunks, outputs=outputs)
+    return (total.sum(), found), (*gradients, jnp.zeros((), head.dtype))
+
+
+def _loss_backward(measure, token_loss, saved, cotangents):
+    of_hidden, of_head, of_type = saved
+    by_loss, _ = cotangents
+    of_hidden = (by_loss * of_hidden).astype(of_hidden.dtype)
+    return (of_hidden, None), (by_loss * of_head).astype(of_type.dtype), None, None
+
+
+_loss.defvjp(_loss_forward, _loss_backward)
+
+
+def _visit(step: Callable, chunks: jax.Array | int, start: Any) -> Any:
     with jax.named_scope("chunks"):
-        of_hidden, of_head = jax.lax.fori_loop(0, chunks, step, zeros)
-    return of_hidden, _over_positions(of_head)
+        return jax.lax.fori_loop(0, chunks, step, start)
+
+
+def _at(tree: Any, s: Any) -> Any:
+    return jax.tree.map(lambda x: x[s], tree)
+
+
+def _set(found: Sequence[jax.Array], s: Any, values: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    return tuple(x.at[s].set(value) for x, value in zip(found, values, strict=True))
+
+
+def _values(measure: Callable, inputs: Any, head: jax.Array) -> tuple[jax.Array, ...]:
+    """Zeros `[S,C]` for each of the values that `measure` finds."""
+    found = jax.eval_shape(lambda inputs: measure(head, *inputs)[0], _at(inputs, 0))
+    return tuple(jnp.zeros(inputs[0].shape[:2], jnp.float32) for _ in found)
+
+
+def _no_gradients(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32)
+
+
+def _through_head(of_logits, hidden, head, s, gradients):
+    """`gradients` of `hidden` `[S,C,D]` and `head` `[D,V]` with those of chunk s; those of its logits are `[C,V]`."""
+    of_hidden, of_head = gradients
+    of_logits = of_logits.astype(hidden.dtype)
+    into_hidden = _over_vocabulary(jnp.dot(of_logits, head.T, preferred_element_type=jnp.float32))
+    into_head = jnp.dot(hidden[s].T, of_logits, preferred_element_type=jnp.float32)
+    return of_hidden.at[s].set(into_hidden.astype(hidden.dtype)), of_head + into_head
 
 
 def _log_softmax(hidden: jax.Array, head: jax.Array, temperature: float = 1.0) -> jax.Array:
@@ -227,24 +302,23 @@ def _on_a_device() -> bool:
     return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
-_PARTS = {"h": P(None, BATCH, None), "n": P(None, BATCH), "v": P(None, "tensor"), "g": P("fsdp", "tensor"), ".": P()}
+_PARTS = {"h": P(None, BATCH, None), "n": P(None, BATCH), "v": P(None, "tensor"), "g": P("fsdp", "tensor")}
 
 
-def _on_devices(local: Callable, arguments: Sequence[Any], inputs: str, outputs: str) -> Any:
-    """`local(*arguments)` with each device's part of positions and vocabulary; with all where there is no such part.
+def _on_devices(local: Callable, arrays: Any, head: jax.Array, chunks: jax.Array | int, outputs: Any) -> Any:
+    """`local(arrays, head, chunks)` with each device's part of positions and vocabulary; with all where that is none.
 
-    `inputs` and `outputs` have a letter for each array: h hidden states `[S,C,D]`, n numbers `[S,C]`, v the head
-    `[D,V]`, which is cast to the type of the hidden states, g its gradient, . a scalar.
+    `arrays` are hidden states `[S,C,D]` and numbers `[S,C]`; the head `[D,V]` is cast to the type of the first.
+    `outputs` has a letter for each result: h hidden states, n numbers, g the gradient of the head.
     """
-    dtype = arguments[0].dtype
-    arguments = [jnp.asarray(x, dtype if kind == "v" else None) for x, kind in zip(arguments, inputs, strict=True)]
-    head = arguments[inputs.index("v")]
-    shapes = zip([*map(jnp.shape, arguments), head.shape], inputs + "g", strict=True)
-    if any(fitting(shape, tuple(_PARTS[kind])) != tuple(_PARTS[kind]) for shape, kind in shapes):
-        return local(*arguments)
-    in_specs, parts = (tuple(_PARTS[kind] for kind in kinds) for kinds in (inputs, outputs))
-    out_specs = parts if len(parts) > 1 else parts[0]
-    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arguments)
+    arrays = jax.tree.map(jnp.asarray, arrays)
+    head = jnp.asarray(head, jax.tree.leaves(arrays)[0].dtype)
+    parts = jax.tree.map(lambda x: _PARTS["h" if x.ndim == 3 else "n"], arrays)
+    placed = [*zip(jax.tree.leaves(arrays), jax.tree.leaves(parts), strict=True), *((head, _PARTS[x]) for x in "vg")]
+    if any(fitting(x.shape, tuple(part)) != tuple(part) for x, part in placed):
+        return local(arrays, head, chunks)
+    in_specs, out_specs = (parts, _PARTS["v"], P()), jax.tree.map(_PARTS.get, outputs)
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)(arrays, head, chunks)
 
 
 def _split(rows: Any, chunk: int) -> tuple[Any, Any]:

@@ -19,7 +19,15 @@ from sgpo_jax.metrics import Writer
 from sgpo_jax.packing import Packed
 from sgpo_jax.policy import Policy
 from sgpo_jax.respond import encode_solution
-from sgpo_jax.train_step import Metrics, TrainState, accumulate, apply_gradients, in_micro_batches, response_logprobs
+from sgpo_jax.train_step import (
+    Metrics,
+    TrainState,
+    accumulate,
+    apply_gradients,
+    in_micro_batches,
+    response_logprobs,
+    response_loss,
+)
 
 Encoded = tuple[list[int], list[int]]  # prompt and response tokens of a row
 
@@ -146,9 +154,12 @@ def make_update(
         packed, tokens = batch
         count = (packed.owner >= 0).sum()
 
+        def nll(logp, _, micro):
+            return -jnp.where(micro["inside"], logp, 0.0)
+
         def loss_fn(params, micro):
-            logp, _ = response_logprobs(params, micro, config=config, dtype=dtype, remat=remat)
-            loss = -jnp.where(micro["inside"], logp, 0.0).sum() / jnp.maximum(count, 1)
+            loss, *_ = response_loss(nll, params, micro, config=config, dtype=dtype, remat=remat)
+            loss = loss / jnp.maximum(count, 1)
             return loss, {"loss": loss}
 
         with jax.named_scope("responses"):

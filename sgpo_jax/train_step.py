@@ -74,43 +74,52 @@ def make_update(
       watch: sees every gradient while tracing, also that of an update that will be skipped.
     """
     logprobs_of = partial(response_logprobs, config=config, dtype=dtype, remat=remat)
+    loss_of = partial(response_loss, config=config, dtype=dtype, remat=remat)
     hidden_of = partial(response_hidden, config=config, dtype=dtype, remat=remat)
+
+    def grpo_token(logp, entropy, micro):
+        old_logp = micro.get("old_logp", jax.lax.stop_gradient(logp))
+        surrogate = losses.clipped_surrogate(logp, old_logp, micro["advantage"], clip_low, clip_high)
+        return micro["weight"] * surrogate - entropy_bonus * micro["share"] * entropy
 
     def grpo_loss(params, micro):
         """L_GRPO (Eq. 1), summed over the micro-batch's tokens, each with its share of the mean; and metrics."""
-        logp, entropy = logprobs_of(params, micro)
-        old_logp = micro.get("old_logp", jax.lax.stop_gradient(logp))
-        advantage, share = micro["advantage"], micro["share"]
-        tokens = (x.reshape(-1) for x in (logp, old_logp, advantage))
-        loss = jnp.sum(micro["weight"].reshape(-1) * losses.clipped_surrogate(*tokens, clip_low, clip_high))
+        loss, logp, entropy = loss_of(grpo_token, params, micro)
+        old_logp, advantage, share = micro.get("old_logp", logp), micro["advantage"], micro["share"]
         ratio = jnp.exp(logp - old_logp)
         clipped = jnp.where(advantage > 0, ratio > 1 + clip_high, ratio < 1 - clip_low)
         mismatch = jnp.where(share > 0, jnp.abs(old_logp - micro["sampler_logp"]), 0.0)
         means = {"entropy": entropy, "ratio": ratio, "clip_share": clipped, "logp_mismatch": mismatch}
         metrics = {name: jnp.sum(share * value) for name, value in means.items()}
-        metrics |= {"loss_grpo": loss, "logp_mismatch_max": mismatch.max()}
-        return loss - entropy_bonus * metrics["entropy"], metrics
+        return loss, metrics | {"loss": loss, "logp_mismatch_max": mismatch.max()}
+
+    def likelihood_token(logp, _, micro):
+        logp = jnp.where(micro["share"] > 0, logp, 0.0)
+        return micro["weight"] * (-logp if distillation == "nll" else losses.shaped_likelihood(logp, shaping))
 
     def likelihood_loss(params, micro):
         """alpha * the loss of imitating the target, summed in the same way."""
-        logp, _ = logprobs_of(params, micro)
-        logp = jnp.where(micro["share"] > 0, logp, 0.0)
-        loss = jnp.sum(micro["weight"] * (-logp if distillation == "nll" else losses.shaped_likelihood(logp, shaping)))
+        loss, logp, _ = loss_of(likelihood_token, params, micro)
         return loss, {"loss_kd": loss, "target_nll": -jnp.sum(micro["share"] * logp)}
+
+    def kl_token(kl, micro):
+        kl = jnp.where(micro["share"] > 0, kl, 0.0)
+        # Selected rather than multiplied, so that an infinite KL is dropped too instead of giving inf * 0.
+        return micro["weight"] * jnp.where(losses.kl_clip_mask(kl, delta) > 0, kl, 0.0)
 
     def kl_loss(params, micro):
         """alpha * L_KD (Eq. 3, 5), summed in the same way; the metrics are over the targets that have weight."""
         unguided = hidden_of(params, micro["rows"])
         guided = hidden_of(jax.lax.stop_gradient(params), micro["guided_rows"])
-        head = models.head(params, config)
-        token_kl = logprobs.chunked_kl(guided, unguided, head, micro["chunks"], distillation.removesuffix("_kl"))
-        token_kl = token_kl.reshape(micro["share"].shape)
-        token_kl = jnp.where(micro["share"] > 0, token_kl, 0.0)
-        kept = losses.kl_clip_mask(token_kl.reshape(-1), delta).reshape(token_kl.shape)
-        # Selected rather than multiplied, so that an infinite KL is dropped too instead of giving inf * 0.
-        loss = jnp.sum(micro["weight"] * jnp.where(kept > 0, token_kl, 0.0))
-        metrics = {"token_kl": jnp.sum(micro["share"] * token_kl), "token_kl_max": token_kl.max()}
-        return loss, metrics | {"loss_kd": loss, "kl_clip_share": jnp.sum(micro["share"] * (1 - kept))}
+        loss, token_kl = logprobs.kl_loss(
+            kl_token, guided, unguided, models.head(params, config), micro["chunks"], _by_chunk(micro),
+            distillation.removesuffix("_kl"),
+        )  # fmt: skip
+        share = micro["share"].reshape(-1)
+        token_kl = jnp.where(share > 0, token_kl.reshape(-1), 0.0)
+        dropped = 1 - losses.kl_clip_mask(token_kl, delta)
+        metrics = {"token_kl": jnp.sum(share * token_kl), "token_kl_max": token_kl.max()}
+        return loss, metrics | {"loss_kd": loss, "kl_clip_share": jnp.sum(share * dropped)}
 
     def select(params, batch):
         """Micro-batches of both losses, with what stays fixed for the batch: old log-probabilities and o+ (Eq. 4)."""
@@ -165,7 +174,7 @@ def make_update(
         def optimise(state, _):
             with jax.named_scope("autonomous"):
                 grads, metrics = accumulate(grpo_loss, state.params, batch.autonomous.count, autonomous)
-            metrics["loss"] = metrics["loss_grpo"] - entropy_bonus * metrics["entropy"]
+            metrics["loss_grpo"] = metrics["loss"] + entropy_bonus * metrics["entropy"]
             if targets is not None:
                 target_loss = likelihood_loss if distillation in LIKELIHOODS else kl_loss
                 with jax.named_scope("targets"):
@@ -227,6 +236,27 @@ def response_logprobs(
     targets = micro["tokens"].reshape(hidden.shape[:2])
     logp, entropy = logprobs.chunked_logprobs(hidden, models.head(params, config), targets, micro["chunks"])
     return logp.reshape(micro["tokens"].shape), entropy.reshape(micro["tokens"].shape)
+
+
+def response_loss(
+    token_loss: logprobs.TokenLoss, params: Any, micro: dict[str, Any], *, config: models.ModelConfig, dtype: Any,
+    remat: str,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """Sum of `token_loss(logp, entropy, micro)` over response tokens, and what `response_logprobs` gives, as constants.
+
+    The loss sees a chunk `[C]` of what the micro-batch says of its tokens.
+    """
+    hidden = response_hidden(params, micro["rows"], config=config, dtype=dtype, remat=remat)
+    given = _by_chunk(micro)
+    head, targets = models.head(params, config), given.pop("tokens")
+    loss, (logp, entropy) = logprobs.logprobs_loss(token_loss, hidden, head, targets, micro["chunks"], given)
+    return loss, logp.reshape(micro["tokens"].shape), entropy.reshape(micro["tokens"].shape)
+
+
+def _by_chunk(micro: dict[str, Any]) -> dict[str, jax.Array]:
+    """What a micro-batch says of its tokens `[S,M,J]`, as `[S,C]`."""
+    of_tokens = {name: value for name, value in micro.items() if isinstance(value, jax.Array) and value.ndim == 3}
+    return {name: value.reshape(len(value), -1) for name, value in of_tokens.items()}
 
 
 def accumulate(

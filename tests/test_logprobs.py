@@ -299,6 +299,71 @@ def test_the_compiled_gradient_needs_a_few_chunks_of_memory(name):
     assert compiled.memory_analysis().temp_size_in_bytes < logits / 4
 
 
+# ---- losses that are sums over tokens
+
+
+def surrogate(logp, entropy, given):
+    """Of no use, but not linear, with an edge, and different for each token."""
+    return given["weight"] * jnp.where(logp > given["edge"], logp**2, jnp.exp(logp)) + entropy * given["weight"] ** 2
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("used", [1, 2, 3])
+def test_a_sum_of_token_losses_has_the_gradient_of_the_losses(used, dtype):
+    rng = np.random.default_rng(used)
+    guided, unguided = (jnp.asarray(rng.normal(size=(3, 5, D)), dtype) for _ in range(2))
+    head = jnp.asarray(rng.normal(size=(D, V)), jnp.float32)
+    targets = rng.integers(0, V, (3, 5))
+    given = {"weight": rng.normal(size=(3, 5)).astype(np.float32), "edge": np.full((3, 5), -2.4, np.float32)}
+    visited = (jnp.arange(3) < used)[:, None]
+
+    def plain(unguided, head, kind):
+        if kind == "logprobs":
+            values = logprobs.chunked_logprobs(unguided, head, targets, used)
+        else:
+            values = (logprobs.chunked_kl(guided, unguided, head, used, kind),) * 2
+        return 3 * jnp.where(visited, surrogate(*values, given), 0.0).sum(), values
+
+    def fused(unguided, head, kind):
+        if kind == "logprobs":
+            loss, values = logprobs.logprobs_loss(surrogate, unguided, head, targets, used, given)
+        else:
+            def token_loss(kl, given):
+                return surrogate(kl, kl, given)
+
+            loss, kl = logprobs.kl_loss(token_loss, guided, unguided, head, used, given, kind)
+            values = kl, kl
+        return 3 * loss, values
+
+    for kind in ("logprobs", "forward", "reverse"):
+        (expected, values), gradients = jax.value_and_grad(plain, (0, 1), has_aux=True)(unguided, head, kind)
+        (actual, found), of_fused = jax.value_and_grad(fused, (0, 1), has_aux=True)(unguided, head, kind)
+        np.testing.assert_allclose(actual, expected, rtol=1e-5)
+        np.testing.assert_array_equal(found, values)
+        assert [x.dtype for x in of_fused] == [x.dtype for x in gradients] == [dtype, jnp.float32]
+        for of_loss, by_hand in zip(of_fused, gradients, strict=True):
+            error = np.linalg.norm((of_loss - by_hand).astype(np.float32).ravel())
+            # bfloat16: what is rounded is 3 times as large, or not yet.
+            size = np.linalg.norm(by_hand.astype(np.float32).ravel())
+            assert error <= (1e-5 if dtype == jnp.float32 else 1e-2) * size
+        assert not np.asarray(gradients[0][used:], np.float32).any()
+
+
+def test_what_a_sum_of_token_losses_found_and_was_given_are_constants():
+    guided, unguided, head, targets = (x[None] if i != 2 else x for i, x in enumerate(inputs()))
+    weight = jnp.ones((1, N))
+
+    def through_values(unguided, guided, weight):
+        _, values = logprobs.logprobs_loss(lambda logp, h, w: w * logp, unguided, head, targets, 1, weight)
+        loss, kl = logprobs.kl_loss(lambda kl, w: w * kl, guided, unguided, head, 1, weight)
+        return sum(value.sum() for value in (*values, kl)), loss
+
+    of_values = jax.grad(lambda *x: through_values(*x)[0], (0, 1, 2))(unguided, guided, weight)
+    of_loss = jax.grad(lambda *x: through_values(*x)[1], (0, 1, 2))(unguided, guided, weight)
+    assert not any(np.asarray(x).any() for x in (*of_values, *of_loss[1:]))
+    assert np.asarray(of_loss[0]).all()
+
+
 # ---- refusals
 
 
@@ -357,7 +422,13 @@ def test_devices_share_positions_and_vocabulary(shape):
     def loss(unguided, head):
         logp, entropy = logprobs.chunked_logprobs(unguided, head, targets, used, 0.7)
         kls = [logprobs.chunked_kl(guided, unguided, head, used, direction) for direction in ("forward", "reverse")]
-        return sum((w * x).sum() for w, x in zip(weight, (logp, entropy, *kls), strict=True)), (logp, entropy, *kls)
+        per_token = sum((w * x).sum() for w, x in zip(weight, (logp, entropy, *kls), strict=True))
+        sums = [
+            logprobs.logprobs_loss(lambda logp, h, w: w * logp * h, unguided, head, targets, used, weight[0]),
+            *(logprobs.kl_loss(lambda kl, w: w * kl**2, guided, unguided, head, used, weight[1], direction)
+              for direction in ("forward", "reverse")),
+        ]  # fmt: skip
+        return per_token + sum(loss for loss, _ in sums), (logp, entropy, *kls, sums)
 
     function = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
     expected = function(unguided, head)
