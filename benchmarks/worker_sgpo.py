@@ -16,9 +16,8 @@ import numpy as np
 import workload
 from common import timed
 
-from sgpo_jax import environment, models, optim, rollout
+from sgpo_jax import environment, logprobs, models, optim, rollout
 from sgpo_jax.batch import Batch, Group, Prompts, pack_batch
-from sgpo_jax.logprobs import token_kl
 from sgpo_jax.losses import kl_divergence
 from sgpo_jax.models import config as model_config
 from sgpo_jax.models import huggingface
@@ -141,19 +140,30 @@ def batch(shape: workload.Shape, data: workload.Responses, task: dict[str, Any])
 
 def kl(task: dict[str, Any]) -> dict[str, Any]:
     """Seconds of the value and gradients of the mean token KL of N positions: in chunks, or all logits at once."""
-    count, hidden, vocab = task["positions"], task["hidden"], task["vocab"]
-    keys = jax.random.split(jax.random.key(0), 3)
-    guided, unguided = (jax.random.normal(key, (count, hidden)) for key in keys[:2])
-    head = jax.random.normal(keys[2], (hidden, vocab)) * hidden**-0.5
+    count, hidden, vocab, chunk = task["positions"], task["hidden"], task["vocab"], task["chunk"]
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        # Not by jax.random, whose temporary arrays would be the peak.
+        return jnp.asarray(rng.standard_normal(shape, np.float32))
+
+    guided, unguided, head = normal(count, hidden), normal(count, hidden), normal(hidden, vocab) * hidden**-0.5
 
     def dense(guided, unguided, head):
         log_p = jax.nn.log_softmax(guided @ jax.lax.stop_gradient(head))
-        return kl_divergence(jax.lax.stop_gradient(log_p), jax.nn.log_softmax(unguided @ head))
+        return kl_divergence(jax.lax.stop_gradient(log_p), jax.nn.log_softmax(unguided @ head)).mean()
 
-    by_token = dense if task["dense"] else token_kl
-    mean = jax.jit(jax.value_and_grad(lambda *args: by_token(*args).mean(), argnums=(1, 2)))
-    compiled = mean.lower(guided, unguided, head).compile()
-    jax.block_until_ready((guided, unguided, head))
+    def by_token(guided, unguided, head):
+        return logprobs.token_kl(guided, unguided, head, chunk=chunk).mean()
+
+    def summed(guided, unguided, head):
+        """As in the update: the loss of a token is known when its KL is."""
+        chunks = (x.reshape(-1, chunk, hidden) for x in (guided, unguided))
+        weight = jnp.full((count // chunk, chunk), 1 / count)
+        return logprobs.kl_loss(lambda kl, weight: weight * kl, *chunks, head, count // chunk, weight)[0]
+
+    mean = {"dense": dense, "token_kl": by_token, "kl_loss": summed}[task["how"]]
+    compiled = jax.jit(jax.value_and_grad(mean, argnums=(1, 2))).lower(guided, unguided, head).compile()
     before = resident()
     values, measured = timed(lambda _: float(jax.block_until_ready(compiled(guided, unguided, head))[0]), task["calls"])
     memory = compiled.memory_analysis().temp_size_in_bytes

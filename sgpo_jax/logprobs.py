@@ -23,6 +23,7 @@ from sgpo_jax import losses
 from sgpo_jax.sharding import BATCH, fitting
 
 CHUNK = 512  # positions per step: at V = 152k one float32 logits buffer is 311 MB
+PARTS = 4  # in which a chunk adds to the head's gradient: at once, what it adds would be as large as that
 
 Direction = Literal["forward", "reverse"]
 TokenLoss = Callable[..., jax.Array]
@@ -268,8 +269,17 @@ def _through_head(of_logits, hidden, head, s, gradients):
     of_hidden, of_head = gradients
     of_logits = of_logits.astype(hidden.dtype)
     into_hidden = _over_vocabulary(jnp.dot(of_logits, head.T, preferred_element_type=jnp.float32))
-    into_head = jnp.dot(hidden[s].T, of_logits, preferred_element_type=jnp.float32)
-    return of_hidden.at[s].set(into_hidden.astype(hidden.dtype)), of_head + into_head
+    # Written out transposed: on CPU the product takes two thirds of the time, and no copy of the logits' gradient.
+    transposed = jax.lax.optimization_barrier(hidden[s].T)
+    parts = PARTS if len(of_head) % PARTS == 0 else 1
+    size = len(of_head) // parts
+
+    def add(i, of_head):
+        rows = partial(jax.lax.dynamic_slice_in_dim, start_index=i * size, slice_size=size)
+        grown = rows(of_head) + jnp.dot(rows(transposed), of_logits, preferred_element_type=jnp.float32)
+        return jax.lax.dynamic_update_slice_in_dim(of_head, grown, i * size, axis=0)
+
+    return of_hidden.at[s].set(into_hidden.astype(hidden.dtype)), jax.lax.fori_loop(0, parts, add, of_head)
 
 
 def _log_softmax(hidden: jax.Array, head: jax.Array, temperature: float = 1.0) -> jax.Array:
