@@ -4,8 +4,8 @@
     python benchmarks/token_kl.py --positions=1024,2048,4096,8192 --vocab=49152 --chunk=512,256 --rounds=5
 
 `kl_loss` is what the update calls, a loss that is a sum over tokens; `token_kl` gives any loss of the tokens' KL its
-gradient, for which it makes the logits twice. The extra memory is what the process takes at its peak beyond what it held
-before the first call; seen from outside. The gradient of the head, which all give back, is part of it.
+gradient, for which it makes the logits twice. The extra memory is what the process takes at its peak beyond what it
+held before the first call; seen from outside. The gradient of the head, which all give back, is part of it.
 """
 
 import itertools
