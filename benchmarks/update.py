@@ -1,11 +1,13 @@
 """One GRPO update, AdamW included, against Tunix and TRL: time, memory, compile time; lengths equal or long-tailed.
 
     python benchmarks/update.py                                          # 4 responses, 64 + 128 tokens, SmolLM2's shape
-    python benchmarks/update.py --problems=8 --longest=256 --median=32   # long-tailed
+    python benchmarks/update.py --problems=2 --longest=256 --median=32   # long-tailed
     python benchmarks/update.py --problems=8 --calls=0                   # only the compiler's memory
 
 Every side runs with its own default for recomputing activations (ours and TRL do, Tunix does not); `--stored` adds
-those that hold them. Peak memory is that of the process, seen from outside, the loading of weights included.
+those that hold them. Ours packs responses in rows and leaves out those that are not filled, as many at a time as a
+micro-batch has; so long-tailed responses are also measured with 2 rows in a micro-batch. Peak memory is that of the
+process, seen from outside, the loading of weights included.
 """
 
 import statistics
@@ -21,9 +23,10 @@ from sgpo_jax import metrics
 GIB = 2**30
 
 
-def sides(stored: bool) -> list[Side]:
+def sides(stored: bool, long_tailed: bool) -> list[Side]:
     """Ours first."""
     chosen = [
+        *[Side("sgpo_jax, 2 rows", "", {"remat": "full", "micro_batch": 2})] * long_tailed,
         Side("sgpo_jax", "", {"remat": "full"}),
         Side("Tunix", "tunix", {"remat": False}),
         Side("TRL", "torch", {"remat": True}),
@@ -45,7 +48,7 @@ def main() -> None:
     parser.add_argument("--stored", action="store_true", help="also with all activations held")
     flags = parser.parse_args()
     shape = workload.shape(flags.shape)
-    chosen = [s for s in sides(flags.stored) if not flags.sides or s.name in flags.sides.split(",")]
+    chosen = [s for s in sides(flags.stored, flags.median > 0) if not flags.sides or s.name in flags.sides.split(",")]
     with tempfile.TemporaryDirectory() as folder:
         task = {**vars(flags), "work": "update", "model": str(Path(folder) / "model")}
         common.run(Side("weights"), {**task, "work": "weights"})
