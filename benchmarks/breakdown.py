@@ -24,8 +24,7 @@ PARTS = {
         (r"rematted_computation", "layers, computed again"),
         (r"transpose\(jvp\(Decoder", "layers, backward"),
         (r"Decoder", "layers, forward"),
-        (r"transpose\(jvp\(chunks", "head, backward"),
-        (r"chunks", "head, forward"),
+        (r"chunks", "head, with its gradient"),
         (r"", "sums of gradients, optimizer"),
     ],
     "generate": [
