@@ -155,7 +155,8 @@ def versions(*packages: str) -> dict[str, str]:
 def save(path: str, script: str, **content: Any) -> None:
     """Writes the figures with the machine they were measured on, if a path is given."""
     if path:
-        everything = {"benchmark": Path(script).stem, "command": sys.argv, "machine": machine(), **content}
+        flags = {name: value for name, value in content.pop("flags").items() if name not in ("json", "cache")}
+        everything = {"benchmark": Path(script).stem, "flags": flags, "machine": machine(), **content}
         Path(path).write_text(json.dumps(everything, indent=1) + "\n")
 
 

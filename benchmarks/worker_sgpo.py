@@ -147,7 +147,8 @@ def kl(task: dict[str, Any]) -> dict[str, Any]:
         # Not by jax.random, whose temporary arrays would be the peak.
         return jnp.asarray(rng.standard_normal(shape, np.float32))
 
-    guided, unguided, head = normal(count, hidden), normal(count, hidden), normal(hidden, vocab)
+    guided, unguided = normal(count, hidden) * hidden**-0.5, normal(count, hidden) * hidden**-0.5
+    head = normal(hidden, vocab)
 
     def dense(guided, unguided, head):
         log_p = jax.nn.log_softmax(guided @ jax.lax.stop_gradient(head))
