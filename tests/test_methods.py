@@ -228,7 +228,7 @@ def test_a_method_trains(name, tmp_path):
             assert row["reward_guided"] == 1.0, "the expert's solutions of this world are correct"
             assert 0 < row["target_nll"] < 20
         if name == "hpt":
-            assert row["alpha"] == 1.0 and row["loss_grpo"] == 0.0, "an untrained model solves nothing"
+            assert row["alpha"] == 1.0 and abs(row["loss_grpo"]) < 1e-8, "an untrained model solves nothing"
 
 
 def test_a_collapse_stops_the_run_after_a_checkpoint(tmp_path):
