@@ -91,8 +91,8 @@ def finished(workdir, processes, devices, **more):
     assert [code for code, _, _ in results] == [0] * processes, results
     for _, output, errors in results[1:]:
         # Threads of Gloo write at the same time, and into each other's lines.
-        own = re.sub(r"\[Gloo\] Rank|\d+ is connected to \d+ peer ranks\. Expected number of [a-z ]+: \d+|\s", "", output)
-        assert errors == "" and not own, "only the first talks"
+        gloo = r"\[Gloo\] Rank|\d+ is connected to \d+ peer ranks\. Expected number of [a-z ]+: \d+|\s"
+        assert errors == "" and not re.sub(gloo, "", output), "only the first talks"
     return results[0][1]
 
 
