@@ -26,12 +26,12 @@ GIB = 2**30
 def sides(stored: bool, long_tailed: bool) -> list[Side]:
     """Ours first."""
     chosen = [
-        *[Side("sgpo_jax, 2 rows", "", {"remat": "full", "micro_batch": 2})] * long_tailed,
+        *[Side("sgpo_jax (2 rows)", "", {"remat": "full", "micro_batch": 2})] * long_tailed,
         Side("sgpo_jax", "", {"remat": "full"}),
         Side("Tunix", "tunix", {"remat": False}),
         Side("TRL", "torch", {"remat": True}),
     ]
-    others = [Side("sgpo_jax, stored", "", {"remat": "none"}), Side("TRL, stored", "torch", {"remat": False})]
+    others = [Side("sgpo_jax (stored)", "", {"remat": "none"}), Side("TRL (stored)", "torch", {"remat": False})]
     return chosen + others * stored
 
 

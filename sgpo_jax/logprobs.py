@@ -111,9 +111,9 @@ def chunked_kl(
 def logprobs_loss(
     token_loss: TokenLoss, hidden: jax.Array, head: jax.Array, targets: jax.Array, chunks: jax.Array | int, given: Any
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Sum over tokens of `token_loss(logp, entropy, given)`, at two thirds of the cost of `chunked_logprobs`.
+    """Sum over tokens of `token_loss(logp, entropy, given)`, with the gradient made in the forward pass.
 
-    As the loss of a token is a function of the token alone, the gradient is made with it, from the same logits.
+    That takes three products with the head, where `chunked_logprobs`, which makes the logits again, takes four.
 
     Args:
       token_loss: elementwise, of float32 `[C]` and a chunk of `given`; it reads no other arrays.
@@ -130,7 +130,7 @@ def kl_loss(
     token_loss: TokenLoss, guided: jax.Array, unguided: jax.Array, head: jax.Array, chunks: jax.Array | int, given: Any,
     direction: Direction = "forward",
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """Sum over tokens of `token_loss(kl, given)`, and `[S,C]` KL: as `logprobs_loss`, of `chunked_kl`."""
+    """Sum over tokens of `token_loss(kl, given)`, and KL `[S,C]`: as `logprobs_loss`, in four products of six."""
     loss, (kl,) = _loss(partial(_kl, direction=direction), token_loss, (unguided, guided), head, chunks, given)
     return loss, kl
 

@@ -77,10 +77,12 @@ def make_update(
     loss_of = partial(response_loss, config=config, dtype=dtype, remat=remat)
     hidden_of = partial(response_hidden, config=config, dtype=dtype, remat=remat)
 
-    def grpo_token(logp, entropy, micro):
+    def surrogate(logp, micro):
         old_logp = micro.get("old_logp", jax.lax.stop_gradient(logp))
-        surrogate = losses.clipped_surrogate(logp, old_logp, micro["advantage"], clip_low, clip_high)
-        return micro["weight"] * surrogate - entropy_bonus * micro["share"] * entropy
+        return micro["weight"] * losses.clipped_surrogate(logp, old_logp, micro["advantage"], clip_low, clip_high)
+
+    def grpo_token(logp, entropy, micro):
+        return surrogate(logp, micro) - entropy_bonus * micro["share"] * entropy
 
     def grpo_loss(params, micro):
         """L_GRPO (Eq. 1), summed over the micro-batch's tokens, each with its share of the mean; and metrics."""
@@ -91,7 +93,9 @@ def make_update(
         mismatch = jnp.where(share > 0, jnp.abs(old_logp - micro["sampler_logp"]), 0.0)
         means = {"entropy": entropy, "ratio": ratio, "clip_share": clipped, "logp_mismatch": mismatch}
         metrics = {name: jnp.sum(share * value) for name, value in means.items()}
-        return loss, metrics | {"loss": loss, "logp_mismatch_max": mismatch.max()}
+        by_token = {name: value.reshape(-1) for name, value in _by_chunk(micro).items()}
+        loss_grpo = jnp.sum(surrogate(logp.reshape(-1), by_token))
+        return loss, metrics | {"loss_grpo": loss_grpo, "logp_mismatch_max": mismatch.max()}
 
     def likelihood_token(logp, _, micro):
         logp = jnp.where(micro["share"] > 0, logp, 0.0)
@@ -100,6 +104,7 @@ def make_update(
     def likelihood_loss(params, micro):
         """alpha * the loss of imitating the target, summed in the same way."""
         loss, logp, _ = loss_of(likelihood_token, params, micro)
+        logp = jnp.where(micro["share"] > 0, logp, 0.0)
         return loss, {"loss_kd": loss, "target_nll": -jnp.sum(micro["share"] * logp)}
 
     def kl_token(kl, micro):
@@ -174,7 +179,7 @@ def make_update(
         def optimise(state, _):
             with jax.named_scope("autonomous"):
                 grads, metrics = accumulate(grpo_loss, state.params, batch.autonomous.count, autonomous)
-            metrics["loss_grpo"] = metrics["loss"] + entropy_bonus * metrics["entropy"]
+            metrics["loss"] = metrics["loss_grpo"] - entropy_bonus * metrics["entropy"]
             if targets is not None:
                 target_loss = likelihood_loss if distillation in LIKELIHOODS else kl_loss
                 with jax.named_scope("targets"):

@@ -260,12 +260,32 @@ def dense_jax(hidden, head, targets):
 
 
 BIG_N, CHUNK, BIG_V = 4099, 64, 512
+
+
+def chunked(x):
+    steps = -(-BIG_N // CHUNK)
+    return jnp.pad(x, [(0, steps * CHUNK - BIG_N)] + [(0, 0)] * (x.ndim - 1)).reshape(steps, CHUNK, *x.shape[1:])
+
+
+def summed_kl(guided, unguided, head, direction):
+    guided, unguided, weight = map(chunked, (guided, unguided, jnp.ones(BIG_N)))
+    return logprobs.kl_loss(lambda kl, w: w * kl, guided, unguided, head, len(weight), weight, direction)[0]
+
+
+def summed_logprobs(guided, unguided, head, targets):
+    hidden, targets, weight = map(chunked, (unguided, targets, jnp.ones(BIG_N)))
+    return logprobs.logprobs_loss(lambda logp, h, w: w * (logp + h), hidden, head, targets, len(weight), weight)[0]
+
+
 MEASURED = {
     "logprobs": lambda guided, unguided, head, targets: sum(token_logprobs(unguided, head, targets, chunk=CHUNK)),
     "forward": lambda guided, unguided, head, targets: token_kl(guided, unguided, head, chunk=CHUNK),
     "reverse": lambda guided, unguided, head, targets: token_kl(
         guided, unguided, head, direction="reverse", chunk=CHUNK
     ),
+    "loss of logprobs": summed_logprobs,
+    "loss of forward": lambda guided, unguided, head, targets: summed_kl(guided, unguided, head, "forward"),
+    "loss of reverse": lambda guided, unguided, head, targets: summed_kl(guided, unguided, head, "reverse"),
 }
 
 
@@ -297,6 +317,17 @@ def test_the_compiled_gradient_needs_a_few_chunks_of_memory(name):
     compiled = jax.jit(with_gradient(MEASURED[name])).lower(*big_inputs()).compile()
     logits = 4 * BIG_N * BIG_V  # bytes
     assert compiled.memory_analysis().temp_size_in_bytes < logits / 4
+
+
+@pytest.mark.parametrize("size", [1, 6, 7, 8])
+def test_any_hidden_size_has_the_gradient_of_the_head(size):
+    """Also one that the parts in which it grows do not divide."""
+    rng = np.random.default_rng(size)
+    hidden = jnp.asarray(rng.normal(size=(N, size)), jnp.float32)
+    head, targets = jnp.asarray(rng.normal(size=(size, V)), jnp.float32), rng.integers(0, V, N)
+    actual = jax.grad(lambda head: token_logprobs(hidden, head, targets, chunk=3)[0].sum())(head)
+    expected = jax.grad(lambda head: dense_jax(hidden, head, targets).sum())(head)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 # ---- losses that are sums over tokens
