@@ -312,7 +312,7 @@ def _on_a_device() -> bool:
     return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
-_PARTS = {"h": P(None, BATCH, None), "n": P(None, BATCH), "v": P(None, "tensor"), "g": P("fsdp", "tensor")}
+_SPECS = {"h": P(None, BATCH, None), "n": P(None, BATCH), "v": P(None, "tensor"), "g": P("fsdp", "tensor")}
 
 
 def _on_devices(local: Callable, arrays: Any, head: jax.Array, chunks: jax.Array | int, outputs: Any) -> Any:
@@ -323,11 +323,11 @@ def _on_devices(local: Callable, arrays: Any, head: jax.Array, chunks: jax.Array
     """
     arrays = jax.tree.map(jnp.asarray, arrays)
     head = jnp.asarray(head, jax.tree.leaves(arrays)[0].dtype)
-    parts = jax.tree.map(lambda x: _PARTS["h" if x.ndim == 3 else "n"], arrays)
-    placed = [*zip(jax.tree.leaves(arrays), jax.tree.leaves(parts), strict=True), *((head, _PARTS[x]) for x in "vg")]
+    parts = jax.tree.map(lambda x: _SPECS["h" if x.ndim == 3 else "n"], arrays)
+    placed = [*zip(jax.tree.leaves(arrays), jax.tree.leaves(parts), strict=True), *((head, _SPECS[x]) for x in "vg")]
     if any(fitting(x.shape, tuple(part)) != tuple(part) for x, part in placed):
         return local(arrays, head, chunks)
-    in_specs, out_specs = (parts, _PARTS["v"], P()), jax.tree.map(_PARTS.get, outputs)
+    in_specs, out_specs = (parts, _SPECS["v"], P()), jax.tree.map(_SPECS.get, outputs)
     return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)(arrays, head, chunks)
 
 
