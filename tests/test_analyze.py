@@ -62,10 +62,13 @@ def test_kl_is_that_of_each_context_alone_whatever_the_padding(policy, mesh):
         found = analyze.response_kl(loaded, params, *sides, tokens, lengths, mesh)
     assert found.shape == (16, 6)
 
-    def log_probs(prompt, response):
-        ids = jnp.array([prompt + response])
+    @jax.jit
+    def all_logits(ids):
         hidden, _ = models.apply(params, loaded.config, ids, jnp.arange(ids.shape[1])[None], ids >= 0)
-        logits = np.asarray(hidden[0, len(prompt) - 1 : -1] @ models.head(params, loaded.config), np.float64)
+        return hidden[0] @ models.head(params, loaded.config)
+
+    def log_probs(prompt, response):
+        logits = np.asarray(all_logits(jnp.array([prompt + response]))[len(prompt) - 1 : -1], np.float64)
         return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
     for i, response in enumerate(responses):
