@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from sgpo_jax import policy, sharding
-from sgpo_jax.rollout import STOP, Rollout, engine, generate
+from sgpo_jax.rollout import STOP, Rollout, generate
+from sgpo_jax.rollout.engine import narrowed
 from sgpo_jax.rollout.schedule import schedule
 
 COUNT, GROUP, NEW, LENGTH, PAD = 24, 2, 24, 7, 63
@@ -103,10 +104,15 @@ def test_few_slot_steps_are_idle(run, at_once):
 def test_the_last_responses_decode_in_fewer_slots(at_once):
     rollout, slot_steps = at_once
     going = [(rollout.lengths > step).sum() for step in range(NEW + 1)]
-    narrow = going[0] // engine.NARROW
-    assert narrow >= engine.NARROWEST > narrow // engine.NARROW, "one narrower width"
-    before = next(step for step in range(NEW) if going[step] <= narrow)
-    assert slot_steps == going[0] * before + narrow * (rollout.lengths.max() - before)
+    widths = [going[0], going[0] // 2, going[0] // 4]
+    ends = [next(step for step in range(NEW) if going[step] <= width) for width in widths[1:]]
+    steps = np.diff([0, *ends, rollout.lengths.max()])
+    assert all(steps) and slot_steps == np.dot(widths, steps)
+
+
+@pytest.mark.parametrize(("slots", "fewer"), [(512, 128), (64, 16), (63, 31), (32, 16), (16, 8), (15, 0), (1, 0)])
+def test_how_many_slots_the_last_responses_take(slots, fewer):
+    assert narrowed(slots) == fewer
 
 
 def test_new_prompts_and_noise_compile_nothing(run):

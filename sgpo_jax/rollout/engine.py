@@ -23,7 +23,7 @@ Array = jax.Array | np.ndarray
 
 STOP, LENGTH = 0, 1  # finish reasons: ended by a stop token, or cut at the limit
 REFILL = 16  # slots are refilled when this fraction of them, 1/16, is free: each refill copies prompts
-NARROW, NARROWEST = 4, 8  # when nothing waits, the last responses decode in 1/4 of the slots, down to 8 of a shard
+NARROWEST = 8  # slots of a shard, fewer of which are not worth a program of their own
 
 
 class Rollout(NamedTuple):
@@ -158,13 +158,16 @@ def generate(
     return jax.tree.map(lambda field: field.reshape(count, group, *field.shape[2:]), state[2]), state[3]
 
 
+def narrowed(slots: int) -> int:
+    """Slots in which the last responses go on when nothing waits: a quarter, of few half, at least 8; 0 if none."""
+    fewer = slots // 4 if slots >= 4 * 2 * NARROWEST else slots // 2
+    return fewer if fewer >= NARROWEST else 0
+
+
 def _drain(state: Any, waiting: int, refill: Callable, decode: Callable) -> Any:
     """Decodes, in ever fewer slots once none waits, until every response has ended."""
 
     all_slots = width = state[1].item.shape[1]
-
-    def narrowed(width):
-        return width // NARROW if width // NARROW >= NARROWEST else 0
 
     def busy(state, narrower):
         going = (state[1].item < waiting).sum(axis=1)

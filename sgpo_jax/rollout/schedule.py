@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sgpo_jax.rollout.engine import NARROW, NARROWEST, REFILL
+from sgpo_jax.rollout.engine import REFILL, narrowed
 
 
 class Stage(NamedTuple):
@@ -34,9 +34,6 @@ def schedule(lengths: np.ndarray, prompts: np.ndarray, slots: int) -> list[Stage
     held = np.zeros((shards, width), np.int64)  # tokens in a slot's cache
     queued = np.zeros(shards, np.int64)
     padded = np.concatenate([lengths, np.full((shards, 1), np.iinfo(np.int64).max)], axis=1)
-
-    def narrowed(width: int) -> int:
-        return width // NARROW if width // NARROW >= NARROWEST else 0
 
     def busy(narrower: int) -> bool:
         return bool((queued < waiting).any() or ((item < waiting).sum(axis=1) > narrower).any())
