@@ -4,7 +4,8 @@
 
 The best RL checkpoint (without one, the warm-up) answers problems with their strategies, as in training. For every
 token of a response, d_t = KL(guided || unguided) of Eq. 3 is computed over the whole vocabulary. Written are
-DIR/analysis.jsonl and the figure DIR/analysis.png; `python -m sgpo_jax.report` shows them in the page.
+DIR/analysis.jsonl and the figure DIR/analysis.png. Where the run was evaluated after RL, the same is done for the
+generations that its page shows: DIR/analysis_generations.jsonl. `python -m sgpo_jax.report` shows it all in the page.
 """
 
 import json
@@ -23,7 +24,20 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.text import Text
 
-from sgpo_jax import checks, command, data, logprobs, models, plots, rewards, sharding, stage, steps
+from sgpo_jax import (
+    checks,
+    command,
+    data,
+    distributed,
+    logprobs,
+    models,
+    plots,
+    rewards,
+    samples,
+    sharding,
+    stage,
+    steps,
+)
 from sgpo_jax import config as configs
 from sgpo_jax import tokenizer as tokenizers
 from sgpo_jax.batch import Prompts
@@ -57,12 +71,13 @@ def run(config: ConfigDict, workdir: Path, problems: int) -> list[dict[str, Any]
         raise ValueError(f"workdir={str(workdir)!r}: there is no checkpoint of stage 'rl' or 'sft'")
     params = stage.params_at(config, workdir, part, step, policy, mesh)
 
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = sharding.row_ways(mesh)
     filled = [rows[min(i, len(rows) - 1)] for i in range(-(-len(rows) // ways) * ways)]  # a row for every device
     sampling = {name: config.rl[name] for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
     encoded = {guided: encode_prompts(policy, filled, guided) for guided in (False, True)}
     prompts = {guided: pad_prompts(policy, each, max(map(len, each))) for guided, each in encoded.items()}
     with jax.set_mesh(mesh):
+        shown = _generations(config, workdir, policy, params, mesh) if part == "rl" else []
         key = noise_key(config.seed, "analysis", step)
         rollout, _ = respond(policy, params, prompts[True], np.arange(len(filled)), key, mesh, group=1, **sampling)
         tokens, lengths = (np.asarray(x)[:, 0] for x in (rollout.tokens, rollout.lengths))
@@ -79,7 +94,9 @@ def run(config: ConfigDict, workdir: Path, problems: int) -> list[dict[str, Any]
         line |= {"delta": delta, "tokens": pieces, "token_kl": values}
         lines.append(line | {"steps": [found._asdict() for found in steps.steps(pieces, values)]})
     if jax.process_index() == 0:
-        _write(workdir, lines)
+        _write(workdir / "analysis_generations.jsonl", shown)
+        _write(workdir / "analysis.jsonl", lines)
+        plots.token_kl(lines, workdir / "analysis.png")
         _show(lines)
     return lines
 
@@ -95,6 +112,41 @@ def _problems(config: ConfigDict, count: int) -> tuple[list[str], list[dict]]:
         raise ValueError(f"config.data.train={config.data.train!r}: must have problems with strategies")
     names, rows = zip(*found[:count], strict=True)
     return list(names), list(rows)
+
+
+def _generations(config: ConfigDict, workdir: Path, policy: Policy, params: Any, mesh: Mesh) -> list[dict[str, Any]]:
+    """For each response after RL that the page shows: column, id, response, tokens (their texts), token_kl (nats).
+
+    Of responses that the page cuts, the part that it shows; encoded again from the text.
+    """
+    folders = {when: workdir / "eval" / when for when in ("before", "after")}
+
+    def shown() -> list[tuple[str, str, str, str]]:
+        return [
+            (name, problem.id, answer.column, answer.text)
+            for name, of_set, _ in samples.of_sets(config.eval.sets, folders)
+            for problem in of_set.problems for answer in problem.answers if answer.column.startswith("after")
+        ]  # fmt: skip
+
+    rows = {
+        (name, str(row["id"])): row
+        for name, chosen in config.eval.sets.items() for row in data.load(chosen.source) if "strategy" in row
+    }  # fmt: skip
+    answers = distributed.first(shown)
+    found = [(rows[name, id], column, text) for name, id, column, text in answers if text and (name, id) in rows]
+    if not found:
+        return []
+    filled = found + found[-1:] * (-len(found) % sharding.row_ways(mesh))  # a row for every device
+    encoded = [tokenizers.encode_response(policy.tokenizer, text, policy.stop_ids[0])[:-1] for _, _, text in filled]
+    tokens, lengths = tokenizers.pad_right(encoded, max(map(len, encoded)), policy.pad_id)
+    sides = [encode_prompts(policy, [row for row, _, _ in filled], guided) for guided in (True, False)]
+    prompts = [pad_prompts(policy, side, max(map(len, side))) for side in sides]
+    kl = response_kl(policy, params, *prompts, tokens, lengths, mesh)
+    return [
+        {"column": column, "id": str(row["id"]), "response": text,
+         "tokens": tokenizers.pieces(policy.tokenizer, ids), "token_kl": kl[i, : len(ids)].tolist()}
+        for i, ((row, column, text), ids) in enumerate(zip(found, encoded, strict=False))
+    ]  # fmt: skip
 
 
 def response_kl(
@@ -128,7 +180,7 @@ def response_kl(
         head = models.head(params, policy.config)
         return logprobs.token_kl(hidden(guided), hidden(unguided), head).reshape(tokens.shape)
 
-    ways, parts = mesh.shape["data"] * mesh.shape["fsdp"], []
+    ways, parts = sharding.row_ways(mesh), []
     for start in range(0, len(tokens), ways):  # one response a device at a time, as long ones fill its memory
         arrays = jax.tree.map(lambda x, at=slice(start, start + ways): x[at], (guided, unguided, tokens, inside))
         parts.append(sharding.fetch(kl(params, *sharding.put_rows(arrays, mesh))))
@@ -145,11 +197,10 @@ def coloured(line: dict[str, Any]) -> Text:
     return text
 
 
-def _write(workdir: Path, lines: Sequence[dict[str, Any]]) -> None:
-    unfinished = workdir / "analysis.partial"
+def _write(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    unfinished = path.with_suffix(".partial")
     unfinished.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    os.replace(unfinished, workdir / "analysis.jsonl")
-    plots.token_kl(lines, workdir / "analysis.png")
+    os.replace(unfinished, path)
 
 
 def _show(lines: Sequence[dict[str, Any]]) -> None:

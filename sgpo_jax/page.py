@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,8 @@ def write_lab(
     shown: list[Any] = []
     for row in [row for row in rows if (row["world"], row["method"]) == (home, "sgpo")][:1]:
         (warm_up,) = (r for r in rows if (r["world"], r["method"], r["seed"]) == (home, "sft", row["seed"]))
-        of_run = _samples_of(config, {"before": runs(warm_up) / "eval", "after": runs(row) / "eval"})
+        folders = {"before": runs(warm_up) / "eval", "after": runs(row) / "eval"}
+        of_run = samples.of_sets(config["eval"]["sets"], folders)
         shown = [(f"{name}: sgpo in {home}, seed {row['seed']}", *rest) for name, *rest in of_run]
     return _write(
         workdir, to, status, running, kind="lab", facts=facts, cards=_lab_cards(rows, home),
@@ -133,6 +135,7 @@ def _write(workdir: Path, to: Path | None, status: str, running: bool, **content
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     text = environment.get_template("report.html").render(
         **content, title=workdir.absolute().name, status=status, refresh=REFRESH if running else 0,
+        strengths=partial(_strengths, delta=content["config"]["rl"]["delta"]),
         script=script, script_digest=digest, changed=_changed(content["config"]),
         fields=sorted(configs.flat(content["config"]).items()),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -265,21 +268,11 @@ def _evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[st
 
 def _samples(workdir: Path, config: dict[str, Any]) -> list[tuple[str, samples.Samples, str]]:
     """(set, samples, column they are counted by): of the last stage, or else of the latest evaluation in training."""
-    found = _samples_of(config, {when: workdir / "eval" / when for when in ("before", "after")})
-    return found or _samples_of(config, {"during": workdir / "rl" / "generations"})
-
-
-def _samples_of(config: dict[str, Any], folders: Mapping[str, Path]) -> list[tuple[str, samples.Samples, str]]:
-    found = []
-    for name in config["eval"]["sets"]:
-        files = {}
-        for when, folder in folders.items():
-            for kind in ("unguided", "guided"):
-                if generations := sorted(folder.glob(f"{name}_{kind}_*.jsonl")):
-                    files[f"{when}, {kind}"] = generations[-1]
-        if unguided := [column for column in files if column.endswith(", unguided")]:
-            found.append((name, samples.side_by_side(files, unguided[-1], before=unguided[0]), unguided[-1]))
-    return found
+    sets = config["eval"]["sets"]
+    found = samples.of_sets(sets, {when: workdir / "eval" / when for when in ("before", "after")})
+    analysed = _rows(workdir / "analysis_generations.jsonl")
+    found = [(name, samples.with_token_kl(shown, analysed), judged) for name, shown, judged in found]
+    return found or samples.of_sets(sets, {"during": workdir / "rl" / "generations"})
 
 
 def _analysis(path: Path) -> list[Row]:
@@ -289,9 +282,14 @@ def _analysis(path: Path) -> list[Row]:
         strongest = max((step["mean_kl"] for step in line["steps"]), default=0.0) or 1.0
         for step in line["steps"]:
             part = slice(step["start"], step["stop"])
-            delta = line["delta"]
             texts = [text.replace("\n", "↵") for text in line["tokens"][part]]
             pairs = zip([texts[0].lstrip(), *texts[1:]], line["token_kl"][part], strict=True)
             step["share"] = step["mean_kl"] / strongest
-            step["tokens"] = [(text, kl, steps.strength(kl, delta), kl > (delta or math.inf)) for text, kl in pairs]
+            step["tokens"] = _strengths(pairs, line["delta"] or math.inf)
     return lines
+
+
+def _strengths(pairs: Iterable[tuple[str, float]], delta: float) -> list[tuple[str, float, float, bool]]:
+    """(text, nats, strength of the colour, whether it is above delta) of tokens."""
+    clip = delta if math.isfinite(delta) else None
+    return [(text, kl, steps.strength(kl, clip), kl > delta) for text, kl in pairs]

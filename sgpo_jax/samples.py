@@ -1,7 +1,7 @@
 """Generations for the reader: the same problems in several evaluations, side by side, a few of every outcome."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ class Answer(NamedTuple):
     text: str
     left_out: int  # characters
     tokens: int
+    token_kl: tuple[tuple[str, float], ...] = ()  # (text of a token, nats), where it was analysed
 
 
 class Problem(NamedTuple):
@@ -41,6 +42,39 @@ class Samples(NamedTuple):
 def verdict(line: Mapping[str, Any]) -> str:
     """What is said of a line of a generations file: its outcome, or "cut" where the token limit ended it."""
     return "cut" if line["truncated"] else line["outcome"]
+
+
+def of_sets(sets: Iterable[str], folders: Mapping[str, Path]) -> list[tuple[str, Samples, str]]:
+    """(set, samples, column they are counted by) of the latest evaluation in each folder, where there is one.
+
+    Args:
+      sets: their names.
+      folders: when it was -> folder of its generations; a column is "when, unguided" or "when, guided".
+    """
+    found = []
+    for name in sets:
+        files = {}
+        for when, folder in folders.items():
+            for kind in ("unguided", "guided"):
+                if generations := sorted(folder.glob(f"{name}_{kind}_*.jsonl")):
+                    files[f"{when}, {kind}"] = generations[-1]
+        if unguided := [column for column in files if column.endswith(", unguided")]:
+            found.append((name, side_by_side(files, unguided[-1], before=unguided[0]), unguided[-1]))
+    return found
+
+
+def with_token_kl(shown: Samples, lines: Iterable[Mapping[str, Any]]) -> Samples:
+    """The samples with the KL of their tokens, of those responses that lines of `analyze` are about."""
+    known = {
+        (line["column"], line["id"], line["response"]): tuple(zip(line["tokens"], line["token_kl"], strict=True))
+        for line in lines
+    }
+
+    def coloured(problem: Problem) -> Problem:
+        answers = (a._replace(token_kl=known.get((a.column, problem.id, a.text), ())) for a in problem.answers)
+        return problem._replace(answers=tuple(answers))
+
+    return shown._replace(problems=tuple(map(coloured, shown.problems)))
 
 
 def side_by_side(files: Mapping[str, Path], judged: str, before: str | None = None) -> Samples:

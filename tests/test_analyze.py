@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from folders import config_of
+from folders import config_of, generations, write_jsonl
 
-from sgpo_jax import analyze, models, plots, sharding, stage, train_step
+from sgpo_jax import analyze, data, models, plots, sharding, stage, train_step
 from sgpo_jax.batch import Prompts
 from sgpo_jax.metrics import read_jsonl
-from sgpo_jax.tokenizer import pad_left, pad_right
+from sgpo_jax.respond import encode_prompts
+from sgpo_jax.tokenizer import encode_response, pad_left, pad_right
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,32 @@ def test_it_writes_every_token_with_its_kl_and_the_steps(config, policy, mesh, t
     (again,) = analyze.run(config, tmp_path, 1)
     assert (again["stage"], again["step"]) == ("rl", 2) and again["token_kl"] != lines[0]["token_kl"]
     assert analyze.run(config, tmp_path, 1) == [again], "the same every time"
+
+
+def test_the_generations_that_the_page_shows_get_their_kl_too(config, policy, mesh, tmp_path):
+    loaded, _ = policy
+    params = save(config, tmp_path, policy, mesh, "rl", 2, seed=2)
+    rows = data.load(config.eval.sets.heldout.source)
+    texts = {"unguided": "(a) sum 3 4 = 7", "guided": " (b) larger 5 2 = 5. \\boxed{75}"}
+    for when in ("before", "after"):
+        for kind, text in texts.items():
+            lines = [line | {"id": row["id"], "response": text if i else ""}
+                     for i, (row, line) in enumerate(zip(rows, generations(("wrong",) * 6, 2)[::2], strict=True))]  # fmt: skip
+            write_jsonl(tmp_path / "eval" / when / f"heldout_{kind}_000002.jsonl", lines)
+    analyze.run(config, tmp_path, 1)
+    lines = read_jsonl(tmp_path / "analysis_generations.jsonl")
+    expected = [(f"after, {kind}", row["id"], text) for row in rows[1:] for kind, text in texts.items()]
+    assert [(line["column"], line["id"], line["response"]) for line in lines] == expected, "and no empty ones"
+    for line in lines[:4]:
+        assert "".join(line["tokens"]) == line["response"]
+        (row,) = (row for row in rows if row["id"] == line["id"])
+        sides = [Prompts(*pad_left(encode_prompts(loaded, [row] * 8, guided), 64, loaded.pad_id)) for guided in (True, False)]
+        ids = encode_response(loaded.tokenizer, line["response"], 0)[:-1]
+        tokens, lengths = pad_right([ids] * 8, len(ids), loaded.pad_id)
+        with jax.set_mesh(mesh):
+            wanted = analyze.response_kl(loaded, params, *sides, tokens, lengths, mesh)[0]
+        np.testing.assert_allclose(line["token_kl"], wanted, atol=1e-5)
+    assert max(kl for line in lines for kl in line["token_kl"]) > 0.01
 
 
 def test_problems_without_strategies_are_refused(config, tmp_path):

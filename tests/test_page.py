@@ -108,6 +108,22 @@ def test_tokens_have_their_kl_as_colour_step_by_step(found):
     assert "0.062 nats" in found.text and "1.250 nats" in found.text
 
 
+def test_a_generation_has_the_kl_of_its_tokens_as_colour(tmp_path):
+    run = make_run(tmp_path)
+    plain = words(Page(page.write_run(run)))
+    text = f"response 1 {HOSTILE}"
+    line = {"column": "after, guided", "id": "p1", "response": text, "tokens": ["response", " 1 ", HOSTILE]}
+    line["token_kl"] = [0.0, 0.25, 2.0]
+    other = line | {"id": "p2"}  # of another response than the one that is there
+    write_jsonl(run / "analysis_generations.jsonl", [line, other, line | {"column": "after, unguided", "id": "p9"}])
+    found = Page(page.write_run(run))
+    tokens = [a for a in found.of("span") if "title" in a][6:]
+    assert [(a["style"], a.get("class")) for a in tokens] == [
+        ("--kl: 0.000", None), ("--kl: 0.500", None), ("--kl: 1.000", "above")
+    ]  # fmt: skip
+    assert words(found) == plain, "the same texts, coloured"
+
+
 def test_without_a_clip_no_token_is_above_it(tmp_path):
     run = make_run(tmp_path)
     write_jsonl(run / "analysis.jsonl", [analysis_line(delta=None)])
