@@ -140,8 +140,8 @@ def _generations(config: ConfigDict, workdir: Path, policy: Policy, params: Any,
     encoded = [tokenizers.encode_response(policy.tokenizer, text, policy.stop_ids[0])[:-1] for _, _, text in filled]
     tokens, lengths = tokenizers.pad_right(encoded, max(map(len, encoded)), policy.pad_id)
     sides = [encode_prompts(policy, [row for row, _, _ in filled], guided) for guided in (True, False)]
-    prompts = [pad_prompts(policy, side, max(map(len, side))) for side in sides]
-    kl = response_kl(policy, params, *prompts, tokens, lengths, mesh)
+    with_strategy, without = (pad_prompts(policy, side, max(map(len, side))) for side in sides)
+    kl = response_kl(policy, params, with_strategy, without, tokens, lengths, mesh)
     return [
         {"column": column, "id": str(row["id"]), "response": text,
          "tokens": tokenizers.pieces(policy.tokenizer, ids), "token_kl": kl[i, : len(ids)].tolist()}
