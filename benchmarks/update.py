@@ -5,9 +5,9 @@
     python benchmarks/update.py --problems=8 --calls=0                   # only the compiler's memory
 
 Every side runs with its own default for recomputing activations (ours and TRL do, Tunix does not); `--stored` adds
-those that hold them. Ours packs responses in rows and leaves out those that are not filled, as many at a time as a
-micro-batch has; so long-tailed responses are also measured with 2 rows in a micro-batch. Peak memory is that of the
-process, seen from outside, the loading of weights included.
+those that hold them, `--one_row` all three with one row at a time. Ours packs responses in rows and leaves out those that
+are not filled, as many at a time as a micro-batch has. Peak memory is that of the process, seen from outside, the loading
+of weights included.
 """
 
 import statistics
@@ -23,16 +23,13 @@ from sgpo_jax import metrics
 GIB = 2**30
 
 
-def sides(stored: bool, long_tailed: bool) -> list[Side]:
+def sides(stored: bool, one_row: bool) -> list[Side]:
     """Ours first."""
-    chosen = [
-        *[Side("sgpo_jax (2 rows)", "", {"remat": "full", "micro_batch": 2})] * long_tailed,
-        Side("sgpo_jax", "", {"remat": "full"}),
-        Side("Tunix", "tunix", {"remat": False}),
-        Side("TRL", "torch", {"remat": True}),
-    ]
+    chosen = [Side("sgpo_jax", "", {"remat": "full"}), Side("Tunix", "tunix", {"remat": False}),
+              Side("TRL", "torch", {"remat": True})]  # fmt: skip
+    one = [Side(f"{name} (1 row)", peer, {**settings, "micro_batch": 1}) for name, peer, settings in chosen]
     others = [Side("sgpo_jax (stored)", "", {"remat": "none"}), Side("TRL (stored)", "torch", {"remat": False})]
-    return chosen + others * stored
+    return chosen + one * one_row + others * stored
 
 
 def main() -> None:
@@ -46,9 +43,10 @@ def main() -> None:
         cache=(str(common.CACHE), "folder of the peers' environments"),
     )  # fmt: skip
     parser.add_argument("--stored", action="store_true", help="also with all activations held")
+    parser.add_argument("--one_row", action="store_true", help="also with one row at a time")
     flags = parser.parse_args()
     shape = workload.shape(flags.shape)
-    chosen = [s for s in sides(flags.stored, flags.median > 0) if not flags.sides or s.name in flags.sides.split(",")]
+    chosen = [s for s in sides(flags.stored, flags.one_row) if not flags.sides or s.name in flags.sides.split(",")]
     with tempfile.TemporaryDirectory() as folder:
         task = {**vars(flags), "work": "update", "model": str(Path(folder) / "model")}
         common.run(Side("weights"), {**task, "work": "weights"})

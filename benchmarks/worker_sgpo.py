@@ -16,7 +16,7 @@ import numpy as np
 import workload
 from common import timed
 
-from sgpo_jax import environment, logprobs, models, optim, rollout
+from sgpo_jax import allocator, environment, logprobs, models, optim, rollout
 from sgpo_jax.batch import Batch, Group, Prompts, pack_batch
 from sgpo_jax.losses import kl_divergence
 from sgpo_jax.models import config as model_config
@@ -209,5 +209,6 @@ def resident() -> int:
 
 if __name__ == "__main__":
     task = json.loads(Path(sys.argv[1]).read_text())
+    allocator.trim_after_compiling()  # as the command does
     work = {function.__name__: function for function in (weights, generate, update, kl, peak, profile)}[task["work"]]
     Path(sys.argv[2]).write_text(json.dumps(work(task) | {"versions": environment.describe()}))

@@ -9,6 +9,7 @@ from absl import flags
 from jax.sharding import Mesh
 
 from sgpo_jax import (
+    allocator,
     checks,
     command,
     distributed,
@@ -65,6 +66,7 @@ def main(config, given) -> None:
     workdir = command.folder("workdir", given.workdir)
     command.join(config, given)
     preemption.watch(config.grace)
+    allocator.trim_after_compiling()
     run(config, workdir)
 
 
