@@ -5,9 +5,9 @@
     python benchmarks/update.py --problems=8 --calls=0                   # only the compiler's memory
 
 Every side runs with its own default for recomputing activations (ours and TRL do, Tunix does not); `--stored` adds
-those that hold them, `--one_row` all three with one row at a time. Ours packs responses in rows and leaves out those that
-are not filled, as many at a time as a micro-batch has. Peak memory is that of the process, seen from outside, the loading
-of weights included.
+those that hold them, `--one_row` all three with one row at a time. Ours packs responses in rows and leaves out those
+that are not filled, as many at a time as a micro-batch has. Peak memory is that of the process, seen from outside, the
+loading of weights included.
 """
 
 import statistics

@@ -110,8 +110,9 @@ def test_the_generations_that_the_page_shows_get_their_kl_too(config, policy, me
     texts = {"unguided": "(a) sum 3 4 = 7", "guided": " (b) larger 5 2 = 5. \\boxed{75}"}
     for when in ("before", "after"):
         for kind, text in texts.items():
+            firsts = generations(("wrong",) * 6, 2)[::2]
             lines = [line | {"id": row["id"], "response": text if i else ""}
-                     for i, (row, line) in enumerate(zip(rows, generations(("wrong",) * 6, 2)[::2], strict=True))]  # fmt: skip
+                     for i, (row, line) in enumerate(zip(rows, firsts, strict=True))]  # fmt: skip
             write_jsonl(tmp_path / "eval" / when / f"heldout_{kind}_000002.jsonl", lines)
     analyze.run(config, tmp_path, 1)
     lines = read_jsonl(tmp_path / "analysis_generations.jsonl")
@@ -120,7 +121,8 @@ def test_the_generations_that_the_page_shows_get_their_kl_too(config, policy, me
     for line in lines[:4]:
         assert "".join(line["tokens"]) == line["response"]
         (row,) = (row for row in rows if row["id"] == line["id"])
-        sides = [Prompts(*pad_left(encode_prompts(loaded, [row] * 8, guided), 64, loaded.pad_id)) for guided in (True, False)]
+        encoded = [encode_prompts(loaded, [row] * 8, guided) for guided in (True, False)]
+        sides = [Prompts(*pad_left(prompts, 64, loaded.pad_id)) for prompts in encoded]
         ids = encode_response(loaded.tokenizer, line["response"], 0)[:-1]
         tokens, lengths = pad_right([ids] * 8, len(ids), loaded.pad_id)
         with jax.set_mesh(mesh):
