@@ -14,8 +14,8 @@ def trim_after_compiling() -> None:
     except (OSError, AttributeError):
         return
 
-    def listen(event: str, seconds: float, **_: object) -> None:
-        if event.endswith("backend_compile_duration") and seconds >= LONG:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if event.endswith("backend_compile_duration") and duration_secs >= LONG:
             trim(0)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
