@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.sft.micro_batch = 4
 
     config.rl.batch = 8
-    config.rl.steps = 12
+    config.rl.steps = 8
     config.rl.learning_rate = 5e-6
     config.rl.max_new_tokens = 56
     config.rl.micro_batch = 4
