@@ -18,7 +18,7 @@ from common import timed
 
 from sgpo_jax import environment, logprobs, models, optim, rollout
 from sgpo_jax.batch import Batch, Group, Prompts, pack_batch
-from sgpo_jax.losses import kl_divergence
+from sgpo_jax.divergences import kl_divergence
 from sgpo_jax.models import config as model_config
 from sgpo_jax.models import huggingface
 from sgpo_jax.train_step import init_state, make_update
