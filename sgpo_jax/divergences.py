@@ -109,7 +109,7 @@ def top_k_kl(
     if axis:
         of_all = jax.lax.all_gather(likeliest, axis, axis=likeliest.ndim - 1, tiled=True)
         likeliest, _ = jax.lax.top_k(of_all, min(k, of_all.shape[-1]))
-    # The least of the k, not the last: XLA makes a slice of them a slice of all, sorted, in fifteen times the time.
+    # The least of the k, not the last: on CPU XLA takes a slice of them out of all, sorted, in many times the time.
     tail = log_t < likeliest.min(axis=-1, keepdims=True)
     # As logarithms: both masses may be 0 in float32, and 1 - sum of the k would be noise long before.
     rise = _log_mass(log_t, tail, axis) - _log_mass(log_s, tail, axis)
