@@ -49,6 +49,7 @@ def get_config() -> ConfigDict:
     config.rl.steps = 30  # while methods still differ: later all of them solve most of this world
     config.rl.learning_rate = 2e-4
     config.rl.max_new_tokens = 28
+    config.rl.kl_top_k = 4  # of the 126 of this world
 
     config.eval.guided = True
     config.eval.batch = 128

@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sgpo_jax.config import STAGES, base
+from sgpo_jax.divergences import DIVERGENCES
 from sgpo_jax.methods import METHODS
 
 _TYPES: dict[type, tuple[Any, str]] = {
@@ -123,7 +124,9 @@ def check(config: ConfigDict) -> None:
 def _check_method(need: Callable, within: Callable, positive: Callable, choice: Callable, rl: ConfigDict) -> None:
     choice("rl.guide", "strategy", "demonstration")
     choice("rl.target", "reachable", "mean")
-    choice("rl.distillation", "forward_kl", "reverse_kl", "nll", "shaped")
+    choice("rl.distillation", *DIVERGENCES, "nll", "shaped")
+    need("rl.beta", 0 < rl.beta < 1, "between 0 and 1, both excluded")
+    need("rl.kl_top_k", rl.kl_top_k >= 1, "at least 1")
     choice("rl.advantage", "group", "mixed", "gated", "none")
     choice("rl.weight", "adaptive", "fixed", "group_advantage", "mixed", "gated")
     choice("rl.normaliser", "sequence", "constant")
@@ -132,7 +135,7 @@ def _check_method(need: Callable, within: Callable, positive: Callable, choice: 
     within(0.0, float("inf"), "rl.sft_weight", "rl.entropy_bonus")
     shown = rl.guide == "demonstration"
     need("rl.guided", not shown or rl.guided == 1, "1 when rl.guide is 'demonstration'")
-    need("rl.distillation", not shown or not rl.distillation.endswith("_kl"), "'nll' or 'shaped' for a demonstration")
+    need("rl.distillation", not shown or rl.distillation not in DIVERGENCES, "'nll' or 'shaped' for a demonstration")
     for field in ("rl.advantage", "rl.weight"):
         of_demonstration = rl[field.removeprefix("rl.")] in ("mixed", "gated")
         need(field, shown or not of_demonstration, "another one unless rl.guide is 'demonstration'")

@@ -97,7 +97,9 @@ def base() -> ConfigDict:
     # What makes another method of it; methods.py has those that are compared. See batch.py and train_step.py.
     config.rl.guide = "strategy"  # or "demonstration": the guided group is the expert's solution
     config.rl.target = "reachable"  # Eq. 4; or "mean" over all correct guided responses; Eq. 2
-    config.rl.distillation = "forward_kl"  # Eq. 3; or "reverse_kl", "nll", "shaped"
+    config.rl.distillation = "forward_kl"  # Eq. 3; or "reverse_kl", "jensen_shannon", "top_k_kl", "nll", "shaped"
+    config.rl.beta = 0.5  # weight of the guided distribution in "jensen_shannon"; SDPO
+    config.rl.kl_top_k = 100  # tokens that "top_k_kl" tells apart, the likeliest of the guided distribution; SDPO
     config.rl.advantage = "group"  # Eq. 1; or "mixed", "gated", "none"
     config.rl.weight = "adaptive"  # Eq. 6; or "fixed", "group_advantage" (Eq. 8), "mixed", "gated"
     config.rl.normaliser = "sequence"  # mean over a response's tokens; or "constant": their sum / max_new_tokens

@@ -12,20 +12,19 @@ Axis key: N token positions, D hidden, V vocabulary, S chunks, C positions of a 
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from sgpo_jax import losses
+from sgpo_jax import divergences
 from sgpo_jax.sharding import BATCH, fitting
 
 CHUNK = 512  # positions per step: at V = 152k one float32 logits buffer is 311 MB
 PARTS = 4  # in which a chunk adds to the head's gradient: at once, what it adds would be as large as that
 
-Direction = Literal["forward", "reverse"]
 TokenLoss = Callable[..., jax.Array]
 
 
@@ -58,18 +57,20 @@ def token_kl(
     hidden_unguided: jax.Array,
     head: jax.Array,
     *,
-    direction: Direction = "forward",
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    k: int = 100,
     chunk: int = CHUNK,
 ) -> jax.Array:
     """Exact full-vocabulary KL between the guided and the unguided next-token distribution. Eq. 2, 3.
 
-    forward: `KL(sg[guided] || unguided)`; reverse: `KL(unguided || sg[guided])`.
+    "forward_kl": `KL(sg[guided] || unguided)`; "reverse_kl": `KL(unguided || sg[guided])`; and the other `DIVERGENCES`.
 
     Args:
       hidden_guided: `[N,D]` hidden states of the response tokens in the guided context.
       hidden_unguided: `[N,D]` of the same tokens in the unguided context.
       head: `[D,V]` output projection, shared by both sides.
-      direction: which distribution the expectation is under.
+      divergence, beta, k: see `divergences.select`.
       chunk: positions per step; the memory is O(chunk * V).
 
     Returns:
@@ -77,10 +78,8 @@ def token_kl(
     """
     chex.assert_rank([hidden_guided, hidden_unguided, head], 2)
     chex.assert_equal_shape([hidden_guided, hidden_unguided])
-    if direction not in ("forward", "reverse"):
-        raise ValueError(f"direction={direction!r}: must be 'forward' or 'reverse'")
     (guided, unguided), join = _split((hidden_guided, hidden_unguided), chunk)
-    return join(chunked_kl(guided, unguided, head, guided.shape[0], direction))
+    return join(chunked_kl(guided, unguided, head, guided.shape[0], divergence, beta, k))
 
 
 def chunked_logprobs(
@@ -102,10 +101,12 @@ def chunked_logprobs(
 
 
 def chunked_kl(
-    guided: jax.Array, unguided: jax.Array, head: jax.Array, chunks: jax.Array | int, direction: Direction = "forward"
-) -> jax.Array:
+    guided: jax.Array, unguided: jax.Array, head: jax.Array, chunks: jax.Array | int, divergence: str = "forward_kl",
+    beta: float = 0.5, k: int = 100,
+) -> jax.Array:  # fmt: skip
     """`token_kl` of positions in chunks `[S,C,D]` -> `[S,C]`; the others than the first `chunks` give 0."""
-    return _measured(partial(_kl, direction=direction), (unguided, guided), head, chunks)[0]
+    measure = partial(_kl, divergence=divergences.select(divergence, beta, k))
+    return _measured(measure, (unguided, guided), head, chunks)[0]
 
 
 def logprobs_loss(
@@ -128,10 +129,11 @@ def logprobs_loss(
 
 def kl_loss(
     token_loss: TokenLoss, guided: jax.Array, unguided: jax.Array, head: jax.Array, chunks: jax.Array | int, given: Any,
-    direction: Direction = "forward",
+    divergence: str = "forward_kl", beta: float = 0.5, k: int = 100,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Sum over tokens of `token_loss(kl, given)`, and KL `[S,C]`: as `logprobs_loss`, in four products of six."""
-    loss, (kl,) = _loss(partial(_kl, direction=direction), token_loss, (unguided, guided), head, chunks, given)
+    measure = partial(_kl, divergence=divergences.select(divergence, beta, k))
+    loss, (kl,) = _loss(measure, token_loss, (unguided, guided), head, chunks, given)
     return loss, kl
 
 
@@ -152,18 +154,11 @@ def _logprobs(head, hidden, targets, temperature=1.0):
     return (_over_vocabulary(logp), entropy), backward
 
 
-def _kl(head, unguided, guided, direction):
+def _kl(head, unguided, guided, divergence):
     """The same of (KL `[C]`,), in which the guided side is a constant."""
-    log_p, log_q = _log_softmax(guided, head), _log_softmax(unguided, head)
-    kl = losses.kl_divergence(log_p, log_q) if direction == "forward" else losses.kl_divergence(log_q, log_p)
-    kl = _over_vocabulary(kl)
-
-    def backward(by_kl):
-        if direction == "forward":
-            return by_kl[:, None] * (jnp.exp(log_q) - jnp.exp(log_p))
-        return by_kl[:, None] * jnp.exp(log_q) * (log_q - log_p - kl[:, None])
-
-    return (kl,), backward
+    axis = "tensor" if _on_a_device() else None
+    kl, gradient = divergence(_log_softmax(guided, head), _log_softmax(unguided, head), axis)
+    return (kl,), lambda by_kl: by_kl[:, None] * gradient
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -38,6 +38,9 @@ METHODS: dict[str, Callable[[ConfigDict], dict[str, Any]]] = {
     "group_advantage_weight": lambda rl: {"weight": "group_advantage"},
     "reverse_kl": lambda rl: {"distillation": "reverse_kl"},
     "direct_sft": lambda rl: {"distillation": "nll"},
+    # Beyond the paper: SDPO's signals.
+    "jensen_shannon": lambda rl: {"distillation": "jensen_shannon"},
+    "top_k_kl": lambda rl: {"distillation": "top_k_kl"},
 }  # fmt: skip
 
 

@@ -120,7 +120,10 @@ def _train_until_rollback(
 def method(rl: ConfigDict) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `pack_batch` and `make_update` are told about the method."""
     weights = ("advantage", "weight", "alpha0", "gamma", "alpha_max", "gate", "sft_weight")
-    terms = ("updates_per_batch", "clip_low", "clip_high", "delta", "distillation", "shaping", "entropy_bonus")
+    terms = (
+        "updates_per_batch", "clip_low", "clip_high", "delta", "distillation", "beta", "kl_top_k", "shaping",
+        "entropy_bonus",
+    )  # fmt: skip
     of_batch = {name: rl[name] for name in ("guide", "target", "distillation", *weights)}
     of_update = {name: rl[name] for name in terms}
     return of_batch, of_update | {"normaliser": rl.max_new_tokens if rl.normaliser == "constant" else 0}

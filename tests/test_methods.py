@@ -20,7 +20,7 @@ from sgpo_jax.train_step import init_state, make_update
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINED = [name for name in METHODS if name != "sft"]
-DELTA = 2.2
+DELTA, BETA, K = 2.2, 0.3, 4
 
 
 def method_batch(name) -> Batch:
@@ -42,6 +42,8 @@ def settings_of(name, **changes):
     """(of pack_batch, of make_update), by way of the config as in a run."""
     config = configs.base()
     config.rl.delta = DELTA
+    config.rl.beta = BETA
+    config.rl.kl_top_k = K
     config.rl.max_new_tokens = T
     select(config, name)
     config.rl.update(changes)
@@ -133,12 +135,27 @@ def dense_target_loss(name, params, old_params, batch, b):
         if name == "direct_sft":
             distance = -unguided[np.arange(length), tokens[:length]]
         else:
-            p, q = (unguided, guided) if name == "reverse_kl" else (guided, unguided)
-            distance = (jnp.exp(p) * (p - q)).sum(-1)
+            distance = dense_distance(name, guided, unguided)
             if name not in ("no_kl_clip", "no_proximal"):
                 distance = jnp.where(distance <= DELTA, distance, 0.0)
         total += distance.sum() / length
     return alpha * total / len(responses)
+
+
+def dense_distance(name, guided, unguided):
+    """`[length]`, of log-probabilities `[length,V]` of both sides."""
+
+    def kl(log_p, log_q):
+        return (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+
+    if name == "jensen_shannon":
+        mixture = jnp.log((1 - BETA) * jnp.exp(unguided) + BETA * jnp.exp(guided))
+        return (1 - BETA) * kl(unguided, mixture) + BETA * kl(guided, mixture)
+    if name == "top_k_kl":
+        top, places = jax.lax.top_k(guided, K)
+        sides = jnp.exp(top), jnp.exp(jnp.take_along_axis(unguided, places, axis=-1))
+        return kl(*(jnp.log(jnp.concatenate([x, 1 - x.sum(-1, keepdims=True)], -1)) for x in sides))
+    return kl(unguided, guided) if name == "reverse_kl" else kl(guided, unguided)
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -148,6 +165,20 @@ def test_the_update_is_the_gradient_of_the_methods_equation(name):
     state, metrics = updated(name, batch, params)
     assert_trees_close(jax.tree.map(jnp.subtract, params, state.params), grads, 1e-5)
     np.testing.assert_allclose(metrics["loss"], loss, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sgpo", "reverse_kl", "jensen_shannon", "top_k_kl"])
+def test_the_distillation_alone_equals_its_equation(name):
+    params, batch = make_params(), method_batch(name)
+    expected = sum(dense_target_loss(name, params, params, batch, b) for b in range(B)) / B
+    _, metrics = updated(name, batch, params)
+    assert expected > 0.01
+    np.testing.assert_allclose(metrics["loss_kd"], expected, rtol=1e-4)
+
+
+def test_a_distillation_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="divergence='kl': must be one of 'forward_kl', 'reverse_kl'"):
+        updated("sgpo", method_batch("sgpo"), make_params(), distillation="kl")
 
 
 def test_the_methods_differ_on_this_batch():
