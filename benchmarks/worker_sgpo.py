@@ -18,7 +18,7 @@ from common import timed
 
 from sgpo_jax import allocator, environment, logprobs, models, optim, rollout
 from sgpo_jax.batch import Batch, Group, Prompts, pack_batch
-from sgpo_jax.divergences import kl_divergence
+from sgpo_jax.losses import kl_divergence
 from sgpo_jax.models import config as model_config
 from sgpo_jax.models import huggingface
 from sgpo_jax.train_step import init_state, make_update
@@ -156,7 +156,7 @@ def kl(task: dict[str, Any]) -> dict[str, Any]:
         return DENSE[task["divergence"]](log_t, jax.nn.log_softmax(unguided @ head), task["k"]).mean()
 
     def by_token(guided, unguided, head):
-        return logprobs.token_kl(guided, unguided, head, **chosen, chunk=chunk).mean()
+        return logprobs.token_divergence(guided, unguided, head, **chosen, chunk=chunk).mean()
 
     def summed(guided, unguided, head):
         """As in the update: the loss of a token is known when its KL is."""

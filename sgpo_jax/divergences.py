@@ -14,6 +14,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from sgpo_jax.losses import kl_divergence
+
 Divergence = Callable[[jax.Array, jax.Array, str | None], tuple[jax.Array, jax.Array]]
 
 # name -> (beta, k) -> what is computed of the two sides
@@ -43,27 +45,6 @@ def select(name: str, beta: float = 0.5, k: int = 100) -> Divergence:
     if k < 1:
         raise ValueError(f"k={k}: must be at least 1")
     return DIVERGENCES[name](beta, k)
-
-
-def kl_divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-    """KL(p || q) over the last axis; forward KL is `kl_divergence(guided, unguided)`. Eq. 2, 3.
-
-    `sum_v p_v (log p_v - log q_v)`; an outcome with `p_v = 0` contributes 0.
-
-    Args:
-      log_p: `[..., V]` normalised log-probabilities of the reference of the expectation.
-      log_q: `[..., V]` normalised log-probabilities.
-
-    Returns:
-      `[...]` float32, nats. Differentiable in both arguments; stop gradients where the method asks for it.
-    """
-    chex.assert_equal_shape([log_p, log_q])
-    log_p, log_q = log_p.astype(jnp.float32), log_q.astype(jnp.float32)
-    p = jnp.exp(log_p)
-    possible = p != 0
-    # Selected before the product: 0 * inf would be NaN, in the gradient too. A NaN that comes in goes out.
-    difference = jnp.where(possible, log_p, 0.0) - jnp.where(possible, log_q, 0.0)
-    return jnp.sum(p * difference, axis=-1)
 
 
 def forward_kl(log_t: jax.Array, log_s: jax.Array, axis: str | None = None) -> tuple[jax.Array, jax.Array]:

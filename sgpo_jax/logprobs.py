@@ -12,7 +12,7 @@ Axis key: N token positions, D hidden, V vocabulary, S chunks, C positions of a 
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import chex
 import jax
@@ -25,6 +25,7 @@ from sgpo_jax.sharding import BATCH, fitting
 CHUNK = 512  # positions per step: at V = 152k one float32 logits buffer is 311 MB
 PARTS = 4  # in which a chunk adds to the head's gradient: at once, what it adds would be as large as that
 
+Direction = Literal["forward", "reverse"]
 TokenLoss = Callable[..., jax.Array]
 
 
@@ -57,25 +58,39 @@ def token_kl(
     hidden_unguided: jax.Array,
     head: jax.Array,
     *,
-    divergence: str = "forward_kl",
-    beta: float = 0.5,
-    k: int = 100,
+    direction: Direction = "forward",
     chunk: int = CHUNK,
 ) -> jax.Array:
     """Exact full-vocabulary KL between the guided and the unguided next-token distribution. Eq. 2, 3.
 
-    "forward_kl": `KL(sg[guided] || unguided)`; "reverse_kl": `KL(unguided || sg[guided])`; and the other `DIVERGENCES`.
+    forward: `KL(sg[guided] || unguided)`; reverse: `KL(unguided || sg[guided])`.
 
     Args:
       hidden_guided: `[N,D]` hidden states of the response tokens in the guided context.
       hidden_unguided: `[N,D]` of the same tokens in the unguided context.
       head: `[D,V]` output projection, shared by both sides.
-      divergence, beta, k: see `divergences.select`.
+      direction: which distribution the expectation is under.
       chunk: positions per step; the memory is O(chunk * V).
 
     Returns:
       `[N]` float32, nats. The gradient reaches `hidden_unguided`, and `head` through the unguided side only.
     """
+    if direction not in ("forward", "reverse"):
+        raise ValueError(f"direction={direction!r}: must be 'forward' or 'reverse'")
+    return token_divergence(hidden_guided, hidden_unguided, head, divergence=f"{direction}_kl", chunk=chunk)
+
+
+def token_divergence(
+    hidden_guided: jax.Array,
+    hidden_unguided: jax.Array,
+    head: jax.Array,
+    *,
+    divergence: str,
+    beta: float = 0.5,
+    k: int = 100,
+    chunk: int = CHUNK,
+) -> jax.Array:
+    """`token_kl` for each of `divergences.DIVERGENCES`; `divergence`, `beta` and `k` as in `divergences.select`."""
     chex.assert_rank([hidden_guided, hidden_unguided, head], 2)
     chex.assert_equal_shape([hidden_guided, hidden_unguided])
     (guided, unguided), join = _split((hidden_guided, hidden_unguided), chunk)
@@ -104,7 +119,7 @@ def chunked_kl(
     guided: jax.Array, unguided: jax.Array, head: jax.Array, chunks: jax.Array | int, divergence: str = "forward_kl",
     beta: float = 0.5, k: int = 100,
 ) -> jax.Array:  # fmt: skip
-    """`token_kl` of positions in chunks `[S,C,D]` -> `[S,C]`; the others than the first `chunks` give 0."""
+    """`token_divergence` of positions in chunks `[S,C,D]` -> `[S,C]`; the others than the first `chunks` give 0."""
     measure = partial(_kl, divergence=divergences.select(divergence, beta, k))
     return _measured(measure, (unguided, guided), head, chunks)[0]
 

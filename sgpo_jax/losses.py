@@ -62,6 +62,27 @@ def clipped_surrogate(
     return -jnp.minimum(ratio * advantage, clipped * advantage)
 
 
+def kl_divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """KL(p || q) over the last axis; forward KL is `kl_divergence(guided, unguided)`. Eq. 2, 3.
+
+    `sum_v p_v (log p_v - log q_v)`; an outcome with `p_v = 0` contributes 0.
+
+    Args:
+      log_p: `[..., V]` normalised log-probabilities of the reference of the expectation.
+      log_q: `[..., V]` normalised log-probabilities.
+
+    Returns:
+      `[...]` float32, nats. Differentiable in both arguments; stop gradients where the method asks for it.
+    """
+    chex.assert_equal_shape([log_p, log_q])
+    log_p, log_q = log_p.astype(jnp.float32), log_q.astype(jnp.float32)
+    p = jnp.exp(log_p)
+    possible = p != 0
+    # Selected before the product: 0 * inf would be NaN, in the gradient too. A NaN that comes in goes out.
+    difference = jnp.where(possible, log_p, 0.0) - jnp.where(possible, log_q, 0.0)
+    return jnp.sum(p * difference, axis=-1)
+
+
 def kl_clip_mask(token_kl: jax.Array, delta: float) -> jax.Array:
     """Weights `w_t` of Eq. 5: 1 where the token's KL is at most delta, else 0.
 

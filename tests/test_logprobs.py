@@ -15,7 +15,7 @@ from test_divergences import BETA, K, dense, oracle
 
 from sgpo_jax import logprobs, sharding
 from sgpo_jax.divergences import DIVERGENCES
-from sgpo_jax.logprobs import token_kl, token_logprobs
+from sgpo_jax.logprobs import token_divergence, token_kl, token_logprobs
 
 N, D, V = 7, 4, 11
 SETTINGS = {"beta": BETA, "k": K}
@@ -71,7 +71,7 @@ def test_by_hand():
     backward = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
     np.testing.assert_allclose(token_kl(hidden, hidden[::-1], head), [forward, backward], rtol=1e-6)
     np.testing.assert_allclose(
-        token_kl(hidden, hidden[::-1], head, divergence="reverse_kl"), [backward, forward], rtol=1e-6
+        token_kl(hidden, hidden[::-1], head, direction="reverse"), [backward, forward], rtol=1e-6
     )
 
 
@@ -84,7 +84,7 @@ def test_values_equal_the_dense_float64_ones(count, chunk):
     np.testing.assert_allclose(logp, expected_logp, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(entropy, expected_entropy, rtol=1e-5, atol=1e-5)
     for name in DIVERGENCES:
-        kl = token_kl(guided, unguided, head, divergence=name, **SETTINGS, chunk=chunk)
+        kl = token_divergence(guided, unguided, head, divergence=name, **SETTINGS, chunk=chunk)
         assert kl.dtype == jnp.float32
         np.testing.assert_allclose(kl, dense_kl(guided, unguided, head, name), rtol=1e-5, atol=1e-5)
 
@@ -102,7 +102,7 @@ HIDDEN = arrays(np.float32, (N, D), elements=st.floats(-4, 4, width=32, allow_su
 HEAD = arrays(np.float32, (D, V), elements=st.floats(-2, 2, width=32, allow_subnormal=False))
 logprobs_in_chunks = jax.jit(lambda *args: token_logprobs(*args, chunk=3))
 kl_in_chunks = jax.jit(lambda *args: token_kl(*args, chunk=3))
-mixture_in_chunks = jax.jit(lambda *args: token_kl(*args, divergence="jensen_shannon", beta=BETA, chunk=3))
+mixture_in_chunks = jax.jit(lambda *args: token_divergence(*args, divergence="jensen_shannon", beta=BETA, chunk=3))
 
 
 @given(HIDDEN, HIDDEN, HEAD, arrays(np.int32, N, elements=st.integers(0, V - 1)))
@@ -142,7 +142,7 @@ def test_bfloat16_products_are_summed_in_float32(head_dtype):
 def test_equal_contexts_have_no_kl():
     guided, _, head, _ = inputs()
     for name in DIVERGENCES:
-        kl = token_kl(guided, guided, head, divergence=name, **SETTINGS, chunk=3)
+        kl = token_divergence(guided, guided, head, divergence=name, **SETTINGS, chunk=3)
         np.testing.assert_array_equal(kl, np.zeros(N))
 
 
@@ -151,7 +151,7 @@ def test_saturated_distributions_stay_finite():
 
     def total(unguided, head):
         logp, entropy = token_logprobs(unguided, head, targets, chunk=3)
-        kls = [token_kl(guided, unguided, head, divergence=name, **SETTINGS, chunk=3) for name in DIVERGENCES]
+        kls = [token_divergence(guided, unguided, head, divergence=name, **SETTINGS, chunk=3) for name in DIVERGENCES]
         return (logp + entropy + sum(kls)).sum()
 
     value, gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(unguided, head)
@@ -191,7 +191,7 @@ def test_gradients_of_kl_equal_finite_differences_of_the_unguided_side(name, cou
     weights = WEIGHTS[0, :count]
 
     def total(guided, unguided, head):
-        return (weights * token_kl(guided, unguided, head, divergence=name, **SETTINGS, chunk=chunk)).sum()
+        return (weights * token_divergence(guided, unguided, head, divergence=name, **SETTINGS, chunk=chunk)).sum()
 
     def oracle(unguided, head):
         return (weights * dense_kl(guided, unguided, head, name, guided_head=HELD)).sum()
@@ -213,7 +213,7 @@ def test_gradients_of_kl_equal_those_of_the_dense_computation(name):
         return dense(name, jax.nn.log_softmax(guided @ guided_head), jax.nn.log_softmax(unguided @ head)).sum()
 
     def ours(unguided, head):
-        return token_kl(guided, unguided, head, divergence=name, **SETTINGS, chunk=3).sum()
+        return token_divergence(guided, unguided, head, divergence=name, **SETTINGS, chunk=3).sum()
 
     expected = jax.grad(total, (0, 1))(unguided, head, head)
     actual = jax.grad(ours, (0, 1))(unguided, head)
@@ -285,7 +285,7 @@ MEASURED = {
 }
 for divergence in DIVERGENCES:
     MEASURED |= {
-        divergence: lambda guided, unguided, head, targets, name=divergence: token_kl(
+        divergence: lambda guided, unguided, head, targets, name=divergence: token_divergence(
             guided, unguided, head, divergence=name, **SETTINGS, chunk=CHUNK
         ),
         f"loss of {divergence}": lambda guided, unguided, head, targets, name=divergence: summed_kl(
@@ -408,7 +408,7 @@ def test_unknown_divergences_are_refused_everywhere(name):
     guided, unguided, head, _ = inputs()
     chunks = guided[None], unguided[None], head, 1
     for call in (
-        lambda: token_kl(guided, unguided, head, divergence=name),
+        lambda: token_divergence(guided, unguided, head, divergence=name),
         lambda: logprobs.chunked_kl(*chunks, name),
         lambda: logprobs.kl_loss(lambda kl, w: w * kl, *chunks, jnp.ones((1, N)), name),
     ):
@@ -420,7 +420,14 @@ def test_unknown_divergences_are_refused_everywhere(name):
 def test_impossible_settings_of_divergences_are_refused(setting, value):
     guided, unguided, head, _ = inputs()
     with pytest.raises(ValueError, match=f"{setting}={value}: must be"):
-        token_kl(guided, unguided, head, **{setting: value})
+        token_divergence(guided, unguided, head, divergence="forward_kl", **{setting: value})
+
+
+@pytest.mark.parametrize("direction", ["backward", "", "Forward", "forward_kl", None])
+def test_unknown_directions_are_refused(direction):
+    guided, unguided, head, _ = inputs()
+    with pytest.raises(ValueError, match=f"direction={direction!r}.*'forward'.*'reverse'"):
+        token_kl(guided, unguided, head, direction=direction)
 
 
 @pytest.mark.parametrize("chunk", [0, -1])

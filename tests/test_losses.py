@@ -6,11 +6,12 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import assume, given
 from hypothesis.extra.numpy import arrays
 
-from sgpo_jax import divergences, losses
+from sgpo_jax import losses
 
 T, G, V = 6, 8, 5
 INF, NAN = math.inf, math.nan
@@ -180,6 +181,74 @@ def test_extreme_ratios_give_numbers(logp, old, advantage, loss):
     value, gradient = surrogate_and_gradient(jnp.array([logp]), jnp.array([old]), jnp.float32(advantage))
     np.testing.assert_allclose(value, loss, rtol=1e-6)
     np.testing.assert_array_equal(gradient, [0.0])
+
+
+# ---- kl_divergence
+
+P, Q = np.log([0.5, 0.5]), np.log([0.9, 0.1])
+
+
+def test_kl_by_hand_in_both_directions():
+    forward = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)  # 0.5108
+    reverse = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)  # 0.3681
+    np.testing.assert_allclose(losses.kl_divergence(jnp.array(P), jnp.array(Q)), forward, rtol=1e-6)
+    np.testing.assert_allclose(losses.kl_divergence(jnp.array(Q), jnp.array(P)), reverse, rtol=1e-6)
+
+
+def test_kl_has_the_direction_of_optax():
+    expected = optax.losses.kl_divergence_with_log_targets(log_predictions=jnp.array(Q), log_targets=jnp.array(P))
+    np.testing.assert_allclose(losses.kl_divergence(jnp.array(P), jnp.array(Q)), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("log_p", "log_q", "expected"),
+    [
+        ([0.0, -INF], [math.log(0.5)] * 2, math.log(2)),
+        ([0.0, -INF], [0.0, -INF], 0.0),
+        ([math.log(0.5)] * 2, [0.0, -INF], INF),
+        ([0.0, -200.0], [0.0, -INF], 0.0),  # a probability that float32 rounds to 0
+        ([0.0, NAN], [0.0, -1.0], NAN),
+        ([0.0, -1.0], [NAN, -1.0], NAN),
+    ],
+)
+def test_kl_of_impossible_outcomes(log_p, log_q, expected):
+    np.testing.assert_allclose(losses.kl_divergence(jnp.array(log_p), jnp.array(log_q)), expected, rtol=1e-6)
+
+
+def test_impossible_outcomes_leave_the_gradient_of_kl_finite():
+    log_p, log_q = jnp.array([math.log(0.25), math.log(0.75), -INF]), jnp.array([math.log(0.5), -INF, -INF])
+    gradient = jax.grad(losses.kl_divergence, argnums=1)(log_p, log_q)
+    np.testing.assert_allclose(gradient, [-0.25, -0.75, 0.0], rtol=1e-6)
+    gradient = jax.grad(losses.kl_divergence)(log_p, jnp.array([math.log(0.5), math.log(0.5), -INF]))
+    np.testing.assert_allclose(gradient, [0.25 * (math.log(0.5) + 1), 0.75 * (math.log(1.5) + 1), 0.0], rtol=1e-6)
+
+
+def kl_oracle(log_p, log_q):
+    return sum(math.exp(p) * (p - q) for p, q in zip(log_p, log_q, strict=True))
+
+
+@jax.jit
+def kl_and_gradients(log_p, log_q):
+    gradients = jax.grad(lambda p, q: losses.kl_divergence(p, q).sum(), argnums=(0, 1))(log_p, log_q)
+    return losses.kl_divergence(log_p, log_q), *gradients
+
+
+@given(LOGITS, LOGITS)
+def test_kl_equals_the_float64_oracle(p_logits, q_logits):
+    log_p, log_q = log_softmax(p_logits), log_softmax(q_logits)
+    kl, p_gradient, q_gradient = kl_and_gradients(log_p.astype(np.float32), log_q.astype(np.float32))
+    assert kl.shape == (T,)
+    np.testing.assert_allclose(kl, [kl_oracle(*pair) for pair in zip(log_p, log_q, strict=True)], rtol=1e-5, atol=2e-6)
+    expected = numeric_gradient(lambda x: kl_oracle(x.ravel(), log_q.ravel()), log_p)
+    np.testing.assert_allclose(p_gradient, expected, rtol=1e-4, atol=1e-5)
+    expected = numeric_gradient(lambda x: kl_oracle(log_p.ravel(), x.ravel()), log_q)
+    np.testing.assert_allclose(q_gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+@given(LOGITS)
+def test_kl_of_a_distribution_to_itself_is_exactly_zero(logits):
+    log_p = log_softmax(logits).astype(np.float32)
+    np.testing.assert_array_equal(kl_and_gradients(log_p, log_p)[0], np.zeros(T))
 
 
 # ---- kl_clip_mask
@@ -372,8 +441,6 @@ def test_sequence_mean_equals_the_oracle(x, mask):
 
 # ---- distillation_loss
 
-P, Q = np.log([0.5, 0.5]), np.log([0.9, 0.1])
-
 
 def test_distillation_by_hand():
     # Kept: 0.2, 1.0 and 0.4 of five tokens; the last two positions are padding.
@@ -407,7 +474,7 @@ def test_distillation_equals_the_float64_oracle(token_kl, mask, delta):
 
 def test_an_infinite_kl_is_dropped_with_its_gradient():
     def loss(unguided):
-        token_kl = divergences.kl_divergence(jnp.array([P, P]), unguided)
+        token_kl = losses.kl_divergence(jnp.array([P, P]), unguided)
         return losses.distillation_loss(token_kl, jnp.ones(2), 1.0)
 
     value, gradient = jax.value_and_grad(loss)(jnp.array([[0.0, -INF], Q]))
@@ -467,7 +534,7 @@ FUNCTIONS = {
         losses.clipped_surrogate,
         [-RNG.random((3, T), np.float32), -RNG.random((3, T), np.float32), RNG.normal(size=3).astype(np.float32)],
     ),
-    "kl_divergence": (divergences.kl_divergence, [LOG_PROBS, LOG_PROBS[::-1].copy()]),
+    "kl_divergence": (losses.kl_divergence, [LOG_PROBS, LOG_PROBS[::-1].copy()]),
     "kl_clip_mask": (lambda kl: losses.kl_clip_mask(kl, 1.0), [2 * RNG.random((3, T), np.float32)]),
     "select_target": (losses.select_target, [RNG.normal(size=(3, G)).astype(np.float32), RNG.random((3, G)) < 0.4]),
     "adaptive_weight": (losses.adaptive_weight, [RNG.random(3, np.float32), RNG.random(3, np.float32)]),
@@ -515,8 +582,8 @@ def test_float16_inputs_are_computed_in_float32(name):
         (losses.clipped_surrogate, [(T,), (T,), (1,)]),
         (losses.clipped_surrogate, [(T,), (T,), (T, 1)]),
         (losses.clipped_surrogate, [(T,), (1,), ()]),
-        (divergences.kl_divergence, [(T, V), (V,)]),
-        (divergences.kl_divergence, [(T, V), (T, 1)]),
+        (losses.kl_divergence, [(T, V), (V,)]),
+        (losses.kl_divergence, [(T, V), (T, 1)]),
         (lambda kl: losses.kl_clip_mask(kl, 1.0), [(2, T)]),
         (losses.select_target, [(2, G), (2, G)]),
         (losses.select_target, [(G,), (1,)]),
