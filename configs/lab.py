@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 from sgpo_jax import config as configs
 from sgpo_jax.methods import METHODS
 
-
 STEPS = 450  # of the warm-up
 
 

@@ -66,7 +66,7 @@ def test_calls_of_the_papers_recipe():
     # 44 of 128. Ten epochs each. The 283 make 5 batches, once an epoch. The sets, before and after RL, in batches of
     # 64: 8 and 11 with 4 samples, 1 and 1 with 32.
     config = configs.paper("Qwen/Qwen2.5-7B-Instruct", tensor=4)
-    assert recipe.calls(config, ASSUMED) == recipe.Calls(390, 50, 440, {4: 38, 32: 4})
+    assert recipe.calls(config, ASSUMED) == recipe.Calls(390, 50, 440, 0, {4: 38, 32: 4})
 
 
 def test_calls_of_other_recipes():
@@ -78,7 +78,12 @@ def test_calls_of_other_recipes():
     config.eval.sets = ConfigDict({"ours": {"source": "rows", "samples": 2}})
     found = recipe.calls(config, ASSUMED._replace(eval_problems=130))
     # Validated six times (1190 steps by 200) in 14 batches; three evaluations (after 20, 40 and 50) of 3 batches.
-    assert found == recipe.Calls(1190, 6 * 14, 50, {2: 9})
+    assert found == recipe.Calls(1190, 6 * 14, 50, 0, {2: 9})
+    config.rl.guide = "self"  # 8500 problems in batches of 128, the last one filled up
+    assert recipe.calls(config, ASSUMED._replace(eval_problems=130)) == found._replace(own_strategies=67)
+    config.rl.guided = 0
+    assert recipe.calls(config, ASSUMED._replace(eval_problems=130)) == found
+    config.rl.update({"guide": "strategy", "guided": 4})
     config.stages = ("rl", "eval")
     config.eval.guided = True
     found = recipe.calls(config, ASSUMED._replace(eval_problems=130))

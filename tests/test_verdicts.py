@@ -64,7 +64,7 @@ def test_claims_are_those_of_methods_that_were_run():
 def test_every_claim_and_table_is_about_methods_that_exist():
     named = {method for claim in verdicts.CLAIMS for method in (claim.better, claim.worse)}
     shown = {method for _, methods in verdicts.TABLES.values() for method in methods}
-    assert named <= set(METHODS) and shown == set(METHODS)
+    assert named <= set(METHODS) and shown == set(METHODS) - {"self_strategies"}, "which the paper does not have"
     assert {claim.table for claim in verdicts.CLAIMS} == set(verdicts.TABLES)
 
 
