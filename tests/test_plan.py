@@ -353,6 +353,19 @@ def test_updates_are_planned_with_the_runs_chunks(tiny):
     assert of_rl.autonomous_tokens.shape == (8, 4, 128, 6)
 
 
+@pytest.mark.parametrize(("guided", "calls"), [(4, 5), (0, None)])
+def test_own_strategies_are_planned(tiny, guided, calls):
+    """40 problems in batches of 8: a few responses to each, and one reply."""
+    changes = {"rl.guide": "self", "rl.self_tries": 3, "rl.guided": guided, "sft.train": "rows"}
+    assumed = Assumed(4, 4, problems=40)
+    found = {p.name: p for p in programs.programs(small_run(**changes), tiny, sharding.make_mesh(1, 8, 1), assumed)}
+    own = [found.get(name) for name in ("own responses", "own strategies")]
+    assert [each and each.calls for each in own] == [calls, calls]
+    assert ("guided group" in found) == bool(guided)
+    if guided:
+        assert own[0].tokens == pytest.approx(3 * own[1].tokens, rel=0.05)
+
+
 def test_meshes_divide_heads_and_batches(tiny):
     # Two key and value heads; and a batch of 4, for which 8 ways are too many.
     every = search.meshes(small_run(), tiny, jax.devices(), CHIPS_FAST, Assumed(4, 4))

@@ -7,7 +7,19 @@ import numpy as np
 import pytest
 from test_config import load
 
-from sgpo_jax import data, main, methods, metrics, respond, rewards, self_strategies, sharding, stage, tokenizer
+from sgpo_jax import (
+    data,
+    main,
+    methods,
+    metrics,
+    prompts,
+    respond,
+    rewards,
+    self_strategies,
+    sharding,
+    stage,
+    tokenizer,
+)
 from sgpo_jax.respond import Graded
 from sgpo_jax.rollout import STOP, Rollout
 
@@ -90,6 +102,7 @@ def replies(student, monkeypatch):
 
     def sampled(*arguments, group, **sampling):
         found.calls += 1
+        found.asked.append(tokenizer.decode(policy.tokenizer, arguments[2].tokens[0], arguments[2].tokens.shape[1]))
         if found.left == 0:
             raise Killed
         found.left -= 1
@@ -108,6 +121,7 @@ def replies(student, monkeypatch):
 
     class Found:
         calls, left = 0, -1
+        asked: list[str] = []  # of the first problem of each batch
 
     found = Found()
     monkeypatch.setattr(self_strategies, "respond", sampled)
@@ -133,6 +147,11 @@ def test_every_problem_gets_a_strategy_or_a_reason(student, replies, tmp_path, c
         assert (verdict["strategy"] is not None) == (verdict["reason"] == "kept")
         assert (verdict["response"] is None) == (verdict["correct"] == 0) == (verdict["reason"] == "no_correct")
         assert ours["strategy"] in (None, rows[0]["strategy"])
+    for plain, asked, row, verdict in zip(*[iter(replies.asked)] * 2, rows[::8], verdicts[::8], strict=True):
+        assert plain == f"Problem:\n{row['problem']}"
+        request = prompts.own_strategy(row["problem"], verdict["response"] or "", bare=True)
+        tokens = tokenizer.encode_turn(student[0].tokenizer, request)
+        assert asked == (tokenizer.decode(student[0].tokenizer, tokens, 99) if verdict["correct"] else plain)
     kept = sum(v["reason"] == "kept" for v in verdicts)
     assert "own strategies of 20 problems: " in capsys.readouterr().out and 0 < kept < 20
     # Read back, whatever the engine would say.
@@ -175,12 +194,15 @@ def test_noise_follows_the_problem_not_its_place(student, replies, tmp_path):
     assert other != whole
 
 
-def test_a_request_that_is_too_long_is_not_made(student, replies, tmp_path):
-    longest = max(len(tokens) for tokens in respond.encode_prompts(student[0], student[2], guided=False))
-    found = write(student, tmp_path / "strategies.jsonl", max_prompt_tokens=longest)
+@pytest.mark.parametrize("room", [0, 12])
+def test_prompts_that_are_too_long_are_not_shown(student, replies, tmp_path, room):
+    """Without room for a response the student is not asked; with a little, its strategy does not fit."""
+    policy, _, rows, _ = student
+    longest = max(len(tokens) for tokens in respond.encode_prompts(policy, rows, guided=False))
+    found = write(student, tmp_path / "strategies.jsonl", max_prompt_tokens=longest + room)
     assert {row["strategy"] for row in found} == {None}
     reasons = {verdict["reason"] for verdict in metrics.read_jsonl(tmp_path / "strategies.jsonl")[1:]}
-    assert reasons == {"no_correct", "prompt_too_long"}
+    assert {"no_correct", "prompt_too_long"} <= reasons and ("truncated" in reasons) == bool(room)
 
 
 def test_nothing_is_written_after_the_first_step(student, replies, tmp_path):
