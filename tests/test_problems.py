@@ -136,7 +136,7 @@ def test_rows_that_teach_to_write_strategies():
     writing = [row for row in rows if "Strategy:" in row["problem"]]
     assert len(writing) / len(rows) == pytest.approx(0.25, abs=0.04)
     right = {f"{kind} {family}": methods for (family, kind), methods in arithmetic.right_methods().items()}
-    agreement = []
+    agreement, drawn = [], defaultdict(set)
     for before, row in zip(plain, rows, strict=True):
         assert row["id"] == before["id"]
         if row not in writing:
@@ -153,7 +153,9 @@ def test_rows_that_teach_to_write_strategies():
         parsed = self_strategies.read(row["solution"], "stop", problem, row["answer"], solution)
         assert parsed == (row["solution"], "", ""), "what it learns to write passes the checks as it is"
         agreement += [m == r for m, r in zip(methods, right[type_of(before)], strict=True)]
+        drawn[row["source"]].add(methods)
     assert sum(agreement) / len(agreement) == pytest.approx(0.5, abs=0.04), "nothing is learnt about types"
+    assert {len(methods) for methods in drawn.values()} == {8}
 
 
 def test_without_them_the_rows_are_what_they_were():
