@@ -84,7 +84,7 @@ def check(config: ConfigDict) -> None:
         enough = config.monitor.action != "rollback" or config.checkpoint.keep > later
         need("checkpoint.keep", enough, f"at least {later + 1} when monitor.action is 'rollback'")
         need("data.sft_share", config.data.sft_share < 1 or bool(config.sft.train), "below 1: RL needs problems too")
-        whole(1, "rl.updates_per_batch", "rl.max_new_tokens")
+        whole(1, "rl.updates_per_batch", "rl.max_new_tokens", "rl.self_tries")
         whole(0, "rl.guided")
         _check_method(need, within, positive, choice, config.rl)
         # A group of one has no spread, so its advantage is always 0.
@@ -122,7 +122,7 @@ def check(config: ConfigDict) -> None:
 
 
 def _check_method(need: Callable, within: Callable, positive: Callable, choice: Callable, rl: ConfigDict) -> None:
-    choice("rl.guide", "strategy", "demonstration")
+    choice("rl.guide", "strategy", "self", "demonstration")
     choice("rl.target", "reachable", "mean")
     choice("rl.distillation", *DIVERGENCES, "nll", "shaped")
     need("rl.beta", 0 < rl.beta < 1, "between 0 and 1, both excluded")

@@ -95,7 +95,10 @@ def base() -> ConfigDict:
     config.rl.gamma = 0.1  # Eq. 6
     config.rl.alpha_max = 0.8  # Eq. 6
     # What makes another method of it; methods.py has those that are compared. See batch.py and train_step.py.
-    config.rl.guide = "strategy"  # or "demonstration": the guided group is the expert's solution
+    # "strategy": the data's; "self": the student writes it, from a correct response of its own; "demonstration": the
+    # guided group is the expert's solution.
+    config.rl.guide = "strategy"
+    config.rl.self_tries = 8  # responses to each problem, before the first step, when guide is "self"
     config.rl.target = "reachable"  # Eq. 4; or "mean" over all correct guided responses; Eq. 2
     config.rl.distillation = "forward_kl"  # Eq. 3; or "reverse_kl", "jensen_shannon", "top_k_kl", "nll", "shaped"
     config.rl.beta = 0.5  # weight of the guided distribution in "jensen_shannon"; SDPO

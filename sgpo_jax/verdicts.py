@@ -35,7 +35,10 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "Beyond the paper": (
         "what is distilled",
-        {"sgpo": "forward KL", "jensen_shannon": "Jensen-Shannon", "top_k_kl": "forward KL of the top k"},
+        {
+            "sgpo": "forward KL", "jensen_shannon": "Jensen-Shannon", "top_k_kl": "forward KL of the top k",
+            "self_strategies": "from strategies of its own",
+        },
     ),
 }  # fmt: skip
 

@@ -35,7 +35,18 @@ def method_batch(name) -> Batch:
         # One expert is wrong, as its answer is graded like any other.
         guided = guided._replace(rewards=jnp.array([1.0, 1.0, 1.0, 0.0])[:, None])
         return batch._replace(guided=guided, guided_prompts=None)
+    if name == "self_strategies":
+        return without_strategy(batch, [0, 1])
     return batch
+
+
+def without_strategy(batch, problems):
+    """The guided prompts of these problems are their unguided ones, padded to their own length."""
+    spare = batch.guided_prompts.tokens.shape[1] - batch.prompts.tokens.shape[1]
+    plain = [jnp.pad(x, ((0, 0), (spare, 0))) for x in batch.prompts]
+    chosen = jnp.isin(jnp.arange(B), jnp.array(problems))[:, None]
+    mixed = [jnp.where(chosen, own, given) for own, given in zip(plain, batch.guided_prompts, strict=True)]
+    return batch._replace(guided_prompts=batch.guided_prompts._make(mixed))
 
 
 def settings_of(name, **changes):
@@ -188,6 +199,22 @@ def test_the_methods_differ_on_this_batch():
     shares = updated("sgpo", method_batch("sgpo"), params)[1]["kl_clip_share"]
     assert 0.2 < shares < 0.8, "the clip must act on some tokens"
     assert len({round(norm, 5) for norm in norms.values()}) == len(TRAINED), norms
+
+
+@pytest.mark.parametrize("name", ["self_strategies", "fixed_weight", "direct_sft", "no_target_selection"])
+def test_problems_without_a_strategy_are_not_distilled(name):
+    """Bit for bit, whatever alpha, the loss and the choice of targets are."""
+    params, batch = make_params(), method_batch("sgpo")
+    alone, _ = updated("grpo", batch._replace(guided=None, guided_prompts=None), params)
+    given, metrics = updated(name, batch, params)
+    assert metrics["loss_kd"] > 0 and not same(given, alone), "with strategies there is something to distil"
+    state, metrics = updated(name, without_strategy(batch, range(B)), params)
+    assert metrics["loss_kd"] == 0 and same(state, alone)
+
+
+def same(first, second):
+    leaves = zip(*(jax.tree.leaves(state.params) for state in (first, second)), strict=True)
+    return all(np.array_equal(a, b) for a, b in leaves)
 
 
 @pytest.mark.parametrize("name", ["luffy", "hpt", "no_target_selection"])

@@ -1,8 +1,11 @@
+import hashlib
+import json
 import re
 from collections import Counter, defaultdict
 
 import pytest
 
+from sgpo_jax import prompts, self_strategies
 from sgpo_jax.problems import arithmetic, gym
 
 FORM = re.compile(r"Problem type: [^:]+\. Strategy: [^:]+\. Steps: \(a\) [^()]+ \(b\) [^()]+( \([c-e]\) [^()]+)*")
@@ -127,6 +130,40 @@ def test_pretraining_rows():
     assert sum(agreement[False]) / len(agreement[False]) == pytest.approx(0.7, abs=0.02)
 
 
+def test_rows_that_teach_to_write_strategies():
+    """Some rows become them, the others stay; what is shown is what `prompts.own_strategy` shows."""
+    plain, rows = arithmetic.pretraining(2000, 3), arithmetic.pretraining(2000, 3, writing=0.25)
+    writing = [row for row in rows if "Strategy:" in row["problem"]]
+    assert len(writing) / len(rows) == pytest.approx(0.25, abs=0.04)
+    right = {f"{kind} {family}": methods for (family, kind), methods in arithmetic.right_methods().items()}
+    agreement, drawn = [], defaultdict(set)
+    for before, row in zip(plain, rows, strict=True):
+        assert row["id"] == before["id"]
+        if row not in writing:
+            assert row == before
+            continue
+        problem, solution, request = row["problem"].split("\n\n")
+        methods = methods_of(solution)
+        assert problem == before["problem"] and request == "Strategy:" and "strategy" not in row
+        assert prompts.user_turn(row["problem"], None, "") == prompts.own_strategy(problem, solution, bare=True)
+        assert row["answer"] == "".join(
+            str(OPERATIONS[m](*p)) for m, p in zip(methods, pairs_of(before), strict=True)
+        ) and solution.endswith(f"\\boxed{{{row['answer']}}}")
+        assert methods_of(row["solution"]) == methods and type_of(before) in row["solution"]
+        parsed = self_strategies.read(row["solution"], "stop", problem, row["answer"], solution)
+        assert parsed == (row["solution"], "", ""), "what it learns to write passes the checks as it is"
+        agreement += [m == r for m, r in zip(methods, right[type_of(before)], strict=True)]
+        drawn[row["source"]].add(methods)
+    assert sum(agreement) / len(agreement) == pytest.approx(0.5, abs=0.04), "nothing is learnt about types"
+    assert {len(methods) for methods in drawn.values()} == {8}
+
+
+def test_without_them_the_rows_are_what_they_were():
+    text = json.dumps(arithmetic.pretraining(500, 3)).encode()
+    assert hashlib.sha256(text).hexdigest()[:16] == "b2c397abb82fbfde"
+    assert arithmetic.pretraining(500, 3, writing=0.0) == arithmetic.pretraining(500, 3)
+
+
 @pytest.mark.parametrize(("competing", "stages"), [(2, 1), (3, 2), (4, 3), (4, 1)])
 def test_a_world_of_other_size(competing, stages):
     """Chains of `stages`, each with `competing` methods that all give other digits, one of them right for the type."""
@@ -205,6 +242,7 @@ def test_pretraining_extremes():
         (lambda: arithmetic.problems(1, 0, "test"), "split is 'test'; allowed: train, eval"),
         (lambda: arithmetic.pretraining(1, 0, preference=1.1), "preference is 1.1; allowed"),
         (lambda: arithmetic.pretraining(1, 0, guided_share="half"), "guided_share is 'half'; allowed"),
+        (lambda: arithmetic.pretraining(1, 0, writing=-0.1), "writing is -0.1; allowed: a number from 0 to 1"),
     ],
 )
 def test_wrong_arguments_of_the_world(call, message):

@@ -161,6 +161,14 @@ def test_world_texts_are_encoded_without_loss(world):
     assert seen == set(range(len(world))) - {unknown, pad}  # nothing unknown, nothing superfluous
 
 
+def test_the_world_has_the_words_to_write_strategies(world):
+    for row in arithmetic.pretraining(640, 3, writing=1.0):
+        prompt = tokenizer.encode_prompt(world, row["problem"], None, "")
+        response = tokenizer.encode_response(world, row["solution"], world.eos_token_id)
+        assert len(prompt) <= 64 and len(response) <= 28 and world.unk_token_id not in prompt + response
+        assert world.decode(prompt) == f"<|user|>{prompts.user_turn(row['problem'], None, '')}<|assistant|>"
+
+
 def test_world_tokens(world):
     ids = tokenizer.encode_response(world, "(a) sum 3 4 = 7. \\boxed{7}", 1)
     assert world.convert_ids_to_tokens(ids) == [
