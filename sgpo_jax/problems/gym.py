@@ -255,9 +255,9 @@ def _dataset(family: str, size: int, seed: int, options: dict):
         if type(value) is not type(fields[name]):
             kind = type(fields[name]).__name__
             raise ValueError(f"option {name} of {family} is {value!r}; allowed: {kind} values")
-        low, high = FAMILIES[family].limits.get(name, (value, value))
-        if not low <= value <= high:
-            raise ValueError(f"option {name} of {family} is {value!r}; allowed: from {low} to {high}")
+    for name, (low, high) in FAMILIES[family].limits.items():
+        if not low <= options.get(name, low) <= high:
+            raise ValueError(f"option {name} of {family} is {options[name]!r}; allowed: from {low} to {high}")
     try:
         return reasoning_gym.create_dataset(family, size=size, seed=seed, **options)
     except (AssertionError, TypeError, ValueError) as error:
