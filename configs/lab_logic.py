@@ -35,14 +35,14 @@ def get_config() -> ConfigDict:
     config.sft.use_strategy = True
     config.sft.batch = 32
     config.sft.micro_batch = 32
-    config.sft.steps = 300
+    config.sft.steps = 220
     config.sft.learning_rate = 3e-3
     config.sft.max_response_tokens = 64
     config.sft.validation_share = 0.02
-    config.sft.validate_every = 100
+    config.sft.validate_every = 110
 
     config.rl.batch = 8
-    config.rl.steps = 20
+    config.rl.steps = 30
     config.rl.learning_rate = 2e-4
     config.rl.max_new_tokens = 64
     config.rl.micro_batch = 32
@@ -57,6 +57,6 @@ def get_config() -> ConfigDict:
         config.eval.sets.heldout = ConfigDict({"source": f"{PUZZLES},count=256,split=eval", "samples": 2})
     config.lab.methods = ("sft", "grpo", "sgpo")
     config.lab.seeds = (0, 1, 2)
-    config.lab.rates = (2.0,)
+    config.lab.rates = (1.0,)
     config.lab.workers = 1
     return config

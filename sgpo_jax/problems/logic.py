@@ -7,6 +7,9 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 
+# Of the islanders. reasoning-gym draws from 51, which say nothing and are half of what a small model has to learn.
+NAMES = ("Ann", "Bob", "Cleo")
+
 
 def _holds(statement: tuple, truthful: Sequence[bool]) -> bool:
     """Whether a statement of reasoning-gym is true where the islanders are as `truthful` says."""
@@ -48,6 +51,8 @@ def islanders(item: dict) -> tuple[str, str]:
     \text{} a product of the words in another order would pass for it.
     """
     asked = item["question"].partition(" (Format your answer")[0]
+    for name, ours in zip(item["metadata"]["names"], NAMES, strict=False):
+        asked = re.sub(rf"\b{name}\b", ours, asked)
     terms = item["metadata"]["knight_knave_terms"]
     words = re.findall(r" is an? (\w+)", item["answer"])
     problem = f'{asked} Answer with "{terms["knight"]}" or "{terms["knave"]}" for each of them, in this order.'
@@ -57,7 +62,7 @@ def islanders(item: dict) -> tuple[str, str]:
 def begin(metadata: dict) -> dict[str, str]:
     """Whom to suppose first, and what: found in the statements, whatever the answer."""
     first = _first(metadata["statements"])
-    return {"islander": str(metadata["names"][first]), "knight": str(metadata["knight_knave_terms"]["a_knight"])}
+    return {"islander": NAMES[first], "knight": str(metadata["knight_knave_terms"]["a_knight"])}
 
 
 def knights_knaves(metadata: dict) -> tuple[str, str] | None:
@@ -70,7 +75,7 @@ def knights_knaves(metadata: dict) -> tuple[str, str] | None:
         found = []
         for i in order:
             holds = _holds(statements[i], case)
-            found.append(f"{metadata['names'][i]} says {'true' if holds else 'false'}")
+            found.append(f"{NAMES[i]} says {'true' if holds else 'false'}")
             if holds != case[i]:
                 steps.append(f"{words}: {', '.join(found)}, contradiction.")
                 break
