@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
 
     config.data.train = f"{PUZZLES},count=1024,seed=1"
     config.data.instruction = ""
-    config.data.max_prompt_tokens = 192
+    config.data.max_prompt_tokens = 144
     config.data.decontaminate = False  # all puzzles share their wording; a hash of the text keeps the splits apart
 
     config.optimizer.b2 = 0.95  # a few hundred steps are too short for 0.999
@@ -35,22 +35,22 @@ def get_config() -> ConfigDict:
     config.sft.use_strategy = True
     config.sft.batch = 32
     config.sft.micro_batch = 32
-    config.sft.steps = 220
+    config.sft.steps = 300
     config.sft.learning_rate = 3e-3
-    config.sft.max_response_tokens = 64
+    config.sft.max_response_tokens = 96
     config.sft.validation_share = 0.02
-    config.sft.validate_every = 110
+    config.sft.validate_every = 100
 
     config.rl.batch = 8
     config.rl.steps = 30
     config.rl.learning_rate = 2e-4
-    config.rl.max_new_tokens = 64
+    config.rl.max_new_tokens = 96
     config.rl.micro_batch = 32
 
     config.eval.guided = True
     config.eval.batch = 128
     config.eval.temperature = 1.0
-    config.eval.max_new_tokens = 64
+    config.eval.max_new_tokens = 96
     config.checkpoint.every = 1000  # a run takes minutes: it is kept when it ends
 
     with config.unlocked():

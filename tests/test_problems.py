@@ -324,12 +324,19 @@ def claim(statement, kinds):
     return eval(written(statement))
 
 
+def value(said):
+    """What a statement comes to whose parts are replaced by true and false."""
+    text = re.sub("true|false", lambda match: match[0].capitalize(), said)
+    text = re.sub(" if and only if ", " == ", text).replace(" then ", " <= ")
+    return eval(re.sub(r"not (\w+|\([^()]*\))", r"(not \1)", text.replace("if ", "")))
+
+
 @pytest.mark.parametrize(("people", "depth", "width"), [(2, 2, 2), (3, 2, 2), (2, 3, 3), (3, 3, 3)])
 def test_knights_and_knaves_by_brute_force(rg, people, depth, width):
     """The only case without contradiction is ours, reasoning-gym gives it full marks, and every step is true."""
     options = {"n_people": people, "depth_constraint": depth, "width_constraint": width}
     dataset = rg.create_dataset("knights_knaves", size=150, seed=3, **options)
-    family, first = gym.FAMILIES["knights_knaves"], Counter()
+    family, first, substituted = gym.FAMILIES["knights_knaves"], Counter(), Counter()
     for item in dataset:
         metadata = item["metadata"]
         names, statements, terms = metadata["names"], metadata["statements"], metadata["knight_knave_terms"]
@@ -343,26 +350,33 @@ def test_knights_and_knaves_by_brute_force(rg, people, depth, width):
         answer, steps = family.solve(metadata)
         problem, gold = family.read(item)
         assert answer == f"\\text{{{' '.join(words)}}}" == gold
-        renamed = dict(zip(names, logic.NAMES, strict=False))
-        asked = " ".join(renamed.get(word, word) for word in re.split(r"\b| ", item["question"].partition(" (F")[0]))
-        assert asked.split() == " ".join(re.split(r"\b| ", problem.partition(" Answer with")[0])).split()
+        asked = item["question"]
+        for name, ours in zip(names, logic.NAMES, strict=False):
+            assert not re.search(rf"\b{name}\b", problem)
+            asked = re.sub(rf"\b{name}\b", ours, asked)
+        told = asked[asked.index(f"and {logic.NAMES[people - 1]}. ") :].partition(". ")[2].partition(" So who is ")[0]
+        knight, knave = terms["Knight"], terms["knave"]
+        assert problem.startswith(f"{knight}s always tell the truth, and {knave}s always lie. {told} Say ")
         sentence = ", and ".join(f"{name} is a {word}" for name, word in zip(names, words, strict=True))
         assert dataset.score_answer(sentence, item) == 1.0
         hints = family.hints({name: value for name, value in metadata.items() if name != "solution"})
         for line in steps.split(". "):
-            case, found, verdict = re.fullmatch(r"([a-z ]+): (.*), (contradiction|consistent)\.?", line).groups()
+            case, found, verdict = re.fullmatch(r"([a-z ]+): (.*); (contradiction|consistent)\.?", line).groups()
             supposed = [word == terms["knight"] for word in case.split()]
-            told = re.findall(r"(\w+) says (true|false)", found)
+            told = [re.fullmatch(r"(\w+) says (?:(.*), )?(true|false)", part).groups() for part in found.split("; ")]
             assert told[0][0] == hints["islander"]
             agree = []
-            for name, truth in told:
+            for name, said, truth in told:
                 i = logic.NAMES.index(name)
                 assert claim(statements[i], supposed) == (truth == "true")
+                assert said is None or value(said) == (truth == "true")
+                substituted.update([said])
                 agree.append((truth == "true") == supposed[i])
             assert all(agree[:-1]) and agree[-1] == (verdict == "consistent")
         assert verdict == "consistent" and supposed == list(kinds) and len(told) == people
         first[logic.NAMES.index(hints["islander"])] += 1
     assert set(first) == set(range(people)), "whom to suppose first depends on the puzzle"
+    assert {f"true {word} false" for word in ("and", "or", "if and only if")} < set(substituted)
 
 
 def test_knights_and_knaves_by_hand(rg):
@@ -371,7 +385,10 @@ def test_knights_and_knaves_by_hand(rg):
         "statements": (("lying", 1), ("->", ("telling-truth", 0), ("lying", 1))),
         "knight_knave_terms": {"knight": "sage", "knave": "fool", "a_knight": "a sage", "a_knave": "a fool"},
     }
-    steps = "sage sage: Bob says false, contradiction. fool sage: Bob says true, Ann says false, consistent."
+    steps = (
+        "sage sage: Bob says if true then false, false; contradiction. "
+        "fool sage: Bob says if false then false, true; Ann says false; consistent."
+    )
     assert logic.begin(metadata) == {"islander": "Bob", "knight": "a sage"}
     assert logic.knights_knaves(metadata) == ("\\text{fool sage}", steps)
     # Each alone leaves two cases, both together none: the one met first begins, and there is no answer.
@@ -416,7 +433,7 @@ def test_binary_alternation_by_brute_force(rg):
 def test_the_verifier_on_puzzles(rg, people):
     """Of all 4 or 8 answers one passes, and none in a form that changes the order."""
     for row in gym.problems("knights_knaves", 20, 1, n_people=people):
-        pair = re.search('Answer with "(.*)" or "(.*)" for each', row["problem"]).groups()
+        pair = re.search('Say "(.*)" or "(.*)" for Ann', row["problem"]).groups()
         right = row["answer"].removeprefix("\\text{").removesuffix("}")
         answers = [" ".join(words) for words in product(pair, repeat=people)]
         verdicts = rewards.score([f"so \\boxed{{{answer}}}" for answer in answers], [row["answer"]] * len(answers))

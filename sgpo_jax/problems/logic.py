@@ -31,6 +31,25 @@ def _holds(statement: tuple, truthful: Sequence[bool]) -> bool:
     raise ValueError(f"statement {statement!r}; allowed: and, or, not, -> and <=> of telling-truth and lying")
 
 
+def _substituted(statement: tuple, truthful: Sequence[bool]) -> str:
+    """A statement with "true" or "false" in the place of what it says of single islanders."""
+
+    def inner(part: tuple) -> str:
+        text = _substituted(part, truthful)
+        return text if " " not in text else f"({text})"
+
+    match statement:
+        case ("and" | "or" as word, *parts):
+            return f" {word} ".join(map(inner, parts))
+        case ("->", condition, conclusion):
+            return f"if {inner(condition)} then {inner(conclusion)}"
+        case ("<=>", left, right):
+            return f"{inner(left)} if and only if {inner(right)}"
+        case ("not", ("and" | "or" | "->" | "<=>" | "not", *_) as part):
+            return f"not {inner(part)}"
+    return "true" if _holds(statement, truthful) else "false"
+
+
 def _cases(islanders: int) -> Iterator[tuple[bool, ...]]:
     return itertools.product((True, False), repeat=islanders)
 
@@ -47,16 +66,16 @@ def _first(statements: Sequence[tuple]) -> int:
 def islanders(item: dict) -> tuple[str, str]:
     r"""(problem, answer) of a puzzle about knights and knaves, under whatever names: one word for each islander.
 
-    reasoning-gym's answer is a sentence. As words in the order of the islanders it is compared as text; without the
+    What everybody says is as reasoning-gym has it, the frame around it shorter. Its answer is a sentence. As words in the order of the islanders it is compared as text; without the
     \text{} a product of the words in another order would pass for it.
     """
-    asked = item["question"].partition(" (Format your answer")[0]
+    terms, count = item["metadata"]["knight_knave_terms"], len(item["metadata"]["names"])
+    asked = re.sub(r"^A very .*?\. | You meet .*?\.| So who is .*", "", item["question"])
     for name, ours in zip(item["metadata"]["names"], NAMES, strict=False):
         asked = re.sub(rf"\b{name}\b", ours, asked)
-    terms = item["metadata"]["knight_knave_terms"]
     words = re.findall(r" is an? (\w+)", item["answer"])
-    problem = f'{asked} Answer with "{terms["knight"]}" or "{terms["knave"]}" for each of them, in this order.'
-    return problem, f"\\text{{{' '.join(words)}}}"
+    asked += f' Say "{terms["knight"]}" or "{terms["knave"]}" for {" and ".join(NAMES[:count])}, in this order.'
+    return asked, f"\\text{{{' '.join(words)}}}"
 
 
 def begin(metadata: dict) -> dict[str, str]:
@@ -75,12 +94,13 @@ def knights_knaves(metadata: dict) -> tuple[str, str] | None:
         found = []
         for i in order:
             holds = _holds(statements[i], case)
-            found.append(f"{NAMES[i]} says {'true' if holds else 'false'}")
+            said, truth = _substituted(statements[i], case), "true" if holds else "false"
+            found.append(f"{NAMES[i]} says {said}" + f", {truth}" * (said != truth))
             if holds != case[i]:
-                steps.append(f"{words}: {', '.join(found)}, contradiction.")
+                steps.append(f"{words}: {'; '.join(found)}; contradiction.")
                 break
         else:
-            return f"\\text{{{words}}}", " ".join([*steps, f"{words}: {', '.join(found)}, consistent."])
+            return f"\\text{{{words}}}", " ".join([*steps, f"{words}: {'; '.join(found)}; consistent."])
     return None
 
 
