@@ -66,8 +66,8 @@ def _first(statements: Sequence[tuple]) -> int:
 def islanders(item: dict) -> tuple[str, str]:
     r"""(problem, answer) of a puzzle about knights and knaves, under whatever names: one word for each islander.
 
-    What everybody says is as reasoning-gym has it, the frame around it shorter. Its answer is a sentence. As words in the order of the islanders it is compared as text; without the
-    \text{} a product of the words in another order would pass for it.
+    What everybody says is as reasoning-gym has it, the frame around it shorter. Its answer is a sentence. As words in
+    the order of the islanders it is compared as text; without the \text{} a product in another order would pass.
     """
     terms, count = item["metadata"]["knight_knave_terms"], len(item["metadata"]["names"])
     asked = re.sub(r"^A very .*?\. | You meet .*?\.| So who is .*", "", item["question"])
