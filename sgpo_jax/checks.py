@@ -41,6 +41,9 @@ def check(config: ConfigDict) -> None:
         whole(1, "model.layers", "model.hidden", "model.heads", "model.mlp")
         size = 2 * config.model.heads
         need("model.hidden", config.model.hidden % size == 0, f"a multiple of 2 * model.heads = {size}")
+    elif config.model.tokenizer.startswith("words:"):
+        need("model.tokenizer", False, "'' or another one for a trained model.source")
+    need("model.tokenizer", config.model.tokenizer.strip() != "words:", "words:SOURCE with a source of problems")
     choice("model.dtype", "float32", "bfloat16")
     choice("model.remat", "full", "attention", "dots", "none")
     choice("optimizer.mu_dtype", "float32", "bfloat16")
@@ -268,7 +271,8 @@ def _check_files(config: ConfigDict, *fields: str) -> None:
     for field in fields:
         value = _get(config, field)
         # Data sources may be several, each with options; see data.load.
-        for part in value.split(";") if not field.startswith("model.") else [value]:
+        several = value.removeprefix("words:").split(";")
+        for part in [value] if field.startswith("model.") and not value.startswith("words:") else several:
             name = part.partition("?")[0].strip()
             local = name.startswith((".", "/", "~")) or name.endswith((".jsonl", ".parquet", ".gguf"))
             # os.path, since pathlib raises on names that are too long, and on homes that are none.

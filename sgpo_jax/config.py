@@ -30,7 +30,9 @@ def base() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.source = ""  # Hugging Face folder or hub id, a .gguf file, "smollm2", or "scratch"
-    config.model.tokenizer = ""  # the same choices or "arithmetic"; "" takes the model's own
+    # The same choices; "arithmetic"; or "words:SOURCE", every word of the problems, strategies and solutions of a
+    # source as in data.train, others being <unk>. "" takes the model's own.
+    config.model.tokenizer = ""
     config.model.layers = 2  # shape of a model from scratch; ignored otherwise
     config.model.hidden = 96
     config.model.heads = 4

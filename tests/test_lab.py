@@ -93,6 +93,15 @@ def arithmetic_options(source):
     return dict(item.split("=") for item in source.split(",")[1:])
 
 
+def test_the_lab_of_logic_can_run():
+    config = load(ROOT / "configs" / "lab_logic.py")
+    lab.check(config)
+    assert {cell.method for cell in lab.grid_cells(config, {})} == {"sft", "grpo", "sgpo"}
+    assert not lab.tuning_cells(config) and len(config.lab.seeds) >= 3
+    sources = (config.data.train, config.sft.train, config.eval.sets.heldout.source)
+    assert all("knights_knaves" in source for source in sources) and "split=eval" in sources[2]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
