@@ -1,11 +1,13 @@
-"""Full-vocabulary KL of tokens, with its gradients, against the computation that holds all logits: memory and time.
+"""KL of tokens and its relatives, with gradients, against the computation that holds all logits: memory and time.
 
     python benchmarks/token_kl.py
     python benchmarks/token_kl.py --positions=1024,2048,4096,8192 --vocab=49152 --chunk=512,256 --rounds=5
+    python benchmarks/token_kl.py --divergence=forward_kl,jensen_shannon,top_k_kl --k=100
 
 `kl_loss` is what the update calls, a loss that is a sum over tokens; `token_kl` gives any loss of the tokens' KL its
 gradient, for which it makes the logits twice. The extra memory is what the process takes at its peak beyond what it
-held before the first call; seen from outside. The gradient of the head, which all give back, is part of it.
+held before the first call; seen from outside. The gradient of the head, which all give back, is part of it. Each
+divergence has its own dense computation: that of `top_k_kl` takes the k tokens, and SDPO's tail, out of all logits.
 """
 
 import itertools
@@ -24,6 +26,7 @@ def main() -> None:
         "Token KL in chunks against the dense computation.",
         positions=("1024,2048,4096", "N, separated by commas"), vocab=("16384,49152", "V, separated by commas"),
         hidden=(576, "D"), chunk=("512,256", "positions of a chunk, which divide N, separated by commas"),
+        divergence=("forward_kl", "divergences, separated by commas"), k=(100, "tokens of top_k_kl"),
         calls=(3, "measured calls of a worker"), rounds=(3, "workers of each side"),
     )  # fmt: skip
     flags = parser.parse_args()
@@ -35,8 +38,12 @@ def main() -> None:
         for how, chunk in itertools.product(("kl_loss", "token_kl"), numbers(flags.chunk))
     ]
     cells, rows = [], []
-    for vocab, positions in itertools.product(numbers(flags.vocab), numbers(flags.positions)):
-        task = {"work": "kl", "positions": positions, "hidden": flags.hidden, "vocab": vocab, "calls": flags.calls}
+    sizes = itertools.product(numbers(flags.vocab), numbers(flags.positions), flags.divergence.split(","))
+    for vocab, positions, divergence in sizes:
+        task = {
+            "work": "kl", "positions": positions, "hidden": flags.hidden, "vocab": vocab, "calls": flags.calls,
+            "divergence": divergence, "k": flags.k,
+        }  # fmt: skip
         results = common.alternate([*ours, DENSE], task, flags.rounds, Path())
         dense = results[DENSE.name]
         for name, found in results.items():
@@ -44,13 +51,16 @@ def main() -> None:
             seconds, cpu = ([pooled(side, field) for side in (found, dense)] for field in ("seconds", "cpu"))
             error = abs(found[0]["value"] - dense[0]["value"]) / abs(dense[0]["value"])
             ratios = {"memory": ratio(*extra), "time": ratio(*seconds), "cpu": ratio(*cpu), "error": error}
-            cells.append({"positions": positions, "vocab": vocab, "side": name, "ratios": ratios, "results": found})
+            cells.append({
+                "positions": positions, "vocab": vocab, "divergence": divergence, "side": name, "ratios": ratios,
+                "results": found,
+            })  # fmt: skip
             rows.append([
-                f"{positions} x {vocab}", name, spread([x / 2**20 for x in extra[0]], ".0f"),
+                f"{positions} x {vocab}", divergence, name, spread([x / 2**20 for x in extra[0]], ".0f"),
                 f"{ratios['memory']:.3f}", spread(seconds[0]), f"{ratios['time']:.2f}", f"{error:.0e}",
             ])  # fmt: skip
-    columns = ["N x V", "side, chunk", "extra, MiB", "ratio", "seconds", "ratio", "difference"]
-    metrics.table(f"Mean token KL and its gradients, D = {flags.hidden}, float32", columns, rows)
+    columns = ["N x V", "divergence", "side, chunk", "extra, MiB", "ratio", "seconds", "ratio", "difference"]
+    metrics.table(f"Mean over tokens and its gradients, D = {flags.hidden}, float32", columns, rows)
     common.save(flags.json, __file__, flags=vars(flags), cells=cells)
 
 

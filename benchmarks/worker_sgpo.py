@@ -139,8 +139,9 @@ def batch(shape: workload.Shape, data: workload.Responses, task: dict[str, Any])
 
 
 def kl(task: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of the value and gradients of the mean token KL of N positions: in chunks, or all logits at once."""
+    """Seconds of the value and gradients of a mean divergence of N positions: in chunks, or all logits at once."""
     count, hidden, vocab, chunk = task["positions"], task["hidden"], task["vocab"], task["chunk"]
+    chosen = {"divergence": task["divergence"], "beta": 0.5, "k": task["k"]}
     rng = np.random.default_rng(0)
 
     def normal(*shape):
@@ -151,17 +152,17 @@ def kl(task: dict[str, Any]) -> dict[str, Any]:
     head = normal(hidden, vocab)
 
     def dense(guided, unguided, head):
-        log_p = jax.nn.log_softmax(guided @ jax.lax.stop_gradient(head))
-        return kl_divergence(jax.lax.stop_gradient(log_p), jax.nn.log_softmax(unguided @ head)).mean()
+        log_t = jax.lax.stop_gradient(jax.nn.log_softmax(guided @ head))
+        return DENSE[task["divergence"]](log_t, jax.nn.log_softmax(unguided @ head), task["k"]).mean()
 
     def by_token(guided, unguided, head):
-        return logprobs.token_kl(guided, unguided, head, chunk=chunk).mean()
+        return logprobs.token_divergence(guided, unguided, head, **chosen, chunk=chunk).mean()
 
     def summed(guided, unguided, head):
         """As in the update: the loss of a token is known when its KL is."""
         chunks = (x.reshape(-1, chunk, hidden) for x in (guided, unguided))
         weight = jnp.full((count // chunk, chunk), 1 / count)
-        return logprobs.kl_loss(lambda kl, weight: weight * kl, *chunks, head, count // chunk, weight)[0]
+        return logprobs.kl_loss(lambda kl, weight: weight * kl, *chunks, head, count // chunk, weight, **chosen)[0]
 
     mean = {"dense": dense, "token_kl": by_token, "kl_loss": summed}[task["how"]]
     compiled = jax.jit(jax.value_and_grad(mean, argnums=(1, 2))).lower(guided, unguided, head).compile()
@@ -169,6 +170,28 @@ def kl(task: dict[str, Any]) -> dict[str, Any]:
     values, measured = timed(lambda _: float(jax.block_until_ready(compiled(guided, unguided, head))[0]), task["calls"])
     memory = compiled.memory_analysis().temp_size_in_bytes
     return measured | {"value": values[0], "temporary": memory, "resident_before": before}
+
+
+def dense_jensen_shannon(log_t: jax.Array, log_s: jax.Array, k: int) -> jax.Array:
+    log_m = jnp.logaddexp(log_t, log_s) - np.log(2)
+    return (kl_divergence(log_s, log_m) + kl_divergence(log_t, log_m)) / 2
+
+
+def dense_top_k_kl(log_t: jax.Array, log_s: jax.Array, k: int) -> jax.Array:
+    """As in SDPO, with its lower bound of the tail, but for the tokens, which are the likeliest of T."""
+    top_t, places = jax.lax.top_k(log_t, k)
+    sides = top_t, jnp.take_along_axis(log_s, places, axis=-1)
+    of_top = (jnp.minimum(jax.nn.logsumexp(x, axis=-1, keepdims=True), -1e-7) for x in sides)
+    tails = (jnp.log(-jnp.expm1(x)) for x in of_top)
+    return kl_divergence(*(jnp.concatenate(pair, axis=-1) for pair in zip(sides, tails, strict=True)))
+
+
+# Divergences of whole arrays of log-probabilities, whose derivatives are JAX's.
+DENSE = {
+    "forward_kl": lambda log_t, log_s, k: kl_divergence(log_t, log_s),
+    "jensen_shannon": dense_jensen_shannon,
+    "top_k_kl": dense_top_k_kl,
+}
 
 
 def peak(task: dict[str, Any]) -> dict[str, Any]:

@@ -11,12 +11,25 @@ from ml_collections import ConfigDict
 from sgpo_jax import config as configs
 from sgpo_jax.methods import METHODS
 
+STEPS = 450  # of the warm-up
 
-def world(preference: float = 0.65, competing: int = 2, stages: int = 3, noise: float = 0.0) -> dict:
-    """Changes of the config that make a world; `preference` is the base's chance of the right method at a stage."""
+
+def world(
+    preference: float = 0.65, competing: int = 2, stages: int = 3, noise: float = 0.0, writing: float = 0.0
+) -> dict:
+    """Changes of the config that make a world.
+
+    Args:
+      preference: the base's chance of the right method at a stage.
+      competing, stages, noise: as in `arithmetic.problems`.
+      writing: share of the warm-up's rows that teach to write strategies, beside as many others as without.
+    """
     size = f"competing={competing},stages={stages}"
+    sft = {"train": f"arithmetic:pretraining,count={round(12000 / (1 - writing))},preference={preference},{size}"}
+    if writing:
+        sft = {"train": f"{sft['train']},writing={writing}", "steps": round(STEPS / (1 - writing))}
     return {
-        "sft": {"train": f"arithmetic:pretraining,count=12000,preference={preference},{size}"},
+        "sft": sft,
         "data": {"train": f"arithmetic:train,count=1024,noise={noise},{size}"},
         "eval": {"sets": {"heldout": {"source": f"arithmetic:eval,count=256,{size}"}}},
     }
@@ -39,7 +52,7 @@ def get_config() -> ConfigDict:
 
     config.sft.use_strategy = True
     config.sft.batch = 128
-    config.sft.steps = 450
+    config.sft.steps = STEPS
     config.sft.learning_rate = 4e-3
     config.sft.max_response_tokens = 28
     config.sft.validation_share = 0.02
@@ -49,6 +62,7 @@ def get_config() -> ConfigDict:
     config.rl.steps = 30  # while methods still differ: later all of them solve most of this world
     config.rl.learning_rate = 2e-4
     config.rl.max_new_tokens = 28
+    config.rl.kl_top_k = 4  # of the 126 of this world
 
     config.eval.guided = True
     config.eval.batch = 128
@@ -59,7 +73,7 @@ def get_config() -> ConfigDict:
     with config.unlocked():
         config.eval.sets.heldout = ConfigDict({"source": "", "samples": 4})
     config.update(world())
-    config.lab.methods = tuple(METHODS)
+    config.lab.methods = tuple(name for name in METHODS if name != "self_strategies")
     config.lab.rates = (1.0, 2.0, 4.0)
     with config.unlocked():
         config.lab.changes = ConfigDict(
@@ -70,6 +84,7 @@ def get_config() -> ConfigDict:
                 "four-methods": world(competing=4, preference=0.4),
                 "rare-success": world(competing=4, preference=0.3),
                 "noisy-strategies": world(noise=0.3),
+                "self-written": world(writing=0.2),
             }
         )
         config.lab.fast = ConfigDict(
@@ -82,5 +97,6 @@ def get_config() -> ConfigDict:
                 },
             }
         )
-    config.lab.worlds = tuple(config.lab.changes)
+    # Only a student that was taught to write strategies can learn from its own: docs/lab.md has the command.
+    config.lab.worlds = tuple(name for name in config.lab.changes if name != "self-written")
     return config

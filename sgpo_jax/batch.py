@@ -137,8 +137,8 @@ def pack_batch(
     Args:
       batch: B problems.
       micro_batch: M, rows of packed tokens whose activations are held at once.
-      guide: "strategy": the guided responses are sampled with the strategy, and only the correct ones may be targets;
-        "demonstration": they are the expert's, and are targets as they are.
+      guide: "strategy" or "self": the guided responses are sampled with the strategy, and only the correct ones may be
+        targets; "demonstration": they are the expert's, and are targets as they are.
       target: "reachable" selects one for each problem (Eq. 4), "mean" takes all with equal parts of the weight (Eq. 2).
       distillation: as in `train_step.make_update`.
       advantage, weight, alpha0, gamma, alpha_max, gate, sft_weight: as in `weigh`.
@@ -181,11 +181,17 @@ def pack_batch(
     if distillation not in LIKELIHOODS and batch.guided_prompts is not None:
         lengths.append(batch.guided_prompts.tokens.shape[1] + guided.tokens.shape[2])
         contexts.append(unpadded(batch.guided_prompts))
-    correct = guided.rewards >= 1 if guide == "strategy" else np.ones_like(guided.rewards, bool)
-    alpha = np.where(correct.any(axis=1), alpha, 0.0).astype(np.float32)
+    sampled = guide != "demonstration"
+    correct = guided.rewards >= 1 if sampled else np.ones_like(guided.rewards, bool)
+    has_target = correct.any(axis=1)
+    if batch.guided_prompts is not None:
+        # Without a strategy both contexts are the same: there is nothing to distil.
+        pairs = zip(prompts, unpadded(batch.guided_prompts), strict=True)
+        has_target &= np.array([not np.array_equal(*pair) for pair in pairs])
+    alpha = np.where(has_target, alpha, 0.0).astype(np.float32)
 
     candidates = candidate_tokens = None
-    if guide == "strategy" and target == "reachable":
+    if sampled and target == "reachable":
         # A single candidate is the target, whatever its score.
         choice = correct & (correct.sum(axis=1) > 1)[:, None] & (alpha != 0)[:, None]
         candidates, candidate_tokens = pack_group(guided, choice, lengths[0])

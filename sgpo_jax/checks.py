@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sgpo_jax.config import STAGES, base
+from sgpo_jax.divergences import DIVERGENCES
 from sgpo_jax.methods import METHODS
 
 _TYPES: dict[type, tuple[Any, str]] = {
@@ -40,6 +41,9 @@ def check(config: ConfigDict) -> None:
         whole(1, "model.layers", "model.hidden", "model.heads", "model.mlp")
         size = 2 * config.model.heads
         need("model.hidden", config.model.hidden % size == 0, f"a multiple of 2 * model.heads = {size}")
+    elif config.model.tokenizer.startswith("words:"):
+        need("model.tokenizer", False, "'' or another one for a trained model.source")
+    need("model.tokenizer", config.model.tokenizer.strip() != "words:", "words:SOURCE with a source of problems")
     choice("model.dtype", "float32", "bfloat16")
     choice("model.remat", "full", "attention", "dots", "none")
     choice("optimizer.mu_dtype", "float32", "bfloat16")
@@ -83,7 +87,7 @@ def check(config: ConfigDict) -> None:
         enough = config.monitor.action != "rollback" or config.checkpoint.keep > later
         need("checkpoint.keep", enough, f"at least {later + 1} when monitor.action is 'rollback'")
         need("data.sft_share", config.data.sft_share < 1 or bool(config.sft.train), "below 1: RL needs problems too")
-        whole(1, "rl.updates_per_batch", "rl.max_new_tokens")
+        whole(1, "rl.updates_per_batch", "rl.max_new_tokens", "rl.self_tries")
         whole(0, "rl.guided")
         _check_method(need, within, positive, choice, config.rl)
         # A group of one has no spread, so its advantage is always 0.
@@ -121,9 +125,11 @@ def check(config: ConfigDict) -> None:
 
 
 def _check_method(need: Callable, within: Callable, positive: Callable, choice: Callable, rl: ConfigDict) -> None:
-    choice("rl.guide", "strategy", "demonstration")
+    choice("rl.guide", "strategy", "self", "demonstration")
     choice("rl.target", "reachable", "mean")
-    choice("rl.distillation", "forward_kl", "reverse_kl", "nll", "shaped")
+    choice("rl.distillation", *DIVERGENCES, "nll", "shaped")
+    need("rl.beta", 0 < rl.beta < 1, "between 0 and 1, both excluded")
+    need("rl.kl_top_k", rl.kl_top_k >= 1, "at least 1")
     choice("rl.advantage", "group", "mixed", "gated", "none")
     choice("rl.weight", "adaptive", "fixed", "group_advantage", "mixed", "gated")
     choice("rl.normaliser", "sequence", "constant")
@@ -132,7 +138,7 @@ def _check_method(need: Callable, within: Callable, positive: Callable, choice: 
     within(0.0, float("inf"), "rl.sft_weight", "rl.entropy_bonus")
     shown = rl.guide == "demonstration"
     need("rl.guided", not shown or rl.guided == 1, "1 when rl.guide is 'demonstration'")
-    need("rl.distillation", not shown or not rl.distillation.endswith("_kl"), "'nll' or 'shaped' for a demonstration")
+    need("rl.distillation", not shown or rl.distillation not in DIVERGENCES, "'nll' or 'shaped' for a demonstration")
     for field in ("rl.advantage", "rl.weight"):
         of_demonstration = rl[field.removeprefix("rl.")] in ("mixed", "gated")
         need(field, shown or not of_demonstration, "another one unless rl.guide is 'demonstration'")
@@ -265,7 +271,8 @@ def _check_files(config: ConfigDict, *fields: str) -> None:
     for field in fields:
         value = _get(config, field)
         # Data sources may be several, each with options; see data.load.
-        for part in value.split(";") if not field.startswith("model.") else [value]:
+        several = value.removeprefix("words:").split(";")
+        for part in [value] if field.startswith("model.") and not value.startswith("words:") else several:
             name = part.partition("?")[0].strip()
             local = name.startswith((".", "/", "~")) or name.endswith((".jsonl", ".parquet", ".gguf"))
             # os.path, since pathlib raises on names that are too long, and on homes that are none.

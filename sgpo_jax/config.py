@@ -30,7 +30,9 @@ def base() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.source = ""  # Hugging Face folder or hub id, a .gguf file, "smollm2", or "scratch"
-    config.model.tokenizer = ""  # the same choices or "arithmetic"; "" takes the model's own
+    # The same choices; "arithmetic"; or "words:SOURCE", every word of the problems, strategies and solutions of a
+    # source as in data.train, others being <unk>. "" takes the model's own.
+    config.model.tokenizer = ""
     config.model.layers = 2  # shape of a model from scratch; ignored otherwise
     config.model.hidden = 96
     config.model.heads = 4
@@ -95,9 +97,14 @@ def base() -> ConfigDict:
     config.rl.gamma = 0.1  # Eq. 6
     config.rl.alpha_max = 0.8  # Eq. 6
     # What makes another method of it; methods.py has those that are compared. See batch.py and train_step.py.
-    config.rl.guide = "strategy"  # or "demonstration": the guided group is the expert's solution
+    # "strategy": the data's; "self": the student writes it, from a correct response of its own; "demonstration": the
+    # guided group is the expert's solution.
+    config.rl.guide = "strategy"
+    config.rl.self_tries = 8  # responses to each problem, before the first step, when guide is "self"
     config.rl.target = "reachable"  # Eq. 4; or "mean" over all correct guided responses; Eq. 2
-    config.rl.distillation = "forward_kl"  # Eq. 3; or "reverse_kl", "nll", "shaped"
+    config.rl.distillation = "forward_kl"  # Eq. 3; or "reverse_kl", "jensen_shannon", "top_k_kl", "nll", "shaped"
+    config.rl.beta = 0.5  # weight of the guided distribution in "jensen_shannon"; SDPO
+    config.rl.kl_top_k = 100  # tokens that "top_k_kl" tells apart, the likeliest of the guided distribution; SDPO
     config.rl.advantage = "group"  # Eq. 1; or "mixed", "gated", "none"
     config.rl.weight = "adaptive"  # Eq. 6; or "fixed", "group_advantage" (Eq. 8), "mixed", "gated"
     config.rl.normaliser = "sequence"  # mean over a response's tokens; or "constant": their sum / max_new_tokens

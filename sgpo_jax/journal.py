@@ -1,4 +1,4 @@
-"""An append-only JSONL file of what was paid for, which a killed process can be resumed from.
+"""An append-only JSONL file of what was paid for or sampled, which a killed process can be resumed from.
 
 Every record is on disk when `append` returns. The first one holds the settings that all others were made with.
 """

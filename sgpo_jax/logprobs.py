@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from sgpo_jax import losses
+from sgpo_jax import divergences
 from sgpo_jax.sharding import BATCH, fitting
 
 CHUNK = 512  # positions per step: at V = 152k one float32 logits buffer is 311 MB
@@ -75,12 +75,26 @@ def token_kl(
     Returns:
       `[N]` float32, nats. The gradient reaches `hidden_unguided`, and `head` through the unguided side only.
     """
-    chex.assert_rank([hidden_guided, hidden_unguided, head], 2)
-    chex.assert_equal_shape([hidden_guided, hidden_unguided])
     if direction not in ("forward", "reverse"):
         raise ValueError(f"direction={direction!r}: must be 'forward' or 'reverse'")
+    return token_divergence(hidden_guided, hidden_unguided, head, divergence=f"{direction}_kl", chunk=chunk)
+
+
+def token_divergence(
+    hidden_guided: jax.Array,
+    hidden_unguided: jax.Array,
+    head: jax.Array,
+    *,
+    divergence: str,
+    beta: float = 0.5,
+    k: int = 100,
+    chunk: int = CHUNK,
+) -> jax.Array:
+    """`token_kl` for each of `divergences.DIVERGENCES`; `divergence`, `beta` and `k` as in `divergences.select`."""
+    chex.assert_rank([hidden_guided, hidden_unguided, head], 2)
+    chex.assert_equal_shape([hidden_guided, hidden_unguided])
     (guided, unguided), join = _split((hidden_guided, hidden_unguided), chunk)
-    return join(chunked_kl(guided, unguided, head, guided.shape[0], direction))
+    return join(chunked_kl(guided, unguided, head, guided.shape[0], divergence, beta, k))
 
 
 def chunked_logprobs(
@@ -102,10 +116,12 @@ def chunked_logprobs(
 
 
 def chunked_kl(
-    guided: jax.Array, unguided: jax.Array, head: jax.Array, chunks: jax.Array | int, direction: Direction = "forward"
-) -> jax.Array:
-    """`token_kl` of positions in chunks `[S,C,D]` -> `[S,C]`; the others than the first `chunks` give 0."""
-    return _measured(partial(_kl, direction=direction), (unguided, guided), head, chunks)[0]
+    guided: jax.Array, unguided: jax.Array, head: jax.Array, chunks: jax.Array | int, divergence: str = "forward_kl",
+    beta: float = 0.5, k: int = 100,
+) -> jax.Array:  # fmt: skip
+    """`token_divergence` of positions in chunks `[S,C,D]` -> `[S,C]`; the others than the first `chunks` give 0."""
+    measure = partial(_kl, divergence=divergences.select(divergence, beta, k))
+    return _measured(measure, (unguided, guided), head, chunks)[0]
 
 
 def logprobs_loss(
@@ -128,10 +144,11 @@ def logprobs_loss(
 
 def kl_loss(
     token_loss: TokenLoss, guided: jax.Array, unguided: jax.Array, head: jax.Array, chunks: jax.Array | int, given: Any,
-    direction: Direction = "forward",
+    divergence: str = "forward_kl", beta: float = 0.5, k: int = 100,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Sum over tokens of `token_loss(kl, given)`, and KL `[S,C]`: as `logprobs_loss`, in four products of six."""
-    loss, (kl,) = _loss(partial(_kl, direction=direction), token_loss, (unguided, guided), head, chunks, given)
+    measure = partial(_kl, divergence=divergences.select(divergence, beta, k))
+    loss, (kl,) = _loss(measure, token_loss, (unguided, guided), head, chunks, given)
     return loss, kl
 
 
@@ -152,18 +169,11 @@ def _logprobs(head, hidden, targets, temperature=1.0):
     return (_over_vocabulary(logp), entropy), backward
 
 
-def _kl(head, unguided, guided, direction):
+def _kl(head, unguided, guided, divergence):
     """The same of (KL `[C]`,), in which the guided side is a constant."""
-    log_p, log_q = _log_softmax(guided, head), _log_softmax(unguided, head)
-    kl = losses.kl_divergence(log_p, log_q) if direction == "forward" else losses.kl_divergence(log_q, log_p)
-    kl = _over_vocabulary(kl)
-
-    def backward(by_kl):
-        if direction == "forward":
-            return by_kl[:, None] * (jnp.exp(log_q) - jnp.exp(log_p))
-        return by_kl[:, None] * jnp.exp(log_q) * (log_q - log_p - kl[:, None])
-
-    return (kl,), backward
+    axis = "tensor" if _on_a_device() else None
+    kl, gradient = divergence(_log_softmax(guided, head), _log_softmax(unguided, head), axis)
+    return (kl,), lambda by_kl: by_kl[:, None] * gradient
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,7 +1,8 @@
 """The methods that are compared: SGPO, the paper's baselines and its ablations, each as changes of a config.
 
 `--config=configs/qwen7b.py:luffy` selects one. All begin from the same warm-up and have the same number of samples for
-a problem. docs/methods.md has the equations, and where a method differs from its authors' code.
+a problem in a step; "self_strategies" takes more before the first. docs/methods.md has the equations, and where a
+method differs from its authors' code.
 """
 
 from collections.abc import Callable
@@ -38,6 +39,10 @@ METHODS: dict[str, Callable[[ConfigDict], dict[str, Any]]] = {
     "group_advantage_weight": lambda rl: {"weight": "group_advantage"},
     "reverse_kl": lambda rl: {"distillation": "reverse_kl"},
     "direct_sft": lambda rl: {"distillation": "nll"},
+    # Beyond the paper: SDPO's signals, and strategies of the student's own.
+    "jensen_shannon": lambda rl: {"distillation": "jensen_shannon"},
+    "top_k_kl": lambda rl: {"distillation": "top_k_kl"},
+    "self_strategies": lambda rl: {"guide": "self"},
 }  # fmt: skip
 
 

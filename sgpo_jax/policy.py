@@ -1,7 +1,7 @@
 """The policy that a config names: the model's shape, its tokenizer and its first parameters."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from sgpo_jax import models, sharding
+from sgpo_jax import data, models, prompts, sharding
 from sgpo_jax import tokenizer as tokenizers
 from sgpo_jax.models import gguf, huggingface
 
+WORDS = "words:"  # what the name of a tokenizer made of a source of problems begins with
 _WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
 
 
@@ -35,7 +36,8 @@ def load(
 
     Args:
       source: "scratch", "smollm2", a .gguf file, a Hugging Face folder or hub id.
-      tokenizer: as in `tokenizer.load`; "" takes the source's own.
+      tokenizer: as in `tokenizer.load`; or "words:" and a source of problems, see `data.load`, for one of the words of
+        all that its rows lead to; "" takes the model's own.
       layers, hidden, heads, mlp: shape of a model from scratch.
       dtype: of activations.
       instruction: closing line of every prompt.
@@ -57,7 +59,10 @@ def load(
         else:
             folder = local if os.path.isdir(local) else _download(source)
             config = huggingface.read_config(folder)  # before transformers reads it, which explains less
-    tok = tokenizers.load(tokenizer or str(folder or source))
+    if tokenizer.startswith(WORDS):
+        tok = tokenizers.words(_texts(tokenizer.removeprefix(WORDS), instruction))
+    else:
+        tok = tokenizers.load(tokenizer or str(folder or source))
     if source == "scratch":
         config = scratch_config(len(tok), layers=layers, hidden=hidden, heads=heads, mlp=mlp)
 
@@ -77,6 +82,17 @@ def load(
         raise ValueError(f"the tokenizer has {len(tok)} tokens, the model's vocabulary {config.vocab_size}")
     stops = tuple(dict.fromkeys(tokenizers.stop_ids(tok, folder) + listed))
     return Policy(config, tok, stops, tokenizers.pad_id(tok), dtype, instruction), initial
+
+
+def _texts(source: str, instruction: str) -> Iterator[str]:
+    """Prompts with strategy, and solutions, of all rows of a source; a row without strategy shows its problem twice."""
+    try:
+        rows = data.load(source)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"tokenizer {WORDS + source!r}: {error}") from error
+    for row in rows:
+        yield prompts.user_turn(row["problem"], row.get("strategy", row["problem"]), instruction)
+        yield row.get("solution", "")
 
 
 def scratch_config(vocab_size: int, *, layers: int, hidden: int, heads: int, mlp: int) -> models.ModelConfig:

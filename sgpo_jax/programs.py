@@ -136,10 +136,16 @@ def _of_rl(config: ConfigDict, policy: Policy, mesh: Mesh, assumed: Assumed, cal
     fields = config.rl
     state = _state(config, "rl", policy, mesh)
     groups = {"autonomous group": fields.autonomous}
-    if fields.guided and fields.guide == "strategy":
+    if fields.guided and fields.guide != "demonstration":
         groups["guided group"] = fields.guided
     rollout = state.params, _moments(state), mesh, assumed
     found = [_generation(name, config, "rl", policy, *rollout, group, calls.rl_steps) for name, group in groups.items()]
+    if calls.own_strategies:
+        groups = {"own responses": fields.self_tries, "own strategies": 1}
+        found += [
+            _generation(name, config, "rl", policy, *rollout, group, calls.own_strategies)
+            for name, group in groups.items()
+        ]
 
     tx, _ = stage.optimizer(config, "rl", 1)
     of_batch, of_update = rl.method(fields)
@@ -175,7 +181,7 @@ def made_up_batch(config: ConfigDict, assumed: Assumed) -> Batch:
         return Group(tokens, count.astype(np.int32), np.zeros(tokens.shape, np.float32), rewards)
 
     guided = group(fields.guided) if fields.guided else None
-    sampled = guided is not None and fields.guide == "strategy"
+    sampled = guided is not None and fields.guide != "demonstration"
     return Batch(prompts, prompts if sampled else None, group(fields.autonomous), guided)
 
 

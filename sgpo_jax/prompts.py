@@ -58,6 +58,18 @@ def extraction(problem: str, solution: str) -> str:
     )
 
 
+def own_strategy(problem: str, solution: str, bare: bool = False) -> str:
+    """Asks the student for the strategy behind its own solution, as the strong model is asked.
+
+    Args:
+      problem, solution: what it answered, and how.
+      bare: without instructions, as the embedded world shows them: its model has learnt what to write after them.
+    """
+    if bare:
+        return user_turn(f"{problem}\n\n{solution}\n\nStrategy:", instruction="")
+    return extraction(problem, solution)
+
+
 def scoring(problem: str, solution: str, candidates: Sequence[str]) -> str:
     """Asks the strong model for one score per candidate strategy (App. C)."""
     shown = "\n\n".join(f"Candidate {i}:\n{text}" for i, text in enumerate(candidates, start=1))

@@ -26,6 +26,7 @@ class Calls(NamedTuple):
     sft_steps: int
     sft_validations: int  # batches of the validation loss
     rl_steps: int
+    own_strategies: int  # batches of problems to which the student writes strategies
     evaluations: dict[int, int]  # samples for each problem -> batches of problems
 
 
@@ -40,6 +41,7 @@ def calls(config: ConfigDict, assumed: Assumed) -> Calls:
 
     rows = assumed.problems - (0 if sft.train else rows)
     rl_steps = (rl.steps or rl.epochs * max(rows // rl.batch, 1)) * ("rl" in stages)
+    own = math.ceil(rows / rl.batch) if rl_steps and rl.guided and rl.guide == "self" else 0
 
     # Before RL and after it, and with strategies too if asked for; during RL without them.
     times = (1 + ("rl" in stages)) * (1 + fields.guided) * ("eval" in stages)
@@ -48,7 +50,8 @@ def calls(config: ConfigDict, assumed: Assumed) -> Calls:
     for name, chosen in fields.sets.items():
         batches = math.ceil(SETS.get(name, assumed.eval_problems) / fields.batch)
         evaluations[chosen.samples] = evaluations.get(chosen.samples, 0) + times * batches
-    return Calls(sft_steps, validations, rl_steps, {samples: count for samples, count in evaluations.items() if count})
+    evaluations = {samples: count for samples, count in evaluations.items() if count}
+    return Calls(sft_steps, validations, rl_steps, own, evaluations)
 
 
 def lengths(count: int, mean: float, most: int) -> np.ndarray:

@@ -189,7 +189,7 @@ def _in_responses(
 
 def _make_marks(config: ConfigDict, policy: Policy, loss: Callable) -> Callable[[Any, jax.Array, Any], jax.Array]:
     """`marks(params, count, micro-batches) -> [K,Q,S,M,J]`: 1 where a quantity of a token is not finite."""
-    direction: Any = config.rl.distillation.removesuffix("_kl")
+    fields = config.rl
     hidden_of = partial(response_hidden, config=policy.config, dtype=policy.dtype, remat=config.model.remat)
 
     def marks(params, count, micro_batches):
@@ -201,7 +201,10 @@ def _make_marks(config: ConfigDict, policy: Policy, loss: Callable) -> Callable[
             tokens, chunks = micro["tokens"], micro["chunks"]
             hidden, *guided = (hidden_of(params, rows) for rows in micro["rows"])
             logp, entropy = logprobs.chunked_logprobs(hidden, head, tokens.reshape(hidden.shape[:2]), chunks)
-            kl = [logprobs.chunked_kl(each, hidden, head, chunks, direction) for each in guided]
+            kl = [
+                logprobs.chunked_kl(each, hidden, head, chunks, fields.distillation, fields.beta, fields.kl_top_k)
+                for each in guided
+            ]
             of_loss = loss(logp.reshape(-1), micro["advantage"].reshape(-1))
             none = jnp.zeros_like(logp)  # where only one context is
             values = hidden, *(guided or [none]), logp, entropy, *(kl or [none]), of_loss

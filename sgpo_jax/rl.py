@@ -14,7 +14,19 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import cleaning, data, logprobs, monitor, page, preemption, rewards, rollback, sharding, stage
+from sgpo_jax import (
+    cleaning,
+    data,
+    logprobs,
+    monitor,
+    page,
+    preemption,
+    rewards,
+    rollback,
+    self_strategies,
+    sharding,
+    stage,
+)
 from sgpo_jax.batch import Batch, Group, pack_batch, specs
 from sgpo_jax.evaluation import evaluate_sets
 from sgpo_jax.metrics import Writer
@@ -47,7 +59,7 @@ def _train_until_rollback(
     update = make_update(
         policy.config, tx, **of_update, dtype=policy.dtype, remat=config.model.remat, shardings=shardings
     )
-    sampled = rl.guided > 0 and rl.guide == "strategy"
+    sampled = rl.guided > 0 and rl.guide != "demonstration"
 
     def rollout(params, batch_rows, position, guided):
         tokens = prompts[guided]
@@ -63,6 +75,14 @@ def _train_until_rollback(
         first = int(state.step)
         if first >= total:
             return False
+        if sampled and rl.guide == "self":
+            written = self_strategies.write(
+                policy, state.params, rows, mesh, path=workdir / "rl" / "strategies.jsonl", step=first,
+                seed=config.seed, tries=rl.self_tries, batch=rl.batch, reward=rl.reward, **sampling,
+                max_prompt_tokens=config.data.max_prompt_tokens, bare=config.model.tokenizer == "arithmetic",
+            )  # fmt: skip
+            encoded = encode_prompts(policy, written, guided=True)
+            prompts[True] = {row["id"]: tokens for row, tokens in zip(written, encoded, strict=True)}
         watch = collapse_watch(config.monitor, rollback.recent_rows(workdir, first, config.monitor.window))
         show = page.live(workdir, config.report_seconds * (jax.process_index() == 0), "RL", total)
         with Writer(workdir, total, "rl", resume_step=first, enabled=jax.process_index() == 0) as writer:
@@ -120,7 +140,10 @@ def _train_until_rollback(
 def method(rl: ConfigDict) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `pack_batch` and `make_update` are told about the method."""
     weights = ("advantage", "weight", "alpha0", "gamma", "alpha_max", "gate", "sft_weight")
-    terms = ("updates_per_batch", "clip_low", "clip_high", "delta", "distillation", "shaping", "entropy_bonus")
+    terms = (
+        "updates_per_batch", "clip_low", "clip_high", "delta", "distillation", "beta", "kl_top_k", "shaping",
+        "entropy_bonus",
+    )  # fmt: skip
     of_batch = {name: rl[name] for name in ("guide", "target", "distillation", *weights)}
     of_update = {name: rl[name] for name in terms}
     return of_batch, of_update | {"normaliser": rl.max_new_tokens if rl.normaliser == "constant" else 0}
@@ -149,6 +172,8 @@ def collapse_watch(limits: ConfigDict, before: Sequence[dict[str, Any]]) -> Call
 def load_rows(config: ConfigDict, workdir: Path, policy: Policy) -> tuple[list[dict], dict[bool, dict[str, list[int]]]]:
     """(problems, guided? -> id -> prompt tokens) of RL; an account of those left out goes to `workdir`.
 
+    Guided prompts are those with the data's strategies, and are there only where the method shows them.
+
     Raises:
       ValueError: there are fewer problems than a batch needs, or others than the run began with.
     """
@@ -156,7 +181,8 @@ def load_rows(config: ConfigDict, workdir: Path, policy: Policy) -> tuple[list[d
     if not config.sft.train:
         warm_up, _ = data.split_sft(sieve.rows, config.data.sft_share)
         sieve.leave_out("for the warm-up", {row["id"]: "" for row in warm_up})
-    needed = {"strategy": "strategy", "demonstration": "solution"}[config.rl.guide] if config.rl.guided else "problem"
+    needed = {"strategy": "strategy", "self": "problem", "demonstration": "solution"}[config.rl.guide]
+    needed = needed if config.rl.guided else "problem"
     sieve.leave_out(f"without {needed}", {row["id"]: "" for row in sieve.rows if needed not in row})
     ids = [row["id"] for row in sieve.rows]
     kinds = (False, True) if needed == "strategy" else (False,)

@@ -228,7 +228,7 @@ def _arithmetic(source: str, text: str) -> list[dict]:
     words, options = _arguments(source, text)
     knobs = ["count", "seed", "competing", "stages"]
     allowed = {split: [*knobs, "noise"] for split in arithmetic.SPLITS}
-    allowed["pretraining"] = [*knobs, "preference", "guided_share"]
+    allowed["pretraining"] = [*knobs, "preference", "guided_share", "writing"]
     if len(words) != 1 or words[0] not in allowed:
         raise ValueError(f"source {source!r}: {words}; allowed: exactly one of {list(allowed)}")
     _reject_unknown(source, options, allowed[words[0]])

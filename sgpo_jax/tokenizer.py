@@ -3,7 +3,7 @@
 Shapes: N rows, P the common length of padded rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -22,7 +22,7 @@ _DATE = "26 Jul 2024"
 # A conversation to see what a template makes of it.
 _TURNS = [{"role": "user", "content": "problem"}, {"role": "assistant", "content": "response"}]
 
-_ARITHMETIC_TEMPLATE = (
+_WORDS_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
     "{% if message.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -77,10 +77,27 @@ def _hugging_face(source: str) -> PreTrainedTokenizerFast:
 
 def _arithmetic() -> PreTrainedTokenizerFast:
     """The embedded world's tokenizer: one token for each word, digit or mark with its space."""
+    return _word_level(arithmetic.vocabulary())
+
+
+def words(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are the words, digits and marks of some texts, each with the space before it.
+
+    These texts are decoded without loss; of others a piece that they do not have becomes <unk>, whose text is empty.
+    """
+    splitter = _splitter()
+    return _word_level(sorted({token for text in texts for token, _ in splitter.pre_tokenize_str(text)}))
+
+
+def _splitter() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Split(Regex(arithmetic.TOKEN_PATTERN), "isolated")
+
+
+def _word_level(tokens: Sequence[str]) -> PreTrainedTokenizerFast:
     special = ["<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<unk>"]
-    vocab = {token: i for i, token in enumerate(special + arithmetic.vocabulary())}
+    vocab = {token: i for i, token in enumerate([*special, *tokens])}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(arithmetic.TOKEN_PATTERN), "isolated")
+    backend.pre_tokenizer = _splitter()
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -88,7 +105,7 @@ def _arithmetic() -> PreTrainedTokenizerFast:
         eos_token="<|end|>",
         unk_token="<unk>",
         additional_special_tokens=["<|user|>", "<|assistant|>"],
-        chat_template=_ARITHMETIC_TEMPLATE,
+        chat_template=_WORDS_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
 

@@ -46,6 +46,8 @@ def make_update(
     clip_high: float = 0.28,
     delta: float = 1.0,
     distillation: str = "forward_kl",
+    beta: float = 0.5,
+    kl_top_k: int = 100,
     shaping: float = 0.1,
     normaliser: int = 0,
     entropy_bonus: float = 0.0,
@@ -64,8 +66,10 @@ def make_update(
       optimizer: applied to the gradient of the mean loss over the B problems.
       updates_per_batch: optimizer steps on the same batch; targets, weights and old log-probabilities stay fixed.
       clip_low, clip_high, delta, shaping: see `losses`.
-      distillation: the loss on a target's token: "forward_kl" or "reverse_kl" between the guided and the unguided
+      distillation: the loss on a target's token: one of `divergences.DIVERGENCES` between the guided and the unguided
         distribution, "nll" or "shaped" (LUFFY).
+      beta: see `divergences.jensen_shannon`.
+      kl_top_k: k of `divergences.top_k_kl`.
       normaliser: 0 divides the sum over a response's tokens by its length. Another number divides it by that, so that
         all tokens of a batch weigh the same, those of targets (times alpha) too: LUFFY, HPT.
       entropy_bonus: coefficient of the mean entropy of the autonomous responses' tokens, which is maximised.
@@ -117,8 +121,8 @@ def make_update(
         unguided = hidden_of(params, micro["rows"])
         guided = hidden_of(jax.lax.stop_gradient(params), micro["guided_rows"])
         loss, token_kl = logprobs.kl_loss(
-            kl_token, guided, unguided, models.head(params, config), micro["chunks"], _by_chunk(micro),
-            distillation.removesuffix("_kl"),
+            kl_token, guided, unguided, models.head(params, config), micro["chunks"], _by_chunk(micro), distillation,
+            beta, kl_top_k,
         )  # fmt: skip
         share = micro["share"].reshape(-1)
         token_kl = jnp.where(share > 0, token_kl.reshape(-1), 0.0)

@@ -13,7 +13,7 @@ from scipy import stats
 
 Row = Mapping[str, Any]
 
-# The methods of each of the paper's tables: table -> (what it asks, {method: name in the table}).
+# The methods of each of the paper's tables, and more: table -> (what it asks, {method: name in the table}).
 TABLES: dict[str, tuple[str, dict[str, str]]] = {
     "Table 1": (
         "methods at equal samples",
@@ -32,6 +32,13 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
     "Table 7": (
         "the weight of the distillation",
         {"sgpo": "adaptive", "fixed_weight": "fixed", "group_advantage_weight": "group advantage"},
+    ),
+    "Beyond the paper": (
+        "what is distilled",
+        {
+            "sgpo": "forward KL", "jensen_shannon": "Jensen-Shannon", "top_k_kl": "forward KL of the top k",
+            "self_strategies": "from strategies of its own",
+        },
     ),
 }  # fmt: skip
 

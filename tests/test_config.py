@@ -153,6 +153,7 @@ CATALOGUE = [
     ("monitor.most_rollbacks", 0, "at least 1"),
     ("model.source", "", "'scratch'"),
     ("model.tokenizer", "", "set when model.source is 'scratch'"),
+    ("model.tokenizer", "words:", "words:SOURCE with a source of problems"),
     ("model.dtype", "float16", "'float32' or 'bfloat16'"),
     ("model.layers", 0, "at least 1"),
     ("model.heads", 0, "at least 1"),
@@ -176,10 +177,14 @@ CATALOGUE = [
     ("rl.batch", 0, "at least 1"),
     ("rl.autonomous", 1, "at least 2"),
     ("rl.guided", -1, "at least 0"),
-    ("rl.guide", "", "'strategy' or 'demonstration'"),
+    ("rl.guide", "", "'strategy' or 'self' or 'demonstration'"),
+    ("rl.self_tries", 0, "at least 1"),
     ("rl.guide", "demonstration", None),
     ("rl.target", "", "'reachable' or 'mean'"),
-    ("rl.distillation", "kl", "'forward_kl' or 'reverse_kl' or 'nll' or 'shaped'"),
+    ("rl.distillation", "kl", "'forward_kl' or 'reverse_kl' or 'jensen_shannon' or 'top_k_kl' or 'nll' or 'shaped'"),
+    ("rl.beta", 0.0, "between 0 and 1, both excluded"),
+    ("rl.beta", 1.0, "between 0 and 1, both excluded"),
+    ("rl.kl_top_k", 0, "at least 1"),
     ("rl.advantage", "", "'group' or 'mixed' or 'gated' or 'none'"),
     ("rl.advantage", "gated", "another one unless rl.guide is 'demonstration'"),
     ("rl.weight", "", "'adaptive' or 'fixed' or 'group_advantage' or 'mixed' or 'gated'"),
@@ -306,6 +311,19 @@ def test_unusual_but_possible_values_pass(config, changes):
 
 SOURCES = ["model.source", "model.tokenizer", "data.train", "sft.train", "eval.sets.heldout.source"]
 MISSING = ["none.jsonl", "./none", "../none", "/none/at/all", "~/none", "none.parquet", "none.gguf"]
+
+
+def test_words_of_a_source_are_for_a_model_from_scratch(config, tmp_path):
+    file = tmp_path / "train.jsonl"
+    file.touch()
+    config.model.tokenizer = f"words:{file}?problem=question;arithmetic:train,count=64"
+    checks.check(config)
+    config.model.source = str(tmp_path)
+    refused(config, "model.tokenizer", config.model.tokenizer, "'' or another one for a trained model.source")
+    config.model.source = "scratch"
+    config.model.tokenizer = f"words:{file};{tmp_path}/none.jsonl"
+    with pytest.raises(ValueError, match=re.escape(f"there is no such file or folder as '{tmp_path}/none.jsonl'")):
+        checks.check(config)
 
 
 @pytest.mark.parametrize("field", SOURCES)

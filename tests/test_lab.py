@@ -66,12 +66,40 @@ def test_the_lab_of_the_config_file_can_run(fast):
         config.update(config.lab.fast)
     lab.check(config)
     grid = lab.grid_cells(config, {})
-    assert {c.method for c in grid} == (set(config.lab.methods) if fast else set(methods.METHODS))
+    assert {c.method for c in grid} == (
+        set(config.lab.methods) if fast else set(methods.METHODS) - {"self_strategies"}
+    )
     assert len({lab.digest(lab.cell_config(config, cell)) for cell in grid}) == len(grid)
     for method in set(config.lab.methods) - {"sft"}:
         rl = lab.cell_config(config, lab.Cell("base", method, 1.0, 0)).rl
         samples = rl.autonomous + (rl.guided if method != "hpt" else 0)
         assert samples == 12, method
+
+
+def test_the_world_of_own_strategies_has_as_many_other_rows_as_the_first():
+    config = load(ROOT / "configs" / "lab.py")
+    config.lab.update({"worlds": ("self-written",), "methods": ("sft", "grpo", "sgpo", "self_strategies")})
+    lab.check(config)
+    cell = lab.cell_config(config, lab.Cell("self-written", "self_strategies", 2.0, 0))
+    assert cell.rl.guide == "self" and cell.rl.guided == 4
+    sources = [arithmetic_options(each.sft.train) for each in (config, cell)]
+    share = float(sources[1].pop("writing"))
+    assert int(sources[1].pop("count")) * (1 - share) == int(sources[0].pop("count"))
+    assert sources[1] == sources[0]
+    assert cell.sft.steps * (1 - share) == pytest.approx(config.sft.steps, abs=1)
+
+
+def arithmetic_options(source):
+    return dict(item.split("=") for item in source.split(",")[1:])
+
+
+def test_the_lab_of_logic_can_run():
+    config = load(ROOT / "configs" / "lab_logic.py")
+    lab.check(config)
+    assert {cell.method for cell in lab.grid_cells(config, {})} == {"sft", "grpo", "sgpo"}
+    assert not lab.tuning_cells(config) and len(config.lab.seeds) >= 3
+    sources = (config.data.train, config.sft.train, config.eval.sets.heldout.source)
+    assert all("knights_knaves" in source for source in sources) and "split=eval" in sources[2]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Chunked log-probabilities, entropy and KL against the dense computation in float64, and the memory they keep to."""
 
 import math
+import re
 
 import hypothesis.strategies as st
 import jax
@@ -10,11 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis.extra.numpy import arrays
 from jax.sharding import PartitionSpec as P
+from test_divergences import BETA, K, dense, oracle
 
 from sgpo_jax import logprobs, sharding
-from sgpo_jax.logprobs import token_kl, token_logprobs
+from sgpo_jax.divergences import DIVERGENCES
+from sgpo_jax.logprobs import token_divergence, token_kl, token_logprobs
 
 N, D, V = 7, 4, 11
+SETTINGS = {"beta": BETA, "k": K}
 SIZES = [(7, 7), (7, 1), (7, 3), (7, 5), (7, 100), (16, 5), (1, 1), (1, 512), (0, 4)]  # positions, chunk
 
 
@@ -37,11 +41,8 @@ def dense_logprobs(hidden, head, targets, temperature=1.0):
     return log_probs[np.arange(len(targets)), targets], -(np.exp(log_probs) * log_probs).sum(-1)
 
 
-def dense_kl(guided, unguided, head, direction, guided_head=None):
-    p, q = log_softmax(guided, head if guided_head is None else guided_head), log_softmax(unguided, head)
-    if direction == "reverse":
-        p, q = q, p
-    return (np.exp(p) * (p - q)).sum(-1)
+def dense_kl(guided, unguided, head, name, guided_head=None):
+    return oracle(name, log_softmax(guided, head if guided_head is None else guided_head), log_softmax(unguided, head))
 
 
 def numeric_gradient(function, x, step=1e-6):
@@ -82,10 +83,10 @@ def test_values_equal_the_dense_float64_ones(count, chunk):
     assert logp.dtype == entropy.dtype == jnp.float32
     np.testing.assert_allclose(logp, expected_logp, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(entropy, expected_entropy, rtol=1e-5, atol=1e-5)
-    for direction in ("forward", "reverse"):
-        kl = token_kl(guided, unguided, head, direction=direction, chunk=chunk)
+    for name in DIVERGENCES:
+        kl = token_divergence(guided, unguided, head, divergence=name, **SETTINGS, chunk=chunk)
         assert kl.dtype == jnp.float32
-        np.testing.assert_allclose(kl, dense_kl(guided, unguided, head, direction), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(kl, dense_kl(guided, unguided, head, name), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.6, 1.0, 3.0])
@@ -101,6 +102,7 @@ HIDDEN = arrays(np.float32, (N, D), elements=st.floats(-4, 4, width=32, allow_su
 HEAD = arrays(np.float32, (D, V), elements=st.floats(-2, 2, width=32, allow_subnormal=False))
 logprobs_in_chunks = jax.jit(lambda *args: token_logprobs(*args, chunk=3))
 kl_in_chunks = jax.jit(lambda *args: token_kl(*args, chunk=3))
+mixture_in_chunks = jax.jit(lambda *args: token_divergence(*args, divergence="jensen_shannon", beta=BETA, chunk=3))
 
 
 @given(HIDDEN, HIDDEN, HEAD, arrays(np.int32, N, elements=st.integers(0, V - 1)))
@@ -110,7 +112,9 @@ def test_any_input_equals_the_float64_oracle(guided, unguided, head, targets):
     np.testing.assert_allclose(logp, expected_logp, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(entropy, expected_entropy, rtol=1e-5, atol=1e-5)
     kl = kl_in_chunks(guided, unguided, head)
-    np.testing.assert_allclose(kl, dense_kl(guided, unguided, head, "forward"), rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(kl, dense_kl(guided, unguided, head, "forward_kl"), rtol=1e-5, atol=2e-5)
+    apart = mixture_in_chunks(guided, unguided, head)
+    np.testing.assert_allclose(apart, dense_kl(guided, unguided, head, "jensen_shannon"), rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("head_dtype", [jnp.bfloat16, jnp.float32])
@@ -126,7 +130,7 @@ def test_bfloat16_products_are_summed_in_float32(head_dtype):
     np.testing.assert_allclose(entropy, expected[1], rtol=1e-5, atol=2e-5)
     kl = token_kl(guided, unguided, head, chunk=5)
     assert kl.dtype == jnp.float32
-    np.testing.assert_allclose(kl, dense_kl(*rounded, "forward"), rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(kl, dense_kl(*rounded, "forward_kl"), rtol=1e-5, atol=2e-5)
     # A CPU adds in float32 whatever it is asked for, so what is asked for is looked at too.
     jaxpr = jax.make_jaxpr(lambda *args: (token_kl(*args), token_logprobs(*args[1:], targets)))(guided, unguided, head)
     products = [equation for equation in equations(jaxpr.jaxpr) if equation.primitive.name == "dot_general"]
@@ -137,8 +141,9 @@ def test_bfloat16_products_are_summed_in_float32(head_dtype):
 
 def test_equal_contexts_have_no_kl():
     guided, _, head, _ = inputs()
-    for direction in ("forward", "reverse"):
-        np.testing.assert_array_equal(token_kl(guided, guided, head, direction=direction, chunk=3), np.zeros(N))
+    for name in DIVERGENCES:
+        kl = token_divergence(guided, guided, head, divergence=name, **SETTINGS, chunk=3)
+        np.testing.assert_array_equal(kl, np.zeros(N))
 
 
 def test_saturated_distributions_stay_finite():
@@ -146,9 +151,8 @@ def test_saturated_distributions_stay_finite():
 
     def total(unguided, head):
         logp, entropy = token_logprobs(unguided, head, targets, chunk=3)
-        forward = token_kl(guided, unguided, head, chunk=3)
-        reverse = token_kl(guided, unguided, head, direction="reverse", chunk=3)
-        return (logp + entropy + forward + reverse).sum()
+        kls = [token_divergence(guided, unguided, head, divergence=name, **SETTINGS, chunk=3) for name in DIVERGENCES]
+        return (logp + entropy + sum(kls)).sum()
 
     value, gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(unguided, head)
     assert np.isfinite(value)
@@ -180,17 +184,17 @@ def test_gradients_of_logprobs_equal_finite_differences(count, chunk, temperatur
     np.testing.assert_allclose(head_gradient, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize(("count", "chunk"), [(7, 3), (7, 100), (1, 1)])
-def test_gradients_of_kl_equal_finite_differences_of_the_unguided_side(direction, count, chunk):
+def test_gradients_of_kl_equal_finite_differences_of_the_unguided_side(name, count, chunk):
     guided, unguided, head, _ = inputs(count)
     weights = WEIGHTS[0, :count]
 
     def total(guided, unguided, head):
-        return (weights * token_kl(guided, unguided, head, direction=direction, chunk=chunk)).sum()
+        return (weights * token_divergence(guided, unguided, head, divergence=name, **SETTINGS, chunk=chunk)).sum()
 
     def oracle(unguided, head):
-        return (weights * dense_kl(guided, unguided, head, direction, guided_head=HELD)).sum()
+        return (weights * dense_kl(guided, unguided, head, name, guided_head=HELD)).sum()
 
     HELD = head
     gradients = jax.jit(jax.grad(total, argnums=(0, 1, 2)))(guided, unguided, head)
@@ -201,23 +205,21 @@ def test_gradients_of_kl_equal_finite_differences_of_the_unguided_side(direction
     np.testing.assert_allclose(gradients[2], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("direction", ["forward", "reverse"])
-def test_gradients_of_kl_equal_those_of_the_dense_computation(direction):
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_gradients_of_kl_equal_those_of_the_dense_computation(name):
     guided, unguided, head, _ = inputs()
 
-    def dense(unguided, head, guided_head):
-        p, q = jax.nn.log_softmax(guided @ guided_head), jax.nn.log_softmax(unguided @ head)
-        if direction == "reverse":
-            p, q = q, p
-        return (jnp.exp(p) * (p - q)).sum()
+    def total(unguided, head, guided_head):
+        return dense(name, jax.nn.log_softmax(guided @ guided_head), jax.nn.log_softmax(unguided @ head)).sum()
 
-    expected = jax.grad(lambda unguided, head: dense(unguided, head, jax.lax.stop_gradient(head)), (0, 1))(
-        unguided, head
-    )
-    actual = jax.grad(lambda *args: token_kl(guided, *args, direction=direction, chunk=3).sum(), (0, 1))(unguided, head)
+    def ours(unguided, head):
+        return token_divergence(guided, unguided, head, divergence=name, **SETTINGS, chunk=3).sum()
+
+    expected = jax.grad(total, (0, 1))(unguided, head, head)
+    actual = jax.grad(ours, (0, 1))(unguided, head)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected)
     # The share of the guided side that is held back is not a small one.
-    withheld = jax.grad(dense, 2)(unguided, head, head)
+    withheld = jax.grad(total, 2)(unguided, head, head)
     assert np.abs(withheld).max() > 0.1
 
 
@@ -267,9 +269,9 @@ def chunked(x):
     return jnp.pad(x, [(0, steps * CHUNK - BIG_N)] + [(0, 0)] * (x.ndim - 1)).reshape(steps, CHUNK, *x.shape[1:])
 
 
-def summed_kl(guided, unguided, head, direction):
+def summed_kl(guided, unguided, head, name):
     guided, unguided, weight = map(chunked, (guided, unguided, jnp.ones(BIG_N)))
-    return logprobs.kl_loss(lambda kl, w: w * kl, guided, unguided, head, len(weight), weight, direction)[0]
+    return logprobs.kl_loss(lambda kl, w: w * kl, guided, unguided, head, len(weight), weight, name, **SETTINGS)[0]
 
 
 def summed_logprobs(guided, unguided, head, targets):
@@ -279,14 +281,17 @@ def summed_logprobs(guided, unguided, head, targets):
 
 MEASURED = {
     "logprobs": lambda guided, unguided, head, targets: sum(token_logprobs(unguided, head, targets, chunk=CHUNK)),
-    "forward": lambda guided, unguided, head, targets: token_kl(guided, unguided, head, chunk=CHUNK),
-    "reverse": lambda guided, unguided, head, targets: token_kl(
-        guided, unguided, head, direction="reverse", chunk=CHUNK
-    ),
     "loss of logprobs": summed_logprobs,
-    "loss of forward": lambda guided, unguided, head, targets: summed_kl(guided, unguided, head, "forward"),
-    "loss of reverse": lambda guided, unguided, head, targets: summed_kl(guided, unguided, head, "reverse"),
 }
+for divergence in DIVERGENCES:
+    MEASURED |= {
+        divergence: lambda guided, unguided, head, targets, name=divergence: token_divergence(
+            guided, unguided, head, divergence=name, **SETTINGS, chunk=CHUNK
+        ),
+        f"loss of {divergence}": lambda guided, unguided, head, targets, name=divergence: summed_kl(
+            guided, unguided, head, name
+        ),
+    }
 
 
 def big_inputs():
@@ -352,7 +357,7 @@ def test_a_sum_of_token_losses_has_the_gradient_of_the_losses(used, dtype):
         if kind == "logprobs":
             values = logprobs.chunked_logprobs(unguided, head, targets, used)
         else:
-            values = (logprobs.chunked_kl(guided, unguided, head, used, kind),) * 2
+            values = (logprobs.chunked_kl(guided, unguided, head, used, kind, **SETTINGS),) * 2
         return 3 * jnp.where(visited, surrogate(*values, given), 0.0).sum(), values
 
     def fused(unguided, head, kind):
@@ -362,11 +367,11 @@ def test_a_sum_of_token_losses_has_the_gradient_of_the_losses(used, dtype):
             def token_loss(kl, given):
                 return surrogate(kl, kl, given)
 
-            loss, kl = logprobs.kl_loss(token_loss, guided, unguided, head, used, given, kind)
+            loss, kl = logprobs.kl_loss(token_loss, guided, unguided, head, used, given, kind, **SETTINGS)
             values = kl, kl
         return 3 * loss, values
 
-    for kind in ("logprobs", "forward", "reverse"):
+    for kind in ("logprobs", *DIVERGENCES):
         (expected, values), gradients = jax.value_and_grad(plain, (0, 1), has_aux=True)(unguided, head, kind)
         (actual, found), of_fused = jax.value_and_grad(fused, (0, 1), has_aux=True)(unguided, head, kind)
         np.testing.assert_allclose(actual, expected, rtol=1e-5)
@@ -398,7 +403,27 @@ def test_what_a_sum_of_token_losses_found_and_was_given_are_constants():
 # ---- refusals
 
 
-@pytest.mark.parametrize("direction", ["backward", "", "Forward", None])
+@pytest.mark.parametrize("name", ["backward_kl", "", "forward", None])
+def test_unknown_divergences_are_refused_everywhere(name):
+    guided, unguided, head, _ = inputs()
+    chunks = guided[None], unguided[None], head, 1
+    for call in (
+        lambda: token_divergence(guided, unguided, head, divergence=name),
+        lambda: logprobs.chunked_kl(*chunks, name),
+        lambda: logprobs.kl_loss(lambda kl, w: w * kl, *chunks, jnp.ones((1, N)), name),
+    ):
+        with pytest.raises(ValueError, match=f"divergence={name!r}: must be one of 'forward_kl', 'reverse_kl'"):
+            call()
+
+
+@pytest.mark.parametrize(("setting", "value"), [("beta", 1.0), ("k", 0)])
+def test_impossible_settings_of_divergences_are_refused(setting, value):
+    guided, unguided, head, _ = inputs()
+    with pytest.raises(ValueError, match=f"{setting}={value}: must be"):
+        token_divergence(guided, unguided, head, divergence="forward_kl", **{setting: value})
+
+
+@pytest.mark.parametrize("direction", ["backward", "", "Forward", "forward_kl", None])
 def test_unknown_directions_are_refused(direction):
     guided, unguided, head, _ = inputs()
     with pytest.raises(ValueError, match=f"direction={direction!r}.*'forward'.*'reverse'"):
@@ -447,17 +472,19 @@ def test_devices_share_positions_and_vocabulary(shape):
     guided, unguided = (rng.normal(size=(chunks, count, size)).astype(np.float32) for _ in range(2))
     head = rng.normal(size=(size, vocabulary)).astype(np.float32)
     targets = rng.integers(0, vocabulary, (chunks, count)).astype(np.int32)
-    weight = rng.normal(size=(4, chunks, count)).astype(np.float32)
+    # The last k is more than a device's part of the vocabulary.
+    settings = [*((name, BETA, K) for name in DIVERGENCES), ("top_k_kl", BETA, 20)]
+    weight = rng.normal(size=(2 + len(settings), chunks, count)).astype(np.float32)
     used = 2
 
     def loss(unguided, head):
         logp, entropy = logprobs.chunked_logprobs(unguided, head, targets, used, 0.7)
-        kls = [logprobs.chunked_kl(guided, unguided, head, used, direction) for direction in ("forward", "reverse")]
+        kls = [logprobs.chunked_kl(guided, unguided, head, used, *setting) for setting in settings]
         per_token = sum((w * x).sum() for w, x in zip(weight, (logp, entropy, *kls), strict=True))
         sums = [
             logprobs.logprobs_loss(lambda logp, h, w: w * logp * h, unguided, head, targets, used, weight[0]),
-            *(logprobs.kl_loss(lambda kl, w: w * kl**2, guided, unguided, head, used, weight[1], direction)
-              for direction in ("forward", "reverse")),
+            *(logprobs.kl_loss(lambda kl, w: w * kl**2, guided, unguided, head, used, weight[1], *setting)
+              for setting in settings),
         ]  # fmt: skip
         return per_token + sum(loss for loss, _ in sums), (logp, entropy, *kls, sums)
 
@@ -470,4 +497,8 @@ def test_devices_share_positions_and_vocabulary(shape):
         actual = compiled(*placed)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected)
     inside = [line for line in compiled.as_text().splitlines() if "while/body" in line and " all-" in line]
-    assert not [line for line in inside if f"{size},{vocabulary // shape[2]}]" in line or "all-gather" in line]
+    assert not [line for line in inside if f"{size},{vocabulary // shape[2]}]" in line]
+    # What is gathered is a position's likeliest tokens, or the mass of its tail: no more from each device.
+    parts = {1, *(min(k, vocabulary // shape[2]) for _, _, k in settings)}
+    gathered = {int(re.search(r"= f32\[\d+,(\d+)]", line)[1]) for line in inside if "all-gather" in line}
+    assert gathered <= {shape[2] * part for part in parts}

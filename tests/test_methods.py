@@ -20,7 +20,7 @@ from sgpo_jax.train_step import init_state, make_update
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINED = [name for name in METHODS if name != "sft"]
-DELTA = 2.2
+DELTA, BETA, K = 2.2, 0.3, 4
 
 
 def method_batch(name) -> Batch:
@@ -35,13 +35,26 @@ def method_batch(name) -> Batch:
         # One expert is wrong, as its answer is graded like any other.
         guided = guided._replace(rewards=jnp.array([1.0, 1.0, 1.0, 0.0])[:, None])
         return batch._replace(guided=guided, guided_prompts=None)
+    if name == "self_strategies":
+        return without_strategy(batch, [0, 1])
     return batch
+
+
+def without_strategy(batch, problems):
+    """The guided prompts of these problems are their unguided ones, padded to their own length."""
+    spare = batch.guided_prompts.tokens.shape[1] - batch.prompts.tokens.shape[1]
+    plain = [jnp.pad(x, ((0, 0), (spare, 0))) for x in batch.prompts]
+    chosen = jnp.isin(jnp.arange(B), jnp.array(problems))[:, None]
+    mixed = [jnp.where(chosen, own, given) for own, given in zip(plain, batch.guided_prompts, strict=True)]
+    return batch._replace(guided_prompts=batch.guided_prompts._make(mixed))
 
 
 def settings_of(name, **changes):
     """(of pack_batch, of make_update), by way of the config as in a run."""
     config = configs.base()
     config.rl.delta = DELTA
+    config.rl.beta = BETA
+    config.rl.kl_top_k = K
     config.rl.max_new_tokens = T
     select(config, name)
     config.rl.update(changes)
@@ -133,12 +146,27 @@ def dense_target_loss(name, params, old_params, batch, b):
         if name == "direct_sft":
             distance = -unguided[np.arange(length), tokens[:length]]
         else:
-            p, q = (unguided, guided) if name == "reverse_kl" else (guided, unguided)
-            distance = (jnp.exp(p) * (p - q)).sum(-1)
+            distance = dense_distance(name, guided, unguided)
             if name not in ("no_kl_clip", "no_proximal"):
                 distance = jnp.where(distance <= DELTA, distance, 0.0)
         total += distance.sum() / length
     return alpha * total / len(responses)
+
+
+def dense_distance(name, guided, unguided):
+    """`[length]`, of log-probabilities `[length,V]` of both sides."""
+
+    def kl(log_p, log_q):
+        return (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+
+    if name == "jensen_shannon":
+        mixture = jnp.log((1 - BETA) * jnp.exp(unguided) + BETA * jnp.exp(guided))
+        return (1 - BETA) * kl(unguided, mixture) + BETA * kl(guided, mixture)
+    if name == "top_k_kl":
+        top, places = jax.lax.top_k(guided, K)
+        sides = jnp.exp(top), jnp.exp(jnp.take_along_axis(unguided, places, axis=-1))
+        return kl(*(jnp.log(jnp.concatenate([x, 1 - x.sum(-1, keepdims=True)], -1)) for x in sides))
+    return kl(unguided, guided) if name == "reverse_kl" else kl(guided, unguided)
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -150,6 +178,20 @@ def test_the_update_is_the_gradient_of_the_methods_equation(name):
     np.testing.assert_allclose(metrics["loss"], loss, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["sgpo", "reverse_kl", "jensen_shannon", "top_k_kl"])
+def test_the_distillation_alone_equals_its_equation(name):
+    params, batch = make_params(), method_batch(name)
+    expected = sum(dense_target_loss(name, params, params, batch, b) for b in range(B)) / B
+    _, metrics = updated(name, batch, params)
+    assert expected > 0.01
+    np.testing.assert_allclose(metrics["loss_kd"], expected, rtol=1e-4)
+
+
+def test_a_distillation_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="divergence='kl': must be one of 'forward_kl', 'reverse_kl'"):
+        updated("sgpo", method_batch("sgpo"), make_params(), distillation="kl")
+
+
 def test_the_methods_differ_on_this_batch():
     """So that none of the comparisons above would pass for another method."""
     params = make_params()
@@ -157,6 +199,22 @@ def test_the_methods_differ_on_this_batch():
     shares = updated("sgpo", method_batch("sgpo"), params)[1]["kl_clip_share"]
     assert 0.2 < shares < 0.8, "the clip must act on some tokens"
     assert len({round(norm, 5) for norm in norms.values()}) == len(TRAINED), norms
+
+
+@pytest.mark.parametrize("name", ["self_strategies", "fixed_weight", "direct_sft", "no_target_selection"])
+def test_problems_without_a_strategy_are_not_distilled(name):
+    """Bit for bit, whatever alpha, the loss and the choice of targets are."""
+    params, batch = make_params(), method_batch("sgpo")
+    alone, _ = updated("grpo", batch._replace(guided=None, guided_prompts=None), params)
+    given, metrics = updated(name, batch, params)
+    assert metrics["loss_kd"] > 0 and not same(given, alone), "with strategies there is something to distil"
+    state, metrics = updated(name, without_strategy(batch, range(B)), params)
+    assert metrics["loss_kd"] == 0 and same(state, alone)
+
+
+def same(first, second):
+    leaves = zip(*(jax.tree.leaves(state.params) for state in (first, second)), strict=True)
+    return all(np.array_equal(a, b) for a, b in leaves)
 
 
 @pytest.mark.parametrize("name", ["luffy", "hpt", "no_target_selection"])

@@ -66,7 +66,7 @@ def test_calls_of_the_papers_recipe():
     # 44 of 128. Ten epochs each. The 283 make 5 batches, once an epoch. The sets, before and after RL, in batches of
     # 64: 8 and 11 with 4 samples, 1 and 1 with 32.
     config = configs.paper("Qwen/Qwen2.5-7B-Instruct", tensor=4)
-    assert recipe.calls(config, ASSUMED) == recipe.Calls(390, 50, 440, {4: 38, 32: 4})
+    assert recipe.calls(config, ASSUMED) == recipe.Calls(390, 50, 440, 0, {4: 38, 32: 4})
 
 
 def test_calls_of_other_recipes():
@@ -78,7 +78,12 @@ def test_calls_of_other_recipes():
     config.eval.sets = ConfigDict({"ours": {"source": "rows", "samples": 2}})
     found = recipe.calls(config, ASSUMED._replace(eval_problems=130))
     # Validated six times (1190 steps by 200) in 14 batches; three evaluations (after 20, 40 and 50) of 3 batches.
-    assert found == recipe.Calls(1190, 6 * 14, 50, {2: 9})
+    assert found == recipe.Calls(1190, 6 * 14, 50, 0, {2: 9})
+    config.rl.guide = "self"  # 8500 problems in batches of 128, the last one filled up
+    assert recipe.calls(config, ASSUMED._replace(eval_problems=130)) == found._replace(own_strategies=67)
+    config.rl.guided = 0
+    assert recipe.calls(config, ASSUMED._replace(eval_problems=130)) == found
+    config.rl.update({"guide": "strategy", "guided": 4})
     config.stages = ("rl", "eval")
     config.eval.guided = True
     found = recipe.calls(config, ASSUMED._replace(eval_problems=130))
@@ -346,6 +351,19 @@ def test_updates_are_planned_with_the_runs_chunks(tiny):
     of_sft, of_rl = (next(p for p in found if p.name == name).trace.args[1] for name in ("SFT update", "update"))
     assert of_sft[1].shape == (1, 4, 128, 6)
     assert of_rl.autonomous_tokens.shape == (8, 4, 128, 6)
+
+
+@pytest.mark.parametrize(("guided", "calls"), [(4, 5), (0, None)])
+def test_own_strategies_are_planned(tiny, guided, calls):
+    """40 problems in batches of 8: a few responses to each, and one reply."""
+    changes = {"rl.guide": "self", "rl.self_tries": 3, "rl.guided": guided, "sft.train": "rows"}
+    assumed = Assumed(4, 4, problems=40)
+    found = {p.name: p for p in programs.programs(small_run(**changes), tiny, sharding.make_mesh(1, 8, 1), assumed)}
+    own = [found.get(name) for name in ("own responses", "own strategies")]
+    assert [each and each.calls for each in own] == [calls, calls]
+    assert ("guided group" in found) == bool(guided)
+    if guided:
+        assert own[0].tokens == pytest.approx(3 * own[1].tokens, rel=0.05)
 
 
 def test_meshes_divide_heads_and_batches(tiny):

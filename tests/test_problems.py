@@ -1,9 +1,13 @@
+import hashlib
+import json
 import re
 from collections import Counter, defaultdict
+from itertools import combinations, product
 
 import pytest
 
-from sgpo_jax.problems import arithmetic, gym
+from sgpo_jax import leakage, prompts, rewards, self_strategies
+from sgpo_jax.problems import arithmetic, gym, logic
 
 FORM = re.compile(r"Problem type: [^:]+\. Strategy: [^:]+\. Steps: \(a\) [^()]+ \(b\) [^()]+( \([c-e]\) [^()]+)*")
 OPERATIONS = {  # written again, independently of the package
@@ -127,6 +131,40 @@ def test_pretraining_rows():
     assert sum(agreement[False]) / len(agreement[False]) == pytest.approx(0.7, abs=0.02)
 
 
+def test_rows_that_teach_to_write_strategies():
+    """Some rows become them, the others stay; what is shown is what `prompts.own_strategy` shows."""
+    plain, rows = arithmetic.pretraining(2000, 3), arithmetic.pretraining(2000, 3, writing=0.25)
+    writing = [row for row in rows if "Strategy:" in row["problem"]]
+    assert len(writing) / len(rows) == pytest.approx(0.25, abs=0.04)
+    right = {f"{kind} {family}": methods for (family, kind), methods in arithmetic.right_methods().items()}
+    agreement, drawn = [], defaultdict(set)
+    for before, row in zip(plain, rows, strict=True):
+        assert row["id"] == before["id"]
+        if row not in writing:
+            assert row == before
+            continue
+        problem, solution, request = row["problem"].split("\n\n")
+        methods = methods_of(solution)
+        assert problem == before["problem"] and request == "Strategy:" and "strategy" not in row
+        assert prompts.user_turn(row["problem"], None, "") == prompts.own_strategy(problem, solution, bare=True)
+        assert row["answer"] == "".join(
+            str(OPERATIONS[m](*p)) for m, p in zip(methods, pairs_of(before), strict=True)
+        ) and solution.endswith(f"\\boxed{{{row['answer']}}}")
+        assert methods_of(row["solution"]) == methods and type_of(before) in row["solution"]
+        parsed = self_strategies.read(row["solution"], "stop", problem, row["answer"], solution)
+        assert parsed == (row["solution"], "", ""), "what it learns to write passes the checks as it is"
+        agreement += [m == r for m, r in zip(methods, right[type_of(before)], strict=True)]
+        drawn[row["source"]].add(methods)
+    assert sum(agreement) / len(agreement) == pytest.approx(0.5, abs=0.04), "nothing is learnt about types"
+    assert {len(methods) for methods in drawn.values()} == {8}
+
+
+def test_without_them_the_rows_are_what_they_were():
+    text = json.dumps(arithmetic.pretraining(500, 3)).encode()
+    assert hashlib.sha256(text).hexdigest()[:16] == "b2c397abb82fbfde"
+    assert arithmetic.pretraining(500, 3, writing=0.0) == arithmetic.pretraining(500, 3)
+
+
 @pytest.mark.parametrize(("competing", "stages"), [(2, 1), (3, 2), (4, 3), (4, 1)])
 def test_a_world_of_other_size(competing, stages):
     """Chains of `stages`, each with `competing` methods that all give other digits, one of them right for the type."""
@@ -205,6 +243,7 @@ def test_pretraining_extremes():
         (lambda: arithmetic.problems(1, 0, "test"), "split is 'test'; allowed: train, eval"),
         (lambda: arithmetic.pretraining(1, 0, preference=1.1), "preference is 1.1; allowed"),
         (lambda: arithmetic.pretraining(1, 0, guided_share="half"), "guided_share is 'half'; allowed"),
+        (lambda: arithmetic.pretraining(1, 0, writing=-0.1), "writing is -0.1; allowed: a number from 0 to 1"),
     ],
 )
 def test_wrong_arguments_of_the_world(call, message):
@@ -301,6 +340,174 @@ def test_gym_splits_never_share_a_problem(rg):
     assert not train & held_out and len(train) > 120 and len(held_out) >= 15
 
 
+def claim(statement, kinds):
+    """A statement's truth, by another way than the package's: as an expression of Python."""
+
+    def written(part):
+        match part:
+            case ("telling-truth", i):
+                return str(kinds[i])
+            case ("lying", i):
+                return f"(not {kinds[i]})"
+            case ("not", inner):
+                return f"(not {written(inner)})"
+            case (("and" | "or") as word, *parts):
+                return f"({f' {word} '.join(map(written, parts))})"
+            case ("->", a, b):
+                return f"({written(a)} <= {written(b)})"
+            case ("<=>", a, b):
+                return f"({written(a)} == {written(b)})"
+
+    return eval(written(statement))
+
+
+def value(said):
+    """What a statement comes to whose parts are replaced by true and false."""
+    text = re.sub("true|false", lambda match: match[0].capitalize(), said)
+    text = re.sub(" if and only if ", " == ", text).replace(" then ", " <= ")
+    return eval(re.sub(r"not (\w+|\([^()]*\))", r"(not \1)", text.replace("if ", "")))
+
+
+@pytest.mark.parametrize(("people", "depth", "width"), [(2, 2, 2), (3, 2, 2), (2, 3, 3), (3, 3, 3)])
+def test_knights_and_knaves_by_brute_force(rg, people, depth, width):
+    """The only case without contradiction is ours, reasoning-gym gives it full marks, and every step is true."""
+    options = {"n_people": people, "depth_constraint": depth, "width_constraint": width}
+    dataset = rg.create_dataset("knights_knaves", size=150, seed=3, **options)
+    family, first, substituted = gym.FAMILIES["knights_knaves"], Counter(), Counter()
+    for item in dataset:
+        metadata = item["metadata"]
+        names, statements, terms = metadata["names"], metadata["statements"], metadata["knight_knave_terms"]
+        consistent = [
+            kinds
+            for kinds in product([True, False], repeat=people)
+            if all(claim(said, kinds) == kind for said, kind in zip(statements, kinds, strict=True))
+        ]
+        (kinds,) = consistent
+        words = [terms["knight"] if kind else terms["knave"] for kind in kinds]
+        answer, steps = family.solve(metadata)
+        problem, gold = family.read(item)
+        assert answer == f"\\text{{{' '.join(words)}}}" == gold
+        asked = item["question"]
+        for name, ours in zip(names, logic.NAMES, strict=False):
+            assert not re.search(rf"\b{name}\b", problem)
+            asked = re.sub(rf"\b{name}\b", ours, asked)
+        told = asked[asked.index(f"and {logic.NAMES[people - 1]}. ") :].partition(". ")[2].partition(" So who is ")[0]
+        knight, knave = terms["Knight"], terms["knave"]
+        assert problem.startswith(f"{knight}s always tell the truth, and {knave}s always lie. {told} Say ")
+        sentence = ", and ".join(f"{name} is a {word}" for name, word in zip(names, words, strict=True))
+        assert dataset.score_answer(sentence, item) == 1.0
+        hints = family.hints({name: value for name, value in metadata.items() if name != "solution"})
+        for line in steps.split(". "):
+            case, found, verdict = re.fullmatch(r"([a-z ]+): (.*); (contradiction|consistent)\.?", line).groups()
+            supposed = [word == terms["knight"] for word in case.split()]
+            told = [re.fullmatch(r"(\w+) says (?:(.*), )?(true|false)", part).groups() for part in found.split("; ")]
+            assert told[0][0] == hints["islander"]
+            agree = []
+            for name, said, truth in told:
+                i = logic.NAMES.index(name)
+                assert claim(statements[i], supposed) == (truth == "true")
+                assert said is None or value(said) == (truth == "true")
+                substituted.update([said])
+                agree.append((truth == "true") == supposed[i])
+            assert all(agree[:-1]) and agree[-1] == (verdict == "consistent")
+        assert verdict == "consistent" and supposed == list(kinds) and len(told) == people
+        first[logic.NAMES.index(hints["islander"])] += 1
+    assert set(first) == set(range(people)), "whom to suppose first depends on the puzzle"
+    assert {f"true {word} false" for word in ("and", "or", "if and only if")} < set(substituted)
+
+
+def test_knights_and_knaves_by_hand(rg):
+    """Ann: Bob lies. Bob: if Ann tells the truth, I lie. Bob's words leave one case, Ann's two."""
+    metadata = {
+        "statements": (("lying", 1), ("->", ("telling-truth", 0), ("lying", 1))),
+        "knight_knave_terms": {"knight": "sage", "knave": "fool", "a_knight": "a sage", "a_knave": "a fool"},
+    }
+    steps = (
+        "sage sage: Bob says if true then false, false; contradiction. "
+        "fool sage: Bob says if false then false, true; Ann says false; consistent."
+    )
+    assert logic.begin(metadata) == {"islander": "Bob", "knight": "a sage"}
+    assert logic.knights_knaves(metadata) == ("\\text{fool sage}", steps)
+    # Each alone leaves two cases, both together none: the one met first begins, and there is no answer.
+    metadata["statements"] = (("lying", 1), ("telling-truth", 0))
+    assert logic.begin(metadata)["islander"] == "Ann" and logic.knights_knaves(metadata) is None
+    with pytest.raises(ValueError, match="statement .'xor', .*; allowed: and, or, not, "):
+        logic.begin({**metadata, "statements": (("xor", 0, 1), ("lying", 0))})
+
+
+def mended(string):
+    """The fewest swaps to an alternating string, by trying all of them, or -1."""
+    reached, swaps = {string}, 0
+    while reached:
+        if any("00" not in s and "11" not in s for s in reached):
+            return swaps
+        pairs = list(combinations(range(len(string)), 2))
+        further = {s[:i] + s[j] + s[i + 1 : j] + s[i] + s[j + 1 :] for s in reached for i, j in pairs}
+        if further <= reached:
+            return -1
+        reached, swaps = reached | further, swaps + 1
+
+
+def test_binary_alternation_by_brute_force(rg):
+    dataset = rg.create_dataset("binary_alternation", size=200, seed=3, min_n=2, max_n=8, p_solvable=0.7)
+    found = Counter()
+    for item in dataset:
+        answer, steps = gym.FAMILIES["binary_alternation"].solve(item["metadata"])
+        assert int(answer) == mended(item["metadata"]["string"])
+        assert dataset.score_answer(answer, item) == 1.0
+        found[answer] += 1
+    assert len(found) >= 4 and found["-1"] > 20
+    assert logic.binary_alternation({"string": "1100"}) == (
+        "1", "2 of 1. 2 of 0. From 1: 1010, 2 wrong, 2 / 2 = 1. From 0: 0101, 2 wrong, 2 / 2 = 1."
+    )  # fmt: skip
+    assert logic.binary_alternation({"string": "00110"}) == (
+        "1", "2 of 1. 3 of 0. From 0: 01010, 2 wrong, 2 / 2 = 1."
+    )  # fmt: skip
+    assert logic.binary_alternation({"string": "1000"}) == ("-1", "1 of 1. 3 of 0. 3 - 1 > 1.")
+
+
+@pytest.mark.parametrize("people", [2, 3])
+def test_the_verifier_on_puzzles(rg, people):
+    """Of all 4 or 8 answers one passes, and none in a form that changes the order."""
+    for row in gym.problems("knights_knaves", 20, 1, n_people=people):
+        pair = re.search('Say "(.*)" or "(.*)" for Ann', row["problem"]).groups()
+        right = row["answer"].removeprefix("\\text{").removesuffix("}")
+        answers = [" ".join(words) for words in product(pair, repeat=people)]
+        verdicts = rewards.score([f"so \\boxed{{{answer}}}" for answer in answers], [row["answer"]] * len(answers))
+        assert [answer for answer, verdict in zip(answers, verdicts, strict=True) if verdict.reward] == [right]
+        backwards = right.split()[::-1]
+        forms = ["({})({})", "{}*{}", "{},{}", "{} \\cdot {}", "\\text{{{}}}\\text{{{}}}"]
+        if people == 2 and len(set(backwards)) == 2:
+            texts = [f"\\boxed{{{form.format(*backwards)}}}" for form in forms]
+            assert not any(verdict.reward for verdict in rewards.score(texts, [row["answer"]] * len(forms)))
+        assert rewards.score([row["solution"]], [row["answer"]])[0].outcome == "correct"
+
+
+@pytest.mark.parametrize("family", ["knights_knaves", "binary_alternation"])
+def test_strategies_of_the_second_domain_give_nothing_away(rg, family):
+    rows = gym.problems(family, 100, 6)
+    for row in rows:
+        assert leakage.find(row["strategy"], row["problem"], row["answer"], row["solution"]) == ("", "")
+    # Two islanders to begin with, seven pairs of words.
+    assert len({row["strategy"] for row in rows}) == {"knights_knaves": 14, "binary_alternation": 1}[family]
+
+
+@pytest.mark.parametrize("family", ["knights_knaves", "binary_alternation"])
+def test_splits_of_the_second_domain(rg, family):
+    train, held_out = (
+        {row["problem"] for seed in range(2) for row in gym.problems(family, 200, seed, split)} for split in gym.SPLITS
+    )
+    assert not train & held_out and len(train) > 300 < len(held_out)
+
+
+def test_a_share_of_the_rows_has_its_strategy(rg):
+    whole = gym.problems("knights_knaves", 400, 1)
+    rows = gym.problems("knights_knaves", 400, 1, guided_share=0.25)
+    assert 60 < sum("strategy" in row for row in rows) < 140
+    assert all(row | {"strategy": full["strategy"]} == full for row, full in zip(rows, whole, strict=True))
+    assert not any("strategy" in row for row in gym.problems("gcd", 50, 1, guided_share=0.0))
+
+
 def test_neighbouring_seeds_give_different_problems(rg):
     first, second = ({row["problem"] for row in gym.problems("leg_counting", 100, seed)} for seed in (1, 2))
     assert not first & second
@@ -316,6 +523,13 @@ def test_neighbouring_seeds_give_different_problems(rg):
         (("gcd", 1, 0), {"size": 3}, "option 'size'"),
         (("gcd", 1, 0), {"max_value": 3.5}, "max_value of gcd is 3.5; allowed: int"),
         (("gcd", 1, 0), {"min_value": 9, "max_value": 3}, "options .* of gcd"),
+        (("gcd", 1, 0), {"guided_share": 1.5}, "guided_share is 1.5; allowed: a number from 0 to 1"),
+        (("gcd", 1, 0), {"guided_share": True}, "guided_share is True; allowed"),
+        (("knights_knaves", 1, 0), {"n_people": 1}, "n_people of knights_knaves is 1; allowed: from 2 to 3"),
+        (("knights_knaves", 1, 0), {"n_people": 4}, "n_people of knights_knaves is 4; allowed"),
+        (("knights_knaves", 1, 0), {"depth_constraint": 1}, "depth_constraint of knights_knaves is 1; allowed"),
+        (("knights_knaves", 1, 0), {"width_constraint": 4}, "width_constraint of knights_knaves is 4; allowed"),
+        (("binary_alternation", 1, 0), {"p_solvable": 2.0}, "options .* of binary_alternation"),
         (("gcd", 100, 0), {"max_value": 3}, "count is 100, but gcd .* gave only [0-9]+ different"),
     ],
 )

@@ -20,5 +20,11 @@ def test_empty_instruction_leaves_no_trace():
     assert prompts.user_turn("2 + 3", "add", "") == "Strategy:\nadd\n\nProblem:\n2 + 3"
 
 
+def test_the_student_is_asked_as_the_strong_model_is():
+    assert prompts.own_strategy("2 + 3", "It is \\boxed{5}.") == prompts.extraction("2 + 3", "It is \\boxed{5}.")
+    bare = prompts.own_strategy("2 + 3", "It is \\boxed{5}.", bare=True)
+    assert bare == "Problem:\n2 + 3\n\nIt is \\boxed{5}.\n\nStrategy:"
+
+
 def test_texts_are_not_interpreted():
     assert prompts.user_turn("{x} %s \\n", "{0}", "{y}") == "Strategy:\n{0}\n\nProblem:\n{x} %s \\n\n\n{y}"

@@ -2,12 +2,15 @@ import json
 from datetime import datetime
 from importlib.util import find_spec
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sgpo_jax import prompts, tokenizer
+from sgpo_jax import data, policy, prompts, tokenizer
+from sgpo_jax.models import huggingface, init
 from sgpo_jax.problems import arithmetic
 
 LLAMA = (
@@ -161,6 +164,14 @@ def test_world_texts_are_encoded_without_loss(world):
     assert seen == set(range(len(world))) - {unknown, pad}  # nothing unknown, nothing superfluous
 
 
+def test_the_world_has_the_words_to_write_strategies(world):
+    for row in arithmetic.pretraining(640, 3, writing=1.0):
+        prompt = tokenizer.encode_prompt(world, row["problem"], None, "")
+        response = tokenizer.encode_response(world, row["solution"], world.eos_token_id)
+        assert len(prompt) <= 64 and len(response) <= 28 and world.unk_token_id not in prompt + response
+        assert world.decode(prompt) == f"<|user|>{prompts.user_turn(row['problem'], None, '')}<|assistant|>"
+
+
 def test_world_tokens(world):
     ids = tokenizer.encode_response(world, "(a) sum 3 4 = 7. \\boxed{7}", 1)
     assert world.convert_ids_to_tokens(ids) == [
@@ -213,3 +224,80 @@ def test_a_piece_keeps_the_space_that_only_the_first_token_of_a_text_loses():
     backend = Tokenizer(models.WordLevel({"▁x": 0, "▁+": 1, "▁yy": 2}, unk_token="▁x"))
     backend.decoder = decoders.Metaspace()
     assert tokenizer.pieces(PreTrainedTokenizerFast(tokenizer_object=backend), [0, 1, 2]) == ["x", " +", " yy"]
+
+
+# The words of a source
+
+
+def of_source(source, instruction=""):
+    shape = {"layers": 1, "hidden": 16, "heads": 2, "mlp": 16, "dtype": jnp.float32}
+    return policy.load("scratch", f"words:{source}", **shape, instruction=instruction)[0]
+
+
+def test_words_are_tokens_with_the_space_before_them():
+    tok = tokenizer.words(["Ann has 12 hens.", "x =  y", "\\boxed{12}\n\n"])
+    special = ["<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<unk>"]
+    words = ["\n\n", " ", " 1", " =", " \\boxed{", " has", " hens", " y", ".", "1", "2", "Ann", "\\boxed{", "x", "}"]
+    assert tok.convert_ids_to_tokens(range(len(tok))) == special + [w for w in words if w != " \\boxed{"]
+    assert tokenizer.words(["x =  y", "\\boxed{12}\n\n", "Ann has 12 hens."]).get_vocab() == tok.get_vocab()
+    for text in ("Ann has 12 hens.", "x =  y.", "12\n\n\\boxed{2 =", "21 has = y"):
+        ids = tokenizer.encode_response(tok, text, 1)
+        assert tok.unk_token_id not in ids and tokenizer.decode(tok, ids, len(ids)) == text
+    ids = tokenizer.encode_response(tok, "Ann sees 12 hens", 1)
+    assert ids.count(tok.unk_token_id) == 1 and tokenizer.decode(tok, ids, len(ids)) == "Ann 12 hens"
+
+
+@pytest.mark.parametrize("instruction", ["", prompts.INSTRUCTION])
+def test_the_words_of_a_file_and_of_its_prompts(tmp_path, instruction):
+    """Also of the template, whether or not a row has a strategy, so that both prompts can be read."""
+    file = tmp_path / "rows.jsonl"
+    row = {"id": "1", "question": "Add 3 and 4.", "answer": "7", "solution": "3 + 4 = 7. \\boxed{7}"}
+    file.write_text(json.dumps(row))
+    tok = of_source(f"{file}?problem=question", instruction).tokenizer
+    for strategy in (None, "Add."):
+        prompt = tokenizer.encode_prompt(tok, "Add 4 and 3.", strategy, instruction)
+        turn = prompts.user_turn("Add 4 and 3.", strategy, instruction)
+        assert tok.decode(prompt) == f"<|user|>{turn}<|assistant|>" and tok.unk_token_id not in prompt
+    response = tokenizer.encode_response(tok, row["solution"], 1)
+    assert tokenizer.decode(tok, response, len(response)) == row["solution"]
+    assert tok.unk_token_id in tokenizer.encode_prompt(tok, "Sum 3 and 4.", None, instruction)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nothing:here", r"tokenizer 'words:nothing:here': source 'nothing:here'; allowed: a .jsonl"),
+        ("arithmetic:test,count=5", r"tokenizer 'words:arithmetic:test,count=5': source .* exactly one of"),
+        ("arithmetic:train,count=0", r"tokenizer 'words:arithmetic:train,count=0': count is 0"),
+    ],
+)
+def test_words_of_a_source_that_cannot_be_read(source, message):
+    with pytest.raises(ValueError, match=message):
+        of_source(source)
+
+
+def test_puzzles_in_their_words(tmp_path):
+    """Held-out puzzles have the words of the training ones; an exported model is what transformers loads."""
+    pytest.importorskip("reasoning_gym")
+    chosen = of_source("reasoning_gym:knights_knaves,n_people=2,count=600;reasoning_gym:binary_alternation,count=50")
+    tok = chosen.tokenizer
+    rows = data.load("reasoning_gym:knights_knaves,n_people=2,count=64,split=eval")
+    for row in rows + data.load("reasoning_gym:binary_alternation,count=20,split=eval"):
+        prompt = tokenizer.encode_prompt(tok, row["problem"], row["strategy"], "")
+        assert tok.decode(prompt) == f"<|user|>{prompts.user_turn(row['problem'], row['strategy'], '')}<|assistant|>"
+        response = tokenizer.encode_response(tok, row["solution"], 1)
+        assert tokenizer.decode(tok, response, len(response)) == row["solution"]
+        assert tok.unk_token_id not in prompt + response
+    params = init(jax.random.key(0), chosen.config)
+    folder = tmp_path / "model"
+    huggingface.save(folder, params, chosen.config, tokenizer=tok, stop_ids=chosen.stop_ids, dtype="float32")
+    again = tokenizer.load(str(folder))
+    for row in rows:
+        prompt = tokenizer.encode_prompt(tok, row["problem"], row["strategy"], "")
+        assert tokenizer.encode_prompt(again, row["problem"], row["strategy"], "") == prompt
+    assert tokenizer.stop_ids(again, folder) == chosen.stop_ids
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch", reason="needs the extra 'parity'")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        assert model(torch.tensor([prompt])).logits.shape == (1, len(prompt), len(tok))

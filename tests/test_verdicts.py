@@ -65,7 +65,7 @@ def test_every_claim_and_table_is_about_methods_that_exist():
     named = {method for claim in verdicts.CLAIMS for method in (claim.better, claim.worse)}
     shown = {method for _, methods in verdicts.TABLES.values() for method in methods}
     assert named <= set(METHODS) and shown == set(METHODS)
-    assert {claim.table for claim in verdicts.CLAIMS} == set(verdicts.TABLES)
+    assert {claim.table for claim in verdicts.CLAIMS} == set(verdicts.TABLES) - {"Beyond the paper"}
 
 
 def test_the_best_rate():

@@ -230,7 +230,13 @@ def problems(
 
 
 def pretraining(
-    count: int, seed: int, preference: float = 0.6, guided_share: float = 0.5, competing: int = 2, stages: int = 3
+    count: int,
+    seed: int,
+    preference: float = 0.6,
+    guided_share: float = 0.5,
+    competing: int = 2,
+    stages: int = 3,
+    writing: float = 0.0,
 ) -> list[dict]:
     """Rows that make a base model from scratch: able to calculate and to follow a strategy, with
     only a weak idea of which method is right.
@@ -245,6 +251,9 @@ def pretraining(
             of one competing method per stage, and the solution follows it: the model learns to
             follow strategies, and learns nothing from them about types.
         competing, stages: as in `problems`.
+        writing: probability that a row, guided or not, becomes one that teaches to write strategies: its
+            problem shows a problem with a solution by random methods, as `prompts.own_strategy` does,
+            and its solution is the strategy that names them. The other rows stay as they are without.
 
     Returns:
         Rows as `problems` gives them, `strategy` absent in the unguided ones; `answer` is what the
@@ -253,8 +262,8 @@ def pretraining(
     Raises:
         ValueError: an argument outside what is allowed.
     """
-    _check_shares(preference=preference, guided_share=guided_share)
-    rng = random.Random(f"pretraining/{seed}")
+    _check_shares(preference=preference, guided_share=guided_share, writing=writing)
+    rng, writers = random.Random(f"pretraining/{seed}"), random.Random(f"writing/{seed}")
     rows = []
     for draw in _draws(count, rng, "train", competing, stages):
         guided = rng.random() < guided_share
@@ -270,8 +279,21 @@ def pretraining(
         }
         if guided:
             row["strategy"] = strategy_text(draw.family, draw.kind, methods)
-        rows.append(row)
+        rows.append(_writing_row(row, draw, competing, writers) if writers.random() < writing else row)
     return rows
+
+
+def _writing_row(row: dict, draw: _Draw, competing: int, rng: random.Random) -> dict:
+    """The row with a problem and a solution by random methods as its problem, their strategy as its solution."""
+    methods = tuple(rng.choice(among) for among in choices(draw.family, competing)[: len(draw.pairs)])
+    answer, solution = solve(draw.pairs, methods)
+    return {
+        "id": row["id"],
+        "problem": f"{draw.text}\n\n{solution}\n\nStrategy:",
+        "answer": answer,
+        "solution": strategy_text(draw.family, draw.kind, methods),
+        "source": row["source"],
+    }
 
 
 def _check_whole(**fields: tuple[int, int, int]) -> None:

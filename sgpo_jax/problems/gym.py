@@ -7,9 +7,15 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
+from sgpo_jax.problems import logic
+
 SPLITS = ("train", "eval")
 _EVAL_SHARE = 1 / 8
 _MAX_ROUNDS = 20
+
+
+def _as_asked(item: dict) -> tuple[str, str]:
+    return item["question"].strip(), item["answer"]
 
 
 class Family(NamedTuple):
@@ -18,10 +24,16 @@ class Family(NamedTuple):
     strategy: the three-part strategy; names the method, without numbers.
     solve: metadata of a problem -> (answer, worked solution without the box), or None where the
         problem has no exact answer.
+    hints: metadata of a problem -> what takes the place of {names} in the strategy.
+    read: item -> (problem, answer), as shown to a model and as graded.
+    limits: least and largest value of options with which the generator comes to an end.
     """
 
     strategy: str
     solve: Callable[[dict], tuple[str, str] | None]
+    hints: Callable[[dict], dict[str, str]] = lambda metadata: {}
+    read: Callable[[dict], tuple[str, str]] = _as_asked
+    limits: dict[str, tuple[int, int]] = {}
 
 
 _OPERATORS: dict[type, tuple[str, Callable[[Fraction, Fraction], Fraction]]] = {
@@ -194,6 +206,30 @@ FAMILIES = {
         ),
         _gsm,
     ),
+    "knights_knaves": Family(
+        _strategy(
+            "truth-tellers and liars",
+            "distinction of cases, beginning with {islander}",
+            "suppose that {islander} is {knight}",
+            "check what {islander} says, then what the others say",
+            "where a statement contradicts its speaker, go on to the next case",
+        ),
+        logic.knights_knaves,
+        logic.begin,
+        logic.islanders,
+        {"n_people": (2, 3), "depth_constraint": (2, 3), "width_constraint": (2, 3)},
+    ),
+    "binary_alternation": Family(
+        _strategy(
+            "fewest swaps to make a binary string alternate",
+            "comparison with the alternating strings that have as many of each digit",
+            "count both digits; where they differ too much it cannot be done",
+            "write the alternating string that begins with the more frequent digit, or both where they are as frequent",
+            "count the places that differ; a swap mends a pair of them",
+            "take the smaller number of swaps",
+        ),
+        logic.binary_alternation,
+    ),
 }
 
 
@@ -219,13 +255,18 @@ def _dataset(family: str, size: int, seed: int, options: dict):
         if type(value) is not type(fields[name]):
             kind = type(fields[name]).__name__
             raise ValueError(f"option {name} of {family} is {value!r}; allowed: {kind} values")
+    for name, (low, high) in FAMILIES[family].limits.items():
+        if not low <= options.get(name, low) <= high:
+            raise ValueError(f"option {name} of {family} is {options[name]!r}; allowed: from {low} to {high}")
     try:
         return reasoning_gym.create_dataset(family, size=size, seed=seed, **options)
     except (AssertionError, TypeError, ValueError) as error:
         raise ValueError(f"options {options} of {family}: {error}") from error
 
 
-def problems(family: str, count: int, seed: int, split: str = "train", **options: object) -> list[dict]:
+def problems(
+    family: str, count: int, seed: int, split: str = "train", guided_share: float = 1.0, **options: object
+) -> list[dict]:
     """Problems of one reasoning-gym family with strategy and worked solution.
 
     A generated problem is used if its own worked solution arrives at reasoning-gym's answer. That
@@ -238,10 +279,11 @@ def problems(family: str, count: int, seed: int, split: str = "train", **options
         seed: any integer.
         split: "train" or "eval"; a problem's text decides which of the two it belongs to, so they
             never share a problem, whatever the seeds.
+        guided_share: probability that a row has its strategy; a warm-up on both kinds teaches both prompts.
         options: the family's own options, such as max_value.
 
     Returns:
-        Rows with id, problem, answer, strategy, solution (ends in \\boxed{answer}), source.
+        Rows with id, problem, answer, solution (ends in \\boxed{answer}), source and strategy.
 
     Raises:
         ValueError: an argument outside what is allowed, or options that give too few problems.
@@ -253,26 +295,30 @@ def problems(family: str, count: int, seed: int, split: str = "train", **options
         raise ValueError(f"split is {split!r}; allowed: {', '.join(SPLITS)}")
     if count < 1:
         raise ValueError(f"count is {count!r}; allowed: at least 1")
+    if isinstance(guided_share, bool) or not isinstance(guided_share, (int, float)) or not 0 <= guided_share <= 1:
+        raise ValueError(f"guided_share is {guided_share!r}; allowed: a number from 0 to 1")
+    kind = FAMILIES[family]
     rows: dict[str, dict] = {}
     for attempt in range(_MAX_ROUNDS):
         # reasoning-gym seeds item i with seed + i: neighbouring seeds would give the same items.
         spread_seed = _hash(f"{seed}/{attempt}")
         for item in _dataset(family, max(2 * count, 100), spread_seed, options):
-            text = item["question"].strip()
+            text, gold = kind.read(item)
             if (_hash(text) < _EVAL_SHARE * 2**48) != (split == "eval") or text in rows:
                 continue
-            solved = FAMILIES[family].solve(item["metadata"])
-            if solved is None or solved[0] != item["answer"]:
+            solved = kind.solve(item["metadata"])
+            if solved is None or solved[0] != gold:
                 continue
             answer, steps = solved
             rows[text] = {
                 "id": f"{family}/{_hash(text):012x}",
                 "problem": text,
                 "answer": answer,
-                "strategy": FAMILIES[family].strategy,
                 "solution": f"{steps} \\boxed{{{answer}}}",
                 "source": f"reasoning_gym/{family}",
             }
+            if _hash(f"guided/{text}") < guided_share * 2**48:
+                rows[text]["strategy"] = kind.strategy.format(**kind.hints(item["metadata"]))
             if len(rows) == count:
                 return list(rows.values())
     raise ValueError(
