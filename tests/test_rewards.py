@@ -358,7 +358,7 @@ def test_bombs_cost_their_time_and_nothing_else() -> None:
 @pytest.mark.slow
 def test_default_limit_is_six_seconds() -> None:
     score(boxed(["1+x"]), ["x+1"])
-    for bomb in BOMBS:
+    for bomb in BOMBS[::3]:
         start = time.monotonic()
         (verdict,) = score(boxed([bomb]), ["204"])
         assert verdict.reward == 0.0
