@@ -5,7 +5,7 @@
     python benchmarks/update.py --problems=8 --calls=0                   # only the compiler's memory
 
 Every side runs with its own default for recomputing activations (ours and TRL do, Tunix does not); `--stored` adds
-those that hold them, `--one_row` all three with one row at a time. Ours packs responses in rows and leaves out those
+those that hold them, `--one-row` all three with one row at a time. Ours packs responses in rows and leaves out those
 that are not filled, as many at a time as a micro-batch has. Peak memory is that of the process, seen from outside, the
 loading of weights included.
 """
@@ -43,7 +43,7 @@ def main() -> None:
         cache=(str(common.CACHE), "folder of the peers' environments"),
     )  # fmt: skip
     parser.add_argument("--stored", action="store_true", help="also with all activations held")
-    parser.add_argument("--one_row", action="store_true", help="also with one row at a time")
+    parser.add_argument("--one-row", action="store_true", help="also with one row at a time")
     flags = parser.parse_args()
     shape = workload.shape(flags.shape)
     chosen = [s for s in sides(flags.stored, flags.one_row) if not flags.sides or s.name in flags.sides.split(",")]
