@@ -104,15 +104,20 @@ def test_few_slot_steps_are_idle(run, at_once):
 def test_the_last_responses_decode_in_fewer_slots(at_once):
     rollout, slot_steps = at_once
     going = [(rollout.lengths > step).sum() for step in range(NEW + 1)]
-    widths = [going[0], going[0] // 2, going[0] // 4]
+    widths = [going[0], going[0] // 4, going[0] // 16]
     ends = [next(step for step in range(NEW) if going[step] <= width) for width in widths[1:]]
     steps = np.diff([0, *ends, rollout.lengths.max()])
     assert all(steps) and slot_steps == np.dot(widths, steps)
 
 
-@pytest.mark.parametrize(("slots", "fewer"), [(512, 128), (64, 16), (63, 31), (32, 16), (16, 8), (15, 0), (1, 0)])
-def test_how_many_slots_the_last_responses_take(slots, fewer):
-    assert narrowed(slots) == fewer
+@pytest.mark.parametrize(
+    ("slots", "widths"), [(512, [128, 32, 8, 2]), (64, [16, 4]), (32, [8, 2]), (31, []), (8, []), (1, [])]
+)
+def test_how_many_slots_the_last_responses_take(slots, widths):
+    found = [slots]
+    while found[-1]:
+        found.append(narrowed(found[-1], slots))
+    assert found == [slots, *widths, 0]
 
 
 def test_new_prompts_and_noise_compile_nothing(run):

@@ -23,7 +23,8 @@ Array = jax.Array | np.ndarray
 
 STOP, LENGTH = 0, 1  # finish reasons: ended by a stop token, or cut at the limit
 REFILL = 16  # slots are refilled when this fraction of them, 1/16, is free: each refill copies prompts
-NARROWEST = 8  # slots of a shard, fewer of which are not worth a program of their own
+NARROW = 4  # when nothing waits, the last responses go on in 1/4 of the slots, and again in 1/4 of these
+LEAST = 8, 2  # slots of a shard that these must be: the first time, which takes memory for a copy, and after it
 
 
 class Rollout(NamedTuple):
@@ -158,10 +159,10 @@ def generate(
     return jax.tree.map(lambda field: field.reshape(count, group, *field.shape[2:]), state[2]), state[3]
 
 
-def narrowed(slots: int) -> int:
-    """Slots in which the last responses go on when nothing waits: a quarter, of few half, at least 8; 0 if none."""
-    fewer = slots // 4 if slots >= 4 * 2 * NARROWEST else slots // 2
-    return fewer if fewer >= NARROWEST else 0
+def narrowed(slots: int, all_slots: int) -> int:
+    """Slots of a shard in which the last responses go on when so few are left; 0 if they stay in `slots`."""
+    fewer = slots // NARROW
+    return fewer if fewer >= LEAST[slots < all_slots] else 0
 
 
 def _drain(state: Any, waiting: int, refill: Callable, decode: Callable) -> Any:
@@ -179,7 +180,7 @@ def _drain(state: Any, waiting: int, refill: Callable, decode: Callable) -> Any:
 
     def refill_and_decode(state):
         def going(state):
-            return busy(state, narrowed(all_slots)) & ~refill_due(state)
+            return busy(state, narrowed(all_slots, all_slots)) & ~refill_due(state)
 
         state = refill(state)
         with jax.named_scope(f"decode_{all_slots}"):
@@ -187,7 +188,7 @@ def _drain(state: Any, waiting: int, refill: Callable, decode: Callable) -> Any:
 
     step = refill_and_decode
     while width:
-        narrower = narrowed(width)
+        narrower = narrowed(width, all_slots)
         with jax.named_scope("refill" if step is refill_and_decode else f"decode_{width}"):
             state = jax.lax.while_loop(partial(busy, narrower=narrower), step, state)
         if narrower:

@@ -52,7 +52,7 @@ def schedule(lengths: np.ndarray, prompts: np.ndarray, slots: int) -> list[Stage
     stages = []
     while width:
         refills = steps = 0
-        cached, narrower = 0.0, narrowed(width)
+        cached, narrower = 0.0, narrowed(width, all_slots)
         while busy(narrower):
             if width == all_slots and (not refills or refill_due()):
                 refill()
