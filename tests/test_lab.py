@@ -102,6 +102,14 @@ def test_the_lab_of_logic_can_run():
     assert all("knights_knaves" in source for source in sources) and "split=eval" in sources[2]
 
 
+def test_the_lab_of_a_real_model_can_run():
+    config = load(ROOT / "configs" / "lab_smollm2.py")
+    lab.check(config)
+    cells = lab.grid_cells(config, {})
+    assert {cell.method for cell in cells} == {"sft", "grpo", "sgpo"} and len({cell.seed for cell in cells}) == 3
+    assert "split=eval" in config.eval.sets.heldout.source and "split" not in config.data.train
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
