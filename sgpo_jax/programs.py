@@ -182,7 +182,9 @@ def made_up_batch(config: ConfigDict, assumed: Assumed) -> Batch:
 
     guided = group(fields.guided) if fields.guided else None
     sampled = guided is not None and fields.guide != "demonstration"
-    return Batch(prompts, prompts if sampled else None, group(fields.autonomous), guided)
+    # With other tokens: a guided prompt that is the unguided one would have nothing to distil.
+    guided_prompts = Prompts(prompts.tokens + 1, mask) if sampled else None
+    return Batch(prompts, guided_prompts, group(fields.autonomous), guided)
 
 
 def _generation(

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from sgpo_jax import chips, estimate, models, plan, programs, recipe, roofline, search, sharding
+from sgpo_jax import chips, estimate, models, plan, programs, recipe, rl, roofline, search, sharding
 from sgpo_jax import config as configs
+from sgpo_jax.batch import pack_batch
 from sgpo_jax.chips import Chip
 from sgpo_jax.models import known
 from sgpo_jax.programs import Program, Setting
@@ -351,6 +352,16 @@ def test_updates_are_planned_with_the_runs_chunks(tiny):
     of_sft, of_rl = (next(p for p in found if p.name == name).trace.args[1] for name in ("SFT update", "update"))
     assert of_sft[1].shape == (1, 4, 128, 6)
     assert of_rl.autonomous_tokens.shape == (8, 4, 128, 6)
+
+
+@pytest.mark.parametrize("guide", ["strategy", "self"])
+def test_the_planned_update_has_candidates_and_targets(guide):
+    config = small_run()
+    config.rl.guide = guide
+    batch = programs.made_up_batch(config, Assumed(4, 4))
+    packed = pack_batch(batch, micro_batch=config.rl.micro_batch, **rl.method(config.rl)[0])
+    assert packed.targets.count > 0 and packed.candidates.count > 0
+    assert (packed.alpha > 0).any()
 
 
 @pytest.mark.parametrize(("guided", "calls"), [(4, 5), (0, None)])
