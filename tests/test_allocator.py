@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from folders import config_of
 
-from sgpo_jax import allocator
+from sgpo_jax import allocator, main
 
 
 @pytest.fixture
@@ -42,6 +43,16 @@ def test_another_c_library_has_nothing_to_call(monkeypatch, compile_something, e
     monkeypatch.setattr(ctypes, "CDLL", load)
     allocator.trim_after_compiling()
     compile_something(5.0)
+
+
+def test_the_command_asks_for_it(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(allocator, "trim_after_compiling", lambda: asked.append("trim"))
+    monkeypatch.setattr(main.preemption, "watch", lambda grace: None)
+    monkeypatch.setattr(main, "run", lambda config, workdir: asked.append("run"))
+    one_process = dict.fromkeys(("coordinator", "processes", "process"))
+    main.main(config_of("quickstart.py"), SimpleNamespace(workdir=str(tmp_path), distributed=False, **one_process))
+    assert asked == ["trim", "run"]
 
 
 def test_the_compiler_says_how_long_it_took():
