@@ -1,7 +1,7 @@
 """KL of tokens and its relatives, with gradients, against the computation that holds all logits: memory and time.
 
     python benchmarks/token_kl.py
-    python benchmarks/token_kl.py --positions=1024,2048,4096,8192 --vocab=49152 --chunk=512,256 --rounds=5
+    python benchmarks/token_kl.py --positions=1024,2048,4096,8192 --vocab=49152 --chunk=512,128 --rounds=5
     python benchmarks/token_kl.py --divergence=forward_kl,jensen_shannon,top_k_kl --k=100
 
 `kl_loss` is what the update calls, a loss that is a sum over tokens; `token_kl` gives any loss of the tokens' KL its
@@ -25,7 +25,7 @@ def main() -> None:
     parser = common.arguments(
         "Token KL in chunks against the dense computation.",
         positions=("1024,2048,4096", "N, separated by commas"), vocab=("16384,49152", "V, separated by commas"),
-        hidden=(576, "D"), chunk=("512,256", "positions of a chunk, which divide N, separated by commas"),
+        hidden=(576, "D"), chunk=("512,128", "positions of a chunk, which divide N, separated by commas"),
         divergence=("forward_kl", "divergences, separated by commas"), k=(100, "tokens of top_k_kl"),
         calls=(3, "measured calls of a worker"), rounds=(3, "workers of each side"),
     )  # fmt: skip

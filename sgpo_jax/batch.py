@@ -130,7 +130,7 @@ def pack_batch(
     alpha_max: float = 0.8,
     gate: float = 0.0,
     sft_weight: float = 1.0,
-    chunk: int = logprobs.CHUNK,
+    chunk: int | None = None,
 ) -> PackedBatch:
     """Packs a batch of rollouts, all in host memory.
 
@@ -142,7 +142,7 @@ def pack_batch(
       target: "reachable" selects one for each problem (Eq. 4), "mean" takes all with equal parts of the weight (Eq. 2).
       distillation: as in `train_step.make_update`.
       advantage, weight, alpha0, gamma, alpha_max, gate, sft_weight: as in `weigh`.
-      chunk: response tokens whose logits are held at once.
+      chunk: response tokens whose logits are held at once, over all devices; None: `logprobs.default_chunk`.
     """
     batch = jax.tree.map(np.asarray, batch)
     if batch.guided_prompts is None and batch.guided is not None and distillation not in LIKELIHOODS:
@@ -153,6 +153,8 @@ def pack_batch(
         auto.rewards, auto.rewards[:, :0] if guided is None else guided.rewards, advantage=advantage, weight=weight,
         alpha0=alpha0, gamma=gamma, alpha_max=alpha_max, gate=gate, sft_weight=sft_weight,
     )  # fmt: skip
+
+    chunk = logprobs.default_chunk() if chunk is None else chunk
 
     def unpadded(prompts):
         return [tokens[mask] for tokens, mask in zip(*prompts, strict=True)]

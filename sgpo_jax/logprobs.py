@@ -5,7 +5,8 @@ hand, makes them anew and turns them into gradients at once. A loss that is a su
 `kl_loss`) has its gradient made in the forward pass, from the same logits. Matrix products accumulate in float32.
 
 On a mesh every device visits its part of each chunk's positions with its part of the vocabulary: the head is gathered
-once for all chunks, and its gradient is summed over devices once, after the last.
+once for all chunks, and its gradient is summed over devices once, after the last. On one device the head of a tied
+model is read where it stands, in the embedding.
 
 Axis key: N token positions, D hidden, V vocabulary, S chunks, C positions of a chunk; a device's, inside `_on_devices`.
 """
@@ -17,20 +18,30 @@ from typing import Any, Literal
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from sgpo_jax import divergences
-from sgpo_jax.sharding import BATCH, fitting
+from sgpo_jax import divergences, heads
+from sgpo_jax.heads import Head
+from sgpo_jax.sharding import BATCH, fitting, platform, row_ways
 
-CHUNK = 512  # positions per step: at V = 152k one float32 logits buffer is 311 MB
+# Positions per step on a device. An accelerator needs many to be kept busy (at V = 152k one float32 logits buffer is
+# 311 MB); a CPU is as fast with few.
+CHUNK, CPU_CHUNK = 512, 128
 PARTS = 4  # in which a chunk adds to the head's gradient: at once, what it adds would be as large as that
 
 Direction = Literal["forward", "reverse"]
 TokenLoss = Callable[..., jax.Array]
 
 
+def default_chunk(mesh: Mesh | None = None) -> int:
+    """Positions whose logits are held at once where nothing else is said: over all devices of a mesh, or here."""
+    kind = platform() if mesh is None else mesh.devices.flat[0].platform
+    return (CPU_CHUNK if kind == "cpu" else CHUNK) * (1 if mesh is None else row_ways(mesh))
+
+
 def token_logprobs(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, *, temperature: float = 1.0, chunk: int = CHUNK
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, *, temperature: float = 1.0, chunk: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target token and entropy of its distribution, `softmax(hidden @ head / temperature)`.
 
@@ -39,7 +50,7 @@ def token_logprobs(
       head: `[D,V]` output projection.
       targets: `[N]` token ids in [0, V).
       temperature: divides the logits; must be positive.
-      chunk: positions per step; the memory is O(chunk * V).
+      chunk: positions per step; the memory is O(chunk * V). None: `default_chunk`.
 
     Returns:
       (log-probability `[N]`, entropy `[N]`), float32, nats; differentiable in `hidden` and `head`.
@@ -59,7 +70,7 @@ def token_kl(
     head: jax.Array,
     *,
     direction: Direction = "forward",
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> jax.Array:
     """Exact full-vocabulary KL between the guided and the unguided next-token distribution. Eq. 2, 3.
 
@@ -70,7 +81,7 @@ def token_kl(
       hidden_unguided: `[N,D]` of the same tokens in the unguided context.
       head: `[D,V]` output projection, shared by both sides.
       direction: which distribution the expectation is under.
-      chunk: positions per step; the memory is O(chunk * V).
+      chunk: positions per step; the memory is O(chunk * V). None: `default_chunk`.
 
     Returns:
       `[N]` float32, nats. The gradient reaches `hidden_unguided`, and `head` through the unguided side only.
@@ -88,7 +99,7 @@ def token_divergence(
     divergence: str,
     beta: float = 0.5,
     k: int = 100,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> jax.Array:
     """`token_kl` for each of `divergences.DIVERGENCES`; `divergence`, `beta` and `k` as in `divergences.select`."""
     chex.assert_rank([hidden_guided, hidden_unguided, head], 2)
@@ -98,8 +109,9 @@ def token_divergence(
 
 
 def chunked_logprobs(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, chunks: jax.Array | int, temperature: float = 1.0
-) -> tuple[jax.Array, jax.Array]:
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, chunks: jax.Array | int, temperature: float = 1.0,
+    tied: bool = False,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """`token_logprobs` of positions that come in chunks, of which only the first `chunks` are visited.
 
     Args:
@@ -108,11 +120,12 @@ def chunked_logprobs(
       targets: `[S,C]`.
       chunks: how many of the S chunks are in use; may be traced. The others cost nothing and give 0.
       temperature: divides the logits.
+      tied: the head is the embedding, `[V,D]`, of which no transposed copy is made on one device.
 
     Returns:
       (log-probability `[S,C]`, entropy `[S,C]`), float32, nats.
     """
-    return _measured(partial(_logprobs, temperature=temperature), (hidden, targets), head, chunks)
+    return _measured(partial(_logprobs, temperature=temperature), tied, (hidden, targets), head, chunks)
 
 
 def chunked_kl(
@@ -121,68 +134,69 @@ def chunked_kl(
 ) -> jax.Array:  # fmt: skip
     """`token_divergence` of positions in chunks `[S,C,D]` -> `[S,C]`; the others than the first `chunks` give 0."""
     measure = partial(_kl, divergence=divergences.select(divergence, beta, k))
-    return _measured(measure, (unguided, guided), head, chunks)[0]
+    return _measured(measure, False, (unguided, guided), head, chunks)[0]
 
 
 def logprobs_loss(
-    token_loss: TokenLoss, hidden: jax.Array, head: jax.Array, targets: jax.Array, chunks: jax.Array | int, given: Any
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    token_loss: TokenLoss, hidden: jax.Array, head: jax.Array, targets: jax.Array, chunks: jax.Array | int, given: Any,
+    tied: bool = False,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:  # fmt: skip
     """Sum over tokens of `token_loss(logp, entropy, given)`, with the gradient made in the forward pass.
 
     That takes three products with the head, where `chunked_logprobs`, which makes the logits again, takes four.
 
     Args:
       token_loss: elementwise, of float32 `[C]` and a chunk of `given`; it reads no other arrays.
-      hidden, head, targets, chunks: see `chunked_logprobs`.
+      hidden, head, targets, chunks, tied: see `chunked_logprobs`.
       given: tree of `[S,C]`, what else the loss reads; there is no gradient of it.
 
     Returns:
       (loss `[]`, (log-probability, entropy) `[S,C]`, which are constants to a gradient).
     """
-    return _loss(_logprobs, token_loss, (hidden, targets), head, chunks, given)
+    return _loss(_logprobs, token_loss, tied, (hidden, targets), head, chunks, given)
 
 
 def kl_loss(
     token_loss: TokenLoss, guided: jax.Array, unguided: jax.Array, head: jax.Array, chunks: jax.Array | int, given: Any,
-    divergence: str = "forward_kl", beta: float = 0.5, k: int = 100,
+    divergence: str = "forward_kl", beta: float = 0.5, k: int = 100, tied: bool = False,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Sum over tokens of `token_loss(kl, given)`, and KL `[S,C]`: as `logprobs_loss`, in four products of six."""
     measure = partial(_kl, divergence=divergences.select(divergence, beta, k))
-    loss, (kl,) = _loss(measure, token_loss, (unguided, guided), head, chunks, given)
+    loss, (kl,) = _loss(measure, token_loss, tied, (unguided, guided), head, chunks, given)
     return loss, kl
 
 
 def _logprobs(head, hidden, targets, temperature=1.0):
     """(log-probability, entropy) `[C]`, and the function that makes `[C,V]`, the gradient of the logits, of theirs."""
-    log_probs = _log_softmax(hidden, head, temperature)
-    place = _place_in(head, targets)[:, None]
-    logp = jnp.take_along_axis(log_probs, jnp.clip(place, 0, head.shape[1] - 1), axis=-1)
-    logp = jnp.where((place >= 0) & (place < head.shape[1]), logp, 0.0)[:, 0]
-    entropy = _over_vocabulary(-jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1))
+    log_probs = heads.log_softmax(hidden, head, temperature)
+    place = heads.place_in(head, targets)[:, None]
+    logp = jnp.take_along_axis(log_probs, jnp.clip(place, 0, head.vocabulary - 1), axis=-1)
+    logp = jnp.where((place >= 0) & (place < head.vocabulary), logp, 0.0)[:, 0]
+    entropy = heads.over_vocabulary(-jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1))
 
     def backward(by_logp, by_entropy):
         # d logp / d z_k = [k is the target] - p_k, d entropy / d z_k = -p_k (log p_k + entropy)
         common = by_logp[:, None] + by_entropy[:, None] * (log_probs + entropy[:, None])
-        is_target = jnp.arange(head.shape[1]) == place
+        is_target = jnp.arange(head.vocabulary) == place
         return (jnp.where(is_target, by_logp[:, None], 0.0) - jnp.exp(log_probs) * common) / temperature
 
-    return (_over_vocabulary(logp), entropy), backward
+    return (heads.over_vocabulary(logp), entropy), backward
 
 
 def _kl(head, unguided, guided, divergence):
     """The same of (KL `[C]`,), in which the guided side is a constant."""
-    axis = "tensor" if _on_a_device() else None
-    kl, gradient = divergence(_log_softmax(guided, head), _log_softmax(unguided, head), axis)
+    axis = "tensor" if heads.on_a_device() else None
+    kl, gradient = divergence(heads.log_softmax(guided, head), heads.log_softmax(unguided, head), axis)
     return (kl,), lambda by_kl: by_kl[:, None] * gradient
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _measured(measure, inputs, head, chunks):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _measured(measure, tied, inputs, head, chunks):
     """What `measure` finds `[S,C]` of `inputs`, of which the first are the hidden states that have a gradient."""
-    return _measured_forward(measure, inputs, head, chunks)[0]
+    return _measured_forward(measure, tied, inputs, head, chunks)[0]
 
 
-def _measured_forward(measure, inputs, head, chunks):
+def _measured_forward(measure, tied, inputs, head, chunks):
     def local(inputs, head, chunks):
         def step(s, found):
             values, _ = measure(head, *_at(inputs, s))
@@ -190,11 +204,11 @@ def _measured_forward(measure, inputs, head, chunks):
 
         return _visit(step, chunks, _values(measure, inputs, head))
 
-    outputs = ("n",) * len(_values(measure, inputs, head))
-    return _on_devices(local, inputs, head, chunks, outputs=outputs), (inputs, head, chunks)
+    outputs = ("n",) * len(_values(measure, inputs, Head(head, tied)))
+    return _on_devices(local, inputs, head, tied, chunks, outputs=outputs), (inputs, head, chunks)
 
 
-def _measured_backward(measure, saved, cotangents):
+def _measured_backward(measure, tied, saved, cotangents):
     inputs, head, chunks = saved
 
     def local(arrays, head, chunks):
@@ -205,22 +219,23 @@ def _measured_backward(measure, saved, cotangents):
             return _through_head(backward(*_at(cotangents, s)), inputs[0], head, s, gradients)
 
         of_hidden, of_head = _visit(step, chunks, _no_gradients(inputs[0], head))
-        return of_hidden, _over_positions(of_head)
+        return of_hidden, heads.over_positions(of_head)
 
-    of_hidden, of_head = _on_devices(local, (inputs, cotangents), head, chunks, outputs=("h", "g"))
-    return (of_hidden, *(None for _ in inputs[1:])), of_head.astype(head.dtype), None
+    of_hidden, of_head = _on_devices(local, (inputs, cotangents), head, tied, chunks, outputs=("h", "g"))
+    of_head = (of_head.T if tied else of_head).astype(head.dtype)
+    return (of_hidden, *(None for _ in inputs[1:])), of_head, None
 
 
 _measured.defvjp(_measured_forward, _measured_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _loss(measure, token_loss, inputs, head, chunks, given):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _loss(measure, token_loss, tied, inputs, head, chunks, given):
     """(sum of `token_loss` over what `measure` finds, and that); the gradient is made in the forward pass."""
-    return _loss_forward(measure, token_loss, inputs, head, chunks, given)[0]
+    return _loss_forward(measure, token_loss, tied, inputs, head, chunks, given)[0]
 
 
-def _loss_forward(measure, token_loss, inputs, head, chunks, given):
+def _loss_forward(measure, token_loss, tied, inputs, head, chunks, given):
     def local(arrays, head, chunks):
         inputs, given = arrays
 
@@ -234,15 +249,16 @@ def _loss_forward(measure, token_loss, inputs, head, chunks, given):
         found = _values(measure, inputs, head)
         start = found, jnp.zeros_like(found[0]), *_no_gradients(inputs[0], head)
         found, total, of_hidden, of_head = _visit(step, chunks, start)
-        return found, total, of_hidden, _over_positions(of_head)
+        return found, total, of_hidden, heads.over_positions(of_head)
 
-    outputs = ("n",) * len(_values(measure, inputs, head)), "n", "h", "g"
-    found, total, *gradients = _on_devices(local, (inputs, given), head, chunks, outputs=outputs)
+    outputs = ("n",) * len(_values(measure, inputs, Head(head, tied))), "n", "h", "g"
+    found, total, *gradients = _on_devices(local, (inputs, given), head, tied, chunks, outputs=outputs)
     return (total.sum(), found), (*gradients, jnp.zeros((), head.dtype))
 
 
-def _loss_backward(measure, token_loss, saved, cotangents):
+def _loss_backward(measure, token_loss, tied, saved, cotangents):
     of_hidden, of_head, of_type = saved
+    of_head = of_head.T if tied else of_head
     by_loss, _ = cotangents
     of_hidden = (by_loss * of_hidden).astype(of_hidden.dtype)
     return (of_hidden, None), (by_loss * of_head).astype(of_type.dtype), None, None
@@ -264,21 +280,21 @@ def _set(found: Sequence[jax.Array], s: Any, values: Sequence[jax.Array]) -> tup
     return tuple(x.at[s].set(value) for x, value in zip(found, values, strict=True))
 
 
-def _values(measure: Callable, inputs: Any, head: jax.Array) -> tuple[jax.Array, ...]:
+def _values(measure: Callable, inputs: Any, head: Head) -> tuple[jax.Array, ...]:
     """Zeros `[S,C]` for each of the values that `measure` finds."""
     found = jax.eval_shape(lambda inputs: measure(head, *inputs)[0], _at(inputs, 0))
     return tuple(jnp.zeros(inputs[0].shape[:2], jnp.float32) for _ in found)
 
 
-def _no_gradients(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32)
+def _no_gradients(hidden: jax.Array, head: Head) -> tuple[jax.Array, jax.Array]:
+    return jnp.zeros_like(hidden), jnp.zeros((hidden.shape[-1], head.vocabulary), jnp.float32)
 
 
 def _through_head(of_logits, hidden, head, s, gradients):
-    """`gradients` of `hidden` `[S,C,D]` and `head` `[D,V]` with those of chunk s; those of its logits are `[C,V]`."""
+    """`gradients` of `hidden` `[S,C,D]` and the head `[D,V]` with those of chunk s; those of its logits are `[C,V]`."""
     of_hidden, of_head = gradients
     of_logits = of_logits.astype(hidden.dtype)
-    into_hidden = _over_vocabulary(jnp.dot(of_logits, head.T, preferred_element_type=jnp.float32))
+    into_hidden = heads.over_vocabulary(jnp.dot(of_logits, head.columns().T, preferred_element_type=jnp.float32))
     # Written out transposed: on CPU the product takes two thirds of the time, and no copy of the logits' gradient.
     transposed = jax.lax.optimization_barrier(hidden[s].T)
     parts = PARTS if len(of_head) % PARTS == 0 else 1
@@ -292,57 +308,36 @@ def _through_head(of_logits, hidden, head, s, gradients):
     return of_hidden.at[s].set(into_hidden.astype(hidden.dtype)), jax.lax.fori_loop(0, parts, add, of_head)
 
 
-def _log_softmax(hidden: jax.Array, head: jax.Array, temperature: float = 1.0) -> jax.Array:
-    """`[C,D]`, `[D,V]` -> `[C,V]` float32, normalised over the vocabulary of all devices."""
-    logits = jnp.dot(hidden, head, preferred_element_type=jnp.float32) / temperature
-    largest = logits.max(axis=-1, keepdims=True)
-    largest = jax.lax.pmax(largest, "tensor") if _on_a_device() else largest
-    shifted = logits - largest
-    return shifted - jnp.log(_over_vocabulary(jnp.exp(shifted).sum(axis=-1, keepdims=True)))
-
-
-def _place_in(head: jax.Array, targets: jax.Array) -> jax.Array:
-    """`[C]` token ids -> where they stand in this device's part of the vocabulary; others lie outside of [0, V)."""
-    return targets - (jax.lax.axis_index("tensor") * head.shape[1] if _on_a_device() else 0)
-
-
-def _over_vocabulary(x: jax.Array) -> jax.Array:
-    """Sum over the devices that share positions."""
-    return jax.lax.psum(x, "tensor") if _on_a_device() else x
-
-
-def _over_positions(of_head: jax.Array) -> jax.Array:
-    """Sum over the devices that share a part of the vocabulary, of which each keeps the rows that are its own."""
-    if not _on_a_device():
-        return of_head
-    return jax.lax.psum_scatter(jax.lax.psum(of_head, "data"), "fsdp", scatter_dimension=0, tiled=True)
-
-
-def _on_a_device() -> bool:
-    return bool(jax.sharding.get_abstract_mesh().manual_axes)
-
-
 _SPECS = {"h": P(None, BATCH, None), "n": P(None, BATCH), "v": P(None, "tensor"), "g": P("fsdp", "tensor")}
 
 
-def _on_devices(local: Callable, arrays: Any, head: jax.Array, chunks: jax.Array | int, outputs: Any) -> Any:
+def _on_devices(
+    local: Callable, arrays: Any, head: jax.Array, tied: bool, chunks: jax.Array | int, outputs: Any
+) -> Any:
     """`local(arrays, head, chunks)` with each device's part of positions and vocabulary; with all where that is none.
 
-    `arrays` are hidden states `[S,C,D]` and numbers `[S,C]`; the head `[D,V]` is cast to the type of the first.
-    `outputs` has a letter for each result: h hidden states, n numbers, g the gradient of the head.
+    `arrays` are hidden states `[S,C,D]` and numbers `[S,C]`; the head is cast to the type of the first.
+    `outputs` has a letter for each result: h hidden states, n numbers, g the gradient of the head `[D,V]`.
     """
     arrays = jax.tree.map(jnp.asarray, arrays)
     head = jnp.asarray(head, jax.tree.leaves(arrays)[0].dtype)
     parts = jax.tree.map(lambda x: _SPECS["h" if x.ndim == 3 else "n"], arrays)
-    placed = [*zip(jax.tree.leaves(arrays), jax.tree.leaves(parts), strict=True), *((head, _SPECS[x]) for x in "vg")]
-    if any(fitting(x.shape, tuple(part)) != tuple(part) for x, part in placed):
-        return local(arrays, head, chunks)
+    across = head.T if tied else head
+    placed = [*zip(jax.tree.leaves(arrays), jax.tree.leaves(parts), strict=True), *((across, _SPECS[x]) for x in "vg")]
+    alone = jax.sharding.get_abstract_mesh().size == 1
+    if alone or any(fitting(x.shape, tuple(part)) != tuple(part) for x, part in placed):
+        return local(arrays, Head(head, tied), chunks)
+
+    def on_a_device(arrays, head, chunks):
+        return local(arrays, Head(head, False), chunks)
+
     in_specs, out_specs = (parts, _SPECS["v"], P()), jax.tree.map(_SPECS.get, outputs)
-    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)(arrays, head, chunks)
+    return jax.shard_map(on_a_device, in_specs=in_specs, out_specs=out_specs, check_vma=False)(arrays, across, chunks)
 
 
-def _split(rows: Any, chunk: int) -> tuple[Any, Any]:
+def _split(rows: Any, chunk: int | None) -> tuple[Any, Any]:
     """(rows `[N,...]` as chunks `[S,C,...]`, function that joins `[S,C]` to `[N]`)."""
+    chunk = default_chunk() if chunk is None else chunk
     if chunk < 1:
         raise ValueError(f"chunk={chunk}: must be at least 1")
     count = jax.tree.leaves(rows)[0].shape[0]

@@ -121,8 +121,8 @@ def make_update(
         unguided = hidden_of(params, micro["rows"])
         guided = hidden_of(jax.lax.stop_gradient(params), micro["guided_rows"])
         loss, token_kl = logprobs.kl_loss(
-            kl_token, guided, unguided, models.head(params, config), micro["chunks"], _by_chunk(micro), distillation,
-            beta, kl_top_k,
+            kl_token, guided, unguided, models.head_weight(params, config), micro["chunks"], _by_chunk(micro),
+            distillation, beta, kl_top_k, config.tie_embeddings,
         )  # fmt: skip
         share = micro["share"].reshape(-1)
         token_kl = jnp.where(share > 0, token_kl.reshape(-1), 0.0)
@@ -243,7 +243,9 @@ def response_logprobs(
     """Log-probability and entropy `[S,M,J]` of the response tokens `micro["tokens"]`; 0 in unused chunks."""
     hidden = response_hidden(params, micro["rows"], config=config, dtype=dtype, remat=remat)
     targets = micro["tokens"].reshape(hidden.shape[:2])
-    logp, entropy = logprobs.chunked_logprobs(hidden, models.head(params, config), targets, micro["chunks"])
+    logp, entropy = logprobs.chunked_logprobs(
+        hidden, models.head_weight(params, config), targets, micro["chunks"], tied=config.tie_embeddings
+    )
     return logp.reshape(micro["tokens"].shape), entropy.reshape(micro["tokens"].shape)
 
 
@@ -257,8 +259,10 @@ def response_loss(
     """
     hidden = response_hidden(params, micro["rows"], config=config, dtype=dtype, remat=remat)
     given = _by_chunk(micro)
-    head, targets = models.head(params, config), given.pop("tokens")
-    loss, (logp, entropy) = logprobs.logprobs_loss(token_loss, hidden, head, targets, micro["chunks"], given)
+    head, targets = models.head_weight(params, config), given.pop("tokens")
+    loss, (logp, entropy) = logprobs.logprobs_loss(
+        token_loss, hidden, head, targets, micro["chunks"], given, config.tie_embeddings
+    )
     return loss, logp.reshape(micro["tokens"].shape), entropy.reshape(micro["tokens"].shape)
 
 

@@ -1,7 +1,10 @@
 """Chunked log-probabilities, entropy and KL against the dense computation in float64, and the memory they keep to."""
 
+import contextlib
 import math
 import re
+from functools import partial
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import jax
@@ -13,7 +16,7 @@ from hypothesis.extra.numpy import arrays
 from jax.sharding import PartitionSpec as P
 from test_divergences import BETA, K, dense, oracle
 
-from sgpo_jax import logprobs, sharding
+from sgpo_jax import heads, logprobs, sharding
 from sgpo_jax.divergences import DIVERGENCES
 from sgpo_jax.logprobs import token_divergence, token_kl, token_logprobs
 
@@ -333,6 +336,77 @@ def test_any_hidden_size_has_the_gradient_of_the_head(size):
     actual = jax.grad(lambda head: token_logprobs(hidden, head, targets, chunk=3)[0].sum())(head)
     expected = jax.grad(lambda head: dense_jax(hidden, head, targets).sum())(head)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "parts"), [(24, 4), (25, 5), (23, 1), (7, 1)])
+def test_a_vocabulary_in_parts_has_the_same_logits(monkeypatch, size, parts):
+    monkeypatch.setattr(heads, "WIDTH", 5)
+    rng = np.random.default_rng(size)
+    hidden, head = rng.normal(size=(N, D)).astype(np.float32), rng.normal(size=(D, size)).astype(np.float32)
+
+    def products(weight, tied):
+        def logits(hidden):
+            return heads.logits(hidden, heads.Head(weight, tied))
+
+        np.testing.assert_allclose(logits(hidden), hidden @ head, rtol=1e-5, atol=1e-6)
+        found = equations(jax.make_jaxpr(logits)(hidden).jaxpr)
+        return {each.outvars[0].aval.shape for each in found if each.primitive.name == "dot_general"}
+
+    for weight, tied in ((head, False), (jnp.asarray(head.T), True)):
+        assert products(weight, tied) == {(N, size // parts)}, "the most parts that divide it, each at least as wide"
+    monkeypatch.setattr(heads, "platform", lambda: "tpu")
+    assert products(head, False) == {(N, size)}, "a single product where it copies nothing"
+
+
+def of_tied(hidden, guided, targets, weight, head, tied):
+    """A loss of all that knows tied heads."""
+    logp, entropy = logprobs.chunked_logprobs(hidden, head, targets, 2, 0.7, tied)
+    one, _ = logprobs.logprobs_loss(lambda logp, h, w: w * logp * h, hidden, head, targets, 2, weight, tied)
+    two, _ = logprobs.kl_loss(lambda kl, w: w * kl, guided, hidden, head, 2, weight, tied=tied)
+    return (weight * (logp + entropy)).sum() + one + 3 * two
+
+
+@pytest.mark.parametrize("shape", [None, (1, 1, 1), (2, 2, 2)])
+def test_a_tied_head_is_its_transpose(shape):
+    rng = np.random.default_rng(1)
+    hidden, guided = (rng.normal(size=(3, 8, 16)).astype(np.float32) for _ in range(2))
+    targets, weight = rng.integers(0, 24, (3, 8)), rng.normal(size=(3, 8)).astype(np.float32)
+    head = rng.normal(size=(16, 24)).astype(np.float32)
+    function = jax.jit(jax.value_and_grad(of_tied, argnums=(0, 4)), static_argnums=5)
+    value, (by_hidden, by_head) = function(hidden, guided, targets, weight, head, False)
+    devices = jax.devices()[: math.prod(shape or ())]
+    with jax.set_mesh(sharding.make_mesh(*shape, devices=devices)) if shape else contextlib.nullcontext():
+        tied = function(hidden, guided, targets, weight, head.T.copy(), True)
+    same = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    same(tied[0], value)
+    same(tied[1][0], by_hidden)
+    same(tied[1][1], by_head.T)
+
+
+@pytest.mark.parametrize("shape", [None, (1, 1, 1)])
+def test_on_one_device_no_transposed_copy_of_a_tied_head_is_made(shape):
+    size, vocabulary = 256, 2 * heads.WIDTH
+    hidden, numbers = jnp.zeros((4, 4, size)), jnp.zeros((4, 4), jnp.int32)
+
+    def loss(embedding, tied):
+        head = embedding if tied else embedding.T
+        return logprobs.logprobs_loss(lambda logp, h, w: logp + w, hidden, head, numbers, 4, numbers, tied)[0]
+
+    mesh = jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])) if shape else contextlib.nullcontext()
+    with mesh:
+        of = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+        compiled = [of.lower(jnp.zeros((vocabulary, size)), tied).compile() for tied in (True, False)]
+    tied, untied = (each.memory_analysis().temp_size_in_bytes / (4 * size * vocabulary) for each in compiled)
+    assert 1 < tied < 1.1, "the gradient of the head and little else"
+    assert untied > 1.4
+
+
+def test_positions_at_once_are_those_of_the_device():
+    assert logprobs.default_chunk() == logprobs.CPU_CHUNK == 128
+    assert logprobs.default_chunk(sharding.make_mesh(2, 2, 2)) == 4 * 128
+    chips = np.array([SimpleNamespace(platform="tpu")] * 8).reshape(1, 4, 2)
+    mesh = SimpleNamespace(devices=chips, shape={"data": 1, "fsdp": 4, "tensor": 2})
+    assert logprobs.default_chunk(mesh) == 4 * 512
 
 
 # ---- losses that are sums over tokens

@@ -225,7 +225,13 @@ def apply(
 
 def head(params: dict[str, Any], config: ModelConfig) -> jax.Array:
     """Output projection `[D,V]`: the transposed embedding when tied."""
-    return params["embed"]["embedding"].T if config.tie_embeddings else params["head"]["kernel"]
+    weight = head_weight(params, config)
+    return weight.T if config.tie_embeddings else weight
+
+
+def head_weight(params: dict[str, Any], config: ModelConfig) -> jax.Array:
+    """The parameter behind `head`: `[D,V]`, or, when tied, the embedding `[V,D]`."""
+    return params["embed"]["embedding"] if config.tie_embeddings else params["head"]["kernel"]
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any = jnp.float32) -> Cache:
