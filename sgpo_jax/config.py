@@ -89,7 +89,7 @@ def base() -> ConfigDict:
     config.rl.top_k = 0  # 0 keeps the whole vocabulary
     config.rl.max_new_tokens = 16384  # tokens; a longer response is cut and scores 0
     config.rl.reward = ""  # "" is the verifier, else "module:function" with function(row, response) -> 0..1
-    config.rl.slots = 0  # responses of a group decoded at once, over all devices; 0 is all. Changes no response
+    config.rl.slots = 0  # responses decoded at once, over all devices, of both groups; 0 is all. Changes no response
     config.rl.clip_low = 0.2  # Eq. 1
     config.rl.clip_high = 0.28  # Eq. 1
     config.rl.delta = 1.0  # nats; tokens with a larger KL are masked; Eq. 5

@@ -95,7 +95,8 @@ def programs(config: ConfigDict, shape: ModelConfig, mesh: Mesh, assumed: Assume
     resident = _moments(state) if config.rl.eval_every else 0
     for samples, count in sorted(calls.evaluations.items()):
         name = f"evaluation, {samples} samples"
-        found.append(_generation(name, config, "eval", policy, state.params, resident, mesh, assumed, samples, count))
+        given = state.params, resident, mesh, assumed
+        found.append(_generation(name, config, "eval", policy, *given, (samples,), count))
     return found
 
 
@@ -112,7 +113,7 @@ def _of_sft(config: ConfigDict, policy: Policy, mesh: Mesh, assumed: Assumed, ca
     rows = [{"id": name} for name in encoded]
     encoded["longest"] = ([0] * most[0], [0] * most[1])  # in no batch, but it decides the shapes
     packed, tokens = sft.encode_batch(
-        rows, encoded, batch=fields.batch, micro_batch=fields.micro_batch, chunk=logprobs.CHUNK * row_ways(mesh)
+        rows, encoded, batch=fields.batch, micro_batch=fields.micro_batch, chunk=logprobs.default_chunk(mesh)
     )
     placed = packing.specs(packed)
     batch = _placed((packed, tokens), (placed, placed.owner), mesh)
@@ -135,16 +136,13 @@ def _of_sft(config: ConfigDict, policy: Policy, mesh: Mesh, assumed: Assumed, ca
 def _of_rl(config: ConfigDict, policy: Policy, mesh: Mesh, assumed: Assumed, calls: recipe.Calls) -> list[Program]:
     fields = config.rl
     state = _state(config, "rl", policy, mesh)
-    groups = {"autonomous group": fields.autonomous}
-    if fields.guided and fields.guide != "demonstration":
-        groups["guided group"] = fields.guided
+    groups = tuple(rl.sampled_groups(fields).values())
     rollout = state.params, _moments(state), mesh, assumed
-    found = [_generation(name, config, "rl", policy, *rollout, group, calls.rl_steps) for name, group in groups.items()]
+    found = [_generation("rollout", config, "rl", policy, *rollout, groups, calls.rl_steps)]
     if calls.own_strategies:
-        groups = {"own responses": fields.self_tries, "own strategies": 1}
         found += [
-            _generation(name, config, "rl", policy, *rollout, group, calls.own_strategies)
-            for name, group in groups.items()
+            _generation(name, config, "rl", policy, *rollout, (group,), calls.own_strategies)
+            for name, group in {"own responses": fields.self_tries, "own strategies": 1}.items()
         ]
 
     tx, _ = stage.optimizer(config, "rl", 1)
@@ -152,7 +150,7 @@ def _of_rl(config: ConfigDict, policy: Policy, mesh: Mesh, assumed: Assumed, cal
     update: Any = train_step.make_update(
         policy.config, tx, **of_update, dtype=policy.dtype, remat=config.model.remat, shardings=_shardings(state)
     )
-    chunk = logprobs.CHUNK * row_ways(mesh)
+    chunk = logprobs.default_chunk(mesh)
     packed = pack_batch(made_up_batch(config, assumed), micro_batch=fields.micro_batch, chunk=chunk, **of_batch)
     batch = _placed(packed, specs(packed), mesh)
     parts = {"old_logp": packed.autonomous, "candidates": packed.candidates}
@@ -196,22 +194,22 @@ def _generation(
     resident: int,
     mesh: Mesh,
     assumed: Assumed,
-    group: int,
+    groups: tuple[int, ...],
     calls: int,
 ) -> Program:
-    """Sampling `group` responses to each problem of a batch, as `respond.respond` does."""
+    """Sampling groups of these sizes for each problem of a batch, as `respond.respond_in_groups` does."""
     fields, most = config[section], config.data.max_prompt_tokens
-    shards = row_ways(mesh)
+    shards, asked = row_ways(mesh), fields.batch * len(groups)
     rows, whole = NamedSharding(mesh, P(BATCH)), NamedSharding(mesh, P())
-    prompts = [jax.ShapeDtypeStruct((fields.batch, most), kind, sharding=rows) for kind in (jnp.int32, jnp.bool)]
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    prompts = [jax.ShapeDtypeStruct((asked, most), kind, sharding=rows) for kind in (jnp.int32, jnp.bool)]
+    key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), len(groups)))
     trace = partial(
         generate.trace, params, policy.config, *prompts, jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
-        jax.ShapeDtypeStruct((fields.batch,), jnp.uint32, sharding=rows), group=group, stop_ids=policy.stop_ids,
+        jax.ShapeDtypeStruct((asked,), jnp.uint32, sharding=rows), group=groups, stop_ids=policy.stop_ids,
         pad_id=policy.pad_id, dtype=policy.dtype, shards=shards,
         **{name: fields[name] for name in ("slots", "max_new_tokens", "temperature", "top_p", "top_k")},
     )  # fmt: skip
-    count = fields.batch * group
+    count = fields.batch * sum(groups)
     responses = recipe.lengths(count, assumed.response_tokens, fields.max_new_tokens)
     waiting, slots = responses.reshape(shards, -1), min(fields.slots or count, count)
     stages = schedule(waiting, np.full_like(waiting, assumed.prompt_tokens), slots // shards)
@@ -221,20 +219,23 @@ def _generation(
             partial(init_cache, policy.config, slots, most - 1 + fields.max_new_tokens, policy.dtype)
         )
     setting = Setting(f"{section}.slots", slots, whole_bytes(cache) // shards // split)
-    scopes = _decoding(stages, 2 * policy.config.num_kv_heads // split * policy.config.head_dim * policy.dtype.itemsize)
+    token_bytes = 2 * policy.config.num_kv_heads // split * policy.config.head_dim * policy.dtype.itemsize
+    scopes = _decoding(stages, count // shards, token_bytes)
     return Program(
         name, section, trace, scopes, resident, device_bytes((params, prompts)), calls, float(responses.sum()), setting
     )
 
 
-def _decoding(stages: list[Stage], token_bytes: int) -> Scopes:
+def _decoding(stages: list[Stage], responses: int, token_bytes: int) -> Scopes:
     """How often the loops of the engine run, and what the paged kernel reads of the cache of a layer.
 
     Args:
       stages: from the engine's schedule.
+      responses: of a shard; the prompt of each is copied once.
       token_bytes: of a token's keys and values in one layer on a device.
     """
-    trips, reads = [("refill/while$", float(stages[0].refills))], []
+    refills = float(stages[0].refills)
+    trips, reads = [("refill/while$", refills), ("refill/while/body/while$", responses / refills)], []
     for each in stages:
         kernel = f"decode_{each.width}/.*paged_attention"
         blocks = each.cached / each.width / (attention.PAGES_PER_BLOCK * attention.LANES)

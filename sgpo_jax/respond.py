@@ -6,6 +6,7 @@ from dataclasses import astuple
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -70,6 +71,38 @@ def respond(
         shards=sharding.row_ways(mesh), **sampling,
     )  # fmt: skip
     return sharding.fetch(rollout), int(slot_steps)
+
+
+def respond_in_groups(
+    policy: Policy,
+    params: Any,
+    prompts: Sequence[Sequence[list[int]]],
+    length: int,
+    keys: Sequence[jax.Array],
+    mesh: Mesh,
+    groups: Sequence[int],
+    **sampling: Any,
+) -> tuple[list[Rollout], int]:
+    """Samples for all kinds of prompts at once, so that the last responses of one kind do not decode alone.
+
+    Args:
+      policy, params, mesh: as in `respond`.
+      prompts: for each kind B prompts' tokens.
+      length: P, tokens to which all of them are padded.
+      keys: for each kind, of its noise; a prompt's place tells those of one kind apart.
+      groups: for each kind G, responses per prompt.
+      sampling: is passed on to `generate`.
+
+    Returns:
+      (for each kind the rollout `[B,G]`, slot-steps of all).
+    """
+    in_turn = [tokens for turn in zip(*prompts, strict=True) for tokens in turn]
+    places = np.repeat(np.arange(len(prompts[0])), len(prompts))
+    padded = pad_prompts(policy, in_turn, length)
+    key, group = jnp.stack(keys), tuple(groups)
+    rollout, slot_steps = respond(policy, params, padded, places, key, mesh, group=group, **sampling)
+    split = (np.split(field, np.cumsum(groups)[:-1], axis=1) for field in rollout)
+    return [Rollout(*fields) for fields in zip(*split, strict=True)], slot_steps
 
 
 def grade(policy: Policy, rollout: Rollout, rows: Sequence[dict], reward: str = "") -> Graded:

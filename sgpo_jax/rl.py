@@ -19,6 +19,7 @@ from sgpo_jax import (
     data,
     logprobs,
     monitor,
+    packing,
     page,
     preemption,
     rewards,
@@ -27,12 +28,12 @@ from sgpo_jax import (
     sharding,
     stage,
 )
-from sgpo_jax.batch import Batch, Group, pack_batch, specs
+from sgpo_jax.batch import Batch, Group, Prompts, pack_batch, specs
 from sgpo_jax.evaluation import evaluate_sets
 from sgpo_jax.metrics import Writer
 from sgpo_jax.policy import Policy
-from sgpo_jax.respond import Graded, demonstrate, encode_prompts, grade, noise_key, pad_prompts, respond
-from sgpo_jax.rollout import STOP
+from sgpo_jax.respond import Graded, demonstrate, encode_prompts, grade, noise_key, pad_prompts, respond_in_groups
+from sgpo_jax.rollout import STOP, Rollout
 from sgpo_jax.train_step import make_update
 
 
@@ -50,24 +51,14 @@ def _train_until_rollback(
     rows, prompts = load_rows(config, workdir, policy)
     batches = data.batches(rows, rl.batch, config.seed)
     total = rl.steps or rl.epochs * data.steps_per_epoch(rows, rl.batch)
-    sampling = {name: rl[name] for name in ("slots", "max_new_tokens", "temperature", "top_p", "top_k")}
 
     tx, rate = stage.optimizer(config, "rl", total * rl.updates_per_batch)
     _, shardings = stage.state_shardings(policy, tx, mesh)
     of_batch, of_update = method(rl)
-    chunk = logprobs.CHUNK * sharding.row_ways(mesh)
+    chunk = logprobs.default_chunk(mesh)
     update = make_update(
         policy.config, tx, **of_update, dtype=policy.dtype, remat=config.model.remat, shardings=shardings
     )
-    sampled = rl.guided > 0 and rl.guide != "demonstration"
-
-    def rollout(params, batch_rows, position, guided):
-        tokens = prompts[guided]
-        padded = pad_prompts(policy, [tokens[row["id"]] for row in batch_rows], max(map(len, tokens.values())))
-        key = noise_key(config.seed, "guided" if guided else "autonomous", position)
-        group = rl.guided if guided else rl.autonomous
-        ids = np.arange(len(batch_rows))
-        return padded, respond(policy, params, padded, ids, key, mesh, group=group, **sampling)
 
     rollbacks = rollback.read(workdir)
     with stage.checkpoints(config, workdir, "rl") as saved, jax.set_mesh(mesh):
@@ -75,10 +66,10 @@ def _train_until_rollback(
         first = int(state.step)
         if first >= total:
             return False
-        if sampled and rl.guide == "self":
+        if rl.guided and rl.guide == "self":
             written = self_strategies.write(
                 policy, state.params, rows, mesh, path=workdir / "rl" / "strategies.jsonl", step=first,
-                seed=config.seed, tries=rl.self_tries, batch=rl.batch, reward=rl.reward, **sampling,
+                seed=config.seed, tries=rl.self_tries, batch=rl.batch, reward=rl.reward, **_sampling(rl),
                 max_prompt_tokens=config.data.max_prompt_tokens, bare=config.model.tokenizer == "arithmetic",
             )  # fmt: skip
             encoded = encode_prompts(policy, written, guided=True)
@@ -90,11 +81,11 @@ def _train_until_rollback(
                 position = step + rollback.passed(rollbacks)
                 batch_rows = batches[position]
                 times = [time.perf_counter()]
-                unguided_prompts, (autonomous, slot_steps) = rollout(state.params, batch_rows, position, guided=False)
-                guided_prompts = guided = None
-                if sampled:
-                    guided_prompts, (guided, _) = rollout(state.params, batch_rows, position, guided=True)
-                elif rl.guided:
+                sampled, slot_steps = sample_groups(config, policy, state.params, prompts, batch_rows, position, mesh)
+                unguided_prompts, autonomous = sampled["autonomous"]
+                guided_prompts, guided = sampled.get("guided", (None, None))
+                own = [rollout for _, rollout in sampled.values()]
+                if rl.guided and guided is None:
                     tokens = [prompts[False][row["id"]] for row in batch_rows]
                     guided = demonstrate(policy, tokens, batch_rows, rl.max_new_tokens)
                 times.append(time.perf_counter())
@@ -110,8 +101,11 @@ def _train_until_rollback(
 
                 done = step + 1
                 stage.watch_skipped(config, workdir, "rl", done, int(metrics["skipped"]), batch_rows, batch)
-                metrics |= _rollout_metrics(graded_auto, graded_guided) | _speed(times, autonomous, *[guided] * sampled)
-                metrics["slots_used"] = float(autonomous.lengths.sum() / slot_steps)
+                metrics |= _rollout_metrics(graded_auto, graded_guided) | _speed(times, *own)
+                metrics["rows_filled"] = packing.filled(packed.autonomous)
+                if step == first:
+                    stage.advise_packing(config, "rl", metrics["rows_filled"], mesh)
+                metrics["slots_used"] = float(sum(each.lengths.sum() for each in own) / slot_steps)
                 metrics["learning_rate"] = float(rate(step * rl.updates_per_batch))
                 score = None
                 if rl.eval_every and (done % rl.eval_every == 0 or done == total):
@@ -135,6 +129,49 @@ def _train_until_rollback(
                     raise FloatingPointError(f"step {done}: {collapsed}; stopped{after}, as monitor.action asks")
                 show(done)
     return False
+
+
+def sampled_groups(rl: ConfigDict) -> dict[str, int]:
+    """The groups that a step samples, and their sizes; a demonstration is none."""
+    guided = {"guided": rl.guided} if rl.guided and rl.guide != "demonstration" else {}
+    return {"autonomous": rl.autonomous, **guided}
+
+
+def sample_groups(
+    config: ConfigDict,
+    policy: Policy,
+    params: Any,
+    prompts: dict[bool, dict[str, list[int]]],
+    rows: Sequence[dict],
+    position: int,
+    mesh: Mesh,
+) -> tuple[dict[str, tuple[Prompts, Rollout]], int]:
+    """Samples every group of a step at once.
+
+    Args:
+      config: of the run.
+      policy, params, mesh: what samples, and where.
+      prompts: guided? -> problem's id -> tokens, of all problems.
+      rows: B problems.
+      position: the step's among the batches, which together with the run's seed decides the noise.
+
+    Returns:
+      (group of `sampled_groups` -> its prompts and its rollout `[B,G]`, slot-steps of all).
+    """
+    sizes = sampled_groups(config.rl)
+    of_group = [prompts[name == "guided"] for name in sizes]
+    tokens = [[each[row["id"]] for row in rows] for each in of_group]
+    longest = [max(map(len, each.values())) for each in of_group]
+    keys = [noise_key(config.seed, name, position) for name in sizes]
+    rollouts, slot_steps = respond_in_groups(
+        policy, params, tokens, max(longest), keys, mesh, list(sizes.values()), **_sampling(config.rl)
+    )
+    padded = [pad_prompts(policy, *each) for each in zip(tokens, longest, strict=True)]
+    return dict(zip(sizes, zip(padded, rollouts, strict=True), strict=True)), slot_steps
+
+
+def _sampling(rl: ConfigDict) -> dict[str, Any]:
+    return {name: rl[name] for name in ("slots", "max_new_tokens", "temperature", "top_p", "top_k")}
 
 
 def method(rl: ConfigDict) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import checks, chips, models, sharding
+from sgpo_jax import checks, chips, models, rl, sharding
 from sgpo_jax.chips import Chip
 from sgpo_jax.estimate import Result
 from sgpo_jax.models import ModelConfig
@@ -126,7 +126,7 @@ def _values(config: ConfigDict, field: str, mesh: Mesh) -> list[int]:
     section, name = field.split(".")
     most = {
         "sft": config.sft.batch,
-        "rl": config.rl.batch * config.rl.autonomous,
+        "rl": config.rl.batch * sum(rl.sampled_groups(config.rl).values()),
         "eval": config.eval.batch * max((each.samples for each in config.eval.sets.values()), default=1),
     }[section]
     most = min(most, MOST_ROWS * ways) if name == "micro_batch" else most

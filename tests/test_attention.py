@@ -88,6 +88,21 @@ def test_paged_attention_reads_the_tokens_of_its_layer_and_row(heads, kv_heads):
     np.testing.assert_allclose(got[1], row[0, -1], atol=BFLOAT16)
 
 
+@pytest.mark.parametrize("slots", [1, 3, 8, 90])
+def test_a_cpu_reads_the_part_of_the_cache_that_a_row_has_reached(slots):
+    query, keys, values = cached(2, slots, 4, 2, 8)
+    read = jax.jit(attention.reached)
+    quarters = np.ceil(np.arange(1, 5) * slots / 4)
+    for longest in range(1, slots + 2):
+        lengths = np.array([1, longest], np.int32)
+        expected = attention.plain_cache(query, keys, values, 1, lengths)
+        np.testing.assert_allclose(read(query, keys, values, 1, lengths), expected, rtol=1e-6, atol=1e-6)
+        # It would spread from a slot that is read, whatever its weight.
+        unread = np.arange(slots)[:, None] >= quarters[quarters >= min(longest, slots)].min()
+        got = read(query, keys, np.where(unread, np.nan, values), 1, lengths)
+        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_kernels_on_a_mesh_that_splits_rows_and_heads():
     mesh = sharding.make_mesh(1, 2, 2, jax.devices()[:4])
     arguments = inputs(2, 128, 4, 2, 128)
@@ -125,19 +140,22 @@ def test_cudnn_is_asked_for_where_it_has_a_kernel(monkeypatch, dtype, size, chos
 
 
 @pytest.mark.parametrize(
-    ("platform", "packed", "decoded"), [("cpu", "plain", "plain_cache"), ("gpu", "cudnn", "plain_cache"),
+    ("platform", "packed", "decoded"), [("cpu", "plain", "reached"), ("gpu", "cudnn", "plain_cache"),
                                         ("tpu", "splash", "paged")],
 )  # fmt: skip
 def test_the_platform_of_the_mesh_chooses(monkeypatch, platform, packed, decoded):
     called = []
     monkeypatch.setattr(attention, "platform", lambda: platform)
-    for name in ("plain", "cudnn", "splash", "plain_cache", "paged"):
+    for name in ("plain", "cudnn", "splash", "plain_cache", "reached", "paged"):
         monkeypatch.setattr(attention, name, lambda *_, name=name: called.append(name))
     attention.attend(*inputs(1, 8, 2, 2, 128))
     attention.attend_cache(*cached(1, 128, 2, 2, 128), 0, np.array([3], np.int32))
     assert called == [packed, decoded]
     # A head size that the paged kernel does not take.
     attention.attend_cache(*cached(1, 128, 2, 2, 64), 0, np.array([3], np.int32))
+    assert called[-1] == ("reached" if platform == "cpu" else "plain_cache")
+    with jax.set_mesh(sharding.make_mesh(1, 2, 1, jax.devices()[:2])):
+        attention.attend_cache(*cached(2, 128, 2, 2, 64), 0, np.array([3, 4], np.int32))
     assert called[-1] == "plain_cache"
     assert attention.cache_length(129) == (256 if platform == "tpu" else 129)
 

@@ -278,29 +278,28 @@ def made_up(limit, of_setting, besides):
 
 def test_the_search_takes_the_first_that_fits(tiny, capsys):
     def besides(program, mesh):
-        return (4 if mesh.shape["tensor"] == 2 else 20) + 9 * (program.name == "guided group")
+        return (4 if mesh.shape["tensor"] == 2 else 20) + 9 * (program.name == "evaluation, 4 samples")
 
     limit = 16 * GIB
-    sizes = {"sft.micro_batch": 0.5, "rl.micro_batch": 1.5, "rl.slots": 0.125, "eval.slots": 0.01}
+    sizes = {"sft.micro_batch": 0.5, "rl.micro_batch": 1.5, "rl.slots": 0.25, "eval.slots": 0.125}
     measure = made_up(limit, sizes, besides)
     config, found, tried = search.search(small_run(), tiny, jax.devices(), CHIPS_FAST, Assumed(4, 4), limit, measure)
     assert dict(config.mesh) == {"data": 1, "fsdp": 4, "tensor": 2}
-    # The largest with value * size + 4 <= 16, from what is tried: all of 8; half of 16; all of 256; and of 64 so few
-    # that the second group, which needs 9 more and has 32 responses in all, fits too.
-    assert [config[section][name] for section, name in (field.split(".") for field in search.FIELDS)] == [8, 8, 16, 256]
+    # The largest with value * size + 4 <= 16, from what is tried: all of 8; half of 16; half of both groups' 96; and of
+    # 256 so few that the evaluation with 32 responses in all, which needs 9 more, fits too.
+    assert [config[section][name] for section, name in (field.split(".") for field in search.FIELDS)] == [8, 8, 48, 16]
     assert [program.name for program, _ in found] == [
-        "SFT update", "SFT validation", "update", "autonomous group", "guided group", "evaluation, 4 samples",
-        "evaluation, 32 samples",
+        "SFT update", "SFT validation", "update", "rollout", "evaluation, 4 samples", "evaluation, 32 samples",
     ]  # fmt: skip
     outcomes = [(each.mesh["tensor"], each.field, each.value, each.outcome) for each in tried]
-    assert outcomes[-7:] == [
+    assert outcomes[-10:] == [
         (2, "sft.micro_batch", 8, "fits"),
         (2, "rl.micro_batch", 16, "update needs 28.00 GiB"),
         (2, "rl.micro_batch", 8, "fits"),
-        (2, "rl.slots", 64, "guided group needs 17.00 GiB"),
-        (2, "rl.slots", 32, "guided group needs 17.00 GiB"),
-        (2, "rl.slots", 16, "fits"),
-        (2, "eval.slots", 256, "fits"),
+        (2, "rl.slots", 96, "rollout needs 28.00 GiB"),
+        (2, "rl.slots", 48, "fits"),
+        *((2, "eval.slots", slots, "evaluation, 4 samples needs 17.00 GiB") for slots in (256, 128, 64, 32)),
+        (2, "eval.slots", 16, "fits"),
     ]
     assert "rl.micro_batch=16: update needs 28.00 GiB" in capsys.readouterr().out
     assert search.flags(config).startswith(
@@ -372,7 +371,8 @@ def test_own_strategies_are_planned(tiny, guided, calls):
     found = {p.name: p for p in programs.programs(small_run(**changes), tiny, sharding.make_mesh(1, 8, 1), assumed)}
     own = [found.get(name) for name in ("own responses", "own strategies")]
     assert [each and each.calls for each in own] == [calls, calls]
-    assert ("guided group" in found) == bool(guided)
+    # Responses to 8 problems: 8 to each, and those with a strategy.
+    assert found["rollout"].setting.value == 8 * (8 + (guided or 0))
     if guided:
         assert own[0].tokens == pytest.approx(3 * own[1].tokens, rel=0.05)
 
@@ -433,7 +433,7 @@ def planned(tmp_path_factory):
 def test_memory_on_a_chip(planned):
     found, printed = planned
     assert set(found["programs"]) == {
-        "SFT update", "SFT validation", "autonomous group", "guided group", "update", "evaluation, 64 samples",
+        "SFT update", "SFT validation", "rollout", "update", "evaluation, 64 samples",
     }  # fmt: skip
     split = D * (3 * H * N + 2 * F) + H * N * D + F * D + 2 * D * V  # matrices, over all four chips
     parameters = 4 * (split // 4 + 3 * D)
@@ -441,7 +441,7 @@ def test_memory_on_a_chip(planned):
         hbm = result["hbm"]
         assert hbm["limit"] == 15.75 * GIB
         assert hbm["resident"] == pytest.approx(
-            2 * parameters if "group" in name or "validation" in name else 0, abs=64
+            2 * parameters if name == "rollout" or "validation" in name else 0, abs=64
         )
         if result["compiled"]:
             # Parameters, and in updates their two moments; the rest are small batches of whole numbers.
@@ -486,17 +486,26 @@ def test_communication_and_time(planned):
     assert gathered["sent"] == gathered["bytes"] / 2 and gathered["count"] >= 14
     assert update["seconds"]["compute"] == pytest.approx(update["flops"] / (0.4 * 197e12))
     assert update["seconds"]["hbm"] == pytest.approx(update["hbm_bytes"] / (0.65 * 819e9))
-    decoding = planned[0]["programs"]["autonomous group"]["phases"]["decode"]
+    decoding = planned[0]["programs"]["rollout"]["phases"]["decode"]
     # Matrices in bfloat16 in each step, and the longest response takes nearly all of them.
     assert decoding["hbm_bytes"] > 0 and decoding["flops"] > 0
     assert planned[0]["assumed"]["response_tokens"] == 48
 
 
 def test_work_of_decoding(planned):
-    # Both prompts of a device have two responses, in four slots; the longest of the eight lengths decides the steps.
-    steps = max(recipe.lengths(8, 48, T))
-    decoding = planned[0]["programs"]["autonomous group"]["phases"]["decode"]
+    # Both problems of a device have two responses of each kind, in eight slots; the longest of all sixteen lengths
+    # decides the steps.
+    steps = max(recipe.lengths(16, 48, T))
+    decoding = planned[0]["programs"]["rollout"]["phases"]["decode"]
     products = D * 3 * H * N + H * N * D + 3 * D * F + D * V
-    cache = decoding["flops"] * 4 / (2 * steps * 8) - products
+    cache = decoding["flops"] * 4 / (2 * steps * 16) - products
     # What is left are the blocks of 256 cached tokens (of 512 at most) that attention reads.
     assert 0 < cache <= 2 * H * N * 512
+
+
+def test_a_refill_copies_each_prompt_once(planned):
+    # Eight responses of a device, of a layer and a head: key and value in bfloat16 of all but the last token, which are
+    # written, and read at most twice, where they come from and where they go.
+    refill = planned[0]["programs"]["rollout"]["phases"]["refill"]
+    copied = 8 * 2 * 2 * (P - 1) * N
+    assert copied <= refill["hbm_bytes"] <= 3 * copied and refill["flops"] == 0

@@ -459,18 +459,18 @@ def test_remat_changes_the_memory_and_not_the_gradient(plain, tiny, tiny_params)
 # ---- cost and placement
 
 
-def equations(jaxpr, in_loop=False):
-    """(equation, whether it is inside a while loop) for all of a jaxpr, nested ones included."""
+def equations(jaxpr, within=()):
+    """(equation, names of the primitives around it) for all of a jaxpr, nested ones included."""
     for equation in jaxpr.eqns:
-        yield equation, in_loop
+        yield equation, within
         for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
-                yield from equations(inner, in_loop or equation.primitive.name == "while")
+                yield from equations(inner, (*within, equation.primitive.name))
 
 
 def test_the_prompt_is_prefilled_once_per_problem(tiny, tiny_params):
-    batch, group, length, new = 3, 5, 11, 4  # sizes that tell the axes apart
+    batch, group, length, new = 3, 5, 13, 4  # sizes that tell the axes apart, and from a part of the cache
     jaxpr = jax.make_jaxpr(
         partial(
             generate, config=tiny, group=group, max_new_tokens=new, temperature=1.0, top_p=1.0, top_k=0,
@@ -484,22 +484,25 @@ def test_the_prompt_is_prefilled_once_per_problem(tiny, tiny_params):
         problem_ids=jnp.arange(batch),
     )  # fmt: skip
     products = [
-        (equation.outvars[0].aval.shape, in_loop)
-        for equation, in_loop in equations(jaxpr.jaxpr)
+        (equation.outvars[0].aval.shape, within)
+        for equation, within in equations(jaxpr.jaxpr)
         if equation.primitive.name == "dot_general"
     ]
     # The last token of a prompt is the first that is decoded.
-    prefill = [shape for shape, in_loop in products if not in_loop and length - 1 in shape]
+    prefill = [shape for shape, within in products if "while" not in within and length - 1 in shape]
     # Seven projections, scores and weighted values of the one scanned layer.
     assert len(prefill) == 9
     assert all(shape[0] == batch for shape in prefill)
     # Each decoded token costs a row per response and no more than one position.
-    decode = [shape for shape, in_loop in products if in_loop]
-    assert len(decode) == 10
+    decode = [(shape, "cond" in within) for shape, within in products if "while" in within]
+    # Seven projections and the head; scores and weighted values for each part of the cache, of which one is read.
+    assert [in_branch for _, in_branch in decode].count(False) == 8
+    branches = [shape for shape, in_branch in decode if in_branch]
+    assert sorted(shape[3] for shape in branches[::2]) == [4, 8, 12, 16] and len(branches) == 8
     rows = batch * group
     # In the products with the cache the key/value heads come first.
-    assert all(rows in shape[:2] and length not in shape for shape in decode)
-    assert all(math.prod(shape) <= rows * tiny.vocab_size for shape in decode)
+    assert all(rows in shape[:2] and length not in shape for shape, _ in decode)
+    assert all(math.prod(shape) <= rows * tiny.vocab_size for shape, _ in decode)
 
 
 MESHES = [(2, 2, 2)] + [pytest.param(m, marks=pytest.mark.slow) for m in [(1, 4, 2), (4, 1, 2), (1, 1, 8), (2, 1, 4)]]

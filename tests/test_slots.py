@@ -1,10 +1,12 @@
 """Continuous batching: the same responses from any number of slots, and few idle slot-steps."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
 
-from sgpo_jax import policy, sharding
+from sgpo_jax import policy, respond, sharding
 from sgpo_jax.rollout import STOP, Rollout, generate
 from sgpo_jax.rollout.engine import narrowed
 from sgpo_jax.rollout.schedule import schedule
@@ -57,6 +59,21 @@ def test_any_number_of_slots_gives_the_same_responses(run, at_once, slots):
     assert_same(run(slots=slots)[0], at_once[0])
 
 
+def test_prompts_of_one_token(tiny, tiny_params):
+    """Nothing is prefilled then, and a refill copies nothing."""
+    tokens, ids = np.arange(9, 15, dtype=np.int32)[:, None], np.arange(6, dtype=np.uint32)
+    one, longer = (
+        [
+            jax.device_get(generate(tiny_params, tiny, *prompt, jax.random.key(0), ids, slots=slots, **SETTINGS)[0])
+            for slots in (0, 4)
+        ]
+        for prompt in ((tokens, tokens > 0), (np.pad(tokens, ((0, 0), (2, 0))), np.pad(tokens > 0, ((0, 0), (2, 0)))))
+    )
+    for each in (one[1], *longer):
+        assert_same(each, one[0])
+    assert len(set(one[0].lengths.ravel())) > 3
+
+
 @pytest.mark.parametrize(("slots", "shards"), [(8, 4), (4, 2), (0, 3)])
 def test_any_number_of_shards_gives_the_same_responses(run, at_once, slots, shards):
     assert_same(run(slots=slots, shards=shards)[0], at_once[0])
@@ -88,6 +105,50 @@ def test_slots_on_a_mesh_of_eight_devices(at_once, tiny, tiny_params):
             slots=8, shards=4, **SETTINGS,
         )  # fmt: skip
     assert_same(Rollout(*jax.device_get(rollout)), at_once[0])
+
+
+KINDS = (GROUP, 3)  # responses to a prompt of each kind
+
+
+@pytest.fixture(scope="module")
+def each_alone(tiny, tiny_params):
+    """The responses to some prompts, and to others with a key and a number of their own."""
+    ids = np.arange(COUNT, dtype=np.uint32)
+    settings = SETTINGS | {"group": KINDS[1]}
+    first, second = (
+        jax.device_get(generate(tiny_params, tiny, *prompts(seed), jax.random.key(seed), ids, **kind)[0])
+        for seed, kind in enumerate((SETTINGS, settings))
+    )
+    assert (first.tokens != second.tokens[:, :GROUP]).any(axis=2).mean() > 0.9
+    return first, second
+
+
+@pytest.mark.parametrize(("slots", "ways"), [(0, (1, 1, 1)), (5, (1, 1, 1)), (8, (2, 2, 2)), (0, (1, 8, 1))])
+def test_groups_sampled_at_once_are_those_sampled_alone(each_alone, tiny, tiny_params, slots, ways):
+    mesh = sharding.make_mesh(*ways, devices=jax.devices()[: math.prod(ways)])
+    tokens = [[list(row[real]) for row, real in zip(*prompts(seed), strict=True)] for seed in range(2)]
+    ours = policy.Policy(tiny, None, STOPS, PAD, np.dtype(np.float32), "")
+    with jax.set_mesh(mesh):
+        rollouts, slot_steps = respond.respond_in_groups(
+            ours, policy.place(tiny_params, mesh), tokens, LENGTH, [jax.random.key(seed) for seed in range(2)], mesh,
+            KINDS, slots=slots, max_new_tokens=NEW, temperature=1.0, top_p=1.0, top_k=0,
+        )  # fmt: skip
+    for actual, expected in zip(rollouts, each_alone, strict=True):
+        assert_same(actual, expected)
+    assert slot_steps >= sum(expected.lengths.sum() for expected in each_alone)
+
+
+def test_groups_sampled_at_once_need_fewer_steps(each_alone):
+    """The tail of one group is filled with the other's responses."""
+
+    def steps(lengths, slots):
+        stages = schedule(lengths, np.full_like(lengths, LENGTH), slots or lengths.size)
+        return sum(stage.steps for stage in stages)
+
+    lengths = [expected.lengths for expected in each_alone]
+    together = np.concatenate(lengths, axis=1).reshape(1, -1)
+    for slots in (48, 0):
+        assert steps(together, slots) < 0.75 * sum(steps(each.reshape(1, -1), slots) for each in lengths)
 
 
 def test_one_slot_is_never_idle(run, at_once):
@@ -132,3 +193,8 @@ def test_new_prompts_and_noise_compile_nothing(run):
 def test_shards_that_do_not_divide_are_refused(run, slots, shards):
     with pytest.raises(ValueError, match=f"shards={shards}: must divide the 24 prompts and slots={slots}"):
         run(slots=slots, shards=shards)
+
+
+def test_kinds_that_do_not_divide_are_refused(run):
+    with pytest.raises(ValueError, match=r"group=\(2, 1, 1, 1, 1\): must have a length that divides the 12 prompts"):
+        run(group=(2, 1, 1, 1, 1), shards=2)

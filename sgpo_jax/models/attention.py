@@ -21,6 +21,7 @@ from sgpo_jax.sharding import BATCH, fitting, platform
 LANES = 128  # both TPU kernels want lengths, and paged attention head sizes, in multiples of this
 SPLASH_BLOCK = 512  # queries and keys of a splash block
 PAGES_PER_BLOCK = 4  # pages of LANES tokens that paged attention reads at once
+PARTS = 4  # of a cache, of which a CPU leaves out those that no row has reached
 
 SAVED = "attention"  # name of the outputs, for rematerialisation to save
 
@@ -57,7 +58,9 @@ def attend_cache(query: jax.Array, keys: jax.Array, values: jax.Array, layer: An
     """
     if platform() == "tpu" and query.shape[-1] % LANES == 0 and keys.shape[3] % LANES == 0:
         return paged(query, keys, values, layer, lengths)
-    return plain_cache(query, keys, values, layer, lengths)
+    # An accelerator, or a mesh, would stop in every layer to agree on how far to read.
+    alone = platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
+    return (reached if alone else plain_cache)(query, keys, values, layer, lengths)
 
 
 def append(cache: jax.Array, new: jax.Array, layer: Any, slots: jax.Array) -> jax.Array:
@@ -97,6 +100,16 @@ def plain_cache(query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any
     visible = jnp.arange(key.shape[2]) < lengths[:, None, None]
     weights = jax.nn.softmax(jnp.where(visible, scores * size**-0.5, _FILL), axis=-1).astype(value.dtype)
     return jnp.einsum("kbgs,kbsn->bkgn", weights, value).reshape(batch, heads * size)
+
+
+def reached(query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any, lengths: jax.Array) -> jax.Array:
+    """`plain_cache` of as many of the cache's PARTS as the longest row has reached."""
+    edges = sorted({-(-keys.shape[3] * (part + 1) // PARTS) for part in range(PARTS)})
+
+    def read(slots):
+        return lambda: plain_cache(query, keys[:, :, :, :slots], values[:, :, :, :slots], layer, lengths)
+
+    return jax.lax.switch(jnp.searchsorted(jnp.array(edges[:-1]), lengths.max()), [read(edge) for edge in edges])
 
 
 def cudnn(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:

@@ -3,8 +3,9 @@
 Each prompt is prefilled once. A slot's cache begins with a copy of its prompt, and its response follows, so that what
 is read of it grows with it.
 
-Axis key: W shards of the rows, B prompts, G responses per prompt, Q = B / W * G responses of a shard, R slots of a
-shard, P prompt length, T new tokens, V vocabulary; of a cache K key/value heads, L layers, S length, N head size.
+Axis key: W shards of the rows, B prompts, G responses per prompt, C kinds of prompts with a G of their own, Q responses
+of a shard, R slots of a shard, P prompt length, T new tokens, V vocabulary; of a cache K key/value heads, L layers,
+S length, N head size.
 """
 
 from collections.abc import Callable
@@ -22,13 +23,12 @@ from sgpo_jax.sharding import BATCH, constrain, path_name, spec_for
 Array = jax.Array | np.ndarray
 
 STOP, LENGTH = 0, 1  # finish reasons: ended by a stop token, or cut at the limit
-REFILL = 16  # slots are refilled when this fraction of them, 1/16, is free: each refill copies prompts
 NARROW = 4  # when nothing waits, the last responses go on in 1/4 of the slots, and again in 1/4 of these
 LEAST = 8, 2  # slots of a shard that these must be: the first time, which takes memory for a copy, and after it
 
 
 class Rollout(NamedTuple):
-    """Responses, G per prompt."""
+    """Responses, G per prompt; where prompts are of C kinds, G is the sum of theirs, and B / C takes the place of B."""
 
     tokens: Array  # [B,G,T] int32, the stop token included, padded after it
     logp: Array  # [B,G,T] float32, log-probability of each token at temperature 1 without filter, nats; 0 after
@@ -60,7 +60,7 @@ def generate(
     key: jax.Array,
     problem_ids: jax.Array,
     *,
-    group: int,
+    group: int | tuple[int, ...],
     max_new_tokens: int,
     temperature: float,
     top_p: float,
@@ -74,30 +74,36 @@ def generate(
     """Samples `group` responses to each prompt.
 
     The noise of a token depends on (key, problem id, sample, token position) and on nothing else, so a response does
-    not change with the batch it is sampled in, nor with the number of slots.
+    not change with the batch it is sampled in, nor with the number of slots, nor with prompts of another kind.
 
     Args:
       params, config: the policy.
       prompts: `[B,P]` token ids, padded on the left.
       mask: `[B,P]` bool, True on real tokens.
-      key: PRNG key; the caller folds in the seed, the step and the purpose, and never uses it twice.
+      key: PRNG key, or `[C]` one of each kind; the caller folds in the seed, the step and the purpose, and never uses
+        it twice.
       problem_ids: `[B]` integers that tell the prompts of one key apart.
-      group: G, responses per prompt.
+      group: G, responses per prompt; or C numbers, if the prompts of C kinds take turns.
       max_new_tokens: T, tokens; a response without a stop token by then is cut.
       temperature, top_p, top_k: see `sampling.sample`; temperature 0 is greedy.
       stop_ids: token ids that end a response.
       pad_id: fills `tokens` after the end.
       slots: responses decoded at once, a multiple of `shards`; 0 decodes all.
-      shards: W, ways in which the prompts are split over devices; it divides B. Slots take prompts of their own shard.
+      shards: W, ways in which the prompts are split over devices; W * C divides B. Slots take prompts of their own
+        shard.
       dtype: of weights, activations and cache while decoding.
 
     Returns:
       (rollout, slot-steps `[]` int32: the tokens that could have been decoded in the same time with no slot idle).
     """
     count, length = prompts.shape
+    groups = (group,) if isinstance(group, int) else group
     if count % shards or slots % shards:
         raise ValueError(f"shards={shards}: must divide the {count} prompts and slots={slots}")
-    waiting = count // shards * group
+    if count // shards % len(groups):
+        raise ValueError(f"group={group}: must have a length that divides the {count // shards} prompts of a shard")
+    turns, together = count // len(groups), sum(groups)
+    waiting = turns // shards * together
     width = min(slots // shards or waiting, waiting)
     params = _resident(params, dtype)
     head = _contiguous_head(params, config)
@@ -111,8 +117,16 @@ def generate(
     filled = models.apply(params, config, *early, empty, dtype=dtype)[1] if length > 1 else empty
     assert filled is not None  # a cache went in
 
+    # Of the responses of a turn.
+    kinds = jnp.repeat(jnp.arange(len(groups)), np.array(groups), total_repeat_length=together)
+    samples = jnp.concatenate([jnp.arange(size) for size in groups])
+    keys = jnp.broadcast_to(key, len(groups))
+
+    def prompt_of(item):
+        return jnp.minimum(item // together * len(groups) + kinds[item % together], count // shards - 1)
+
     def of_problem(values, item):
-        return jnp.take_along_axis(values, jnp.minimum(item // group, values.shape[1] - 1), axis=1)
+        return jnp.take_along_axis(values, prompt_of(item), axis=1)
 
     def decode(state):
         queued, now, out, steps = state
@@ -125,8 +139,9 @@ def generate(
         logits = jnp.dot(hidden[:, 0], head, preferred_element_type=jnp.float32)
         # Each device makes its part of the vocabulary, and then samples a part of the rows.
         logits = constrain(constrain(logits, BATCH, "tensor"), (*BATCH, "tensor"), None)
-        noise = [x.reshape(-1) for x in (of_problem(problem_ids, now.item), now.item % group, now.sampled)]
-        uniform = jax.vmap(lambda *ids: jax.random.uniform(_fold(key, *ids)))(*noise)
+        own_key, sample_id = (of_turn[now.item % together] for of_turn in (keys[kinds], samples))
+        noise = [x.reshape(-1) for x in (own_key, of_problem(problem_ids, now.item), sample_id, now.sampled)]
+        uniform = jax.vmap(lambda *key_and_ids: jax.random.uniform(_fold(*key_and_ids)))(*noise)
         token, logp = sample(logits, uniform, temperature=temperature, top_p=top_p, top_k=top_k)
         token, logp = token.reshape(now.item.shape), logp.reshape(now.item.shape)
         stopped = jnp.isin(token, stops)
@@ -141,7 +156,7 @@ def generate(
         item = jnp.minimum(queued[:, None] + jnp.cumsum(free, axis=1) - 1, waiting)
         fresh = free & (item < waiting)
         item = jnp.where(fresh, item, now.item)
-        cache = _insert(now.cache, filled, fresh, item // group)
+        cache = _insert(now.cache, filled, fresh, prompt_of(item))
         token = jnp.where(fresh, of_problem(last, item), now.token)
         now = _Slots(item, jnp.where(fresh, 0, now.sampled), token, cache)
         return queued + fresh.sum(axis=1), now, out, steps
@@ -156,7 +171,7 @@ def generate(
     )
     state = jnp.zeros(shards, jnp.int32), _Slots(idle, idle * 0, idle * 0, cache), out, jnp.int32(0)
     state = _drain(state, waiting, refill, decode)
-    return jax.tree.map(lambda field: field.reshape(count, group, *field.shape[2:]), state[2]), state[3]
+    return jax.tree.map(lambda field: field.reshape(turns, together, *field.shape[2:]), state[2]), state[3]
 
 
 def narrowed(slots: int, all_slots: int) -> int:
@@ -175,8 +190,7 @@ def _drain(state: Any, waiting: int, refill: Callable, decode: Callable) -> Any:
         return jnp.any(state[0] < waiting) | jnp.any(going > narrower)
 
     def refill_due(state):
-        free = (state[1].item == waiting).sum(axis=1)
-        return jnp.any((state[0] < waiting) & (free >= max(all_slots // REFILL, 1)))
+        return jnp.any((state[0] < waiting)[:, None] & (state[1].item == waiting))
 
     def refill_and_decode(state):
         def going(state):
@@ -226,29 +240,35 @@ def _left_aligned(prompts: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.A
 
 
 def _insert(cache: models.Cache, prompts: models.Cache, fresh: jax.Array, problem: jax.Array) -> models.Cache:
-    """The slots' cache with the prompt of `problem` `[W,R]`, and nothing else, in every `fresh` `[W,R]` slot."""
+    """The slots' cache with prompt `problem` `[W,R]` of the shard, and nothing else, in every `fresh` `[W,R]` slot."""
     shards = len(fresh)
-    length = prompts["key"].shape[3]
-    replaced = fresh.reshape(-1)
+    fresh_first = jnp.argsort(~fresh, axis=1, stable=True)
 
-    def of_problem(values, axis):
-        shape = values.shape[:axis], values.shape[axis + 1 :]
-        by_shard = values.reshape(*shape[0], shards, -1, *shape[1])
-        take = jax.vmap(partial(jnp.take, axis=axis, mode="clip"), in_axes=(axis, 0), out_axes=axis)
-        return take(by_shard, problem).reshape(*shape[0], -1, *shape[1])
+    @partial(jax.vmap, in_axes=(2, 2, 0, 0, 0), out_axes=2)
+    def replace(slots, prompts, slot, problem, fresh):
+        # Of one shard: [K,L,R,S,N] and [K,L,B/W,P-1,N].
+        new = jax.lax.dynamic_slice_in_dim(prompts, problem, 1, axis=2)
+        old = jax.lax.dynamic_slice(slots, (0, 0, slot, 0, 0), new.shape)
+        return jax.lax.dynamic_update_slice(slots, jnp.where(fresh, new, old), (0, 0, slot, 0, 0))
 
-    def copy(layer, caches):
-        # A layer at a time: the gathered prompts are as large as the part of the cache that they go to.
+    def by_shard(rows):
+        return rows.reshape(*rows.shape[:2], shards, rows.shape[2] // shards, *rows.shape[3:])
+
+    def copy(i, caches):
+        slot = fresh_first[:, i]
+        chosen = (jnp.take_along_axis(x, slot[:, None], axis=1)[:, 0] for x in (problem, fresh))
+        slot_problem_fresh = slot, *chosen
         return tuple(
-            whole.at[:, layer, :, :length].set(
-                jnp.where(replaced[:, None, None], of_problem(source[:, layer], 1), whole[:, layer, :, :length])
-            )
-            for whole, source in zip(caches, (prompts["key"], prompts["value"]), strict=True)
+            replace(by_shard(slots), by_shard(source), *slot_problem_fresh).reshape(slots.shape)
+            for slots, source in zip(caches, (prompts["key"], prompts["value"]), strict=True)
         )
 
-    keys, values = jax.lax.fori_loop(0, cache["key"].shape[1], copy, (cache["key"], cache["value"]))
-    lengths = jnp.where(replaced, of_problem(prompts["length"], 0), cache["length"])
-    return {"key": keys, "value": values, "length": lengths}
+    # A slot of each shard at a time, for most slots go on.
+    most = fresh.sum(axis=1).max()
+    keys, values = jax.lax.fori_loop(0, most, copy, (cache["key"], cache["value"]))
+    of_slot = jnp.take_along_axis(prompts["length"].reshape(shards, -1), problem, axis=1)
+    lengths = jnp.where(fresh, of_slot, cache["length"].reshape(fresh.shape))
+    return {"key": keys, "value": values, "length": lengths.reshape(-1)}
 
 
 def _active_first(now: _Slots, waiting: int, width: int) -> _Slots:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sgpo_jax.rollout.engine import REFILL, narrowed
+from sgpo_jax.rollout.engine import narrowed
 
 
 class Stage(NamedTuple):
@@ -46,8 +46,7 @@ def schedule(lengths: np.ndarray, prompts: np.ndarray, slots: int) -> list[Stage
                 queued[shard] += 1
 
     def refill_due() -> bool:
-        free = (item == waiting).sum(axis=1)
-        return bool(((queued < waiting) & (free >= max(all_slots // REFILL, 1))).any())
+        return bool(((queued < waiting)[:, None] & (item == waiting)).any())
 
     stages = []
     while width:

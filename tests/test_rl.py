@@ -1,0 +1,73 @@
+"""The groups of a step: whose prompts, whose noise, and how many."""
+
+import jax
+import numpy as np
+import pytest
+
+from sgpo_jax import config as configs
+from sgpo_jax import policy, respond, rl, sharding
+
+PROMPTS = {
+    False: {"a": [9, 10, 11], "b": [12], "c": [13, 14], "longest": [20, 21, 22, 23]},
+    True: {"a": [9, 30, 10, 11], "b": [30, 12], "c": [30, 31, 13, 14], "longest": [30, 31, 32, 20, 21, 22, 23]},
+}
+ROWS = [{"id": "c"}, {"id": "a"}, {"id": "b"}]
+
+
+def settings(**changes):
+    config = configs.base()
+    config.seed = 5
+    config.rl.update({"autonomous": 3, "guided": 2, "max_new_tokens": 9, "temperature": 1.0} | changes)
+    return config
+
+
+def step(tiny, tiny_params, config, position=7):
+    """(groups of a step, slot-steps, a function that samples one group by itself)."""
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    ours = policy.Policy(tiny, None, tuple(range(1, 9)), 63, np.dtype(np.float32), "")
+    with jax.set_mesh(mesh):
+        params = policy.place(tiny_params, mesh)
+        found, slot_steps = rl.sample_groups(config, ours, params, PROMPTS, ROWS, position, mesh)
+
+    def alone(name, guided, group):
+        tokens = PROMPTS[guided]
+        padded = respond.pad_prompts(ours, [tokens[row["id"]] for row in ROWS], len(tokens["longest"]))
+        key = respond.noise_key(config.seed, name, position)
+        with jax.set_mesh(mesh):
+            rollout, _ = respond.respond(
+                ours, params, padded, np.arange(len(ROWS)), key, mesh, group=group, slots=0, max_new_tokens=9,
+                temperature=1.0, top_p=config.rl.top_p, top_k=config.rl.top_k,
+            )  # fmt: skip
+        return padded, rollout
+
+    return found, slot_steps, alone
+
+
+@pytest.mark.parametrize("slots", [0, 2])
+def test_each_group_has_its_prompts_and_its_noise(tiny, tiny_params, slots):
+    found, slot_steps, alone = step(tiny, tiny_params, settings(slots=slots))
+    assert list(found) == ["autonomous", "guided"]
+    for name, guided, group in (("autonomous", False, 3), ("guided", True, 2)):
+        padded, rollout = found[name]
+        expected_prompts, expected = alone(name, guided, group)
+        for actual, wanted in zip(padded, expected_prompts, strict=True):
+            np.testing.assert_array_equal(actual, wanted)
+        assert rollout.tokens.shape == (3, group, 9)
+        np.testing.assert_array_equal(rollout.tokens, expected.tokens)
+        np.testing.assert_array_equal(rollout.lengths, expected.lengths)
+        np.testing.assert_array_equal(rollout.finish, expected.finish)
+        np.testing.assert_allclose(rollout.logp, expected.logp, atol=1e-5)
+    assert slot_steps >= sum(rollout.lengths.sum() for _, rollout in found.values())
+
+
+@pytest.mark.parametrize("changes", [{"guided": 0}, {"guide": "demonstration", "guided": 1}])
+def test_what_is_not_sampled_is_not_there(tiny, tiny_params, changes):
+    found, _, alone = step(tiny, tiny_params, settings(**changes))
+    assert list(found) == ["autonomous"]
+    np.testing.assert_array_equal(found["autonomous"][1].tokens, alone("autonomous", False, 3)[1].tokens)
+
+
+def test_another_step_has_other_noise(tiny, tiny_params):
+    first, second = (step(tiny, tiny_params, settings(), position)[0] for position in (7, 8))
+    for name in first:
+        assert (first[name][1].tokens != second[name][1].tokens).any()
