@@ -38,13 +38,13 @@ def get_config(method: str = "sgpo") -> ConfigDict:
     config.sft.max_response_tokens = 28
     config.sft.validation_share = 0.01
     config.sft.validate_every = 80
-    config.sft.micro_batch = 64
+    config.sft.micro_batch = 16
 
     config.rl.batch = 32
     config.rl.steps = 50
     config.rl.learning_rate = 2e-4
     config.rl.max_new_tokens = 28
-    config.rl.micro_batch = 64
+    config.rl.micro_batch = 16
 
     with config.unlocked():
         config.eval.sets.heldout = ConfigDict({"source": "arithmetic:eval,count=512", "samples": 4})

@@ -127,6 +127,12 @@ def fit(sizes: np.ndarray, capacity: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return row, offset
 
 
+def filled(packed: Packed) -> float:
+    """Share of the rows that hold a sequence among those that are computed, which the micro-batches in use have."""
+    computed = int(packed.count) * packed.owner.shape[2]
+    return float((packed.contexts[0].segments > 0).any(axis=-1).sum()) / max(computed, 1)
+
+
 def of_sequence(values: np.ndarray, packed: Packed) -> np.ndarray:
     """What `values` `[sequences,T]` has for each listed response token: `[K,S,M,J]`, 0 where there is none."""
     return np.where(packed.owner >= 0, values[packed.owner, packed.index], np.zeros((), values.dtype))

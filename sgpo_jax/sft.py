@@ -47,7 +47,7 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
     loss_of = make_losses(policy.config, **settings)
     encode = partial(
         encode_batch, encoded=encoded, batch=config.sft.batch, micro_batch=config.sft.micro_batch,
-        chunk=logprobs.CHUNK * sharding.row_ways(mesh),
+        chunk=logprobs.default_chunk(mesh),
     )  # fmt: skip
 
     with stage.checkpoints(config, workdir, "sft") as saved, jax.set_mesh(mesh):
@@ -66,6 +66,9 @@ def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[
                 seconds = time.perf_counter() - started
                 stage.watch_skipped(config, workdir, "sft", step + 1, int(metrics["skipped"]), batch_rows, batch)
                 metrics |= {"learning_rate": float(rate(step)), "seconds_step": seconds}
+                metrics["rows_filled"] = packing.filled(batch[0])
+                if step == first:
+                    stage.advise_packing(config, "sft", metrics["rows_filled"], mesh)
                 metrics["tokens_per_second"] = metrics.pop("tokens") / seconds
 
                 done, score = step + 1, None
@@ -116,17 +119,17 @@ def _encode(config: ConfigDict, policy: Policy, row: dict) -> Encoded:
 
 
 def encode_batch(
-    rows: Sequence[dict], encoded: dict[str, Encoded], *, batch: int, micro_batch: int, chunk: int = logprobs.CHUNK
+    rows: Sequence[dict], encoded: dict[str, Encoded], *, batch: int, micro_batch: int, chunk: int | None = None
 ) -> tuple[Packed, np.ndarray]:
     """At most `batch` responses after their prompts, packed in shapes that are those of the stage; and their tokens.
 
-    `chunk`: response tokens whose logits are held at once, over all devices.
+    `chunk`: response tokens whose logits are held at once, over all devices; None: `logprobs.default_chunk`.
     """
     prompts, responses = zip(*(encoded[row["id"]] for row in rows), strict=True)
     longest = [max(map(len, part)) for part in zip(*encoded.values(), strict=True)]
     packed = packing.pack(
         [prompts], responses, range(len(rows)), lengths=[sum(longest)], micro_batch=min(micro_batch, batch), most=batch,
-        chunk=chunk,
+        chunk=logprobs.default_chunk() if chunk is None else chunk,
     )  # fmt: skip
     tokens, _ = tokenizers.pad_right(responses, longest[1], 0)
     return packed, packing.of_sequence(tokens, packed)

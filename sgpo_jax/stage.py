@@ -144,6 +144,17 @@ def state_at(
         return saved.restore(step, _placed(*state_shardings(policy, tx, mesh)))
 
 
+def advise_packing(config: ConfigDict, stage: str, filled: float, mesh: Mesh) -> None:
+    """Says how to compute less when many rows of an update are empty."""
+    rows = config[stage].micro_batch
+    if filled < 0.75 and rows > sharding.row_ways(mesh):
+        print(
+            f"{stage}.micro_batch={rows}: {filled:.0%} of the rows that an update computes hold responses; "
+            "a smaller one leaves fewer empty",
+            flush=True,
+        )
+
+
 def watch_skipped(
     config: ConfigDict, workdir: Path, stage: str, step: int, in_a_row: int, rows: Sequence[dict], batch: Any
 ) -> None:

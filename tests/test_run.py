@@ -95,9 +95,10 @@ def test_a_run_leaves_metrics_checkpoints_generations_table_and_figures(undistur
         assert (workdir / name).stat().st_size > 0
     wanted = """reward_auto reward_guided alpha token_kl token_kl_max kl_clip_share entropy response_length truncated
         ratio clip_share grad_norm logp_mismatch loss seconds_rollout seconds_reward seconds_update seconds_step
-        tokens_per_second_rollout tokens_per_second_update""".split()
+        tokens_per_second_rollout tokens_per_second_update rows_filled""".split()
     row = read_jsonl(workdir / "rl.jsonl")[0]
     assert not set(wanted) - set(row)
+    assert 0 < row["rows_filled"] <= 1 and 0 < read_jsonl(workdir / "sft.jsonl")[0]["rows_filled"] <= 1
     assert row["logp_mismatch_max"] < 1e-4, "sampler and trainer agree in float32"
     steps = {int(path.name) for path in (workdir / "rl/checkpoints").iterdir() if path.name.isdigit()}
     assert {6, 8} <= steps and len(steps) <= 3, "the last two, and the best"

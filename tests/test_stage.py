@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sgpo_jax import config as configs
-from sgpo_jax import skipped, stage
+from sgpo_jax import sharding, skipped, stage
 from sgpo_jax.batch import Batch, Group, Prompts
 from sgpo_jax.checkpoint import Checkpoints
 from sgpo_jax.train_step import TrainState
@@ -78,3 +78,12 @@ def test_skipped_updates_keep_the_batch_and_stop_at_the_limit(tmp_path, capsys):
     assert kept[:3] == ("rl", 7, ["a/1", "π"]) and kept.batch.guided is None
     assert jax.tree.structure(kept.batch) == jax.tree.structure(batch)
     jax.tree.map(np.testing.assert_array_equal, kept.batch, batch)
+
+
+@pytest.mark.parametrize(("filled", "ways", "said"), [(0.5, 4, True), (0.75, 4, False), (0.5, 8, False)])
+def test_a_micro_batch_that_is_too_large_is_noticed(capsys, filled, ways, said):
+    config = configs.base()
+    config.rl.micro_batch = 8
+    stage.advise_packing(config, "rl", filled, sharding.make_mesh(devices=jax.devices()[:ways]))
+    printed = capsys.readouterr().out
+    assert (f"rl.micro_batch=8: {filled:.0%} of the rows" in printed) == said, "as many rows as devices is the least"
