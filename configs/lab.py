@@ -2,8 +2,9 @@
 
     python -m sgpo_jax.lab --config=configs/lab.py --workdir=/tmp/lab [--fast]
 
-All methods, tuned alike, with five seeds; then GRPO and SGPO in other worlds: how competent the base is (`preference`),
-how many methods compete at a stage, how long the chains are, and how often a strategy is wrong (`noise`).
+All methods, tuned alike, with five seeds; then some of them in other worlds: how competent the base is (`preference`),
+how many methods compete at a stage, how long the chains are, how often a strategy is wrong (`noise`), and how long RL
+goes on.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +16,12 @@ STEPS = 450  # of the warm-up
 
 
 def world(
-    preference: float = 0.65, competing: int = 2, stages: int = 3, noise: float = 0.0, writing: float = 0.0
+    preference: float = 0.65,
+    competing: int = 2,
+    stages: int = 3,
+    noise: float = 0.0,
+    writing: float = 0.0,
+    steps: int = 30,
 ) -> dict:
     """Changes of the config that make a world.
 
@@ -23,6 +29,7 @@ def world(
       preference: the base's chance of the right method at a stage.
       competing, stages, noise: as in `arithmetic.problems`.
       writing: share of the warm-up's rows that teach to write strategies, beside as many others as without.
+      steps: of RL. In 30 methods still differ where the base is good: later all of them solve most of it.
     """
     size = f"competing={competing},stages={stages}"
     sft = {"train": f"arithmetic:pretraining,count={round(12000 / (1 - writing))},preference={preference},{size}"}
@@ -31,6 +38,7 @@ def world(
     return {
         "sft": sft,
         "data": {"train": f"arithmetic:train,count=1024,noise={noise},{size}"},
+        "rl": {"steps": steps},
         "eval": {"sets": {"heldout": {"source": f"arithmetic:eval,count=256,{size}"}}},
     }
 
@@ -52,6 +60,7 @@ def get_config() -> ConfigDict:
 
     config.sft.use_strategy = True
     config.sft.batch = 128
+    config.sft.micro_batch = 16  # three times as fast as 64: what a core holds in its caches
     config.sft.steps = STEPS
     config.sft.learning_rate = 4e-3
     config.sft.max_response_tokens = 28
@@ -59,7 +68,7 @@ def get_config() -> ConfigDict:
     config.sft.validate_every = 150
 
     config.rl.batch = 16
-    config.rl.steps = 30  # while methods still differ: later all of them solve most of this world
+    config.rl.micro_batch = 16
     config.rl.learning_rate = 2e-4
     config.rl.max_new_tokens = 28
     config.rl.kl_top_k = 4  # of the 126 of this world
@@ -74,26 +83,29 @@ def get_config() -> ConfigDict:
         config.eval.sets.heldout = ConfigDict({"source": "", "samples": 4})
     config.update(world())
     config.lab.methods = tuple(name for name in METHODS if name != "self_strategies")
-    config.lab.rates = (1.0, 2.0, 4.0)
+    config.lab.rates = (0.5, 1.0, 2.0, 4.0)
+    config.lab.world_methods = ("grpo", "sgpo", "no_kl_clip", "direct_sft")
     with config.unlocked():
         config.lab.changes = ConfigDict(
             {
                 "base": {},
-                "weak-base": world(preference=0.5),
-                "one-stage": world(stages=1),
-                "four-methods": world(competing=4, preference=0.4),
-                "rare-success": world(competing=4, preference=0.3),
+                "weak-base": world(preference=0.5, steps=120),
+                "four-methods": world(competing=4, preference=0.4, steps=120),
+                "rare-success": world(competing=4, preference=0.3, steps=120),
                 "noisy-strategies": world(noise=0.3),
+                "two-stages": world(stages=2),
                 "self-written": world(writing=0.2),
             }
         )
         config.lab.fast = ConfigDict(
             {
                 "lab": {
-                    "methods": ("sft", "grpo", "luffy", "hpt", "sgpo", "no_kl_clip", "reverse_kl"),
+                    # Those for which the one rate, which is not tuned here, is not far from their best.
+                    "methods": ("sft", "grpo", "luffy", "sgpo", "direct_sft"),
+                    "world_methods": ("grpo", "sgpo", "direct_sft"),
                     "seeds": (0, 1),
                     "rates": (2.0,),
-                    "worlds": ("base", "rare-success"),
+                    "worlds": ("base", "four-methods"),
                 },
             }
         )

@@ -34,18 +34,18 @@ def get_config() -> ConfigDict:
     config.sft.train = f"{PUZZLES},count=12000,seed=2,guided_share=0.5"
     config.sft.use_strategy = True
     config.sft.batch = 32
-    config.sft.micro_batch = 32
-    config.sft.steps = 300
+    config.sft.micro_batch = 8
+    config.sft.steps = 450
     config.sft.learning_rate = 3e-3
     config.sft.max_response_tokens = 96
     config.sft.validation_share = 0.02
-    config.sft.validate_every = 100
+    config.sft.validate_every = 150
 
-    config.rl.batch = 8
+    config.rl.batch = 16
     config.rl.steps = 30
-    config.rl.learning_rate = 2e-4
+    config.rl.learning_rate = 1e-4
     config.rl.max_new_tokens = 96
-    config.rl.micro_batch = 32
+    config.rl.micro_batch = 8
 
     config.eval.guided = True
     config.eval.batch = 128
@@ -56,7 +56,5 @@ def get_config() -> ConfigDict:
     with config.unlocked():
         config.eval.sets.heldout = ConfigDict({"source": f"{PUZZLES},count=256,split=eval", "samples": 2})
     config.lab.methods = ("sft", "grpo", "sgpo")
-    config.lab.seeds = (0, 1, 2)
-    config.lab.rates = (1.0,)
-    config.lab.workers = 1
+    config.lab.rates = (0.5, 1.0, 2.0, 4.0)
     return config

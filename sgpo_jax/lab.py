@@ -2,13 +2,14 @@
 
     python -m sgpo_jax.lab --config=configs/lab.py --workdir=DIR [--fast]
 
-First the learning rate of each method is tuned, all with the same budget and on seeds of their own; then every method
-is trained in the first world with every seed, and some of them in the other worlds. A finished training run is a row of
-DIR/results.jsonl and is not run again; tables, verdicts and figures are made of these rows and of the metrics beside
-them. docs/lab.md has what came out.
+First the learning rate of each method is tuned in each world, all with the same budget and on seeds of their own; then
+every method is trained in the first world with every seed, and some of them in the other worlds. A finished training
+run is a row of DIR/results.jsonl and is not run again; tables, verdicts and figures are made of these rows and of the
+metrics beside them. docs/lab.md has what came out.
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -29,6 +30,7 @@ from ml_collections import ConfigDict
 from sgpo_jax import (
     checks,
     command,
+    data,
     environment,
     lock,
     methods,
@@ -60,6 +62,8 @@ class Cell(NamedTuple):
         return f"{self.world}/{self.method}@{self.rate:g}/seed{self.seed}"
 
 
+Rates = dict[tuple[str, str], float]  # (world, method) -> rate
+
 # Cells -> each with its row, or with what went wrong, as it finishes.
 RunAll = Callable[[Sequence[Cell]], Iterable[tuple[Cell, dict[str, Any] | Exception]]]
 
@@ -76,28 +80,30 @@ def cell_config(config: ConfigDict, cell: Cell) -> ConfigDict:
 
 
 def check(config: ConfigDict) -> None:
-    """Raises ValueError for a lab, or a cell of it, that cannot run."""
+    """Raises ValueError for a lab, or a cell of it, that cannot run, or has problems that cannot be read."""
     checks.check_lab(config)
-    for world in config.lab.worlds:
-        for method in dict.fromkeys((*config.lab.methods, *config.lab.world_methods)):
-            try:
-                checks.check(cell_config(config, Cell(world, method, 1.0, 0)))
-            except (KeyError, AttributeError, TypeError) as error:
-                raise ValueError(f"config.lab.changes[{world!r}]: {error.args[0]}") from error
+    read = functools.cache(data.load)
+    for world, method in _pairs(config):
+        try:
+            changed = cell_config(config, Cell(world, method, 1.0, 0))
+        except (KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"config.lab.changes[{world!r}]: {error.args[0]}") from error
+        checks.check(changed)
+        for source in (changed.data.train, changed.sft.train, *(each.source for each in changed.eval.sets.values())):
+            if source:  # sft.train may be empty
+                read(source)
 
 
 def tuning_cells(config: ConfigDict) -> list[Cell]:
     """Every method that trains, at every rate, on the tuning seeds; none where there is nothing to choose from."""
     lab = config.lab
-    trained = [method for method in lab.methods if method != "sft"] if len(lab.rates) > 1 else []
-    return [Cell(_home(config), *rest) for rest in itertools.product(trained, lab.rates, lab.tuning_seeds)]
+    trained = [pair for pair in _pairs(config) if pair[1] != "sft"] if len(lab.rates) > 1 else []
+    return [Cell(*pair, *rest) for pair, *rest in itertools.product(trained, lab.rates, lab.tuning_seeds)]
 
 
-def grid_cells(config: ConfigDict, rates: dict[str, float]) -> list[Cell]:
-    """All methods in the first world, `lab.world_methods` in the others, with every seed."""
-    lab, home = config.lab, _home(config)
-    pairs = [(w, m) for w in lab.worlds for m in (lab.methods if w == home else lab.world_methods)]
-    return [Cell(world, method, rates.get(method, 1.0), seed) for world, method in pairs for seed in lab.seeds]
+def grid_cells(config: ConfigDict, rates: Rates) -> list[Cell]:
+    """Every method of each world with every seed."""
+    return [Cell(*pair, rates.get(pair, 1.0), seed) for pair in _pairs(config) for seed in config.lab.seeds]
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -122,17 +128,17 @@ def run(config: ConfigDict, workdir: Path) -> None:
     write_page(results, running=False)
 
 
-def chosen_rates(config: ConfigDict, results: "Results") -> dict[str, float]:
-    """The best rate of each method on the tuning seeds.
+def chosen_rates(config: ConfigDict, results: "Results") -> Rates:
+    """The best rate of each method in each world on the tuning seeds.
 
     Raises:
       ValueError: there are no tuning results of a method yet.
     """
     tuning = tuning_cells(config)
-    rates = {"sft": 1.0} if tuning else dict.fromkeys(config.lab.methods, float(config.lab.rates[0]))
-    for method in dict.fromkeys(cell.method for cell in tuning):
-        rates[method] = verdicts.best_rate(results.rows(tuning), method)
-    return rates
+    if not tuning:
+        return dict.fromkeys(_pairs(config), float(config.lab.rates[0]))
+    rows = results.rows(tuning)
+    return {pair: verdicts.best_rate(rows, *pair) for pair in dict.fromkeys(cell[:2] for cell in tuning)}
 
 
 def write_page(results: "Results", running: bool, to: Path | None = None) -> None:
@@ -258,6 +264,12 @@ def _home(config: ConfigDict) -> str:
     return config.lab.worlds[0]
 
 
+def _pairs(config: ConfigDict) -> list[tuple[str, str]]:
+    """(world, method): all methods in the first world, `lab.world_methods` in the others."""
+    lab, home = config.lab, _home(config)
+    return [(w, m) for w in lab.worlds for m in (lab.methods if w == home else lab.world_methods)]
+
+
 def _with_warm_ups(cells: Sequence[Cell]) -> list[Cell]:
     warm_ups = [Cell(world, "sft", 1.0, seed) for world, seed in dict.fromkeys((c.world, c.seed) for c in cells)]
     return [*warm_ups, *(cell for cell in cells if cell.method != "sft")]
@@ -345,9 +357,6 @@ def report(
     """Prints the tables, and writes them with the figures to `workdir`."""
     home = _home(config)
     text = [metrics.table(*each) for each in verdicts.tables(rows, tuning, home)]
-    worlds = verdicts.across_worlds(rows)
-    if len(worlds) > 1:
-        plots.worlds(worlds).savefig(workdir / "worlds.png", dpi=150)
     (workdir / "tables.txt").write_text("".join(text), encoding="utf-8")
     runs: dict[str, list] = {}
     for row in rows:
@@ -356,6 +365,8 @@ def report(
             runs.setdefault(row["method"], []).append(metrics.read_jsonl(path))
     if runs:
         plots.overlay(runs, workdir / "dynamics.png")
+    if worlds := verdicts.across_worlds(rows):
+        plots.worlds(worlds, runs).savefig(workdir / "worlds.png", dpi=150)
     print(f"Tables and figures: {workdir}", flush=True)
 
 

@@ -87,7 +87,7 @@ def write_lab(
     methods = [name for name in dict.fromkeys(row["method"] for row in here) if name != "sft"]
     curves = {name: [_rows(runs(row) / "rl.jsonl") for row in here if row["method"] == name] for name in methods}
     worlds = verdicts.across_worlds(rows)
-    wide = [("Worlds", plots.svg(plots.worlds(worlds), "worlds"))] if len(worlds) > 1 else []
+    wide = [("Worlds", plots.svg(plots.worlds(worlds, methods), "worlds"))] if worlds else []
     facts = [f"{len(config['lab']['methods'])} methods", f"{len(config['lab']['seeds'])} seeds",
              f"{len(config['lab']['worlds'])} worlds", config["model"]["source"]]  # fmt: skip
     shown: list[Any] = []

@@ -3,7 +3,7 @@
 import io
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from sgpo_jax.verdicts import World
+from sgpo_jax.verdicts import Standing
 
 # Of the palette of Okabe and Ito, which colour-blind readers can tell apart.
 _BLUE, _ORANGE = "#0072B2", "#D55E00"
@@ -242,34 +242,41 @@ def _curve(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[np.ndarray, 
     return None if not len(points) else (points[:, 0], _running_mean(points[:, 1], len(points) // 20))
 
 
-def worlds(found: Sequence[World]) -> Figure:
-    """For each world how far SGPO is ahead of GRPO, and from where to where both went.
+def worlds(found: Sequence[Standing], overlaid: Iterable[str]) -> Figure:
+    """For each world how far each method is ahead of GRPO, and from where to where each went.
 
     Args:
         found: as `verdicts.across_worlds` returns them.
+        overlaid: methods of `overlay` or `overlay_panels`, which have the same colours here.
     """
-    figure = _figure(10.5, 1.4 + 0.36 * len(found))
+    names, methods = (list(dict.fromkeys(values)) for values in ((s.world for s in found), (s.method for s in found)))
+    order = list(dict.fromkeys([*overlaid, *methods]))
+    figure = _figure(10.5, 1.4 + 0.16 * (len(methods) + 1) * len(names))
     left, right = figure.subplots(1, 2, sharey=True)
-    places = np.arange(len(found))[::-1]
-    means = np.array([world.ahead.mean for world in found])
-    whiskers = np.array([(w.ahead.mean - w.ahead.low, w.ahead.high - w.ahead.mean) for w in found]).T
-    left.errorbar(means, places, xerr=np.where(np.isfinite(whiskers), whiskers, 0.0), **_WHISKERS)
-    left.plot(means, places, "o", color=_BLUE)
+    for place, method in enumerate(methods):
+        mine = [standing for standing in found if standing.method == method]
+        heights = np.array([-names.index(s.world) + 0.6 * (0.5 - (place + 0.5) / len(methods)) for s in mine])
+        after, ahead = ([getattr(standing, name) for standing in mine] for name in ("after", "ahead"))
+        for axes, values in ((left, ahead), (right, after)):
+            if not values[0].pairs:  # GRPO minus GRPO
+                continue
+            means = np.array([value.mean for value in values])
+            whiskers = np.array([(v.mean - v.low, v.high - v.mean) for v in values]).T
+            whiskers = np.where(np.isfinite(whiskers), whiskers, 0.0)
+            shade = colour(order.index(method))
+            axes.errorbar(means, heights, xerr=whiskers, **_WHISKERS | {"ecolor": shade})
+            axes.plot(means, heights, "o", color=shade, label=method if axes is right else None)
+    before = {standing.world: standing.before for standing in found}
+    starts = [before[name] for name in names]
+    right.plot(starts, -np.arange(len(names)), "|", color="black", label="before", markersize=14)
     left.axvline(0, color="0.5", linewidth=0.8)
-    left.set_title("SGPO minus GRPO, 95% interval", loc="left", fontsize="medium", fontweight="bold")
-    left.set_yticks(places, [world.name for world in found])
-    left.xaxis.set_major_formatter(PercentFormatter(1.0))
-    for values, label, style, colour in (
-        ([w.before for w in found], "before", "|", "black"),
-        ([w.first.mean for w in found], "GRPO", "s", _ORANGE),
-        ([w.second.mean for w in found], "SGPO", "o", _BLUE),
-    ):
-        right.plot(values, places, style, color=colour, label=label, markersize=7)
-    right.set_title("Held-out accuracy", loc="left", fontsize="medium", fontweight="bold")
+    left.set_title("Minus GRPO, 95% interval", loc="left", fontsize="medium", fontweight="bold")
+    left.set_yticks(-np.arange(len(names)), names)
+    right.set_title("Held-out accuracy, 95% interval", loc="left", fontsize="medium", fontweight="bold")
     right.set_xlim(-0.02, 1.02)
-    right.xaxis.set_major_formatter(PercentFormatter(1.0))
-    figure.legend(loc="outside lower right", ncols=3, frameon=False)
+    figure.legend(loc="outside lower right", ncols=len(methods) + 1, frameon=False)
     for axes in (left, right):
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", color="0.9")
         axes.set_axisbelow(True)

@@ -111,18 +111,18 @@ def claims(rows: Sequence[Row], world: str) -> list[tuple[Claim, Difference, str
     return [(claim, difference, verdict(difference)) for claim, difference in found if difference.pairs]
 
 
-def best_rate(rows: Iterable[Row], method: str) -> float:
-    """The rate of a method with the highest mean accuracy over its tuning rows, the smallest on a tie.
+def best_rate(rows: Iterable[Row], world: str, method: str) -> float:
+    """The rate of a method with the highest mean accuracy over its tuning rows in a world, the smallest on a tie.
 
     Raises:
-      ValueError: the method has no rows.
+      ValueError: the method has no rows there.
     """
     scores: dict[float, list[float]] = {}
     for row in rows:
-        if row["method"] == method:
+        if (row["world"], row["method"]) == (world, method):
             scores.setdefault(row["rate"], []).append(row["accuracy"])
     if not scores:
-        raise ValueError(f"method {method!r}: no tuning results")
+        raise ValueError(f"method {method!r} in world {world!r}: no tuning results")
     return max(sorted(scores), key=lambda rate: float(np.mean(scores[rate])))
 
 
@@ -180,8 +180,9 @@ def tables(
     found = []
     if tuning:
         rates = sorted({row["rate"] for row in tuning})
-        columns = ["method", *(f"{rate:g}" for rate in rates)]
-        lines = [[m, *(_tuned(tuning, m, rate) for rate in rates)] for m in dict.fromkeys(r["method"] for r in tuning)]
+        columns = ["world", "method", *(f"{rate:g}" for rate in rates)]
+        pairs = dict.fromkeys((row["world"], row["method"]) for row in tuning)
+        lines = [[*pair, *(_tuned(tuning, *pair, rate) for rate in rates)] for pair in pairs]
         found.append(("Learning rate, times the method's own: accuracy in %", columns, lines))
     for name, (question, of_table) in TABLES.items():
         columns, lines = table(rows, home, of_table)
@@ -190,46 +191,54 @@ def tables(
     if lines := claim_lines(rows, home):
         columns = ["table", "claim", "paper, 7B", "here, paired over seeds", "verdict"]
         found.append(("The paper's claims, in points", columns, lines))
-    if len(worlds := across_worlds(rows)) > 1:
-        columns = ["world", "before", "GRPO", "SGPO", "SGPO - GRPO", "verdict"]
+    if worlds := across_worlds(rows):
+        columns = ["world", "before", "method", "after", "minus GRPO", "verdict", "rate", "seeds"]
         found.append(("Where distillation helps: accuracy in %", columns, world_lines(worlds)))
     return found
 
 
-def _tuned(rows: Sequence[Row], method: str, rate: float) -> str:
-    values = [row["accuracy"] for row in rows if (row["method"], row["rate"]) == (method, rate)]
+def _tuned(rows: Sequence[Row], *cell: Any) -> str:
+    values = [row["accuracy"] for row in rows if (row["world"], row["method"], row["rate"]) == cell]
     return f"{100 * np.mean(values):.1f}" if values else ""
 
 
-class World(NamedTuple):
-    """Two methods in one world: accuracies before and after, and how far the second is ahead."""
+class Standing(NamedTuple):
+    """A method in a world: accuracy before and after, and how far it is ahead of GRPO (no pairs for GRPO itself)."""
 
-    name: str
+    world: str
+    method: str
+    rate: float
     before: float
-    first: Difference
-    second: Difference
+    after: Difference
     ahead: Difference
 
 
-def across_worlds(rows: Sequence[Row], first: str = "grpo", second: str = "sgpo") -> list[World]:
-    """The worlds in which both methods were run, in the order of the rows."""
+def across_worlds(rows: Sequence[Row]) -> list[Standing]:
+    """The methods that were run in several worlds, GRPO among them, in the order of the rows; none without GRPO."""
+    worlds_of: dict[str, dict[str, None]] = {}
+    for row in rows:
+        worlds_of.setdefault(row["method"], {})[row["world"]] = None
+    several = [method for method, worlds in worlds_of.items() if method != "sft" and len(worlds) > 1]
+    if "grpo" not in several:
+        return []
     found = []
-    for world in dict.fromkeys(row["world"] for row in rows):
-        one, two = (by_seed(rows, world, method) for method in (first, second))
-        if not one or not two:
-            continue
-        before = [row["before"] for row in rows if row["world"] == world and row["method"] == second]
-        both = interval([*one.values()]), interval([*two.values()])
-        found.append(World(world, float(np.mean(before)), *both, paired(rows, world, second, first)))
+    for world in worlds_of["grpo"]:
+        for method in several:
+            if not (mine := [row for row in rows if (row["world"], row["method"]) == (world, method)]):
+                continue
+            after = interval([row["accuracy"] for row in mine])
+            ahead = paired(rows, world, method, "grpo") if method != "grpo" else interval([])
+            before = float(np.mean([row["before"] for row in mine]))
+            found.append(Standing(world, method, mine[0]["rate"], before, after, ahead))
     return found
 
 
-def world_lines(worlds: Sequence[World]) -> list[list[str]]:
-    """Lines of the table of worlds: world, before, both methods, difference, which of them is ahead."""
-    ahead = {"reproduced": "SGPO ahead", "contradicted": "GRPO ahead"}
+def world_lines(found: Sequence[Standing]) -> list[list[str]]:
+    """Lines of the table of worlds: world, before, method, after, minus GRPO, which is ahead, rate, seeds."""
+    names = {"reproduced": "ahead", "contradicted": "behind"}
     lines = []
-    for world in worlds:
-        result = verdict(world.ahead)
-        cells = [f"{100 * world.before:.1f}", _percent(world.first), _percent(world.second), _signed(world.ahead)]
-        lines.append([world.name, *cells, ahead.get(result, result)])
+    for each in found:
+        result = verdict(each.ahead) if each.ahead.pairs else ""
+        cells = [f"{100 * each.before:.1f}", each.method, _percent(each.after), _signed(each.ahead)]
+        lines.append([each.world, *cells, names.get(result, result), f"{each.rate:g}", str(each.after.pairs)])
     return lines

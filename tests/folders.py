@@ -74,7 +74,7 @@ def make_lab(folder, finished=1.0):
     """A lab of three methods, two seeds, two rates and two worlds; of its training runs the first share is finished."""
     config = config_of("lab.py")
     config.lab.update({"methods": ("sft", "grpo", "sgpo"), "seeds": (0, 1), "rates": (1.0, 2.0)})
-    config.lab.worlds = ("base", "rare-success")
+    config.lab.update({"worlds": ("base", "rare-success"), "world_methods": ("grpo", "sgpo")})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(configs.to_json(config))
     value = {"sft": 0.25, "grpo": 0.5, "sgpo": 0.75}
@@ -85,7 +85,8 @@ def make_lab(folder, finished=1.0):
                 "sets": {"heldout": accuracy}, "seconds": 1.0}  # fmt: skip
 
     tuning = lab.tuning_cells(config)
-    cells = [*lab._with_warm_ups(tuning), *lab._with_warm_ups(lab.grid_cells(config, {"grpo": 2.0, "sgpo": 2.0}))]
+    rates = dict.fromkeys((cell[:2] for cell in tuning), 2.0)
+    cells = [*lab._with_warm_ups(tuning), *lab._with_warm_ups(lab.grid_cells(config, rates))]
     cells = cells[: round(finished * len(cells))]
     for cell in cells:
         run = folder / str(cell)

@@ -27,6 +27,7 @@ def config():
     with config.unlocked():
         config.lab.changes = ConfigDict({"base": sources(2), "four": sources(4)})
     config.lab.update({"methods": ("sft", "grpo", "sgpo"), "worlds": ("base", "four")})
+    config.lab.world_methods = ("grpo", "sgpo")
     config.lab.update({"seeds": (0, 1), "rates": (0.5, 2.0), "tuning_seeds": (7,), "workers": 0})
     return config
 
@@ -50,11 +51,13 @@ def test_the_config_of_a_cell(config):
 
 def test_all_cells_of_the_lab(config):
     tuning = lab.tuning_cells(config)
-    assert [cell.method for cell in tuning] == ["grpo", "grpo", "sgpo", "sgpo"], "the warm-up has no rate to tune"
-    assert {(cell.world, cell.seed) for cell in tuning} == {("base", 7)} and {c.rate for c in tuning} == {0.5, 2.0}
-    grid = lab.grid_cells(config, {"grpo": 0.5, "sgpo": 2.0})
-    assert {(c.method, c.rate) for c in grid} == {("sft", 1.0), ("grpo", 0.5), ("sgpo", 2.0)}
-    assert len(grid) == 3 * 2 + 2 * 2 and {c.method for c in grid if c.world == "four"} == {"grpo", "sgpo"}
+    pairs = [("base", "grpo"), ("base", "sgpo"), ("four", "grpo"), ("four", "sgpo")]
+    assert [cell[:2] for cell in tuning[::2]] == pairs, "the warm-up has no rate to tune"
+    assert tuning[0] == ("base", "grpo", 0.5, 7) and tuning[1] == ("base", "grpo", 2.0, 7) and len(tuning) == 8
+    grid = lab.grid_cells(config, dict(zip(pairs, (0.5, 2.0, 2.0, 0.5), strict=True)))
+    rates = {("base", "sft"): 1.0, ("base", "grpo"): 0.5, ("base", "sgpo"): 2.0}
+    assert {c[:2]: c.rate for c in grid} == rates | {("four", "grpo"): 2.0, ("four", "sgpo"): 0.5}
+    assert len(grid) == 3 * 2 + 2 * 2
     config.lab.rates = (1.0,)
     assert lab.tuning_cells(config) == []
 
@@ -94,15 +97,17 @@ def arithmetic_options(source):
 
 
 def test_the_lab_of_logic_can_run():
+    pytest.importorskip("reasoning_gym")
     config = load(ROOT / "configs" / "lab_logic.py")
     lab.check(config)
     assert {cell.method for cell in lab.grid_cells(config, {})} == {"sft", "grpo", "sgpo"}
-    assert not lab.tuning_cells(config) and len(config.lab.seeds) >= 3
+    assert len({cell.rate for cell in lab.tuning_cells(config)}) >= 3 and len(config.lab.seeds) >= 5
     sources = (config.data.train, config.sft.train, config.eval.sets.heldout.source)
     assert all("knights_knaves" in source for source in sources) and "split=eval" in sources[2]
 
 
 def test_the_lab_of_a_real_model_can_run():
+    pytest.importorskip("reasoning_gym")
     config = load(ROOT / "configs" / "lab_smollm2.py")
     lab.check(config)
     cells = lab.grid_cells(config, {})
@@ -128,6 +133,16 @@ def test_a_lab_that_cannot_run_is_refused(config, changes, message):
     lab.check(config)
     config.lab.update(changes)
     with pytest.raises(ValueError, match=message):
+        lab.check(config)
+
+
+@pytest.mark.parametrize("which", ["data", "sft", "eval"])
+def test_a_world_whose_problems_cannot_be_read_is_refused(config, which):
+    source = "arithmetic:train,count=800,stages=1"
+    change = {"train": source} if which != "eval" else {"sets": {"heldout": {"source": source}}}
+    with config.unlocked():
+        config.lab.changes.four.update({which: change})
+    with pytest.raises(ValueError, match="count is 800; allowed: at most"):
         lab.check(config)
 
 

@@ -185,7 +185,7 @@ def test_a_lab_has_tables_claims_worlds_and_samples(tmp_path):
     report.write(folder, folder / "out" / "page.html")
     text = words(Page(folder / "out" / "page.html"))
     assert "GRPO vs SGPO" in text and "+25.0 points [+25.0, +25.0], paired over 2 seeds" in text
-    assert "17 of 17 training runs" in text and "Where distillation helps" in text
+    assert "22 of 22 training runs" in text and "Where distillation helps" in text
     assert "the paper's claims 2 2 reproduced" in text
     assert "before, unguided" in text and "newly correct 1" in text and "jax 1.2.3" in text
     assert (folder / "results.jsonl").read_bytes() == before and not (folder / "report.html").exists()
@@ -196,7 +196,7 @@ def test_a_lab_that_goes_on_has_a_page_too(tmp_path, finished):
     folder = make_lab(tmp_path, finished)
     results = lab.Results(ConfigDict(page.read_config(folder)), folder / "results.jsonl")
     lab.write_page(results, running=True)
-    assert f"running: {round(17 * finished)} of 17 training runs" in words(Page(folder / "report.html"))
+    assert f"running: {round(22 * finished)} of 22 training runs" in words(Page(folder / "report.html"))
 
 
 def test_a_row_that_a_changed_config_no_longer_means_is_left_out(tmp_path):
@@ -206,7 +206,7 @@ def test_a_row_that_a_changed_config_no_longer_means_is_left_out(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     report.write(folder, folder / "page.html")
     text = words(Page(folder / "page.html"))
-    assert "0 of 17 training runs" in text and "GRPO vs SGPO" not in text
+    assert "0 of 22 training runs" in text and "GRPO vs SGPO" not in text
 
 
 def test_how_often_a_page_is_written_leaves_results_what_they_are():

@@ -128,18 +128,27 @@ def test_worlds_are_drawn_with_their_intervals(tmp_path, drawn):
     def difference(mean, half):
         return verdicts.Difference(mean, mean - half, mean + half, 5)
 
+    def standing(world, method, before, after, ahead):
+        return verdicts.Standing(world, method, 1.0, before, difference(*after), ahead)
+
+    none = verdicts.interval([])
     found = [
-        verdicts.World("base", 0.25, difference(0.8, 0.02), difference(0.85, 0.01), difference(0.05, 0.03)),
-        verdicts.World("rare", 0.02, difference(0.1, 0.02), difference(0.5, 0.01), difference(0.4, float("inf"))),
+        standing("base", "grpo", 0.25, (0.8, 0.02), none),
+        standing("base", "sgpo", 0.25, (0.85, 0.01), difference(0.05, 0.03)),
+        standing("rare", "grpo", 0.02, (0.1, 0.02), none),
+        standing("rare", "sgpo", 0.02, (0.5, 0.01), difference(0.4, float("inf"))),
     ]
-    plots.worlds(found).savefig(tmp_path / "worlds.png")
+    plots.worlds(found, ["luffy", "hpt", "sgpo"]).savefig(tmp_path / "worlds.png")
     left, right = drawn[0].axes
-    assert [text.get_text() for text in left.get_yticklabels()] == ["base", "rare"]
+    labels = {text.get_position()[1]: text.get_text() for text in left.get_yticklabels()}
+    assert labels == {0: "base", -1: "rare"}, "the first one on top"
     (points,) = [line for line in left.get_lines() if line.get_marker() == "o"]
-    assert list(points.get_xdata()) == [0.05, 0.4] and list(points.get_ydata()) == [1, 0], "the first one on top"
+    assert points.get_color() == plots.colour(2), "as beside luffy and hpt"
+    assert list(points.get_xdata()) == [0.05, 0.4] and np.diff(points.get_ydata()) == pytest.approx([-1])
     ends = left.collections[0].get_segments()
     assert [list(segment[:, 0]) for segment in ends] == [pytest.approx([0.02, 0.08]), pytest.approx([0.4, 0.4])]
-    before, grpo, sgpo = right.get_lines()
-    assert (list(before.get_xdata()), list(grpo.get_xdata()), list(sgpo.get_xdata())) == (
-        [0.25, 0.02], [0.8, 0.1], [0.85, 0.5],
-    )  # fmt: skip
+    marks = {line.get_label(): line for line in right.get_lines()}
+    found = {name: list(line.get_xdata()) for name, line in marks.items() if not name.startswith("_")}
+    assert found == {"grpo": [0.8, 0.1], "sgpo": [0.85, 0.5], "before": [0.25, 0.02]}
+    heights = {name: line.get_ydata() for name, line in marks.items()}
+    assert (heights["grpo"] > heights["sgpo"]).all() and np.ptp([*heights["grpo"][:1], *heights["sgpo"][:1]]) < 0.5

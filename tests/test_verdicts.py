@@ -71,10 +71,12 @@ def test_every_claim_and_table_is_about_methods_that_exist():
 def test_the_best_rate():
     rows = [row("sgpo", s, a, rate=r) for r, a in ((2.0, 0.5), (0.5, 0.4), (1.0, 0.5)) for s in (7, 8)]
     rows += [row("sgpo", 7, 0.9, rate=0.5), row("grpo", 7, 1.0, rate=4.0)]
-    assert verdicts.best_rate(rows[:6], "sgpo") == 1.0, "the smallest of the best"
-    assert verdicts.best_rate(rows, "sgpo") == 0.5, "by the mean over seeds"
-    with pytest.raises(ValueError, match="'hpt': no tuning results"):
-        verdicts.best_rate(rows, "hpt")
+    rows += [row("sgpo", 7, 1.0, rate=2.0, world="rare")]
+    assert verdicts.best_rate(rows[:6], "base", "sgpo") == 1.0, "the smallest of the best"
+    assert verdicts.best_rate(rows, "base", "sgpo") == 0.5, "by the mean over seeds"
+    assert verdicts.best_rate(rows, "rare", "sgpo") == 2.0, "of that world"
+    with pytest.raises(ValueError, match="'grpo' in world 'rare': no tuning results"):
+        verdicts.best_rate(rows, "rare", "grpo")
 
 
 def test_a_table_in_the_papers_layout():
@@ -91,12 +93,26 @@ def test_a_table_in_the_papers_layout():
 
 def test_worlds():
     rows = [
-        row(method, seed, accuracy + 0.1 * seed, world=world, before=0.05 + 0.1 * seed)
-        for world, grpo, sgpo in (("base", 0.5, 0.5), ("rare", 0.1, 0.4))
-        for method, accuracy in (("grpo", grpo), ("sgpo", sgpo))
+        row(method, seed, accuracy + 0.1 * seed, world=world, rate=rate, before=0.05 + 0.1 * seed)
+        for world, *accuracies in (("base", 0.5, 0.5, 0.6), ("rare", 0.4, 0.1, 0.3))
+        for method, rate, accuracy in zip(("grpo", "sgpo", "direct_sft"), (1.0, 2.0, 0.5), accuracies, strict=True)
         for seed in (0, 1)
-    ] + [row("sgpo", 0, 0.4, world="alone", before=0.0)]
-    base, rare = verdicts.across_worlds(rows)
-    assert (base.name, rare.name) == ("base", "rare") and base.before == pytest.approx(0.1)
-    assert rare.ahead.mean == pytest.approx(0.3) and rare.first.mean == pytest.approx(0.15)
-    assert [line[-1] for line in verdicts.world_lines([base, rare])] == ["not distinguishable", "SGPO ahead"]
+    ] + [row(method, 0, 0.4, before=0.0) for method in ("sft", "hpt")]
+    found = verdicts.across_worlds(rows)
+    shown = ("grpo", "sgpo", "direct_sft")
+    assert [each[:2] for each in found] == [(world, method) for world in ("base", "rare") for method in shown]
+    rare = {each.method: each for each in found if each.world == "rare"}
+    assert rare["sgpo"].ahead.mean == pytest.approx(-0.3) and rare["sgpo"].after.mean == pytest.approx(0.15)
+    assert rare["sgpo"].before == pytest.approx(0.1) and rare["grpo"].ahead.pairs == 0
+    lines = verdicts.world_lines(found)
+    assert [line[5] for line in lines] == ["", "not distinguishable", "ahead", "", "behind", "behind"]
+    assert lines[4][:2] == ["rare", "10.0"] and lines[4][2] == "sgpo" and lines[4][4:] == [
+        "-30.0 [-30.0, -30.0]", "behind", "2", "2",
+    ]  # fmt: skip
+    assert lines[3][4] == "", "GRPO minus itself"
+
+
+def test_methods_of_one_world_or_without_grpo_are_not_compared_across_worlds():
+    rows = [row(m, 0, 0.5, world=w, before=0.1) for w in ("base", "rare") for m in ("sft", "sgpo", "no_kl_clip")]
+    assert verdicts.across_worlds(rows) == []
+    assert verdicts.across_worlds([*rows, row("grpo", 0, 0.5, before=0.1)]) == []
