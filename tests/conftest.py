@@ -1,6 +1,9 @@
 """What the tests share: eight fake CPU devices, repeatable examples, and small decoders."""
 
+import gc
 import os
+import time
+from contextlib import contextmanager
 
 # Read when jax starts its backend, so it has to be set before any test touches a device. The tests compile much and
 # compute little, so they are several times faster without LLVM's optimisations.
@@ -10,6 +13,9 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_backend_optimization_level=0"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Threads of XLA's pool, by default one for each core. A device that waits for others in a collective holds one, and
+# some collectives run at the same time: with too few threads all wait for ever.
+os.environ["NPROC"] = "32"
 
 import hypothesis
 import jax
@@ -46,3 +52,21 @@ def tiny() -> models.ModelConfig:
 def tiny_params(tiny):
     """Random parameters of `tiny`."""
     return models.init(jax.random.key(0), tiny)
+
+
+@pytest.fixture(scope="session")
+def at_most():
+    """`with at_most(seconds):` of processor time, in which no garbage is collected: earlier tests left much of it."""
+
+    @contextmanager
+    def limit(seconds: float):
+        gc.disable()
+        started = time.process_time()
+        try:
+            yield
+            taken = time.process_time() - started
+        finally:
+            gc.enable()
+        assert taken < seconds
+
+    return limit

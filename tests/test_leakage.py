@@ -1,6 +1,5 @@
 """What a strategy may not give away, and what it may say."""
 
-import time
 from fractions import Fraction
 
 import pytest
@@ -182,11 +181,10 @@ def test_no_text_breaks_the_check(strategy, problem, answer, solution):
     ["1", "1,000", "1/", "2^", "\\frac{", "}{", "%", " ", "is ", "=", "$", "\\(", "one ", "-", "seventy-", "1 ",
      "frac{1}{2} ", "^{3", "("],
 )  # fmt: skip
-def test_a_megabyte_of_numbers_takes_no_time(piece):
+def test_a_megabyte_of_numbers_takes_no_time(at_most, piece):
     text = piece * (1_000_000 // len(piece))
-    started = time.process_time()
-    leakage.find(text[:2000], "p", text[:2000], text)
-    assert time.process_time() - started < 6.0
+    with at_most(6.0):
+        leakage.find(text[:2000], "p", text[:2000], text)
 
 
 def test_good_strategies_pass_and_the_same_with_the_answer_do_not():

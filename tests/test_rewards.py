@@ -145,12 +145,11 @@ def test_extract_and_normalize_take_any_text(text: str) -> None:
         "~",
     ],
 )
-def test_huge_text_takes_linear_time(piece: str) -> None:
+def test_huge_text_takes_linear_time(at_most, piece: str) -> None:
     text = piece * (200_000 // len(piece))
-    start = time.process_time()
-    extract_boxed(text)
-    normalize_answer(text)
-    assert time.process_time() - start < 2.0  # 0.1 s here; a quadratic rule takes minutes
+    with at_most(2.0):  # 0.1 s here; a quadratic rule takes minutes
+        extract_boxed(text)
+        normalize_answer(text)
 
 
 PIECES = r"""
@@ -166,14 +165,13 @@ PIECES = r"""
     gap=st.sampled_from(["", " "]),
     gold=st.sampled_from(["5", "x+1", r"\pm 3", "(1,2)", r"\text{(A)}", r"\begin{pmatrix}1\\2\end{pmatrix}"]),
 )
-def test_the_rules_for_short_text_are_quick_on_any_text(pieces: list[str], gap: str, gold: str) -> None:
+def test_the_rules_for_short_text_are_quick_on_any_text(at_most, pieces: list[str], gap: str, gold: str) -> None:
     """They run in the program itself, without a limit."""
     text = (gap.join(pieces) * 1000)[: rewards.MAX_ANSWER - 1]
-    start = time.process_time()
-    normal = normalize_answer(text)
-    assert compare_text(gold, normal) in (None, True, False)
-    assert all(len(part) <= rewards.MAX_ANSWER for pair in readings(gold, normal) for part in pair)
-    assert time.process_time() - start < 2.0
+    with at_most(2.0):
+        normal = normalize_answer(text)
+        assert compare_text(gold, normal) in (None, True, False)
+        assert all(len(part) <= rewards.MAX_ANSWER for pair in readings(gold, normal) for part in pair)
 
 
 # Policy
@@ -357,12 +355,12 @@ def test_bombs_cost_their_time_and_nothing_else() -> None:
 
 @pytest.mark.slow
 def test_default_limit_is_six_seconds() -> None:
-    score(boxed(["1+x"]), ["x+1"])
     for bomb in BOMBS[::3]:
+        score(boxed(["1+x"]), ["x+1"])  # starts a worker, which takes seconds on slow cores
         start = time.monotonic()
         (verdict,) = score(boxed([bomb]), ["204"])
         assert verdict.reward == 0.0
-        assert time.monotonic() - start < 8.0  # 6 s here, with the start of a worker
+        assert time.monotonic() - start < 8.0  # 6 s here
     assert score(boxed(["1+x"]), ["x+1"])[0].outcome == "correct"
 
 
