@@ -42,6 +42,45 @@ def generate(task: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def groups(task: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of rollouts of an `autonomous` and a `guided` group for each problem, `at_once` or not."""
+    shape = workload.shape(task["shape"])
+    params, config = load(task["model"])
+    stops, count = workload.stop_ids(shape, task["median"]), task["problems"]
+    room = task["strategy"]
+    guided = workload.prompts(shape, count, task["prompt"] + room, len(stops), task["seed"])
+    real = np.broadcast_to(np.arange(guided.shape[1]) >= room, guided.shape)
+    ids = np.arange(count)
+    # As the run does: each group padded to its own longest prompt, and to that of both.
+    inputs = [(guided[:, room:], real[:, room:], ids), (guided, np.ones_like(real), ids)]
+    sizes: list[Any] = [task["autonomous"], task["guided"]]
+    if task["at_once"]:
+        pairs = [(guided, guided), (real, np.ones_like(real)), (ids, ids)]
+        inputs = [tuple(np.stack(pair, axis=1).reshape(2 * count, *pair[0].shape[1:]) for pair in pairs)]
+        sizes = [tuple(sizes)]
+
+    def call(number):
+        lengths, steps = [], 0
+        for i, (size, (prompts, mask, problems)) in enumerate(zip(sizes, inputs, strict=True)):
+            purpose = jax.random.fold_in(jax.random.key(1000 * task["seed"] + number), i)
+            keys = jax.random.split(purpose, 2) if task["at_once"] else purpose
+            responses, slot_steps = rollout.generate(
+                params, config, prompts, mask, keys, problems, group=size, max_new_tokens=task["longest"],
+                temperature=1.0, top_p=1.0, top_k=0, stop_ids=tuple(stops), pad_id=shape.vocab - 1,
+                slots=task["batch"],
+            )  # fmt: skip
+            lengths.append(np.asarray(responses.lengths).reshape(-1))
+            steps += int(slot_steps)
+        return np.concatenate(lengths), steps
+
+    results, measured = timed(call, task["calls"])
+    return measured | {
+        "tokens": [int(lengths.sum()) for lengths, _ in results],
+        "slot_steps": [steps for _, steps in results],
+        "useful": [float(lengths.sum() / steps) for lengths, steps in results],
+    }
+
+
 def update(task: dict[str, Any]) -> dict[str, Any]:
     """Seconds of updates, AdamW included, on the same responses; the compiler's time and temporary memory in bytes."""
     started = time.perf_counter(), time.process_time()
@@ -233,5 +272,6 @@ def resident() -> int:
 if __name__ == "__main__":
     task = json.loads(Path(sys.argv[1]).read_text())
     allocator.trim_after_compiling()  # as the command does
-    work = {function.__name__: function for function in (weights, generate, update, kl, peak, profile)}[task["work"]]
+    known = weights, generate, groups, update, kl, peak, profile
+    work = {function.__name__: function for function in known}[task["work"]]
     Path(sys.argv[2]).write_text(json.dumps(work(task) | {"versions": environment.describe()}))
