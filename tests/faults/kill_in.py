@@ -32,7 +32,7 @@ PHASES = {
     "compilation": (jax._src.compiler, "backend_compile_and_load"),
     "SFT update": (sft, "make_update"),
     "validation": (sft, "validation_loss"),
-    "rollout": (rl, "respond"),
+    "rollout": (rl, "respond_in_groups"),
     "grading": (rl, "grade"),
     "RL update": (rl, "make_update"),
     "checkpoint": (checkpoint.Checkpoints, "save"),
