@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 Row = Mapping[str, Any]
 
@@ -83,7 +83,7 @@ def interval(values: Sequence[float]) -> Difference:
     mean = float(np.mean(values)) if count else math.nan
     if count < 2:
         return Difference(mean, -math.inf, math.inf, count)
-    half = float(stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / math.sqrt(count))
+    half = float(special.stdtrit(count - 1, 0.975) * np.std(values, ddof=1) / math.sqrt(count))
     return Difference(mean, mean - half, mean + half, count)
 
 

@@ -2,7 +2,9 @@
 
 import importlib.util
 import inspect
+import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -407,25 +409,27 @@ COMMANDS = {
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory):
-    """The commands, all started at once: most of their time goes into imports."""
-    processes = {}
-    for name, (argument, _) in COMMANDS.items():
-        workdir = tmp_path_factory.mktemp("run") / "workdir"
-        arguments = [sys.executable, "-m", "sgpo_jax.main", "--config=configs/quickstart.py", f"--workdir={workdir}"]
-        pipe = subprocess.PIPE
-        process = subprocess.Popen([*arguments, argument], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
-        processes[name] = process, workdir
-    yield processes
-    for process, _ in processes.values():
-        process.kill()
+def answers(tmp_path_factory):
+    """name -> (exit code, stdout, stderr, workdir), all from forks of one process that has imported everything."""
+    folder = tmp_path_factory.mktemp("commands")
+    workdirs = {name: folder / name.replace(" ", "_") for name in COMMANDS}
+    calls = [
+        ["sgpo_jax.main", [f"--config={ROOT / 'configs/quickstart.py'}", f"--workdir={workdirs[name]}", argument]]
+        for name, (argument, _) in COMMANDS.items()
+    ]
+    (folder / "calls.json").write_text(json.dumps(calls))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/faults/fork_commands.py"), str(folder / "calls.json")],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {name: (*one, workdirs[name]) for name, one in zip(COMMANDS, json.loads(done.stdout), strict=True)}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_wrong_command_line_is_answered_in_a_line(started, name):
-    process, workdir = started[name]
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode not in (0, None)
+def test_a_wrong_command_line_is_answered_in_a_line(answers, name):
+    code, output, errors, workdir = answers[name]
+    assert code not in (0, None)
     assert "Traceback" not in output + errors
     lines = (output + errors).strip().splitlines()
     (line,) = [line for line in lines if all(part in line for part in COMMANDS[name][1])]

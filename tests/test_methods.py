@@ -203,18 +203,15 @@ def test_the_methods_differ_on_this_batch():
 
 @pytest.mark.parametrize("name", ["self_strategies", "fixed_weight", "direct_sft", "no_target_selection"])
 def test_problems_without_a_strategy_are_not_distilled(name):
-    """Bit for bit, whatever alpha, the loss and the choice of targets are."""
+    """Whatever alpha, the loss and the choice of targets are, to the last bit of what two programs round."""
     params, batch = make_params(), method_batch("sgpo")
     alone, _ = updated("grpo", batch._replace(guided=None, guided_prompts=None), params)
     given, metrics = updated(name, batch, params)
-    assert metrics["loss_kd"] > 0 and not same(given, alone), "with strategies there is something to distil"
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), given.params, alone.params)
+    assert metrics["loss_kd"] > 0 and max(jax.tree.leaves(moved)) > 1e-4, "with strategies there is something to distil"
     state, metrics = updated(name, without_strategy(batch, range(B)), params)
-    assert metrics["loss_kd"] == 0 and same(state, alone)
-
-
-def same(first, second):
-    leaves = zip(*(jax.tree.leaves(state.params) for state in (first, second)), strict=True)
-    return all(np.array_equal(a, b) for a, b in leaves)
+    assert metrics["loss_kd"] == 0
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6), state.params, alone.params)
 
 
 @pytest.mark.parametrize("name", ["luffy", "hpt", "no_target_selection"])

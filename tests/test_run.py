@@ -38,6 +38,7 @@ def command(workdir, **overrides):
 
 def environment(devices=1):
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags += " --xla_cpu_use_fusion_emitters=false"  # as conftest.py has them
     return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
 
