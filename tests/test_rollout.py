@@ -92,6 +92,15 @@ def test_ties_at_the_border_are_all_kept():
     np.testing.assert_array_equal(filtered(jnp.zeros((1, 5)), top_p=1e-6, top_k=1)[0] > 0, np.ones(5))
 
 
+@pytest.mark.parametrize(
+    ("edge", "top_p", "top_k"), [(0, 1, 2), (-2.5, 1, 2), (-30, 1, 2), (0, 0.4, 0), (-2.5, 0.84, 0)]
+)
+def test_the_last_token_that_is_kept_may_be_rounded_otherwise(edge, top_p, top_k):
+    """Where a program computes its logit again; a token that is less likely by more is dropped."""
+    logits = jnp.array([0, edge, edge - 1e-7 * (1 - edge), edge - 1e-5 * (1 - edge)])
+    np.testing.assert_array_equal(filtered(logits[None], top_p=top_p, top_k=top_k)[0] > 0, [1, 1, 1, 0])
+
+
 # ---- the draw
 
 

@@ -21,7 +21,7 @@ def sample(
       logits: `[R,V]`.
       uniform: `[R]` in [0, 1).
       temperature: 0 takes the most likely token and ignores the rest.
-      top_p: keep the fewest most likely tokens whose probability reaches this; 1 keeps all.
+      top_p: keep the fewest most likely tokens whose probability reaches this (more on a tie); 1 keeps all.
       top_k: keep this many most likely tokens (more on a tie); 0 keeps all.
 
     Returns:
@@ -42,7 +42,7 @@ def filtered(logits: jax.Array, *, top_p: float, top_k: int) -> jax.Array:
     gap = logits - jnp.max(logits, axis=-1, keepdims=True)
     if 0 < top_k < gap.shape[-1]:
         smallest = jax.lax.top_k(gap, top_k)[0][:, -1:]
-        gap = jnp.where(gap >= smallest, gap, -jnp.inf)
+        gap = jnp.where(gap >= _below(smallest), gap, -jnp.inf)
     probs = jnp.exp(gap)
     if top_p >= 1:
         return probs
@@ -59,7 +59,16 @@ def filtered(logits: jax.Array, *, top_p: float, top_k: int) -> jax.Array:
     # exp(-40) of the top probability, times any vocabulary, is below float32 resolution of the total.
     low, high = jnp.full_like(needed, -40.0), jnp.full_like(needed, 1e-6)
     low, _ = jax.lax.fori_loop(0, _BISECTIONS, halve, (low, high))
-    return jnp.where(gap >= low, probs, 0.0)
+    return jnp.where(gap >= _below(low), probs, 0.0)
+
+
+def _below(gap: jax.Array) -> jax.Array:
+    """A bound that the token at `gap` reaches however it was rounded.
+
+    A compiler may compute `gap` again where it is compared, and with a fused multiply-add, which moves its last bit:
+    without slack the least likely token that is kept could be lost.
+    """
+    return gap - 1e-6 * (1 - gap)
 
 
 def inverse_cdf(probs: jax.Array, uniform: jax.Array) -> jax.Array:
