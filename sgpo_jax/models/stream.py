@@ -107,9 +107,9 @@ def _gathered(leaf: jax.Array, starts: np.ndarray, *, sizes: tuple[int, ...], sh
     """The bits of what every device has from `starts` on of its part, side by side, whole on every device."""
 
     def gather(part, starts):
-        block = jax.lax.dynamic_slice(part, starts, sizes)
-        # As bits: on CPU, bfloat16 would be sent as float32, which changes some NaN.
-        block = jax.lax.bitcast_convert_type(block, f"uint{8 * block.dtype.itemsize}")
+        # As bits: on CPU, bfloat16 would be copied and sent as float32, which changes some NaN.
+        bits = jax.lax.bitcast_convert_type(part, f"uint{8 * part.dtype.itemsize}")
+        block = jax.lax.dynamic_slice(bits, starts, sizes)
         for dim, axes in enumerate(sharding.spec):
             if axes is not None:
                 block = jax.lax.all_gather(block, axes, axis=dim, tiled=True)
