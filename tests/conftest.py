@@ -5,15 +5,10 @@ import os
 import time
 from contextlib import contextmanager
 
-# Read when jax starts its backend, so it has to be set before any test touches a device. The tests compile much and
-# compute little, so they are several times faster without LLVM's optimisations, and twice as fast again without XLA's
-# newer way to make fusions.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8"
-    + " --xla_backend_optimization_level=0"
-    + " --xla_cpu_use_fusion_emitters=false"
-)
+import xla_flags
+
+# Read when jax starts its backend, so it has to be set before any test touches a device.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + xla_flags.quick(8)
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Threads of XLA's pool, by default one for each core. A device that waits for others in a collective holds one, and
 # some collectives run at the same time: with too few threads all wait for ever.

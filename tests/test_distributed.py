@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import xla_flags
 
 from sgpo_jax import lock
 from sgpo_jax.metrics import read_jsonl
@@ -57,9 +58,7 @@ def start(workdir, processes, devices, program=("-m", "sgpo_jax.main")):
     """The processes of a run, or of another program, with so many devices each."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    flags += " --xla_cpu_use_fusion_emitters=false"  # as conftest.py has them
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"XLA_FLAGS": xla_flags.quick(devices), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *program, f"--config={ROOT / 'configs/quickstart.py'}"]
     command += [f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in TINY.items())]
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import xla_flags
 
 from sgpo_jax import models, tokenizer
 from sgpo_jax.metrics import read_jsonl
@@ -37,9 +38,7 @@ def command(workdir, **overrides):
 
 
 def environment(devices=1):
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    flags += " --xla_cpu_use_fusion_emitters=false"  # as conftest.py has them
-    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    return os.environ | {"XLA_FLAGS": xla_flags.quick(devices), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
 
 def run(workdir, devices=1, **overrides):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import xla_flags
 from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -223,9 +224,8 @@ def test_two_processes(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
     script = Path(__file__).with_name("two_processes.py")
-    run(*([script, index, port, tmp_path] for index in range(2)), XLA_FLAGS=flags)
+    run(*([script, index, port, tmp_path] for index in range(2)), XLA_FLAGS=xla_flags.quick(2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exported", "one", "two"], "the failed export is gone"
 
     params, _ = huggingface.load(tmp_path / "exported")

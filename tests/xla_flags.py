@@ -1,0 +1,13 @@
+"""XLA's flags for tests, which compile much and compute little."""
+
+from importlib.metadata import version
+
+
+def quick(devices: int) -> str:
+    """So many fake CPU devices, and a compiler that is several times faster.
+
+    Without LLVM's optimisations, and where XLA still has its older way to make fusions with that, which halves the time
+    once more: an unknown flag would end the process.
+    """
+    flags = f" --xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    return flags + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10.")
