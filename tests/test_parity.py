@@ -247,7 +247,8 @@ def test_smollm2_on_real_text_in_float32(smollm2):
         return np.median(np.abs(logits - exact).max(axis=-1))
 
     assert distance(got) <= 1.25 * distance(expected) and distance(got) < TOLERANCE
-    assert np.abs(got - expected).max() <= 2 * TOLERANCE
+    apart = np.abs(got - expected).max(axis=-1)
+    assert np.quantile(apart, 0.99) <= TOLERANCE and apart.max() <= 2 * TOLERANCE
 
     again = transformers.AutoTokenizer.from_pretrained(folder)
     for text, row, real in zip(texts, tokens, mask, strict=True):
