@@ -119,7 +119,7 @@ def test_a_row_is_found_in_the_first_set_that_has_it():
 def test_the_embedded_world_is_not_contaminated():
     evaluation = {"heldout": "arithmetic:eval,count=512", "text": "reasoning_gym:gcd,count=30,split=eval"}
     sources = "arithmetic:train,count=4096;arithmetic:pretraining,count=4096"
-    pytest.importorskip("reasoning_gym")
+    pytest.importorskip("reasoning_gym", reason="needs the extra 'gym'")
     sieve = data.sift(f"{sources};reasoning_gym:gcd,count=60", evaluation, remove_duplicates=False, decontaminate=True)
     assert len(sieve.rows) == 2 * 4096 + 60
     itself = data.sift("arithmetic:eval,count=600", evaluation, remove_duplicates=False, decontaminate=True)

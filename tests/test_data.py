@@ -70,8 +70,8 @@ def test_a_wrong_row_is_named(tmp_path, line, message):
 
 
 def test_parquet_and_folders(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra 'hub'")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra 'hub'")
     table = pyarrow.Table.from_pylist([row(2, strategy="add"), row(3, strategy=None)])
     parquet.write_table(table, tmp_path / "b.parquet")
     write(tmp_path / "a.jsonl", row(0), row(1))
@@ -145,7 +145,7 @@ def test_wrong_options(source, message):
 
 
 def test_reasoning_gym_sources():
-    pytest.importorskip("reasoning_gym")
+    pytest.importorskip("reasoning_gym", reason="needs the extra 'gym'")
     rows = data.load("reasoning_gym:gcd,chain_sum,count=21,seed=1,split=eval;reasoning_gym:gcd,count=9,max_value=30")
     counts = Counter(r["source"] for r in rows)
     assert counts == {"reasoning_gym/gcd": 11 + 9, "reasoning_gym/chain_sum": 10}
@@ -155,7 +155,7 @@ def test_reasoning_gym_sources():
 
 
 def test_hugging_face_datasets(monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="needs the extra 'hub'")
     table = datasets.Dataset.from_list([{"question": f"{i}?", "answer": f"{i}", "extra": i} for i in range(3)])
     calls = []
 
@@ -204,8 +204,9 @@ MESSAGES = turns(("system", "s"), ("user", "first"), ("assistant", "a1"), ("user
 
 
 def write_parquet(path, *rows):
-    pyarrow = pytest.importorskip("pyarrow")
-    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(list(rows)), path)
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra 'hub'")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra 'hub'")
+    parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
     return path
 
 
@@ -342,7 +343,7 @@ def luffy(i, target="<think>\nFirst.\n</think>\n\\boxed{1}"):
 def test_the_luffy_schema(tmp_path, kind, monkeypatch):
     raw = [luffy(0), luffy(1, target=None), luffy(2, target="No thought.")]
     if kind == "hub":
-        datasets = pytest.importorskip("datasets")
+        datasets = pytest.importorskip("datasets", reason="needs the extra 'hub'")
         monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: datasets.Dataset.from_list(raw))
         source = "Elliott/Openr1-Math-46k-8192"
     else:
@@ -359,7 +360,7 @@ def test_the_luffy_schema(tmp_path, kind, monkeypatch):
 
 
 def test_a_broken_parquet_file_is_named(tmp_path):
-    pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("pyarrow.parquet", reason="needs the extra 'hub'")
     whole = write_parquet(tmp_path / "whole.parquet", row(0)).read_bytes()
     for content in (b"", b"PAR1 no", whole[: len(whole) // 2]):
         (tmp_path / "x.parquet").write_bytes(content)
@@ -404,7 +405,7 @@ assert "tensorflow_datasets" in sys.modules and "tensorflow" not in sys.modules
 
 def test_tfds_without_tensorflow(tmp_path):
     """A data set is really prepared and read back, in fresh processes, where TensorFlow must not be imported."""
-    pytest.importorskip("tensorflow_datasets")
+    pytest.importorskip("tensorflow_datasets", reason="needs the extra 'tfds'")
 
     def python(program, *arguments):
         command = [sys.executable, "-c", program, *map(str, arguments)]

@@ -97,7 +97,7 @@ def arithmetic_options(source):
 
 
 def test_the_lab_of_logic_can_run():
-    pytest.importorskip("reasoning_gym")
+    pytest.importorskip("reasoning_gym", reason="needs the extra 'gym'")
     config = load(ROOT / "configs" / "lab_logic.py")
     lab.check(config)
     assert {cell.method for cell in lab.grid_cells(config, {})} == {"sft", "grpo", "sgpo"}
@@ -107,7 +107,7 @@ def test_the_lab_of_logic_can_run():
 
 
 def test_the_lab_of_a_real_model_can_run():
-    pytest.importorskip("reasoning_gym")
+    pytest.importorskip("reasoning_gym", reason="needs the extra 'gym'")
     config = load(ROOT / "configs" / "lab_smollm2.py")
     lab.check(config)
     cells = lab.grid_cells(config, {})

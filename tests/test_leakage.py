@@ -188,7 +188,7 @@ def test_a_megabyte_of_numbers_takes_no_time(at_most, piece):
 
 
 def test_good_strategies_pass_and_the_same_with_the_answer_do_not():
-    pytest.importorskip("reasoning_gym")
+    pytest.importorskip("reasoning_gym", reason="needs the extra 'gym'")
     for family in gym.FAMILIES:
         for row in gym.problems(family, 8, 3):
             parsed = strategy_text.parse(row["strategy"])

@@ -16,7 +16,7 @@ import pytest
 
 from sgpo_jax.models import apply, gguf, head, huggingface, init_cache, positions_of
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="needs the extra 'parity'")
 transformers = pytest.importorskip("transformers")
 
 TOLERANCE = 1e-4  # largest absolute difference of two logits
@@ -188,7 +188,7 @@ def test_bfloat16_checkpoint_keeps_its_bits(tmp_path):
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
     """The real weights, GGUF -> ours -> an exported folder, and three of GSM8K's conversations."""
-    pytest.importorskip("gguf")
+    pytest.importorskip("gguf", reason="needs the extra 'smollm2'")
     if not GSM8K.exists():
         pytest.skip(f"{GSM8K} is not there")
     try:

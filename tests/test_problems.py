@@ -256,7 +256,7 @@ def test_wrong_arguments_of_the_world(call, message):
 
 @pytest.fixture(scope="module")
 def rg():
-    return pytest.importorskip("reasoning_gym")
+    return pytest.importorskip("reasoning_gym", reason="needs the extra 'gym'")
 
 
 def test_gym_solutions_against_reasoning_gym(rg):

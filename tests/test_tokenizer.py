@@ -278,7 +278,7 @@ def test_words_of_a_source_that_cannot_be_read(source, message):
 
 def test_puzzles_in_their_words(tmp_path):
     """Held-out puzzles have the words of the training ones; an exported model is what transformers loads."""
-    pytest.importorskip("reasoning_gym")
+    pytest.importorskip("reasoning_gym", reason="needs the extra 'gym'")
     chosen = of_source("reasoning_gym:knights_knaves,n_people=2,count=600;reasoning_gym:binary_alternation,count=50")
     tok = chosen.tokenizer
     rows = data.load("reasoning_gym:knights_knaves,n_people=2,count=64,split=eval")
