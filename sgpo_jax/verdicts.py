@@ -138,20 +138,22 @@ def table(rows: Sequence[Row], world: str, methods: Mapping[str, str]) -> tuple[
         mine = [row for row in here if row["method"] == method]
         if not mine:
             continue
-        cells = [_percent(interval([row["sets"][part] for row in mine])) for part in sets]
-        cells.append(_percent(interval([row["accuracy"] for row in mine])))
-        apart = "" if method == "sgpo" else _signed(paired(here, world, method, "sgpo"))
+        cells = [percent(interval([row["sets"][part] for row in mine])) for part in sets]
+        cells.append(percent(interval([row["accuracy"] for row in mine])))
+        apart = "" if method == "sgpo" else signed(paired(here, world, method, "sgpo"))
         rates = ", ".join(f"{rate:g}" for rate in sorted({row["rate"] for row in mine}))
         lines.append([name, *cells, apart, rates, str(len(mine))])
     return ["method", *sets, "average", "minus SGPO", "rate", "seeds"], lines
 
 
-def _percent(found: Difference) -> str:
+def percent(found: Difference) -> str:
+    """In percent with the half-width of the interval, if it has one: "85.2 ± 17.4"."""
     half = found.high - found.mean
     return f"{100 * found.mean:.1f} ± {100 * half:.1f}" if math.isfinite(half) else f"{100 * found.mean:.1f}"
 
 
-def _signed(found: Difference) -> str:
+def signed(found: Difference) -> str:
+    """In points with the interval, if there is one: "+0.9 [-5.5, +7.3]"; "" without pairs."""
     if not math.isfinite(found.low):
         return f"{100 * found.mean:+.1f}" if found.pairs else ""
     return f"{100 * found.mean:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
@@ -163,7 +165,7 @@ def claim_lines(rows: Sequence[Row], world: str) -> list[list[str]]:
     for claim, difference, result in claims(rows, world):
         _, names = TABLES[claim.table]
         text = f"{names[claim.better]} > {names[claim.worse]}"
-        lines.append([claim.table, text, f"{claim.paper:+.1f}", _signed(difference), result])
+        lines.append([claim.table, text, f"{claim.paper:+.1f}", signed(difference), result])
     return lines
 
 
@@ -239,6 +241,6 @@ def world_lines(found: Sequence[Standing]) -> list[list[str]]:
     lines = []
     for each in found:
         result = verdict(each.ahead) if each.ahead.pairs else ""
-        cells = [f"{100 * each.before:.1f}", each.method, _percent(each.after), _signed(each.ahead)]
+        cells = [f"{100 * each.before:.1f}", each.method, percent(each.after), signed(each.ahead)]
         lines.append([each.world, *cells, names.get(result, result), f"{each.rate:g}", str(each.after.pairs)])
     return lines

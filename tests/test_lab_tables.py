@@ -1,0 +1,22 @@
+"""The tables of docs/lab.md and the README are what the committed rows say."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = runpy.run_path(str(ROOT / "benchmarks/lab/tables.py"))
+TABLES = SCRIPT["tables"]()
+
+
+@pytest.mark.parametrize("title", TABLES)
+def test_a_printed_table_follows_from_the_rows(title):
+    """Compared as one block, so that no line of another table can stand in for a missing one."""
+    lines = SCRIPT["markdown"](TABLES[title])
+    printed = [(ROOT / name).read_text(encoding="utf-8").splitlines() for name in ("docs/lab.md", "README.md")]
+    rule = "|---" * len(TABLES[title][0]) + "|"
+    expected = [lines[0], rule, *lines[1:]]
+    starts = [(text, at) for text in printed for at, line in enumerate(text) if line == expected[0]]
+    found = [text[at : at + len(expected)] for text, at in starts]
+    assert expected in found, found or f"no table begins with {expected[0]!r}"
