@@ -82,9 +82,11 @@ def get_config() -> ConfigDict:
     with config.unlocked():
         config.eval.sets.heldout = ConfigDict({"source": "", "samples": 4})
     config.update(world())
-    config.lab.methods = tuple(name for name in METHODS if name != "self_strategies")
     config.lab.rates = (0.5, 1.0, 2.0, 4.0)
     config.lab.world_methods = ("grpo", "sgpo", "no_kl_clip", "direct_sft")
+    # Those of all worlds first: the first colours of a figure are the strong ones.
+    of_one_world = (name for name in METHODS if name not in ("self_strategies", "sft", *config.lab.world_methods))
+    config.lab.methods = ("sft", *config.lab.world_methods, *of_one_world)
     with config.unlocked():
         config.lab.changes = ConfigDict(
             {

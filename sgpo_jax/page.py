@@ -88,8 +88,8 @@ def write_lab(
     curves = {name: [_rows(runs(row) / "rl.jsonl") for row in here if row["method"] == name] for name in methods}
     worlds = verdicts.across_worlds(rows)
     wide = [("Worlds", plots.svg(plots.worlds(worlds, methods), "worlds"))] if worlds else []
-    facts = [f"{len(config['lab']['methods'])} methods", f"{len(config['lab']['seeds'])} seeds",
-             f"{len(config['lab']['worlds'])} worlds", config["model"]["source"]]  # fmt: skip
+    counts = {name: len(config["lab"][f"{name}s"]) for name in ("method", "seed", "world")}
+    facts = [f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items()] + [config["model"]["source"]]
     shown: list[Any] = []
     for row in [row for row in rows if (row["world"], row["method"]) == (home, "sgpo")][:1]:
         (warm_up,) = (r for r in rows if (r["world"], r["method"], r["seed"]) == (home, "sft", row["seed"]))

@@ -207,8 +207,9 @@ def overlay_panels(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) ->
 
 
 def colour(place: int) -> str:
-    """Of the method at `place` of those drawn over each other, as "#rrggbb"."""
-    colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+    """Of the method at `place` of those drawn over each other, as "#rrggbb": ten strong ones, then their pale ones."""
+    pairs = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+    colours = [*pairs[::2], *pairs[1::2]]
     return to_hex(colours[place % len(colours)])
 
 

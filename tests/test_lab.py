@@ -233,6 +233,7 @@ def test_a_cell_that_fails_does_not_cost_the_others(config, tmp_path, monkeypatc
     lab.run(config, tmp_path)
     (row,) = [r for r in read_jsonl(tmp_path / "results.jsonl") if (r["method"], r["seed"]) == ("sgpo", 0)]
     assert row["accuracy"] == 0.0 and row["failed"] == "step 2: the gradient was not finite"
+    assert "1 method · 2 seeds · 1 world · scratch" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_methods_begin_with_the_warm_up_of_their_world_and_seed(config, tmp_path, monkeypatch):

@@ -124,6 +124,14 @@ def test_methods_are_laid_over_each_other(tmp_path, drawn):
         plots.overlay({"sgpo": [[{"step": 1, "loss": 1.0}]]}, tmp_path / "none.png")
 
 
+def test_a_few_methods_have_strong_colours_and_twenty_have_different_ones():
+    def lightness(place):
+        return sum(int(plots.colour(place)[start : start + 2], 16) for start in (1, 3, 5)) / (3 * 255)
+
+    assert len({plots.colour(place) for place in range(20)}) == 20 and plots.colour(20) == plots.colour(0)
+    assert all(lightness(place) < lightness(place + 10) for place in range(10)), "the pale one of each pair is later"
+
+
 def test_worlds_are_drawn_with_their_intervals(tmp_path, drawn):
     def difference(mean, half):
         return verdicts.Difference(mean, mean - half, mean + half, 5)
