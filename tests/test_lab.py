@@ -72,6 +72,8 @@ def test_the_lab_of_the_config_file_can_run(fast):
     assert {c.method for c in grid} == (
         set(config.lab.methods) if fast else set(methods.METHODS) - {"self_strategies"}
     )
+    every_world = config.lab.world_methods
+    assert fast or config.lab.methods[1 : 1 + len(every_world)] == every_world, "they have the first colours"
     assert len({lab.digest(lab.cell_config(config, cell)) for cell in grid}) == len(grid)
     for method in set(config.lab.methods) - {"sft"}:
         rl = lab.cell_config(config, lab.Cell("base", method, 1.0, 0)).rl

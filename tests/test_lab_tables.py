@@ -1,6 +1,7 @@
 """The tables of docs/lab.md and the README are what the committed rows say."""
 
 import runpy
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,10 @@ TABLES = SCRIPT["tables"]()
 
 @pytest.mark.parametrize("title", TABLES)
 def test_a_printed_table_follows_from_the_rows(title):
-    """Compared as one block, so that no line of another table can stand in for a missing one."""
+    """Compared as a whole, so that no line of another table stands in for a missing one, and none is left over."""
     lines = SCRIPT["markdown"](TABLES[title])
     printed = [(ROOT / name).read_text(encoding="utf-8").splitlines() for name in ("docs/lab.md", "README.md")]
-    rule = "|---" * len(TABLES[title][0]) + "|"
-    expected = [lines[0], rule, *lines[1:]]
-    starts = [(text, at) for text in printed for at, line in enumerate(text) if line == expected[0]]
-    found = [text[at : at + len(expected)] for text, at in starts]
+    expected = [lines[0], "|---" * len(TABLES[title][0]) + "|", *lines[1:]]
+    begun = [text[at:] for text in printed for at, line in enumerate(text) if line == expected[0]]
+    found = [list(takewhile(lambda line: line.startswith("|"), rest)) for rest in begun]
     assert expected in found, found or f"no table begins with {expected[0]!r}"

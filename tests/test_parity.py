@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 
 from sgpo_jax.models import apply, gguf, head, huggingface, init_cache, positions_of
 
 torch = pytest.importorskip("torch", reason="needs the extra 'parity'")
-transformers = pytest.importorskip("transformers")
 
 TOLERANCE = 1e-4  # largest absolute difference of two logits
 GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k_test.jsonl"

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import transformers
 import xla_flags
 
 from sgpo_jax import models, tokenizer
@@ -193,7 +194,6 @@ def test_the_trained_model_is_exported_for_transformers(undisturbed, tmp_path):
     )
     tok = tokenizer.load(str(tmp_path / "model"))
     assert tokenizer.stop_ids(tok, tmp_path / "model") == tokenizer.stop_ids(tokenizer.load("arithmetic"))
-    transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch", reason="needs the extra 'parity'")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     tokens = np.arange(12)[None] + 5

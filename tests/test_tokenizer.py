@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -296,7 +297,6 @@ def test_puzzles_in_their_words(tmp_path):
         prompt = tokenizer.encode_prompt(tok, row["problem"], row["strategy"], "")
         assert tokenizer.encode_prompt(again, row["problem"], row["strategy"], "") == prompt
     assert tokenizer.stop_ids(again, folder) == chosen.stop_ids
-    transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch", reason="needs the extra 'parity'")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():

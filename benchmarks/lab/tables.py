@@ -47,10 +47,12 @@ def chosen(rows: Rows, seeds: Iterable[int], rate: Callable[[str, str], float]) 
 
 
 def percent(rows: Rows, world: str, method: str, metric: str = "accuracy") -> str:
+    """Mean over seeds in percent, with its interval."""
     return verdicts.percent(verdicts.interval(list(verdicts.by_seed(rows, world, method, metric).values())))
 
 
 def mean(rows: Rows, world: str, method: str, metric: str = "accuracy", scale: float = 100, digits: int = 1) -> str:
+    """Mean over seeds, times `scale`."""
     return f"{scale * np.mean(list(verdicts.by_seed(rows, world, method, metric).values())):.{digits}f}"
 
 
@@ -59,18 +61,21 @@ def rate_of(rows: Rows, world: str, method: str) -> str:
     return f"{rate:g}"
 
 
-def grid() -> Table:
+def of_grid() -> Rows:
+    """The rows of the grid: five seeds, each method at the rate that was best on one other seed."""
     rows = read("results")
-    columns, lines = verdicts.table(chosen(rows, FIVE, tuned(rows, [100])), "base", METHODS)
+    return chosen(rows, FIVE, tuned(rows, [100]))
+
+
+def grid() -> Table:
+    columns, lines = verdicts.table(of_grid(), "base", METHODS)
     once = [index for index, name in enumerate(columns) if name != "heldout"]  # one set: it is the average
     header = ["accuracy, %" if columns[index] == "average" else columns[index] for index in once]
     return [header, *([line[index] for index in once] for line in lines)]
 
 
 def claims() -> Table:
-    rows = read("results")
-    found = verdicts.claim_lines(chosen(rows, FIVE, tuned(rows, [100])), "base")
-    return [["table", "claim", "paper, 7B", "here", "verdict"], *found]
+    return [["table", "claim", "paper, 7B", "here", "verdict"], *verdicts.claim_lines(of_grid(), "base")]
 
 
 def claims_of_ten_seeds() -> Table:
@@ -89,8 +94,7 @@ def claims_of_ten_seeds() -> Table:
 
 
 def worlds() -> Table:
-    rows = read("results")
-    rows = chosen(rows, FIVE, tuned(rows, [100]))
+    rows = of_grid()
     after = ([world, mean(rows, world, "sft"), *(percent(rows, world, name) for name in IN_WORLDS)] for world in WORLDS)
     return [["world", "before", *IN_WORLDS.values()], *after]
 
@@ -104,8 +108,7 @@ def minus_grpo(rows: Rows, world: str) -> list[list[str]]:
 
 
 def differences() -> Table:
-    rows = read("results")
-    rows = chosen(rows, FIVE, tuned(rows, [100]))
+    rows = of_grid()
     header = [cell for name in list(IN_WORLDS.values())[1:] for cell in (f"{name} - GRPO", "")]
     return [["world", *header], *([world, *sum(minus_grpo(rows, world), [])] for world in WORLDS)]
 
@@ -143,7 +146,7 @@ SELF_WRITTEN = {
     "sft": "SFT", "grpo": "SFT+GRPO", "sgpo": "SGPO, strategies of the data",
     "self_strategies": "SGPO, strategies of the student",
 }  # fmt: skip
-LOGIC = {"sft": "SFT (the warm-up)", "grpo": "SFT+GRPO", "sgpo": "SGPO"}
+AFTER_WARM_UP = {"sft": "SFT (the warm-up)", "grpo": "SFT+GRPO", "sgpo": "SGPO"}
 
 
 def self_written() -> Table:
@@ -170,7 +173,7 @@ def of_tuning(file: str, world: str, names: dict[str, str]) -> Table:
 def minus_warm_up(rows: Rows, guided: Callable[..., str]) -> Table:
     """A line for each of SFT, GRPO and SGPO, the latter two with their difference from the first."""
     lines = []
-    for method, name in LOGIC.items():
+    for method, name in AFTER_WARM_UP.items():
         apart = "" if method == "sft" else verdicts.signed(verdicts.paired(rows, "base", method, "sft"))
         lines.append([name, percent(rows, "base", method), apart, guided(rows, "base", method, "accuracy_guided")])
     return [["", "unguided, %", "minus the warm-up", "guided, %"], *lines]
@@ -181,7 +184,7 @@ def logic() -> Table:
     rows = chosen(rows, FIVE, tuned(rows, [100, 101, 102]))
     header, *lines = minus_warm_up(rows, percent)
     alphas = ["", "", mean(rows, "base", "sgpo", "mean_alpha", 1, 2)]
-    rates = [rate_of(rows, "base", method) for method in LOGIC]
+    rates = [rate_of(rows, "base", method) for method in AFTER_WARM_UP]
     more = ([*line, alpha, rate] for line, alpha, rate in zip(lines, alphas, rates, strict=True))
     return [[*header, "mean alpha", "rate"], *more]
 
@@ -204,7 +207,7 @@ def tables() -> dict[str, Table]:
         "Worlds": worlds(), "Differences in worlds": differences(), "Hard worlds with ten seeds": hard_worlds(),
         "SDPO's distances": distances(), "Strategies that the student writes": self_written(),
         "Their rates": of_tuning("self_written", "self-written", dict(trained)),
-        "Logic": logic(), "Its rates": of_tuning("logic", "base", dict(list(LOGIC.items())[1:])),
+        "Logic": logic(), "Its rates": of_tuning("logic", "base", dict(list(AFTER_WARM_UP.items())[1:])),
         "SmolLM2": smollm2(),
     }  # fmt: skip
 
