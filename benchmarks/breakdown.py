@@ -16,7 +16,7 @@ import common
 import workload
 from common import Side
 
-from sgpo_jax import metrics
+from sgpo_jax.runtime import tables
 
 # The first pattern that an operation's name has says where it belongs.
 PARTS = {
@@ -59,7 +59,7 @@ def main() -> None:
             total = shares.total()
             rows = [[part, f"{seconds:.3g}", f"{seconds / total:.0%}"] for part, seconds in shares.most_common()]
             title = f"{work}, {flags.shape}: {result['seconds'][0]:.3g} s, {result['cpu'][0]:.3g} CPU-s"
-            metrics.table(title, ["part", "seconds", "share"], rows)
+            tables.table(title, ["part", "seconds", "share"], rows)
             everything[work] = result
     common.save(flags.json, __file__, flags=vars(flags), results=everything)
 

@@ -18,7 +18,9 @@ from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 
-from sgpo_jax import answers, metrics, rewards
+from sgpo_jax import answers, rewards
+from sgpo_jax.runtime import tables
+from sgpo_jax.runtime.files import read_jsonl
 
 BATCH = 512  # gradings handed over at once: 128 problems with 4 responses
 BOMBS = ("bomb", "long")  # categories of grading cases that are there to hurt
@@ -26,7 +28,7 @@ BOMBS = ("bomb", "long")  # categories of grading cases that are there to hurt
 
 def read(path: str) -> list[tuple[str, str]]:
     """(gold, response) pairs of a file."""
-    rows = [row for row in metrics.read_jsonl(path) if row.get("category") not in BOMBS]
+    rows = [row for row in read_jsonl(path) if row.get("category") not in BOMBS]
     if "gold" in rows[0]:
         return [(row["gold"], row["prediction"]) for row in rows]
     golds = [row["answer"] for row in rows]
@@ -84,7 +86,7 @@ def main() -> None:
         ]
         for name, result in results.items()
     ]  # fmt: skip
-    metrics.table(f"Gradings per second: {machine}", columns, rows)
+    tables.table(f"Gradings per second: {machine}", columns, rows)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
 

@@ -12,7 +12,7 @@ import common
 import workload
 from common import Side, pooled, ratio, spread
 
-from sgpo_jax import metrics
+from sgpo_jax.runtime import tables
 
 SIDES = [Side("at once", settings={"at_once": True}), Side("one after the other", settings={"at_once": False})]
 
@@ -47,7 +47,7 @@ def main() -> None:
         f"{flags.shape}; at once over one after the other: time {ratios['seconds']:.2f}, "
         f"CPU time {ratios['cpu']:.2f}, slot-steps {ratios['slot_steps']:.2f}"
     )
-    metrics.table(title, ["groups", "seconds", "CPU seconds", "slot-steps", "slots used, %"], rows)
+    tables.table(title, ["groups", "seconds", "CPU seconds", "slot-steps", "slots used, %"], rows)
     common.save(flags.json, __file__, flags=vars(flags), results=results, ratios=ratios)
 
 

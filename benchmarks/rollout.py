@@ -17,7 +17,7 @@ import common
 import workload
 from common import Side, pooled, ratio, spread
 
-from sgpo_jax import metrics
+from sgpo_jax.runtime import tables
 
 GIB = 2**30
 SIDES = [Side("sgpo_jax"), Side("Tunix", "tunix"), Side("HF generate", "torch")]
@@ -71,7 +71,7 @@ def main() -> None:
         "side", "tokens/s", "tokens/CPU-s", f"{ours} over it", "peak RSS, GiB", "median length", "slots used, %",
         "of peak", "of bandwidth",
     ]  # fmt: skip
-    metrics.table(title, columns, rows)
+    tables.table(title, columns, rows)
     common.save(flags.json, __file__, flags=vars(flags), results=results, ratios=ratios)
 
 

@@ -15,7 +15,7 @@ import common
 import workload
 from common import Side, pooled, spread
 
-from sgpo_jax import metrics
+from sgpo_jax.runtime import tables
 
 SIZES = "longest=64,128,256,512;problems=2,4,8,16;vocab=4096,8192,16384,32768;group=2,4,8,16"
 
@@ -48,7 +48,7 @@ def main() -> None:
             before = cell
     columns = ["size", "rollout, s", "exponent", "update, s", "exponent", "peak RSS, GiB", "temporary, GiB"]
     base = f"{flags.problems} x {flags.group} samples of {flags.prompt} + {flags.longest} tokens, {flags.shape}"
-    metrics.table(f"One size at a time; otherwise {base}", columns, rows)
+    tables.table(f"One size at a time; otherwise {base}", columns, rows)
     common.save(flags.json, __file__, flags=vars(flags), cells=cells)
 
 

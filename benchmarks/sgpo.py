@@ -14,7 +14,7 @@ import common
 import workload
 from common import Side, pooled, ratio, spread
 
-from sgpo_jax import metrics
+from sgpo_jax.runtime import tables
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
     rows.append(["ratio", *(f"{value:.2f}" for value in ratios.values())])
     columns = ["method", "seconds", "CPU-s", "peak RSS, GiB", "temporary, GiB", "compile, s"]
     size = f"{flags.problems} x {flags.group} samples of {flags.prompt} + {flags.longest} tokens, {flags.shape}"
-    metrics.table(f"Update of {size}", columns, rows)
+    tables.table(f"Update of {size}", columns, rows)
     common.save(flags.json, __file__, flags=vars(flags), results=results, ratios=ratios)
 
 

@@ -25,7 +25,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from sgpo_jax import metrics
+from sgpo_jax.runtime import tables
+from sgpo_jax.runtime.files import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY = 25  # RL steps between two evaluations, and two checkpoints
@@ -181,7 +182,7 @@ def main() -> None:
         samples, code = watch(workdir, arguments.seconds, arguments.interval, overrides)
         if code:
             sys.exit(f"the run ended with {code}: {(workdir / 'output.txt').read_text()[-2000:]}")
-        steps = [row["step"] for row in metrics.read_jsonl(workdir / "rl.jsonl")]
+        steps = [row["step"] for row in read_jsonl(workdir / "rl.jsonl")]
         if steps != [*range(1, len(steps) + 1)]:
             sys.exit("the metrics rows are not 1, 2, 3, ...")
         found, about = summarize(samples), machine(workdir)
@@ -197,7 +198,7 @@ def main() -> None:
         lines.append((name, f"{fit['first']:.5g}", f"{fit['last']:.5g}", units[name],
                       f"{value:+.3g} [{low:+.3g}, {high:+.3g}] {unit}"))  # fmt: skip
     title = f"{samples[-1]['time']:.0f} s, {len(steps)} RL steps, load {load:.1f}, {about['processor']}"
-    metrics.table(title, ("what", "first", "last", "unit", "slope an hour, 95 %"), lines)
+    tables.table(title, ("what", "first", "last", "unit", "slope an hour, 95 %"), lines)
     if arguments.json:
         result = {"seconds": samples[-1]["time"], "steps": len(steps), "load": load, "machine": about, "slopes": found}
         Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")

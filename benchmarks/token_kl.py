@@ -16,7 +16,7 @@ from pathlib import Path
 import common
 from common import Side, pooled, ratio, spread
 
-from sgpo_jax import metrics
+from sgpo_jax.runtime import tables
 
 DENSE = Side("dense", "", {"how": "dense", "chunk": 0})
 
@@ -60,7 +60,7 @@ def main() -> None:
                 f"{ratios['memory']:.3f}", spread(seconds[0]), f"{ratios['time']:.2f}", f"{error:.0e}",
             ])  # fmt: skip
     columns = ["N x V", "divergence", "side, chunk", "extra, MiB", "ratio", "seconds", "ratio", "difference"]
-    metrics.table(f"Mean over tokens and its gradients, D = {flags.hidden}, float32", columns, rows)
+    tables.table(f"Mean over tokens and its gradients, D = {flags.hidden}, float32", columns, rows)
     common.save(flags.json, __file__, flags=vars(flags), cells=cells)
 
 

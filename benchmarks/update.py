@@ -18,7 +18,7 @@ import common
 import workload
 from common import Side, pooled, ratio, spread
 
-from sgpo_jax import metrics
+from sgpo_jax.runtime import tables
 
 GIB = 2**30
 
@@ -81,9 +81,9 @@ def main() -> None:
         f"{flags.shape}; peak {peak / 1e9:.0f} GFLOP/s"
     )
     columns = ["side", "seconds", "CPU-s", "peak RSS, GiB", "temporary, GiB", "compile, s", "of peak"]
-    metrics.table(title, columns, rows)
+    tables.table(title, columns, rows)
     names = [*next(iter(summary.values()))]
-    metrics.table(
+    tables.table(
         f"{chosen[0].name} over each", ["side", *(name.replace("_", " ") for name in names)],
         [[side, *("-" if x is None else f"{x:.2f}" for x in values.values())] for side, values in summary.items()],
     )  # fmt: skip

@@ -30,9 +30,10 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from sgpo_jax import environment, sharding
+from sgpo_jax import sharding
 from sgpo_jax.models import ModelConfig, huggingface, names
 from sgpo_jax.models.config import to_hf
+from sgpo_jax.runtime import environment
 
 SHARD = 10**9  # bytes of a file
 SIZES = {  # vocabulary, hidden size, query heads, key and value heads, head size, MLP size
@@ -169,7 +170,7 @@ def run(folder: Path, gigabytes: float, processes: int, devices: int) -> dict:
 
 
 def main() -> None:
-    from sgpo_jax import metrics  # not in the workers: it imports TensorBoard's writer, which takes its time
+    from sgpo_jax.runtime import tables  # not in the workers: it imports TensorBoard's writer, which takes its time
 
     parser = argparse.ArgumentParser(description="Host memory of a sharded import and export.")
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of the checkpoint, in bfloat16")
@@ -194,7 +195,7 @@ def main() -> None:
         for row in result["rows"]
     ]  # fmt: skip
     exact = "bit-exact" if result["bit_exact"] else "NOT bit-exact"
-    metrics.table(f"A checkpoint of {mb(result['checkpoint'])}, import then export {exact}", columns, rows)
+    tables.table(f"A checkpoint of {mb(result['checkpoint'])}, import then export {exact}", columns, rows)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
 

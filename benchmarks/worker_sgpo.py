@@ -16,11 +16,12 @@ import numpy as np
 import workload
 from common import timed
 
-from sgpo_jax import allocator, environment, logprobs, models, optim, rollout
+from sgpo_jax import logprobs, models, optim, rollout
 from sgpo_jax.batch import Batch, Group, Prompts, pack_batch
 from sgpo_jax.losses import kl_divergence
 from sgpo_jax.models import config as model_config
 from sgpo_jax.models import huggingface
+from sgpo_jax.runtime import environment, memory
 from sgpo_jax.train_step import init_state, make_update
 
 
@@ -207,8 +208,8 @@ def kl(task: dict[str, Any]) -> dict[str, Any]:
     compiled = jax.jit(jax.value_and_grad(mean, argnums=(1, 2))).lower(guided, unguided, head).compile()
     before = resident()
     values, measured = timed(lambda _: float(jax.block_until_ready(compiled(guided, unguided, head))[0]), task["calls"])
-    memory = compiled.memory_analysis().temp_size_in_bytes
-    return measured | {"value": values[0], "temporary": memory, "resident_before": before}
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    return measured | {"value": values[0], "temporary": temporary, "resident_before": before}
 
 
 def dense_jensen_shannon(log_t: jax.Array, log_s: jax.Array, k: int) -> jax.Array:
@@ -271,7 +272,7 @@ def resident() -> int:
 
 if __name__ == "__main__":
     task = json.loads(Path(sys.argv[1]).read_text())
-    allocator.trim_after_compiling()  # as the command does
+    memory.trim_after_compiling()  # as the command does
     known = weights, generate, groups, update, kl, peak, profile
     work = {function.__name__: function for function in known}[task["work"]]
     Path(sys.argv[2]).write_text(json.dumps(work(task) | {"versions": environment.describe()}))

@@ -24,26 +24,14 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.text import Text
 
-from sgpo_jax import (
-    checks,
-    command,
-    data,
-    distributed,
-    logprobs,
-    models,
-    plots,
-    rewards,
-    samples,
-    sharding,
-    stage,
-    steps,
-)
+from sgpo_jax import cli, config_checks, data, logprobs, models, plots, rewards, samples, sharding, stage, steps
 from sgpo_jax import config as configs
 from sgpo_jax import tokenizer as tokenizers
 from sgpo_jax.batch import Prompts
 from sgpo_jax.policy import Policy
 from sgpo_jax.respond import encode_prompts, grade, noise_key, pad_prompts, respond
 from sgpo_jax.rollout import STOP
+from sgpo_jax.runtime import distributed
 
 _FULL = (213, 94, 0)  # colour of a token whose KL is delta or more
 
@@ -216,13 +204,13 @@ def _show(lines: Sequence[dict[str, Any]]) -> None:
 
 
 def main(config, given) -> None:
-    checks.check(config)
-    command.join(config, given)
+    config_checks.check(config)
+    cli.join(config, given)
     run(config, Path(given.workdir).expanduser(), given.problems)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run.")
     flags.DEFINE_integer("problems", 8, "Problems whose guided responses are analysed.", lower_bound=1)
-    command.define_processes()
-    command.start(main, required=["config", "workdir"])
+    cli.define_processes()
+    cli.start(main, required=["config", "workdir"])

@@ -11,7 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from sgpo_jax import distributed, seal
+from sgpo_jax.runtime import checksums, distributed
 from sgpo_jax.train_step import TrainState
 
 FORMAT = 1  # of what is saved; another one is refused
@@ -142,9 +142,9 @@ class Checkpoints:
             self._manager.wait_until_finished()
             if jax.process_index() == 0 and not self._reading:
                 for step in self._manager.all_steps():
-                    if not seal.is_written(self._folder / str(step)):
-                        seal.write(self._folder / str(step))
-                seal.forget_missing(self._folder)
+                    if not checksums.is_written(self._folder / str(step)):
+                        checksums.write(self._folder / str(step))
+                checksums.forget_missing(self._folder)
         except Exception as error:
             self._failed(error)
 
@@ -173,7 +173,7 @@ class Checkpoints:
 
     def _restore(self, step: int, target: TrainState) -> TrainState:
         path = self._folder / str(step)
-        if found := distributed.first(lambda: seal.damage(path, quick=False)):
+        if found := distributed.first(lambda: checksums.damage(path, quick=False)):
             raise Damaged(f"checkpoint {path} is damaged: {found}")
         saved = self._run(step).get("format")
         if saved != FORMAT:
@@ -217,8 +217,8 @@ class Checkpoints:
     def _set_aside_damaged(self, quick: bool = True) -> None:
         def look():
             for path in self._folder.iterdir() if self._folder.is_dir() else ():
-                if path.name.isdigit() and (found := seal.damage(path, quick)):
-                    aside = seal.set_aside(path)
+                if path.name.isdigit() and (found := checksums.damage(path, quick)):
+                    aside = checksums.set_aside(path)
                     print(f"warning: checkpoint {path} is damaged: {found}; it is now {aside.name}", flush=True)
 
         distributed.first(look)  # the others go on when it is done

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sgpo_jax import metrics
+from sgpo_jax.runtime import tables
+from sgpo_jax.runtime.files import read_jsonl
 
 RUN = 13  # words in a row that two problems share when they count as the same
 COMMON = 10  # a run of words that more problems have is a phrase
@@ -166,7 +167,7 @@ class Sieve:
             lines.append(("  kept", count["kept"], ""))
             for reason, number in count["kept_although"].items():
                 lines.append((f"    although: {reason}", number, example.get((source, reason), "")))
-        return metrics.table(title, ("source", "rows", "for example"), lines)
+        return tables.table(title, ("source", "rows", "for example"), lines)
 
     def fingerprint(self) -> str:
         """Of the kept rows, their content and order."""
@@ -195,7 +196,7 @@ def record(sieve: Sieve, workdir: Path, stage: str, *, resuming: bool) -> None:
             f"the {stage} stage in {workdir} has begun with other rows: {kept} then (see {path}), {len(sieve.rows)} "
             "now; go on with the same data and evaluation sets, or choose another --workdir"
         )
-    lines = [line for line in metrics.read_jsonl(listing) if line["stage"] != stage] if listing.is_file() else []
+    lines = [line for line in read_jsonl(listing) if line["stage"] != stage] if listing.is_file() else []
     lines += [{"stage": stage, "source": sieve.origin[item.id], **item._asdict()} for item in sieve.found]
     _replace(listing, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     _replace(path, json.dumps({**stages, stage: now}, indent=2, ensure_ascii=False) + "\n")

@@ -17,9 +17,10 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from sgpo_jax import checks, command, metrics, paper, preemption, rewards, scores, sharding, stage
+from sgpo_jax import cli, config_checks, paper, rewards, scores, sharding, stage
 from sgpo_jax import config as configs
 from sgpo_jax.evaluation import evaluate_sets
+from sgpo_jax.runtime import preemption, tables
 
 
 def run(config: ConfigDict, checkpoint: str | None, out: str | None, paper_row: str, limit: int) -> dict[str, Any]:
@@ -41,11 +42,11 @@ def run(config: ConfigDict, checkpoint: str | None, out: str | None, paper_row: 
     reported = paper.row(paper_row) if paper_row else None
     rewards.check(config.rl.reward)
     mesh = sharding.make_mesh(**config.mesh)
-    checks.check_mesh(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    config_checks.check_mesh(config, mesh.shape["data"] * mesh.shape["fsdp"])
     workdir, found = _find(config, checkpoint) if checkpoint else (None, None)
     if not (out or workdir):
         raise ValueError("--out: must be given with --model")
-    folder = command.folder("out", out) if out else Path(str(workdir)) / "evaluate"
+    folder = cli.folder("out", out) if out else Path(str(workdir)) / "evaluate"
     policy, load = stage.load_policy(config)
     if workdir and found:
         params, step = stage.params_at(config, workdir, *found, policy, mesh), found[1]
@@ -112,7 +113,7 @@ def _report(
         head = f"SUBSET, the first {limit} problems of each set (--limit): no benchmark result. {head}"
     if reported:
         columns.append(f"paper: {title}")
-    table = metrics.table(head, columns, [line[: len(columns)] for line in lines])
+    table = tables.table(head, columns, [line[: len(columns)] for line in lines])
     _write(folder / "table.txt", table)
     content = {
         "model": model, "limit": limit, "seed": config.seed, "reward": config.rl.reward,
@@ -153,8 +154,8 @@ def main(config, given) -> None:
         raise ValueError("--checkpoint and --model: give one of them")
     config.stages, config.data.train, config.sft.train = ("eval",), "", ""  # training reads these, this does not
     config.model.source = given.model or config.model.source
-    checks.check(config)
-    command.join(config, given)
+    config_checks.check(config)
+    cli.join(config, given)
     preemption.watch(config.grace)
     run(config, given.checkpoint, given.out, given.paper, given.limit)
 
@@ -165,5 +166,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Folder for generations and results; resumes if it can.")
     flags.DEFINE_string("paper", "", "The paper's row to print beside, MODEL:METHOD, such as qwen7b:sgpo.")
     flags.DEFINE_integer("limit", 0, "First problems of each set that are evaluated; 0 is all.", lower_bound=0)
-    command.define_processes()
-    command.start(main, required=["config"])
+    cli.define_processes()
+    cli.start(main, required=["config"])

@@ -18,11 +18,14 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import data, distributed, metrics, preemption, rewards, scores
+from sgpo_jax import data, rewards, scores
 from sgpo_jax.policy import Policy
 from sgpo_jax.problems import unsolvable
 from sgpo_jax.respond import Graded, encode_prompts, grade, noise_key, pad_prompts, respond
 from sgpo_jax.rollout import STOP, Rollout
+from sgpo_jax.runtime import distributed, preemption
+from sgpo_jax.runtime.files import read_jsonl
+from sgpo_jax.runtime.progress import progress_line
 
 _OUTCOMES: tuple[rewards.Outcome, ...] = ("correct", "wrong", *rewards.FAILURES)
 _NUMBERS = ("reward", "tokens", "truncated", "outcome", "vote")  # of a line, outcome as an index
@@ -108,7 +111,7 @@ def evaluate(
             if now - shown >= _PROGRESS_SECONDS:
                 seconds_left = (now - started) / done * (first_left - done)
                 known = {"accuracy": float(np.nanmean(numbers[..., 0]))}
-                line = metrics.progress_line(f"evaluating {name}", part.stop, len(rows), known, seconds_left)
+                line = progress_line(f"evaluating {name}", part.stop, len(rows), known, seconds_left)
                 print(line, flush=True)
                 shown = now
     solvable = np.array([unsolvable.reason(row["problem"]) is None for row in rows])
@@ -182,7 +185,7 @@ def _resume(path: Path, settings: dict[str, Any], rows: Sequence[dict], samples:
         if changed and not restart:
             what = ", ".join(f"{name} {before.get(name)!r}, now {settings.get(name)!r}" for name in changed)
             raise ValueError(f"{path} was made with {what}; go on with the same, or choose another --out")
-        kept = [] if changed else metrics.read_jsonl(path)
+        kept = [] if changed else read_jsonl(path)
     else:
         kept = []
     numbers: np.ndarray = np.full((len(rows), samples, len(_NUMBERS)), np.nan, np.float32)

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from sgpo_jax import checks, command, sharding, stage
+from sgpo_jax import cli, config_checks, sharding, stage
 from sgpo_jax import config as configs
 from sgpo_jax.models import huggingface
 
@@ -30,9 +30,9 @@ def run(config, workdir: Path, from_stage: str, folder: Path, dtype: str) -> Non
 
 
 def main(config, given) -> None:
-    checks.check(config)
-    folder = command.folder("to", given.to)
-    command.join(config, given)
+    config_checks.check(config)
+    folder = cli.folder("to", given.to)
+    cli.join(config, given)
     run(config, Path(given.workdir).expanduser(), given.stage, folder, given.dtype)
 
 
@@ -41,5 +41,5 @@ if __name__ == "__main__":
     flags.DEFINE_enum("stage", "rl", ["sft", "rl"], "Whose best checkpoint is exported.")
     flags.DEFINE_string("to", None, "Folder to create.")
     flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Of the exported weights.")
-    command.define_processes()
-    command.start(main, required=["config", "workdir", "to"])
+    cli.define_processes()
+    cli.start(main, required=["config", "workdir", "to"])

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from sgpo_jax import leakage, prompts, rewards, strategy_text
-from sgpo_jax.journal import Journal
 from sgpo_jax.llm import Ask, Denied, Refused, Reply, Request, TooLong, Unavailable
+from sgpo_jax.runtime.journal import Journal
 
 # (stage, number, prompt, choices, max_tokens) -> reply
 Paid = Callable[[str, int, str, int, int], Reply]

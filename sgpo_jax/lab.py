@@ -27,24 +27,12 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import ConfigDict
 
-from sgpo_jax import (
-    checks,
-    command,
-    data,
-    environment,
-    lock,
-    methods,
-    metrics,
-    page,
-    plots,
-    rl,
-    sft,
-    sharding,
-    stage,
-    verdicts,
-)
+from sgpo_jax import cli, config_checks, data, methods, page, plots, rl, sft, sharding, stage, verdicts
 from sgpo_jax import config as configs
 from sgpo_jax.evaluation import evaluate_sets
+from sgpo_jax.runtime import environment, lock, tables
+from sgpo_jax.runtime.files import read_jsonl
+from sgpo_jax.runtime.progress import progress_line
 
 # Averages over training that a row keeps.
 _MEANS = ("reward_auto", "reward_guided", "alpha", "token_kl", "kl_clip_share", "entropy", "response_length")
@@ -81,14 +69,14 @@ def cell_config(config: ConfigDict, cell: Cell) -> ConfigDict:
 
 def check(config: ConfigDict) -> None:
     """Raises ValueError for a lab, or a cell of it, that cannot run, or has problems that cannot be read."""
-    checks.check_lab(config)
+    config_checks.check_lab(config)
     read = functools.cache(data.load)
     for world, method in _pairs(config):
         try:
             changed = cell_config(config, Cell(world, method, 1.0, 0))
         except (KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"config.lab.changes[{world!r}]: {error.args[0]}") from error
-        checks.check(changed)
+        config_checks.check(changed)
         for source in (changed.data.train, changed.sft.train, *(each.source for each in changed.eval.sets.values())):
             if source:  # sft.train may be empty
                 read(source)
@@ -193,7 +181,7 @@ def run_cell(config: ConfigDict, cell: Cell, workdir: Path) -> dict[str, Any]:
             accuracy = {name: 0.0 if "failed" in result else scores["accuracy"] for name, scores in sets.items()}
             result |= {f"accuracy{suffix}": float(np.mean([*accuracy.values()])), f"sets{suffix}": accuracy}
     if step is not None:
-        steps = metrics.read_jsonl(folder / "rl.jsonl")
+        steps = read_jsonl(folder / "rl.jsonl")
         for name in _MEANS:
             if values := [row[name] for row in steps if row.get(name) is not None]:
                 result[f"mean_{name}"] = float(np.mean(values))
@@ -212,7 +200,7 @@ class Results:
 
     def __init__(self, config: ConfigDict, path: Path):
         self.config, self.folder, self._path = config, path.parent, path
-        rows = metrics.read_jsonl(path) if path.is_file() else []
+        rows = read_jsonl(path) if path.is_file() else []
         self._rows = {(_cell_of(row), row["config"]): row for row in rows}
 
     def repair(self) -> None:
@@ -252,7 +240,7 @@ class Progress:
         self._left = max(self._left - 1, 0)
         seconds = (time.monotonic() - self._started) / self._done * self._left
         known = {"accuracy": row["accuracy"], "seconds": row["seconds"]}
-        line = metrics.progress_line(f"lab {_cell_of(row)}", self._all - self._left, self._all, known, seconds)
+        line = progress_line(f"lab {_cell_of(row)}", self._all - self._left, self._all, known, seconds)
         print(line, flush=True)
 
 
@@ -356,13 +344,13 @@ def report(
 ) -> None:
     """Prints the tables, and writes them with the figures to `workdir`."""
     home = _home(config)
-    text = [metrics.table(*each) for each in verdicts.tables(rows, tuning, home)]
+    text = [tables.table(*each) for each in verdicts.tables(rows, tuning, home)]
     (workdir / "tables.txt").write_text("".join(text), encoding="utf-8")
     runs: dict[str, list] = {}
     for row in rows:
         path = workdir / str(_cell_of(row)) / "rl.jsonl"
         if row["world"] == home and path.is_file():  # a run that failed at once has none
-            runs.setdefault(row["method"], []).append(metrics.read_jsonl(path))
+            runs.setdefault(row["method"], []).append(read_jsonl(path))
     if runs:
         plots.overlay(runs, workdir / "dynamics.png")
     if worlds := verdicts.across_worlds(rows):
@@ -374,7 +362,7 @@ def main(config, given) -> None:
     if given.fast:
         config.update(config.lab.fast)
     check(config)
-    workdir = command.folder("workdir", given.workdir)
+    workdir = cli.folder("workdir", given.workdir)
     with lock.hold(workdir):
         run(config, workdir)
 
@@ -382,4 +370,4 @@ def main(config, given) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the results; goes on with what is there.")
     flags.DEFINE_bool("fast", False, "The small lab: the changes of config.lab.fast.")
-    command.start(main, required=["config", "workdir"])
+    cli.start(main, required=["config", "workdir"])

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from sgpo_jax import divergences, heads
-from sgpo_jax.heads import Head
+from sgpo_jax import divergences, output_head
+from sgpo_jax.output_head import Head
 from sgpo_jax.sharding import BATCH, fitting, platform, row_ways
 
 # Positions per step on a device. An accelerator needs many to be kept busy (at V = 152k one float32 logits buffer is
@@ -168,11 +168,11 @@ def kl_loss(
 
 def _logprobs(head, hidden, targets, temperature=1.0):
     """(log-probability, entropy) `[C]`, and the function that makes `[C,V]`, the gradient of the logits, of theirs."""
-    log_probs = heads.log_softmax(hidden, head, temperature)
-    place = heads.place_in(head, targets)[:, None]
+    log_probs = output_head.log_softmax(hidden, head, temperature)
+    place = output_head.place_in(head, targets)[:, None]
     logp = jnp.take_along_axis(log_probs, jnp.clip(place, 0, head.vocabulary - 1), axis=-1)
     logp = jnp.where((place >= 0) & (place < head.vocabulary), logp, 0.0)[:, 0]
-    entropy = heads.over_vocabulary(-jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1))
+    entropy = output_head.over_vocabulary(-jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1))
 
     def backward(by_logp, by_entropy):
         # d logp / d z_k = [k is the target] - p_k, d entropy / d z_k = -p_k (log p_k + entropy)
@@ -180,13 +180,13 @@ def _logprobs(head, hidden, targets, temperature=1.0):
         is_target = jnp.arange(head.vocabulary) == place
         return (jnp.where(is_target, by_logp[:, None], 0.0) - jnp.exp(log_probs) * common) / temperature
 
-    return (heads.over_vocabulary(logp), entropy), backward
+    return (output_head.over_vocabulary(logp), entropy), backward
 
 
 def _kl(head, unguided, guided, divergence):
     """The same of (KL `[C]`,), in which the guided side is a constant."""
-    axis = "tensor" if heads.on_a_device() else None
-    kl, gradient = divergence(heads.log_softmax(guided, head), heads.log_softmax(unguided, head), axis)
+    axis = "tensor" if output_head.on_a_device() else None
+    kl, gradient = divergence(output_head.log_softmax(guided, head), output_head.log_softmax(unguided, head), axis)
     return (kl,), lambda by_kl: by_kl[:, None] * gradient
 
 
@@ -219,7 +219,7 @@ def _measured_backward(measure, tied, saved, cotangents):
             return _through_head(backward(*_at(cotangents, s)), inputs[0], head, s, gradients)
 
         of_hidden, of_head = _visit(step, chunks, _no_gradients(inputs[0], head))
-        return of_hidden, heads.over_positions(of_head)
+        return of_hidden, output_head.over_positions(of_head)
 
     of_hidden, of_head = _on_devices(local, (inputs, cotangents), head, tied, chunks, outputs=("h", "g"))
     of_head = (of_head.T if tied else of_head).astype(head.dtype)
@@ -249,7 +249,7 @@ def _loss_forward(measure, token_loss, tied, inputs, head, chunks, given):
         found = _values(measure, inputs, head)
         start = found, jnp.zeros_like(found[0]), *_no_gradients(inputs[0], head)
         found, total, of_hidden, of_head = _visit(step, chunks, start)
-        return found, total, of_hidden, heads.over_positions(of_head)
+        return found, total, of_hidden, output_head.over_positions(of_head)
 
     outputs = ("n",) * len(_values(measure, inputs, Head(head, tied))), "n", "h", "g"
     found, total, *gradients = _on_devices(local, (inputs, given), head, tied, chunks, outputs=outputs)
@@ -294,7 +294,7 @@ def _through_head(of_logits, hidden, head, s, gradients):
     """`gradients` of `hidden` `[S,C,D]` and the head `[D,V]` with those of chunk s; those of its logits are `[C,V]`."""
     of_hidden, of_head = gradients
     of_logits = of_logits.astype(hidden.dtype)
-    into_hidden = heads.over_vocabulary(jnp.dot(of_logits, head.columns().T, preferred_element_type=jnp.float32))
+    into_hidden = output_head.over_vocabulary(jnp.dot(of_logits, head.columns().T, preferred_element_type=jnp.float32))
     # Written out transposed: on CPU the product takes two thirds of the time, and no copy of the logits' gradient.
     transposed = jax.lax.optimization_barrier(hidden[s].T)
     parts = PARTS if len(of_head) % PARTS == 0 else 1

@@ -8,29 +8,15 @@ import jax
 from absl import flags
 from jax.sharding import Mesh
 
-from sgpo_jax import (
-    allocator,
-    checks,
-    command,
-    distributed,
-    environment,
-    lock,
-    page,
-    preemption,
-    rewards,
-    rl,
-    sft,
-    sharding,
-    stage,
-    summary,
-)
+from sgpo_jax import cli, config_checks, page, rewards, rl, sft, sharding, stage, summary
 from sgpo_jax import config as configs
+from sgpo_jax.runtime import distributed, environment, lock, memory, preemption
 
 
 def run(config, workdir: Path) -> None:
     """Runs the stages of the config in order, each from where it stopped."""
     mesh = sharding.make_mesh(**config.mesh)
-    checks.check_mesh(config, sharding.row_ways(mesh))
+    config_checks.check_mesh(config, sharding.row_ways(mesh))
     rewards.check(config.rl.reward)
     with lock.hold(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
         if jax.process_index() == 0:
@@ -62,15 +48,15 @@ def _run_stages(config, workdir: Path, mesh: Mesh) -> None:
 
 
 def main(config, given) -> None:
-    checks.check(config)
-    workdir = command.folder("workdir", given.workdir)
-    command.join(config, given)
+    config_checks.check(config)
+    workdir = cli.folder("workdir", given.workdir)
+    cli.join(config, given)
     preemption.watch(config.grace)
-    allocator.trim_after_compiling()
+    memory.trim_after_compiling()
     run(config, workdir)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and generations; resumes if it can.")
-    command.define_processes()
-    command.start(main, required=["config", "workdir"])
+    cli.define_processes()
+    cli.start(main, required=["config", "workdir"])

@@ -20,7 +20,8 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sgpo_jax import config as configs
-from sgpo_jax import metrics, plots, samples, scores, steps, verdicts
+from sgpo_jax import plots, samples, scores, steps, verdicts
+from sgpo_jax.runtime.files import read_jsonl
 
 REFRESH = 30  # seconds after which the page of a run that goes on is loaded again
 _RECENT = 10  # steps whose mean reward stands for an accuracy that was not measured
@@ -167,7 +168,7 @@ def _json(path: Path) -> Any:
 
 
 def _rows(path: Path) -> list[Row]:
-    return metrics.read_jsonl(path) if path.is_file() else []
+    return read_jsonl(path) if path.is_file() else []
 
 
 def _changed(config: dict[str, Any]) -> list[tuple[str, Any, Any]]:

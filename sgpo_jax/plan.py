@@ -16,14 +16,14 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from sgpo_jax import checks, chips, command, estimate, models, search, sharding
+from sgpo_jax import chips, cli, config_checks, estimate, models, search, sharding
 from sgpo_jax import config as configs
 from sgpo_jax.chips import GIB
 from sgpo_jax.estimate import Result
-from sgpo_jax.metrics import table
 from sgpo_jax.programs import load_shape, programs
 from sgpo_jax.recipe import Assumed
 from sgpo_jax.roofline import Reached, Seconds
+from sgpo_jax.runtime.tables import table
 from sgpo_jax.traffic import KINDS
 
 
@@ -50,7 +50,7 @@ def make(config: ConfigDict, topology: str, auto: bool, assumed: Assumed, reache
         mesh = sharding.make_mesh(**config.mesh, devices=devices) if found else None
     else:
         mesh = sharding.make_mesh(**config.mesh, devices=devices)
-        checks.check_mesh(config, sharding.row_ways(mesh))
+        config_checks.check_mesh(config, sharding.row_ways(mesh))
         measured = []
         for program in programs(config, shape, mesh, assumed):
             print(f"compiling {program.name}", flush=True)
@@ -168,12 +168,12 @@ def main(config: ConfigDict, given: Any) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # nor can what was compiled for absent chips be read back
     config = without_files(config)
-    checks.check(config)
+    config_checks.check(config)
     auto = given.topology == "auto"
     if auto != bool(given.chips):
         raise ValueError(f"--chips={given.chips}: must be given with --topology=auto, and only then")
     if given.json:
-        command.folder("json", str(Path(given.json).parent))
+        cli.folder("json", str(Path(given.json).parent))
     assumed = Assumed(
         given.response_tokens or max(config.rl.max_new_tokens // 4, 1),
         given.prompt_tokens or max(config.data.max_prompt_tokens // 4, 1),
@@ -216,4 +216,4 @@ if __name__ == "__main__":
     flags.DEFINE_float(
         "ici_share", Reached().ici, "Share of the peak bandwidth between chips that is reached.", 0.01, 1.0
     )
-    command.start(main, required=["config", "topology"])
+    cli.start(main, required=["config", "topology"])

@@ -64,7 +64,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
     metrics no row has is left out; steps without a value (null) are gaps.
 
     Args:
-        rows: metrics rows as `metrics.read_jsonl` returns them.
+        rows: metrics rows as `files.read_jsonl` returns them.
         path: file to write; its ending chooses the format (png, pdf, svg).
 
     Raises:

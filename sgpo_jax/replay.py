@@ -23,12 +23,12 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import checks, command, logprobs, losses, models, packing, rl, sft, sharding, skipped, stage
+from sgpo_jax import cli, config_checks, logprobs, losses, models, packing, rl, sft, sharding, skipped, stage
 from sgpo_jax import config as configs
 from sgpo_jax.batch import Batch, pack_batch, specs
-from sgpo_jax.metrics import table
 from sgpo_jax.packing import Packed
 from sgpo_jax.policy import Policy
+from sgpo_jax.runtime.tables import table
 from sgpo_jax.train_step import TrainState, in_micro_batches, make_update, response_hidden, with_responses
 
 # What is computed for a response token, in this order.
@@ -276,7 +276,7 @@ def _show(found: list[Finding]) -> None:
 
 
 def main(config, given) -> None:
-    checks.check(config)
+    config_checks.check(config)
     run(config, Path(given.workdir).expanduser(), Path(given.batch).expanduser(), given.step)
 
 
@@ -284,4 +284,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run.")
     flags.DEFINE_string("batch", None, "A skipped_batch_STEP.npz of the run.")
     flags.DEFINE_integer("step", None, "Take the state after this step; by default the last one before the batch.")
-    command.start(main, required=["config", "workdir", "batch"])
+    cli.start(main, required=["config", "workdir", "batch"])

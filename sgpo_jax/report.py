@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from sgpo_jax import command, lab, page
+from sgpo_jax import cli, lab, page
 
 
 def write(workdir: Path, to: Path) -> None:
@@ -36,4 +36,4 @@ def main(given) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of a run or of a lab.")
     flags.DEFINE_string("to", None, "File to write; report.html in the folder by default.")
-    command.start(main, required=["workdir"])
+    cli.start(main, required=["workdir"])

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sgpo_jax import distributed, rewards, sharding
+from sgpo_jax import rewards, sharding
 from sgpo_jax import tokenizer as tokenizers
 from sgpo_jax.batch import Prompts
 from sgpo_jax.policy import Policy
 from sgpo_jax.rollout import LENGTH, STOP, Rollout, generate
+from sgpo_jax.runtime import distributed
 
 
 class Graded(NamedTuple):

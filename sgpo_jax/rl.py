@@ -21,7 +21,6 @@ from sgpo_jax import (
     monitor,
     packing,
     page,
-    preemption,
     rewards,
     rollback,
     self_strategies,
@@ -30,10 +29,11 @@ from sgpo_jax import (
 )
 from sgpo_jax.batch import Batch, Group, Prompts, pack_batch, specs
 from sgpo_jax.evaluation import evaluate_sets
-from sgpo_jax.metrics import Writer
 from sgpo_jax.policy import Policy
 from sgpo_jax.respond import Graded, demonstrate, encode_prompts, grade, noise_key, pad_prompts, respond_in_groups
 from sgpo_jax.rollout import STOP, Rollout
+from sgpo_jax.runtime import preemption
+from sgpo_jax.runtime.metric_writer import Writer
 from sgpo_jax.train_step import make_update
 
 

@@ -15,9 +15,10 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from sgpo_jax import distributed, monitor
+from sgpo_jax import monitor
 from sgpo_jax.checkpoint import Checkpoints
-from sgpo_jax.metrics import read_jsonl
+from sgpo_jax.runtime import distributed
+from sgpo_jax.runtime.files import read_jsonl
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:

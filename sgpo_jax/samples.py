@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sgpo_jax import metrics
+from sgpo_jax.runtime.files import read_jsonl
 
 PER_OUTCOME = 12  # problems shown of each
 MOST_CHARACTERS = 4000  # of a response
@@ -86,7 +86,7 @@ def side_by_side(files: Mapping[str, Path], judged: str, before: str | None = No
       before: column that tells which problems are newly correct, or no longer.
     """
     found = {
-        column: {line["id"]: line for line in metrics.read_jsonl(path) if line["sample"] == 0}
+        column: {line["id"]: line for line in read_jsonl(path) if line["sample"] == 0}
         for column, path in files.items()
     }
     tags = {id: _tags(line, found.get(before or "", {}).get(id)) for id, line in found[judged].items()}

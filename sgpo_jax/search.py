@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import checks, chips, models, rl, sharding
+from sgpo_jax import chips, config_checks, models, rl, sharding
 from sgpo_jax.chips import Chip
 from sgpo_jax.estimate import Result
 from sgpo_jax.models import ModelConfig
@@ -95,7 +95,7 @@ def meshes(
         for field in FIELDS:
             _set(candidate, field, candidate.mesh.fsdp)
         try:
-            checks.check_mesh(candidate, candidate.mesh.fsdp)
+            config_checks.check_mesh(candidate, candidate.mesh.fsdp)
         except ValueError:  # a batch that is not to be changed
             continue
         found.append((candidate, mesh))

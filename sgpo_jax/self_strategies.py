@@ -19,12 +19,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sgpo_jax import distributed, leakage, metrics, preemption, prompts, strategy_text
+from sgpo_jax import leakage, prompts, strategy_text
 from sgpo_jax import tokenizer as tokenizers
-from sgpo_jax.journal import Journal
 from sgpo_jax.policy import Policy
 from sgpo_jax.respond import Graded, encode_prompts, grade, noise_key, pad_prompts, respond
 from sgpo_jax.rollout import STOP, Rollout
+from sgpo_jax.runtime import distributed, preemption
+from sgpo_jax.runtime.journal import Journal
+from sgpo_jax.runtime.progress import progress_line
 
 _PROGRESS_SECONDS = 5.0  # least time between two lines of progress
 
@@ -104,7 +106,7 @@ def write(
             now, done = time.monotonic(), missing - verdicts.count(None)
             if now - shown >= _PROGRESS_SECONDS:
                 seconds = (now - started) / done * (missing - done)
-                print(metrics.progress_line("own strategies", part.stop, len(rows), {}, seconds), flush=True)
+                print(progress_line("own strategies", part.stop, len(rows), {}, seconds), flush=True)
                 shown = now
     counts = Counter(verdict["reason"] for verdict in verdicts).most_common()
     print(f"own strategies of {len(rows)} problems: {', '.join(f'{why} {n}' for why, n in counts)}", flush=True)

@@ -13,12 +13,13 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import cleaning, data, logprobs, models, packing, page, preemption, sharding, stage
+from sgpo_jax import cleaning, data, logprobs, models, packing, page, sharding, stage
 from sgpo_jax import tokenizer as tokenizers
-from sgpo_jax.metrics import Writer
 from sgpo_jax.packing import Packed
 from sgpo_jax.policy import Policy
 from sgpo_jax.respond import encode_solution
+from sgpo_jax.runtime import preemption
+from sgpo_jax.runtime.metric_writer import Writer
 from sgpo_jax.train_step import (
     Metrics,
     TrainState,

@@ -11,10 +11,11 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import cleaning, data, distributed, models, optim, prompts, sharding, skipped
+from sgpo_jax import cleaning, data, models, optim, prompts, sharding, skipped
 from sgpo_jax import policy as policies
 from sgpo_jax.checkpoint import Checkpoints
 from sgpo_jax.policy import Policy
+from sgpo_jax.runtime import distributed
 from sgpo_jax.train_step import TrainState, init_state
 
 # stage: (metric of its best checkpoint, whether higher is better)

@@ -27,10 +27,11 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sgpo_jax import checks, command, data, journal, leakage, llm, metrics, prompts, sharding, strategy_text
+from sgpo_jax import cli, config_checks, data, leakage, llm, prompts, sharding, strategy_text
 from sgpo_jax import policy as policies
 from sgpo_jax.extraction import Meter, digest, extract, payer, rate, work_through
-from sgpo_jax.journal import Journal
+from sgpo_jax.runtime import journal, tables
+from sgpo_jax.runtime.journal import Journal
 
 # name: (mean ratings, share of the paper's 500); App. H
 BANDS = {"high": ("[0.8, 1]", 0.394), "medium": ("[0.5, 0.8)", 0.544), "low": ("[0, 0.5)", 0.062)}
@@ -125,7 +126,7 @@ def audit(config: ConfigDict, workdir: Path) -> str:
                 stop=stop, done=progress.done,
             )  # fmt: skip
         _report_audit([found for row in sample if (found := rating_of(row))], len(sample), name)
-        metrics.table("Spent", ["", "this run", "in all"], _spent(meter, before))
+        tables.table("Spent", ["", "this run", "in all"], _spent(meter, before))
     return why
 
 
@@ -275,12 +276,12 @@ def _report(
     kept = len(reasons) - rejected.total()
     lines = [("read", read), ("already done", finished), ("kept", kept), ("rejected", rejected.total())]
     lines += [(f"  {reason}", count) for reason, count in rejected.most_common()]
-    metrics.table("Problems", ["", "number"], [*lines, ("left open", read - len(reasons))])
+    tables.table("Problems", ["", "number"], [*lines, ("left open", read - len(reasons))])
     candidates = Counter(reason or "passed" for _, each in reasons for reason in each)
     lines = [("asked for", candidates.total()), ("passed", candidates.pop("passed", 0))]
     lines += [("rejected", candidates.total()), *((f"  {reason}", n) for reason, n in candidates.most_common())]
-    metrics.table("Candidate strategies", ["", "number"], lines)
-    metrics.table("Spent", ["", "this run", "in all"], _spent(meter, before))
+    tables.table("Candidate strategies", ["", "number"], lines)
+    tables.table("Spent", ["", "this run", "in all"], _spent(meter, before))
 
 
 def _spent(meter: Meter, before: tuple[float, ...]) -> list[tuple[str, object, str]]:
@@ -303,21 +304,21 @@ def _report_audit(found: Sequence[dict[str, Any]], sample: int, judge: str) -> N
         (f"{name} {edges}", f"{paper:.1%}", f"{bands[name] / len(rated):.1%}" if rated else "-", bands[name])
         for name, (edges, paper) in BANDS.items()
     ]
-    metrics.table(f"Quality as {judge} rates it: {len(rated)} of {sample}", ["", "paper", "here", "number"], lines)
+    tables.table(f"Quality as {judge} rates it: {len(rated)} of {sample}", ["", "paper", "here", "number"], lines)
     if rated:
         means = np.mean([rating["ratings"] for rating in rated], axis=0)
         shown = [(name, f"{mean:.3f}") for name, mean in zip(prompts.CRITERIA, means, strict=True)]
-        metrics.table("Mean rating", ["", ""], shown)
+        tables.table("Mean rating", ["", ""], shown)
     unrated = Counter(rating["reason"] for rating in found if rating["mean"] is None)
     if unrated:
-        metrics.table("Not rated", ["", "number"], unrated.most_common())
+        tables.table("Not rated", ["", "number"], unrated.most_common())
 
 
 def main(config, given) -> None:
-    checks.check_extract(config)
-    workdir = command.folder("workdir", given.workdir)
+    config_checks.check_extract(config)
+    workdir = cli.folder("workdir", given.workdir)
     to = Path(given.to).expanduser() if given.to else workdir / "strategies.jsonl"
-    command.folder("to", str(to.parent))
+    cli.folder("to", str(to.parent))
     if why := audit(config, workdir) if given.audit else run(config, workdir, to):
         sys.exit(f"sgpo_jax: stopped early: {why}. The same command goes on")
 
@@ -326,4 +327,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the journal; goes on with what is there.")
     flags.DEFINE_string("to", "", "JSONL file for the problems with strategies; WORKDIR/strategies.jsonl by default.")
     flags.DEFINE_bool("audit", False, "Rate a sample of the kept strategies instead.")
-    command.start(main, required=["config", "workdir"])
+    cli.start(main, required=["config", "workdir"])

@@ -11,10 +11,12 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import distributed, metrics, plots, stage
+from sgpo_jax import plots, stage
 from sgpo_jax import policy as policies
 from sgpo_jax.evaluation import evaluate_sets
 from sgpo_jax.policy import Policy
+from sgpo_jax.runtime import distributed, tables
+from sgpo_jax.runtime.files import read_jsonl
 from sgpo_jax.scores import gain
 
 SHOWN = 3  # problems of each set whose answers are printed
@@ -89,11 +91,11 @@ def _show(config: ConfigDict, workdir: Path, folder: Path, results: dict[str, An
                 line.append(" -> ".join(f"{result[metric]:{form}}" for result in (old, new) if result))
             lines.append(line)
     title = "Accuracy with 95 % bootstrap intervals over problems" + (", before and after RL" if after else "")
-    table = metrics.table(title, columns, lines)
+    table = tables.table(title, columns, lines)
     (folder / "table.txt").write_text(table, encoding="utf-8")
     for name in config.eval.sets:
         _show_answers(folder, name)
-    rows = metrics.read_jsonl(workdir / "rl.jsonl") if (workdir / "rl.jsonl").is_file() else []
+    rows = read_jsonl(workdir / "rl.jsonl") if (workdir / "rl.jsonl").is_file() else []
     if after and rows:
         first = next(iter(before["unguided"]))
         old_bars, new_bars = (
@@ -121,7 +123,7 @@ def _show_answers(folder: Path, name: str) -> None:
     """What the policy says to the first problems of a set, unguided, before and after."""
     files = {when: sorted((folder / when).glob(f"{name}_unguided_*.jsonl")) for when in ("before", "after")}
     answers = {
-        when: [row for row in metrics.read_jsonl(paths[-1]) if row["sample"] == 0]
+        when: [row for row in read_jsonl(paths[-1]) if row["sample"] == 0]
         for when, paths in files.items()
         if paths
     }

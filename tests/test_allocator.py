@@ -7,7 +7,8 @@ import jax
 import pytest
 from folders import config_of
 
-from sgpo_jax import allocator, main
+from sgpo_jax import main
+from sgpo_jax.runtime import memory
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def compile_something(monkeypatch):
 def test_a_long_compilation_is_followed_by_one_trim(monkeypatch, compile_something):
     trims = []
     monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(malloc_trim=trims.append))
-    allocator.trim_after_compiling()
+    memory.trim_after_compiling()
     compile_something(0.9)
     assert trims == []
     compile_something(1.0)
@@ -41,13 +42,13 @@ def test_another_c_library_has_nothing_to_call(monkeypatch, compile_something, e
         return SimpleNamespace()
 
     monkeypatch.setattr(ctypes, "CDLL", load)
-    allocator.trim_after_compiling()
+    memory.trim_after_compiling()
     compile_something(5.0)
 
 
 def test_the_command_asks_for_it(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(allocator, "trim_after_compiling", lambda: asked.append("trim"))
+    monkeypatch.setattr(memory, "trim_after_compiling", lambda: asked.append("trim"))
     monkeypatch.setattr(main.preemption, "watch", lambda grace: None)
     monkeypatch.setattr(main, "run", lambda config, workdir: asked.append("run"))
     one_process = dict.fromkeys(("coordinator", "processes", "process"))

@@ -10,8 +10,8 @@ from folders import config_of, generations, write_jsonl
 
 from sgpo_jax import analyze, data, models, plots, sharding, stage, train_step
 from sgpo_jax.batch import Prompts
-from sgpo_jax.metrics import read_jsonl
 from sgpo_jax.respond import encode_prompts
+from sgpo_jax.runtime.files import read_jsonl
 from sgpo_jax.tokenizer import encode_response, pad_left, pad_right
 
 

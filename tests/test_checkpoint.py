@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sgpo_jax import seal
 from sgpo_jax.checkpoint import Checkpoints
+from sgpo_jax.runtime import checksums
 from sgpo_jax.train_step import TrainState
 
 
@@ -82,7 +82,7 @@ def test_whichever_file_is_damaged_the_one_before_is_used(saved, tmp_path, capfd
 
 
 def test_a_large_file_that_changed_is_found_when_it_is_read(saved, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(seal, "SMALL", 100)
+    monkeypatch.setattr(checksums, "SMALL", 100)
     shutil.copytree(saved, tmp_path / "run")
     large = max((tmp_path / "run" / "3").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
     flip(large)
@@ -108,12 +108,12 @@ def test_never_silently_fresh(saved, tmp_path):
 
 def test_damaged_checksums_and_files_that_were_not_there(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "run")
-    assert seal.damage(tmp_path / "run" / "3", quick=False) is None
+    assert checksums.damage(tmp_path / "run" / "3", quick=False) is None
     (tmp_path / "run" / "3" / "state" / "new").write_text("?")
-    assert seal.damage(tmp_path / "run" / "3", quick=True) == "state/new was not there when it was saved"
+    assert checksums.damage(tmp_path / "run" / "3", quick=True) == "state/new was not there when it was saved"
     for text in ("", "[]", '{"a": 3}', '{"a": [1]}', "\x00"):
         (tmp_path / "run" / "2.files.json").write_text(text)
-        assert "its checksums 2.files.json cannot be read" in seal.damage(tmp_path / "run" / "2", quick=True)
+        assert "its checksums 2.files.json cannot be read" in checksums.damage(tmp_path / "run" / "2", quick=True)
 
 
 def test_a_checkpoint_that_a_kill_left_without_checksums_is_used_and_sealed(saved, tmp_path):
@@ -122,7 +122,7 @@ def test_a_checkpoint_that_a_kill_left_without_checksums_is_used_and_sealed(save
     with checkpoints(tmp_path / "run") as found:
         jax.tree.map(np.testing.assert_array_equal, found.restore_latest(state(0)), state(3))
         found.wait()
-    assert seal.is_written(tmp_path / "run" / "3")
+    assert checksums.is_written(tmp_path / "run" / "3")
 
 
 def test_checksums_go_with_their_checkpoints(saved):
@@ -186,7 +186,7 @@ def test_who_only_reads_changes_nothing(saved, tmp_path, damaged):
     assert names(run) == before
     with checkpoints(run) as found:
         assert found.all_steps() == [2, 3]
-    assert seal.is_written(run / "2")
+    assert checksums.is_written(run / "2")
 
 
 LIMIT = """

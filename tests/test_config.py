@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from sgpo_jax import checks, command, losses
+from sgpo_jax import cli, config_checks, losses
 from sgpo_jax import config as configs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,7 +53,7 @@ def fields(config, prefix=""):
 def refused(config, field, value, allowed):
     """Asserts that the check names the field, its value and what is allowed."""
     with pytest.raises(ValueError) as error:
-        checks.check(config)
+        config_checks.check(config)
     message = str(error.value)
     assert message.startswith(f"config.{field}={value!r}: must"), message
     assert allowed in message, message
@@ -65,11 +65,11 @@ def refused(config, field, value, allowed):
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_config_passes(file, monkeypatch):
     # Whoever runs it brings the files.
-    monkeypatch.setattr(checks, "_check_files", lambda *arguments: None)
+    monkeypatch.setattr(config_checks, "_check_files", lambda *arguments: None)
     config = load(file)
     if file.stem == "benchmarks":  # on any model
         config.stages, config.model.source = ("eval",), "any"
-    checks.check(config)
+    config_checks.check(config)
     with pytest.raises(AttributeError, match="batch"):
         config.rl.bacth = 3
 
@@ -77,8 +77,8 @@ def test_every_config_passes(file, monkeypatch):
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_config_says_how_to_run_it(file):
     text = file.read_text()
-    commands = [f"sgpo_jax.{command} --config=configs/{file.name} --" for command in ("main", "evaluate", "lab")]
-    assert any(f"python -m {command}" in text for command in commands)
+    commands = [f"sgpo_jax.{cli} --config=configs/{file.name} --" for cli in ("main", "evaluate", "lab")]
+    assert any(f"python -m {cli}" in text for cli in commands)
 
 
 def test_base_is_the_recipe_of_the_paper():
@@ -267,12 +267,12 @@ def test_malformed_evaluation_sets_are_refused(config, given, allowed):
     with config.unlocked():
         config.eval.sets.other = given
     with pytest.raises(ValueError, match=re.escape(allowed)) as error:
-        checks.check(config)
+        config_checks.check(config)
     assert str(error.value).startswith("config.eval.sets.other")
     assert "\n" not in str(error.value)
     config.stages, config.rl.eval_every = ("rl",), 0  # reads the sets for contamination
     with pytest.raises(ValueError, match=re.escape(allowed)):
-        checks.check(config)
+        config_checks.check(config)
 
 
 def test_evaluation_needs_a_set(config):
@@ -281,9 +281,9 @@ def test_evaluation_needs_a_set(config):
     for stages, every in ((("eval",), 0), (("sft", "rl"), 5)):
         config.stages, config.rl.eval_every = stages, every
         with pytest.raises(ValueError, match=r"^config\.eval\.sets=\{\}: must be at least one name"):
-            checks.check(config)
+            config_checks.check(config)
     config.rl.eval_every = 0
-    checks.check(config)
+    config_checks.check(config)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def test_evaluation_needs_a_set(config):
 def test_unusual_but_possible_values_pass(config, changes):
     for field, value in changes.items():
         assign(config, field, value)
-    checks.check(config)
+    config_checks.check(config)
 
 
 # ---- files and meshes
@@ -319,13 +319,13 @@ def test_words_of_a_source_are_for_a_model_from_scratch(config, tmp_path):
     file = tmp_path / "train.jsonl"
     file.touch()
     config.model.tokenizer = f"words:{file}?problem=question;arithmetic:train,count=64"
-    checks.check(config)
+    config_checks.check(config)
     config.model.source = str(tmp_path)
     refused(config, "model.tokenizer", config.model.tokenizer, "'' or another one for a trained model.source")
     config.model.source = "scratch"
     config.model.tokenizer = f"words:{file};{tmp_path}/none.jsonl"
     with pytest.raises(ValueError, match=re.escape(f"there is no such file or folder as '{tmp_path}/none.jsonl'")):
-        checks.check(config)
+        config_checks.check(config)
 
 
 @pytest.mark.parametrize("field", SOURCES)
@@ -333,7 +333,7 @@ def test_words_of_a_source_are_for_a_model_from_scratch(config, tmp_path):
 def test_local_files_must_exist(config, field, path):
     assign(config, field, path)
     with pytest.raises(ValueError, match=re.escape(f"config.{field}={path!r}: there is no such file or folder")):
-        checks.check(config)
+        config_checks.check(config)
 
 
 def test_existing_files_and_names_elsewhere_pass(config, tmp_path):
@@ -342,12 +342,12 @@ def test_existing_files_and_names_elsewhere_pass(config, tmp_path):
     config.model.source, config.model.tokenizer = str(tmp_path), ""
     config.data.train = str(file)
     config.sft.train = "someone/some-data"
-    checks.check(config)
+    config_checks.check(config)
     config.data.train = f"{file}?problem=question,answer=final.0; {tmp_path}?files=*.jsonl"
-    checks.check(config)
+    config_checks.check(config)
     config.data.train = f"{file};{tmp_path}/none.jsonl?problem=question"
     with pytest.raises(ValueError, match=re.escape(f"there is no such file or folder as '{tmp_path}/none.jsonl'")):
-        checks.check(config)
+        config_checks.check(config)
 
 
 @pytest.mark.parametrize(
@@ -365,15 +365,15 @@ def test_existing_files_and_names_elsewhere_pass(config, tmp_path):
 )
 def test_batches_must_divide_over_the_mesh(config, field, value, stages, every):
     config.stages, config.rl.eval_every = stages, every
-    checks.check_mesh(config, 4)
+    config_checks.check_mesh(config, 4)
     assign(config, field, value)
     with pytest.raises(ValueError, match=rf"config\.{field}={value}: must be a multiple of .* = 4"):
-        checks.check_mesh(config, 4)
-    checks.check_mesh(config, 1)
+        config_checks.check_mesh(config, 4)
+    config_checks.check_mesh(config, 1)
     # A stage that does not run may have any batch.
     config.stages = tuple(stage for stage in configs.STAGES if not field.startswith(stage))
     config.rl.eval_every = 0
-    checks.check_mesh(config, 4)
+    config_checks.check_mesh(config, 4)
 
 
 # ---- the command line
@@ -454,7 +454,7 @@ def test_a_wrong_config_file_is_answered_in_a_line(tmp_path, monkeypatch, text, 
     if text is not None:
         (tmp_path / "mine.py").write_text(text)
     with pytest.raises(SystemExit, match=f"^sgpo_jax: --config=mine.py{argument}: (line [0-9]+: )?{message}$"):
-        command.parse_flags(["main.py", f"--config=mine.py{argument}", "--workdir=x"])
+        cli.parse_flags(["main.py", f"--config=mine.py{argument}", "--workdir=x"])
 
 
 # ---- the extraction of strategies
@@ -470,8 +470,8 @@ WRONG_EXTRACT += [(name, bad) for name, value in EXTRACT if isinstance(value, fl
 
 def test_the_config_of_the_extraction_passes(monkeypatch):
     file = ROOT / "configs" / "strategies.py"
-    monkeypatch.setattr(checks, "_check_files", lambda *arguments: None)
-    checks.check_extract(load(file))
+    monkeypatch.setattr(config_checks, "_check_files", lambda *arguments: None)
+    config_checks.check_extract(load(file))
     assert "python -m sgpo_jax.strategies --config=configs/strategies.py --workdir=" in file.read_text()
     assert load(file).extract.candidates == 5 and load(file).extract.audit_sample == 500, "App. B and H"
 
@@ -480,19 +480,19 @@ def test_the_config_of_the_extraction_passes(monkeypatch):
 def test_no_number_of_the_extraction_may_be_anything(field, value):
     config = configs.base()
     config.extract.source = "problems"
-    checks.check_extract(config)
+    config_checks.check_extract(config)
     assign(config, field, value)
     with pytest.raises(ValueError, match=f"^config.{field}={value!r}: must be "):
-        checks.check_extract(config)
+        config_checks.check_extract(config)
 
 
 def test_the_extraction_needs_a_source_that_exists():
     config = configs.base()
     with pytest.raises(ValueError, match=r"^config.extract.source='': must be a source of problems"):
-        checks.check_extract(config)
+        config_checks.check_extract(config)
     config.extract.source = "nowhere/problems.jsonl"
     with pytest.raises(ValueError, match="^config.extract.source='nowhere/problems.jsonl': there is no such file"):
-        checks.check_extract(config)
+        config_checks.check_extract(config)
 
 
 def test_a_training_run_may_change_the_extraction(config, tmp_path):

@@ -17,9 +17,9 @@ import orbax.checkpoint as ocp
 import pytest
 import xla_flags
 
-from sgpo_jax import lock
-from sgpo_jax.metrics import read_jsonl
 from sgpo_jax.models import huggingface
+from sgpo_jax.runtime import lock
+from sgpo_jax.runtime.files import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = ("seconds", "tokens_per_second")

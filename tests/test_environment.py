@@ -5,7 +5,7 @@ import subprocess
 
 import jax
 
-from sgpo_jax import environment
+from sgpo_jax.runtime import environment
 
 
 def test_a_start_is_written_down_once_and_another_environment_beside_it(tmp_path, monkeypatch):

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from sgpo_jax import config as configs
-from sgpo_jax import evaluate, evaluation, preemption
-from sgpo_jax.metrics import read_jsonl
+from sgpo_jax import evaluate, evaluation
+from sgpo_jax.runtime import preemption
+from sgpo_jax.runtime.files import read_jsonl
 
 
 @pytest.fixture

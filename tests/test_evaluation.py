@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from sgpo_jax import data, evaluation, models, policy, respond, rollout, sharding, tokenizer
-from sgpo_jax.metrics import read_jsonl
 from sgpo_jax.rollout import LENGTH, STOP, Rollout
+from sgpo_jax.runtime.files import read_jsonl
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from test_config import load
 
 from sgpo_jax import lab, methods
 from sgpo_jax.config import ConfigDict
-from sgpo_jax.metrics import read_jsonl
+from sgpo_jax.runtime.files import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -9,12 +9,12 @@ import sys
 
 import pytest
 
-from sgpo_jax import lock
+from sgpo_jax.runtime import lock
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from sgpo_jax import lock
+from sgpo_jax.runtime import lock
 with lock.hold(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

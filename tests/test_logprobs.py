@@ -17,7 +17,7 @@ from hypothesis.extra.numpy import arrays
 from jax.sharding import PartitionSpec as P
 from test_divergences import BETA, K, dense, oracle
 
-from sgpo_jax import heads, logprobs, sharding
+from sgpo_jax import logprobs, output_head, sharding
 from sgpo_jax.divergences import DIVERGENCES
 from sgpo_jax.logprobs import token_divergence, token_kl, token_logprobs
 
@@ -341,13 +341,13 @@ def test_any_hidden_size_has_the_gradient_of_the_head(size):
 
 @pytest.mark.parametrize(("size", "parts"), [(24, 4), (25, 5), (23, 1), (7, 1)])
 def test_a_vocabulary_in_parts_has_the_same_logits(monkeypatch, size, parts):
-    monkeypatch.setattr(heads, "WIDTH", 5)
+    monkeypatch.setattr(output_head, "WIDTH", 5)
     rng = np.random.default_rng(size)
     hidden, head = rng.normal(size=(N, D)).astype(np.float32), rng.normal(size=(D, size)).astype(np.float32)
 
     def products(weight, tied):
         def logits(hidden):
-            return heads.logits(hidden, heads.Head(weight, tied))
+            return output_head.logits(hidden, output_head.Head(weight, tied))
 
         np.testing.assert_allclose(logits(hidden), hidden @ head, rtol=1e-5, atol=1e-6)
         found = equations(jax.make_jaxpr(logits)(hidden).jaxpr)
@@ -355,7 +355,7 @@ def test_a_vocabulary_in_parts_has_the_same_logits(monkeypatch, size, parts):
 
     for weight, tied in ((head, False), (jnp.asarray(head.T), True)):
         assert products(weight, tied) == {(N, size // parts)}, "the most parts that divide it, each at least as wide"
-    monkeypatch.setattr(heads, "platform", lambda: "tpu")
+    monkeypatch.setattr(output_head, "platform", lambda: "tpu")
     assert products(head, False) == {(N, size)}, "a single product where it copies nothing"
 
 
@@ -386,7 +386,7 @@ def test_a_tied_head_is_its_transpose(shape):
 
 @pytest.mark.parametrize("shape", [None, (1, 1, 1)])
 def test_on_one_device_no_transposed_copy_of_a_tied_head_is_made(shape):
-    size, vocabulary = 256, 2 * heads.WIDTH
+    size, vocabulary = 256, 2 * output_head.WIDTH
     hidden, numbers = jnp.zeros((4, 4, size)), jnp.zeros((4, 4), jnp.int32)
 
     def loss(embedding, tied):

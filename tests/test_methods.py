@@ -12,11 +12,11 @@ import xla_flags
 from test_config import load
 from test_train_step import CONFIG, G1, G2, B, T, assert_trees_close, log_probs, make_batch, make_params
 
-from sgpo_jax import checks, main, methods, rl
 from sgpo_jax import config as configs
+from sgpo_jax import config_checks, main, methods, rl
 from sgpo_jax.batch import Batch, pack_batch
 from sgpo_jax.methods import METHODS, select
-from sgpo_jax.metrics import read_jsonl
+from sgpo_jax.runtime.files import read_jsonl
 from sgpo_jax.train_step import init_state, make_update
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -261,7 +261,7 @@ def test_methods_keep_to_the_samples_of_the_config(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_config_of_a_method_passes(name):
     config = load(ROOT / "configs" / "quickstart.py")
-    checks.check(select(config, name))
+    config_checks.check(select(config, name))
 
 
 def test_a_method_that_does_not_exist_is_refused():

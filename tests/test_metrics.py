@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from sgpo_jax import metrics
+from sgpo_jax.runtime import metric_writer, tables
+from sgpo_jax.runtime.files import read_jsonl
+from sgpo_jax.runtime.progress import progress_line
 
 
 def rows_of(path):
@@ -30,7 +32,7 @@ def scalars_of(folder):
 
 
 def test_one_row_a_step_in_the_order_given(tmp_path):
-    with metrics.Writer(tmp_path / "run", total_steps=2, name="rl") as writer:
+    with metric_writer.Writer(tmp_path / "run", total_steps=2, name="rl") as writer:
         writer.write(1, {"reward": np.float32(0.5), "alpha": jnp.asarray(0.25), "skipped": 3})
         assert rows_of(tmp_path / "run/rl.jsonl") == [
             {"step": 1, "reward": 0.5, "alpha": 0.25, "skipped": 3}
@@ -42,7 +44,7 @@ def test_one_row_a_step_in_the_order_given(tmp_path):
 
 def test_every_line_is_strict_json(tmp_path):
     values = {"a": math.nan, "b": math.inf, "c": jnp.float32(-jnp.inf), "d": 1.5}
-    with metrics.Writer(tmp_path, total_steps=1, name="rl") as writer:
+    with metric_writer.Writer(tmp_path, total_steps=1, name="rl") as writer:
         writer.write(1, values)
 
     def refuse(constant):
@@ -53,7 +55,7 @@ def test_every_line_is_strict_json(tmp_path):
 
 
 def test_tensorboard_scalars(tmp_path):
-    with metrics.Writer(tmp_path, total_steps=3, name="sft") as writer:
+    with metric_writer.Writer(tmp_path, total_steps=3, name="sft") as writer:
         writer.write(1, {"loss": 0.5, "bad": math.nan})
         writer.write(3, {"loss": 0.25})
     scalars = scalars_of(tmp_path / "tensorboard/sft")
@@ -61,14 +63,14 @@ def test_tensorboard_scalars(tmp_path):
 
 
 def test_a_resumed_run_has_each_step_once(tmp_path):
-    with metrics.Writer(tmp_path, total_steps=5, name="rl") as writer:
+    with metric_writer.Writer(tmp_path, total_steps=5, name="rl") as writer:
         for step in (1, 2, 3):
             writer.write(step, {"loss": 0.1 * step})
     path = tmp_path / "rl.jsonl"
     before = path.read_text()
     path.write_text(before + '{"step": 4, "lo')  # killed in the middle of a line
 
-    with metrics.Writer(tmp_path, total_steps=5, name="rl", resume_step=2) as writer:
+    with metric_writer.Writer(tmp_path, total_steps=5, name="rl", resume_step=2) as writer:
         assert path.read_text() == "".join(before.splitlines(keepends=True)[:2])
         for step in (3, 4, 5):
             writer.write(step, {"loss": float(step)})
@@ -79,7 +81,7 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
 
 def test_a_fresh_run_starts_an_empty_file(tmp_path):
     (tmp_path / "rl.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
-    with metrics.Writer(tmp_path, total_steps=5, name="rl"):
+    with metric_writer.Writer(tmp_path, total_steps=5, name="rl"):
         assert (tmp_path / "rl.jsonl").read_text() == ""
 
 
@@ -90,14 +92,14 @@ def test_a_crash_while_dropping_rows_loses_nothing(tmp_path, monkeypatch):
     def crash(*paths):
         raise OSError("power cut")
 
-    monkeypatch.setattr(metrics.os, "replace", crash)
+    monkeypatch.setattr(metric_writer.os, "replace", crash)
     with pytest.raises(OSError, match="power cut"):
-        metrics.Writer(tmp_path, total_steps=5, name="rl", resume_step=1).__enter__()
+        metric_writer.Writer(tmp_path, total_steps=5, name="rl", resume_step=1).__enter__()
     assert (tmp_path / "rl.jsonl").read_text() == text
 
 
 def test_other_processes_write_nothing(tmp_path, capsys):
-    with metrics.Writer(tmp_path / "run", total_steps=1, name="rl", enabled=False) as writer:
+    with metric_writer.Writer(tmp_path / "run", total_steps=1, name="rl", enabled=False) as writer:
         writer.write(1, {"loss": 1.0})
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ""
@@ -105,10 +107,10 @@ def test_other_processes_write_nothing(tmp_path, capsys):
 
 def test_impossible_steps_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"resume_step must be in 0\.\.5, not 6"):
-        metrics.Writer(tmp_path, total_steps=5, name="rl", resume_step=6)
+        metric_writer.Writer(tmp_path, total_steps=5, name="rl", resume_step=6)
     with pytest.raises(ValueError, match="total_steps must be at least 0, not -1"):
-        metrics.Writer(tmp_path, total_steps=-1, name="rl")
-    with metrics.Writer(tmp_path, total_steps=5, name="rl", resume_step=2) as writer:
+        metric_writer.Writer(tmp_path, total_steps=-1, name="rl")
+    with metric_writer.Writer(tmp_path, total_steps=5, name="rl", resume_step=2) as writer:
         for step in (2, 6):
             with pytest.raises(ValueError, match=rf"step must be in 3\.\.5, not {step}"):
                 writer.write(step, {})
@@ -119,8 +121,8 @@ def test_impossible_steps_are_refused(tmp_path):
 
 def test_plain_output_is_a_line_every_few_seconds(tmp_path, capsys, monkeypatch):
     now = 0.0
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
-    with metrics.Writer(tmp_path, total_steps=22, name="rl") as writer:
+    monkeypatch.setattr(metric_writer.time, "monotonic", lambda: now)
+    with metric_writer.Writer(tmp_path, total_steps=22, name="rl") as writer:
         for step in range(1, 23):
             now += 1.0
             writer.write(step, {"loss": 1.0 / step})
@@ -131,8 +133,8 @@ def test_plain_output_is_a_line_every_few_seconds(tmp_path, capsys, monkeypatch)
 
 def test_time_left_follows_the_recent_steps(tmp_path, capsys, monkeypatch):
     now = 0.0
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
-    with metrics.Writer(tmp_path, total_steps=100, name="rl") as writer:
+    monkeypatch.setattr(metric_writer.time, "monotonic", lambda: now)
+    with metric_writer.Writer(tmp_path, total_steps=100, name="rl") as writer:
         for step in range(1, 61):
             now += 100.0 if step <= 30 else 10.0
             writer.write(step, {})
@@ -140,7 +142,7 @@ def test_time_left_follows_the_recent_steps(tmp_path, capsys, monkeypatch):
 
 
 def test_progress_line_leaves_out_what_has_no_place():
-    line = metrics.progress_line(
+    line = progress_line(
         "rl", 3, 40, {"kl_clip_share": 0.1, "reward_auto": 0.25, "loss": -0.5}, 3700.2
     )
     assert line == "rl 3/40  ETA 1:01:40  loss -0.5000  auto 0.250"
@@ -149,19 +151,19 @@ def test_progress_line_leaves_out_what_has_no_place():
 def test_read_jsonl_ignores_only_a_half_written_last_line(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n\n{"a": "é"}\n{"a": ', encoding="utf-8")
-    assert metrics.read_jsonl(path) == [{"a": 1}, {"a": "é"}]
+    assert read_jsonl(path) == [{"a": 1}, {"a": "é"}]
     path.write_text('{"a": 1}\n{"a": \n{"a": 3}\n')
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: not JSON"):
-        metrics.read_jsonl(path)
+        read_jsonl(path)
     path.write_text('{"a": 1}\n[1]\n')
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: not a JSON object"):
-        metrics.read_jsonl(path)
+        read_jsonl(path)
 
 
 def test_table_prints_what_it_returns(capsys):
-    text = metrics.table("Accuracy", ["", "before"], [["unguided", "[0.1]"], ["[bold]guided", 0.25]])
+    text = tables.table("Accuracy", ["", "before"], [["unguided", "[0.1]"], ["[bold]guided", 0.25]])
     assert capsys.readouterr().out == text + "\n"
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()]
     assert [c for c in cells if c] == [["unguided", "[0.1]"], ["[bold]guided", "0.25"]]
     with pytest.raises(ValueError, match="has 1 cells for 2 columns"):
-        metrics.table("Accuracy", ["", "before"], [["unguided"]])
+        tables.table("Accuracy", ["", "before"], [["unguided"]])

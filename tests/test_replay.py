@@ -10,7 +10,7 @@ import pytest
 
 from sgpo_jax import losses, main, models, replay, rl, skipped
 from sgpo_jax.batch import Batch
-from sgpo_jax.metrics import read_jsonl
+from sgpo_jax.runtime.files import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sgpo_jax import checks, main, monitor, rl, rollback, sharding
 from sgpo_jax import config as configs
+from sgpo_jax import config_checks, main, monitor, rl, rollback, sharding
 from sgpo_jax.checkpoint import Checkpoints
-from sgpo_jax.metrics import read_jsonl
+from sgpo_jax.runtime.files import read_jsonl
 from sgpo_jax.train_step import TrainState
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,14 +147,14 @@ def test_it_does_not_go_back_where_nothing_sound_is_left(workdir, limits, capsys
 def test_enough_checkpoints_have_to_be_kept(changes, keep):
     config = runpy.run_path(str(ROOT / "configs" / "quickstart.py"))["get_config"]()
     config.update_from_flattened_dict(changes | {"monitor.action": "rollback", "checkpoint.keep": keep})
-    checks.check(config)
+    config_checks.check(config)
     config.checkpoint.keep = keep - 1
     message = rf"config\.checkpoint\.keep={keep - 1}: must be at least {keep} when monitor\.action is 'rollback'"
     if keep > 1:
         with pytest.raises(ValueError, match=message):
-            checks.check(config)
+            config_checks.check(config)
     config.monitor.action = "stop"
-    checks.check(config)
+    config_checks.check(config)
 
 
 def config_of(most_rollbacks):

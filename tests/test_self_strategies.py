@@ -7,21 +7,10 @@ import numpy as np
 import pytest
 from test_config import load
 
-from sgpo_jax import (
-    data,
-    main,
-    methods,
-    metrics,
-    prompts,
-    respond,
-    rewards,
-    self_strategies,
-    sharding,
-    stage,
-    tokenizer,
-)
+from sgpo_jax import data, main, methods, prompts, respond, rewards, self_strategies, sharding, stage, tokenizer
 from sgpo_jax.respond import Graded
 from sgpo_jax.rollout import STOP, Rollout
+from sgpo_jax.runtime.files import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLING = {"max_new_tokens": 24, "temperature": 1.0, "top_p": 0.95, "top_k": 0, "slots": 0}
@@ -139,7 +128,7 @@ def write(student, path, step=0, seed=3, **changes):
 def test_every_problem_gets_a_strategy_or_a_reason(student, replies, tmp_path, capsys):
     _, _, rows, _ = student
     found = write(student, tmp_path / "strategies.jsonl")
-    settings, *verdicts = metrics.read_jsonl(tmp_path / "strategies.jsonl")
+    settings, *verdicts = read_jsonl(tmp_path / "strategies.jsonl")
     assert settings["seed"] == 3 and [v["id"] for v in verdicts] == [row["id"] for row in rows]
     assert {v["reason"] for v in verdicts} >= {"kept", "no_correct"} and len({v["reason"] for v in verdicts}) > 2
     for row, ours, verdict in zip(rows, found, verdicts, strict=True):
@@ -201,7 +190,7 @@ def test_prompts_that_are_too_long_are_not_shown(student, replies, tmp_path, roo
     longest = max(len(tokens) for tokens in respond.encode_prompts(policy, rows, guided=False))
     found = write(student, tmp_path / "strategies.jsonl", max_prompt_tokens=longest + room)
     assert {row["strategy"] for row in found} == {None}
-    reasons = {verdict["reason"] for verdict in metrics.read_jsonl(tmp_path / "strategies.jsonl")[1:]}
+    reasons = {verdict["reason"] for verdict in read_jsonl(tmp_path / "strategies.jsonl")[1:]}
     assert {"no_correct", "prompt_too_long"} <= reasons and ("truncated" in reasons) == bool(room)
 
 
@@ -237,15 +226,15 @@ def test_a_run_trains_with_what_its_student_wrote(tmp_path, monkeypatch):
 
     monkeypatch.setattr("sgpo_jax.rl.encode_prompts", encode)
     main.run(config, tmp_path)
-    verdicts = metrics.read_jsonl(tmp_path / "rl" / "strategies.jsonl")[1:]
+    verdicts = read_jsonl(tmp_path / "rl" / "strategies.jsonl")[1:]
     kept = [verdict["strategy"] is not None for verdict in verdicts]
     assert len(kept) == 16 and 2 <= sum(kept) <= 8
     plain, guided = prompts
     assert [ours != theirs for ours, theirs in zip(plain, guided, strict=True)] == kept
-    steps = metrics.read_jsonl(tmp_path / "rl.jsonl")
+    steps = read_jsonl(tmp_path / "rl.jsonl")
     assert [row["step"] for row in steps] == [1, 2]
     assert all(np.isfinite(row["loss"]) and row["skipped"] == 0 and "reward_guided" in row for row in steps)
     # One more step goes on from the checkpoint with the strategies that are there.
     config.rl.steps = 3
     main.run(config, tmp_path)
-    assert prompts[2:] == prompts[:2] and len(metrics.read_jsonl(tmp_path / "rl.jsonl")) == 3
+    assert prompts[2:] == prompts[:2] and len(read_jsonl(tmp_path / "rl.jsonl")) == 3

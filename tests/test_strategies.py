@@ -15,9 +15,10 @@ import pytest
 from chat_server import ChatServer, completion, failure, helpful, problems, stage_of, strategy
 from ml_collections import ConfigDict
 
-from sgpo_jax import checks, data, extraction, journal, leakage, prompts, strategies
 from sgpo_jax import config as configs
-from sgpo_jax.metrics import read_jsonl
+from sgpo_jax import config_checks, data, extraction, leakage, prompts, strategies
+from sgpo_jax.runtime import journal
+from sgpo_jax.runtime.files import read_jsonl
 
 pytest.importorskip("openai", reason="needs the extra 'extract'")
 
@@ -51,7 +52,7 @@ def config_for(tmp_path, server, **fields) -> ConfigDict:
     for name, value in (chosen | fields).items():
         node, _, last = name.rpartition(".")
         (config.extract[node] if node else config.extract)[last] = value
-    checks.check_extract(config)
+    config_checks.check_extract(config)
     return config
 
 

@@ -25,7 +25,8 @@ from pathlib import Path
 import jax
 import jax._src.compiler
 
-from sgpo_jax import checkpoint, evaluation, journal, rl, rollback, sft
+from sgpo_jax import checkpoint, evaluation, rl, rollback, sft
+from sgpo_jax.runtime import journal
 
 # phase -> (where a function is, its name)
 PHASES = {

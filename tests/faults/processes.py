@@ -7,7 +7,8 @@ import time
 
 from absl import flags
 
-from sgpo_jax import command, distributed, preemption
+from sgpo_jax import cli
+from sgpo_jax.runtime import distributed, preemption
 
 LONG = "€" * 100_000
 
@@ -26,7 +27,7 @@ def share_work(process):
 def main(config, given):
     if given.how == "frozen":
         distributed.HEARTBEAT = 6
-    command.join(config, given)
+    cli.join(config, given)
     import jax  # the devices are there from now on
 
     assert not jax.config.jax_enable_compilation_cache, "on CPU what comes out of it is not safe"
@@ -61,6 +62,6 @@ def main(config, given):
 
 if __name__ == "__main__":
     flags.DEFINE_string("how", "well", "How it ends.")
-    command.define_processes()
+    cli.define_processes()
     with contextlib.suppress(KeyboardInterrupt):
-        command.start(main, required=["config"])
+        cli.start(main, required=["config"])

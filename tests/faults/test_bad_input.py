@@ -23,9 +23,10 @@ import pytest
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
-from sgpo_jax import checks, command, data, export, journal, models, policy, sharding, stage, tokenizer
+from sgpo_jax import cli, config_checks, data, export, models, policy, sharding, stage, tokenizer
 from sgpo_jax import config as configs
 from sgpo_jax.models import gguf, huggingface
+from sgpo_jax.runtime import journal
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {"model.layers": 1, "model.hidden": 16, "model.heads": 2, "model.mlp": 16}
@@ -399,7 +400,7 @@ def too_many_devices(place):
 
 def ask_for_folder(name, place):
     (place / "file").write_text("x")
-    command.folder("workdir", name.format(place=place))
+    cli.folder("workdir", name.format(place=place))
 
 
 FOLDERS = {
@@ -417,9 +418,9 @@ def table(section, do, cases):
 
 
 CASES = (
-    table("config", partial(check_with, checks.check), CONFIGS)
-    | table("extraction", partial(check_with, checks.check_extract), EXTRACTIONS)
-    | table("lab", partial(check_with, checks.check_lab), LABS)
+    table("config", partial(check_with, config_checks.check), CONFIGS)
+    | table("extraction", partial(check_with, config_checks.check_extract), EXTRACTIONS)
+    | table("lab", partial(check_with, config_checks.check_lab), LABS)
     | table("row", load_rows, ROWS)
     | table("source", load_source, SOURCES)
     | table("model", load_changed, MODELS)
@@ -450,9 +451,9 @@ def test_the_catalogue_is_large_and_what_it_damages_is_whole(good_model, good_ru
     load_model(good_model)
     shutil.copytree(good_run, tmp_path / "run")
     resume(lambda run: None, {}, tmp_path)
-    for check in (checks.check, checks.check_extract, checks.check_lab):
+    for check in (config_checks.check, config_checks.check_extract, config_checks.check_lab):
         check(config_of())
-    assert command.folder("workdir", f"{tmp_path}/a/b") == tmp_path / "a/b" and not (tmp_path / "a").exists()
+    assert cli.folder("workdir", f"{tmp_path}/a/b") == tmp_path / "a/b" and not (tmp_path / "a").exists()
     load_gguf_tokenizer({"tokens": ["a", "b", "ab"], "token_type": [1, 1, 1]}, tmp_path)
 
 

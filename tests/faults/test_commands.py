@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sgpo_jax import command
+from sgpo_jax import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = "--config=configs/quickstart.py"
@@ -195,10 +195,10 @@ def test_an_error_is_one_line_and_a_bug_is_not_hidden(error, monkeypatch):
         def run(flags):
             raise raised
 
-        monkeypatch.setattr(command.app, "run", lambda main, flags_parser: main(["main.py"]))
-        monkeypatch.setattr(command.config_flags, "DEFINE_config_file", lambda *arguments, **options: None)
-        monkeypatch.setattr(command.flags, "FLAGS", type("Flags", (), {"config": None}))
-        command.start(run, [])
+        monkeypatch.setattr(cli.app, "run", lambda main, flags_parser: main(["main.py"]))
+        monkeypatch.setattr(cli.config_flags, "DEFINE_config_file", lambda *arguments, **options: None)
+        monkeypatch.setattr(cli.flags, "FLAGS", type("Flags", (), {"config": None}))
+        cli.start(run, [])
 
     with pytest.raises(SystemExit) as exit:
         start(error("two\n  lines"))

@@ -11,9 +11,9 @@ import pytest
 from chat_server import Answer, ChatServer, completion, failure, helpful, problems
 from ml_collections import ConfigDict
 
-from sgpo_jax import checks, llm, strategies
 from sgpo_jax import config as configs
-from sgpo_jax.metrics import read_jsonl
+from sgpo_jax import config_checks, llm, strategies
+from sgpo_jax.runtime.files import read_jsonl
 
 pytest.importorskip("openai", reason="needs the extra 'extract'")
 
@@ -47,7 +47,7 @@ def config_for(tmp_path, url, **fields) -> ConfigDict:
     for name, value in (chosen | fields).items():
         node, _, last = name.rpartition(".")
         (config.extract[node] if node else config.extract)[last] = value
-    checks.check_extract(config)
+    config_checks.check_extract(config)
     return config
 
 

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from sgpo_jax import checks, data
+from sgpo_jax import config_checks, data
 from sgpo_jax.models.config import ModelConfig, from_hf
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +54,7 @@ def test_any_value_of_any_field_passes_or_is_named(field, value):
         node = node[name]
     with config.unlocked(), config.ignore_type():
         node[last] = value
-    for check in (checks.check, checks.check_extract, checks.check_lab):
+    for check in (config_checks.check, config_checks.check_extract, config_checks.check_lab):
         try:
             check(config)
         except ValueError as error:

@@ -17,7 +17,7 @@ import pytest
 from chat_server import WORDS, ChatServer, completion, helpful, problems, stage_of, strategy
 from test_run import ROOT, TIMES, assert_same_run, command, environment
 
-from sgpo_jax.metrics import read_jsonl
+from sgpo_jax.runtime.files import read_jsonl
 
 # In the order in which a run comes to them: [phase, its number, seconds in it].
 KILLS = [

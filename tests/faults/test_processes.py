@@ -15,8 +15,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from sgpo_jax import cleaning, command, distributed, peers, stage
+from sgpo_jax import cleaning, cli, stage
 from sgpo_jax import config as configs
+from sgpo_jax.runtime import distributed, watchdog
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = re.escape(socket.gethostname())
@@ -174,7 +175,7 @@ def test_flags_that_do_not_go_together_are_refused(name):
     given, message = FLAGS[name]
     flags = {"coordinator": None, "processes": None, "process": None, "distributed": True} | given
     with pytest.raises(ValueError, match=message):
-        command.join(configs.base(), SimpleNamespace(**flags))
+        cli.join(configs.base(), SimpleNamespace(**flags))
 
 
 # ---- the meeting
@@ -184,10 +185,10 @@ def test_flags_that_do_not_go_together_are_refused(name):
 def hurry(monkeypatch):
     """Short patience, and an end that is only noted."""
     ended = []
-    monkeypatch.setattr(peers, "PATIENCE", 1.0)
-    monkeypatch.setattr(peers, "_HELLO", 0.3)
-    monkeypatch.setattr(peers, "_mine", None)
-    monkeypatch.setattr(peers._Peers, "_end", lambda self, message: ended.append(message))
+    monkeypatch.setattr(watchdog, "PATIENCE", 1.0)
+    monkeypatch.setattr(watchdog, "_HELLO", 0.3)
+    monkeypatch.setattr(watchdog, "_mine", None)
+    monkeypatch.setattr(watchdog._Peers, "_end", lambda self, message: ended.append(message))
     return ended
 
 
@@ -200,13 +201,13 @@ def say(port, line):
 
 def test_a_process_that_does_not_come_is_named(hurry):
     with pytest.raises(ValueError, match=r"^process 1, 2 of 3 has not come within 1 s$"):
-        peers.accept(peers.listen(), 3)
+        watchdog.accept(watchdog.listen(), 3)
 
 
 def test_a_first_process_that_does_not_answer_is_named(hurry):
     port = free_port()
     with pytest.raises(ValueError, match=rf"^process 0 does not answer at 127\.0\.0\.1:{port} in 1 s \(.*refused.*\)$"):
-        peers.connect("127.0.0.1", port, 1, 2)
+        watchdog.connect("127.0.0.1", port, 1, 2)
 
 
 def test_a_connection_to_itself_is_none(hurry, monkeypatch):
@@ -222,7 +223,7 @@ def test_a_connection_to_itself_is_none(hurry, monkeypatch):
 
     monkeypatch.setattr(socket, "create_connection", connect)
     with pytest.raises(ValueError, match=rf"^process 0 does not answer at 127\.0\.0\.1:{port} in 1 s \(nobody listens"):
-        peers.connect("127.0.0.1", port, 1, 2)
+        watchdog.connect("127.0.0.1", port, 1, 2)
 
 
 def test_something_else_at_the_address(hurry):
@@ -231,7 +232,7 @@ def test_something_else_at_the_address(hurry):
         thread = threading.Thread(target=lambda: server.accept()[0].close())
         thread.start()
         with pytest.raises(ValueError, match="has ended, or something else answers there"):
-            peers.connect("127.0.0.1", port, 1, 2)
+            watchdog.connect("127.0.0.1", port, 1, 2)
         thread.join()
 
 
@@ -240,9 +241,9 @@ def hello(process, count, host="h"):
 
 
 def test_strangers_do_not_count_and_everyone_hears_of_an_end(hurry):
-    listener = peers.listen()
+    listener = watchdog.listen()
     port = listener.getsockname()[1]
-    thread = threading.Thread(target=peers.accept, args=(listener, 3))
+    thread = threading.Thread(target=watchdog.accept, args=(listener, 3))
     thread.start()
     for line in (b"GET / HTTP/1.1\r\n\r\n", b"\xff\n", b"[]\n", b"{}\n", b"", hello("1", 3), hello(3, 3), hello(0, 3)):
         assert b"refused" in say(port, line)
@@ -260,7 +261,7 @@ def test_strangers_do_not_count_and_everyone_hears_of_an_end(hurry):
         deadline = time.monotonic() + 3
         while not hurry and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert hurry == [{"process": 2, "reason": peers.DIED, "code": 1}]
+        assert hurry == [{"process": 2, "reason": watchdog.DIED, "code": 1}]
         one.sendall(b'{"process": 1, "reason": "", "code": 1}\n')  # an end that all have reached is none
     time.sleep(0.1)
     assert len(hurry) == 1

@@ -15,8 +15,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sgpo_jax import config as configs
-from sgpo_jax import distributed, environment
-from sgpo_jax.preemption import Preempted
+from sgpo_jax.runtime import distributed, environment
+from sgpo_jax.runtime.preemption import Preempted
 
 
 def start(run: Callable[..., None], required: Sequence[str]) -> None:

@@ -3,37 +3,22 @@
 Only the first process of a run writes; the others hold a `Writer` with `enabled=False`.
 """
 
-import io
 import json
 import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 from tensorboardX import SummaryWriter
 
-# Metrics worth a place on the progress line, in this order: name, label, format.
-_SHOWN = (
-    ("loss", "loss", ".4f"),
-    ("validation_loss", "val", ".4f"),
-    ("reward_auto", "auto", ".3f"),
-    ("reward_guided", "guided", ".3f"),
-    ("accuracy", "accuracy", ".3f"),
-    ("alpha", "alpha", ".3f"),
-    ("token_kl", "kl", ".3f"),
-    ("response_length", "len", ".0f"),
-    ("tokens_per_second", "tok/s", ".0f"),
-    ("tokens_per_second_rollout", "gen tok/s", ".0f"),
-    ("tokens_per_second_update", "train tok/s", ".0f"),
-)
+from sgpo_jax.runtime.files import read_jsonl
+from sgpo_jax.runtime.progress import progress_line
+
 _RECENT_STEPS = 20  # steps whose mean duration gives the ETA
 _PLAIN_SECONDS = 5.0  # least time between two lines when the output is not a terminal
 
@@ -151,78 +136,6 @@ class Writer:
         (first_time, first_step), (last_time, last_step) = self._finished[0], self._finished[-1]
         seconds = (last_time - first_time) / (last_step - first_step)
         return seconds * (self._total_steps - last_step)
-
-
-def progress_line(
-    name: str,
-    step: int,
-    total_steps: int,
-    metrics: dict[str, int | float],
-    seconds_left: float | None,
-) -> str:
-    """Returns the progress as one line of text: position, time left, the telling metrics.
-
-    Args:
-        name: the stage.
-        step: steps done.
-        total_steps: steps in all.
-        metrics: the step's metrics; those that have no place on the line are left out.
-        seconds_left: None when not known yet.
-    """
-    parts = [f"{name} {step}/{total_steps}"]
-    if seconds_left is not None:
-        parts.append(f"ETA {timedelta(seconds=round(seconds_left))}")
-    parts += [f"{label} {metrics[key]:{form}}" for key, label, form in _SHOWN if key in metrics]
-    return "  ".join(parts)
-
-
-def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Reads the rows of a JSONL file.
-
-    A last line that a killed process left half written is ignored.
-
-    Raises:
-        ValueError: for any other line that is not a JSON object, naming file and line.
-    """
-    rows = []
-    lines = Path(path).read_bytes().split(b"\n")  # a torn line may end inside a character
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: not a JSON object: {line[:80]!r}")
-        rows.append(row)
-    return rows
-
-
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Prints a table and returns the same text, for a report at the end of a run.
-
-    Args:
-        title: printed above.
-        columns: headings; the first column is aligned left, the others right.
-        rows: as many cells as there are columns, each shown with `str`.
-
-    Raises:
-        ValueError: when a row has another number of cells than there are columns.
-    """
-    drawn = Table(title=title, title_justify="left")
-    for index, column in enumerate(columns):
-        drawn.add_column(column, justify="right" if index else "left", no_wrap=True)
-    for row in rows:
-        if len(row) != len(columns):
-            raise ValueError(f"row {row!r} has {len(row)} cells for {len(columns)} columns")
-        drawn.add_row(*(Text(str(cell)) for cell in row))
-    text = io.StringIO()
-    Console(file=text, width=200).print(drawn)
-    print(text.getvalue(), flush=True)
-    return text.getvalue()
 
 
 def _drop_rows_after(path: Path, step: int) -> None:

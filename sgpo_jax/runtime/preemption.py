@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from sgpo_jax import peers
+from sgpo_jax.runtime import watchdog
 
 _requested = threading.Event()
 
@@ -40,7 +40,7 @@ def _listen(listener: socket.socket, writer: socket.socket, grace: float) -> Non
     _requested.set()
     threading.Event().wait(grace)
     print("SIGTERM: the step took too long; the next start goes on from the last checkpoint", flush=True)
-    peers.tell("was stopped by SIGTERM in the middle of a step", code=0)
+    watchdog.tell("was stopped by SIGTERM in the middle of a step", code=0)
     os._exit(0)
 
 

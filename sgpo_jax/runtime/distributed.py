@@ -20,7 +20,7 @@ import numpy as np
 from jax._src import distributed as detected  # the one place that has what `initialize` found out
 from jax.experimental import multihost_utils
 
-from sgpo_jax import peers
+from sgpo_jax.runtime import watchdog
 
 HEARTBEAT = 50  # seconds until jaxlib gives up a process that is there but frozen
 _LAG = 90.0  # seconds after which a network file system shows everyone the same file
@@ -67,21 +67,21 @@ def start(coordinator: str = "", processes: int = 0, process: int = 0) -> None:
 
 def _meet(host: str, port: int, process: int, processes: int) -> None:
     if process == 0:
-        peers.accept(peers.listen(port), processes)
+        watchdog.accept(watchdog.listen(port), processes)
     else:
-        peers.connect(host, port, process, processes)
+        watchdog.connect(host, port, process, processes)
 
 
 def _meet_detected() -> None:
     """As `_meet`, at a port that the first process chooses."""
     found = detected.global_state
-    listener = None if found.process_id else peers.listen()
+    listener = None if found.process_id else watchdog.listen()
     (port,) = (port for port in gather(listener and listener.getsockname()[1]) if port)
     if listener:
-        peers.accept(listener, found.num_processes)
+        watchdog.accept(listener, found.num_processes)
     else:
         host = str(found.coordinator_address).rpartition(":")[0].strip("[]")
-        peers.connect(host, port, found.process_id, found.num_processes)
+        watchdog.connect(host, port, found.process_id, found.num_processes)
 
 
 @contextlib.contextmanager
@@ -89,15 +89,15 @@ def together() -> Iterator[None]:
     """What is done inside ends in all processes, or fails in all. With one process nothing is different."""
     try:
         yield
-        if peers.are_there():
+        if watchdog.are_there():
             multihost_utils.sync_global_devices("the end")  # nobody leaves while others work
     except BaseException as error:
-        if peers.are_there():
+        if watchdog.are_there():
             time.sleep(_NEWS)  # if another has died, this process ends here, with the news of it
             atexit.register(_leave)  # before JAX's own, which would wait for the others
-            peers.tell(f"has failed: {error or type(error).__name__}")
+            watchdog.tell(f"has failed: {error or type(error).__name__}")
         raise
-    peers.tell("")
+    watchdog.tell("")
 
 
 def _leave() -> None:
