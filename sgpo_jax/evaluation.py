@@ -19,8 +19,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sgpo_jax import data, rewards, scores
+from sgpo_jax.data import unsolvable
 from sgpo_jax.policy import Policy
-from sgpo_jax.problems import unsolvable
 from sgpo_jax.respond import Graded, encode_prompts, grade, noise_key, pad_prompts, respond
 from sgpo_jax.rollout import STOP, Rollout
 from sgpo_jax.runtime import distributed, preemption

@@ -36,7 +36,7 @@ def load(
 
     Args:
       source: "scratch", "smollm2", a .gguf file, a Hugging Face folder or hub id.
-      tokenizer: as in `tokenizer.load`; or "words:" and a source of problems, see `data.load`, for one of the words of
+      tokenizer: as in `tokenizer.load`; or "words:" and a source of problems, see `rows.load`, for one of the words of
         all that its rows lead to; "" takes the model's own.
       layers, hidden, heads, mlp: shape of a model from scratch.
       dtype: of activations.

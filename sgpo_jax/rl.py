@@ -14,20 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import (
-    cleaning,
-    data,
-    logprobs,
-    monitor,
-    packing,
-    page,
-    rewards,
-    rollback,
-    self_strategies,
-    sharding,
-    stage,
-)
+from sgpo_jax import data, logprobs, monitor, packing, page, rewards, rollback, self_strategies, sharding, stage
 from sgpo_jax.batch import Batch, Group, Prompts, pack_batch, specs
+from sgpo_jax.data import filtering
 from sgpo_jax.evaluation import evaluate_sets
 from sgpo_jax.policy import Policy
 from sgpo_jax.respond import Graded, demonstrate, encode_prompts, grade, noise_key, pad_prompts, respond_in_groups
@@ -225,7 +214,7 @@ def load_rows(config: ConfigDict, workdir: Path, policy: Policy) -> tuple[list[d
     kinds = (False, True) if needed == "strategy" else (False,)
     encoded = {guided: encode_prompts(policy, sieve.rows, guided) for guided in kinds}
     # The guided prompt is the longer one.
-    long = cleaning.too_long(sieve.rows, encoded[kinds[-1]], config.data.max_prompt_tokens)
+    long = filtering.too_long(sieve.rows, encoded[kinds[-1]], config.data.max_prompt_tokens)
     sieve.leave_out("prompt too long", long)
     stage.account(sieve, workdir, "rl")
     if len(sieve.rows) < config.rl.batch:

@@ -13,8 +13,9 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import cleaning, data, logprobs, models, packing, page, sharding, stage
+from sgpo_jax import data, logprobs, models, packing, page, sharding, stage
 from sgpo_jax import tokenizer as tokenizers
+from sgpo_jax.data import filtering
 from sgpo_jax.packing import Packed
 from sgpo_jax.policy import Policy
 from sgpo_jax.respond import encode_solution
@@ -98,8 +99,8 @@ def load_rows(config: ConfigDict, workdir: Path, policy: Policy) -> tuple[list[d
     sieve.leave_out("without solution", {row["id"]: "" for row in sieve.rows if "solution" not in row})
     encoded = {row["id"]: _encode(config, policy, row) for row in sieve.rows}
     prompts, responses = ([encoded[row["id"]][part] for row in sieve.rows] for part in (0, 1))
-    long_prompts = cleaning.too_long(sieve.rows, prompts, config.data.max_prompt_tokens)
-    long_responses = cleaning.too_long(sieve.rows, responses, config.sft.max_response_tokens)
+    long_prompts = filtering.too_long(sieve.rows, prompts, config.data.max_prompt_tokens)
+    long_responses = filtering.too_long(sieve.rows, responses, config.sft.max_response_tokens)
     sieve.leave_out("prompt too long", long_prompts)
     sieve.leave_out("response too long", long_responses)
     stage.account(sieve, workdir, "sft")

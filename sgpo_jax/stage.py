@@ -11,9 +11,10 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import cleaning, data, models, optim, prompts, sharding, skipped
+from sgpo_jax import data, models, optim, prompts, sharding, skipped
 from sgpo_jax import policy as policies
 from sgpo_jax.checkpoint import Checkpoints
+from sgpo_jax.data import filtering
 from sgpo_jax.policy import Policy
 from sgpo_jax.runtime import distributed
 from sgpo_jax.train_step import TrainState, init_state
@@ -32,14 +33,14 @@ def load_policy(config: ConfigDict) -> tuple[Policy, Callable[[jax.Array], Any]]
     return policy, lambda key: initial(key, sharding.make_mesh(**config.mesh))
 
 
-def sift(config: ConfigDict, source: str) -> cleaning.Sieve:
-    """`data.sift` against the evaluation sets of the config."""
+def sift(config: ConfigDict, source: str) -> filtering.Sieve:
+    """`filtering.sift` against the evaluation sets of the config."""
     sets = {name: chosen.source for name, chosen in config.eval.sets.items()}
     fields = config.data
     return data.sift(source, sets, remove_duplicates=fields.remove_duplicates, decontaminate=fields.decontaminate)
 
 
-def account(sieve: cleaning.Sieve, workdir: Path, stage: str) -> None:
+def account(sieve: filtering.Sieve, workdir: Path, stage: str) -> None:
     """Prints what became of the rows of a stage and records it in `workdir`.
 
     Raises:
@@ -50,7 +51,7 @@ def account(sieve: cleaning.Sieve, workdir: Path, stage: str) -> None:
     if jax.process_index() == 0:
         sieve.table(f"{stage.upper()}: {len(sieve.rows)} rows of {sum(sieve.read.values())}")
         started = any((workdir / stage / "checkpoints").glob("[0-9]*"))
-        cleaning.record(sieve, workdir, stage, resuming=started)
+        filtering.record(sieve, workdir, stage, resuming=started)
 
 
 def optimizer(config: ConfigDict, stage: str, total_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:

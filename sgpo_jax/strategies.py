@@ -4,7 +4,7 @@ python -m sgpo_jax.strategies --config=configs/strategies.py --workdir=DIR [--to
 python -m sgpo_jax.strategies --config=configs/strategies.py --workdir=DIR --audit
 
 The first writes every reply and verdict to DIR/extraction.jsonl as it comes, and what was kept to FILE, by default
-DIR/strategies.jsonl, which `data.load` reads. The second has another model rate a sample of it, in DIR/audit.jsonl.
+DIR/strategies.jsonl, which `rows.load` reads. The second has another model rate a sample of it, in DIR/audit.jsonl.
 Kill either at any moment; the same command goes on and pays for nothing twice.
 """
 
@@ -200,7 +200,7 @@ def _refuse_source(source: str, to: Path) -> None:
 
 
 def _write_rows(path: Path, rows: Sequence[dict[str, str]], log: Journal) -> list[tuple[str, list[str]]]:
-    """What was kept, for `data.load`, in a file that is whole at any moment.
+    """What was kept, for `rows.load`, in a file that is whole at any moment.
 
     Returns:
       For every finished problem the reason of its verdict, and those of its candidates ("" for one that passed).

@@ -12,8 +12,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sgpo_jax import prompts
+from sgpo_jax.data.generators import arithmetic
 from sgpo_jax.models.huggingface import read_json
-from sgpo_jax.problems import arithmetic
 
 # Some templates (Llama 3.2) print today's date unless they are given one. A prompt must not
 # depend on the day, so every template gets the date that these models use without a clock.

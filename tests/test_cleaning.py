@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgpo_jax import cleaning, config, data, rl, sft, stage
-from sgpo_jax.cleaning import Sieve
+from sgpo_jax import config, data, rl, sft, stage
+from sgpo_jax.data import filtering
+from sgpo_jax.data.filtering import Sieve
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 WORDS = "a farmer sells nine brown eggs at the market every single morning except on sundays for cash".split()
@@ -37,8 +38,8 @@ def write(path, lines):
     ],
 )
 def test_layout_does_not_make_another_problem(one, other):
-    assert cleaning.key(one) == cleaning.key(other)
-    assert cleaning.duplicates(rows(one, "else", other)) == {"r2": "r0"}
+    assert filtering.key(one) == filtering.key(other)
+    assert filtering.duplicates(rows(one, "else", other)) == {"r2": "r0"}
 
 
 @pytest.mark.parametrize(
@@ -53,19 +54,19 @@ def test_layout_does_not_make_another_problem(one, other):
     ],
 )
 def test_what_changes_the_problem_is_kept(one, other):
-    assert cleaning.key(one) != cleaning.key(other)
-    assert cleaning.duplicates(rows(one, other)) == {}
+    assert filtering.key(one) != filtering.key(other)
+    assert filtering.duplicates(rows(one, other)) == {}
 
 
 def test_the_first_of_several_is_the_original():
-    assert cleaning.duplicates(rows("a", "b", "A", "b ", "a")) == {"r2": "r0", "r3": "r1", "r4": "r0"}
+    assert filtering.duplicates(rows("a", "b", "A", "b ", "a")) == {"r2": "r0", "r3": "r1", "r4": "r0"}
 
 
 # Contamination
 
 
 def same(training, evaluation):
-    return cleaning.contaminated(training, {"set": evaluation})["set"].same
+    return filtering.contaminated(training, {"set": evaluation})["set"].same
 
 
 @given(st.integers(0, 4), st.integers(0, 4), st.booleans())
@@ -90,7 +91,7 @@ def test_a_run_of_words_that_many_problems_have_is_a_phrase():
 
     def found(count):
         training = rows(*(f"Problem {'abcdefghijk'[i]} {phrase}" for i in range(count)), f"Problem z {phrase}")
-        hits = cleaning.contaminated(training, {"first": [], "set": rows(f"Problem z {phrase}", prefix="e")})
+        hits = filtering.contaminated(training, {"first": [], "set": rows(f"Problem z {phrase}", prefix="e")})
         assert hits["first"] == ({}, {})
         return hits["set"]
 
@@ -112,7 +113,7 @@ def test_a_row_is_found_in_the_first_set_that_has_it():
     text = " ".join(WORDS)
     sets = {"none": rows("x"), "one": rows(text, prefix="a"), "two": rows(text, prefix="b")}
     for found in (text, f"Again: {text}"):
-        hits = cleaning.contaminated(rows(found), sets)
+        hits = filtering.contaminated(rows(found), sets)
         assert {name: hit.same for name, hit in hits.items()} == {"none": {}, "one": {"r0": "a0"}, "two": {}}
 
 
@@ -132,9 +133,9 @@ def test_benchmarks_against_each_other():
     sets = {
         name: data.load(str(SHARED / f"{name}.jsonl")) for name in ("gsm8k_train", "gsm8k_test", "math500", "amc23")
     }
-    assert not any(cleaning.duplicates(part) for part in sets.values())
+    assert not any(filtering.duplicates(part) for part in sets.values())
     training = sets.pop("gsm8k_train")
-    hits = cleaning.contaminated(training, sets)
+    hits = filtering.contaminated(training, sets)
     assert set(hits["gsm8k_test"].same) == {f"gsm8k/train/{i}" for i in (20, 406, 1314, 5162)}
     assert not any(hits[name].same for name in ("math500", "amc23"))
 
@@ -144,9 +145,9 @@ def test_benchmarks_against_each_other():
 
 def test_rows_too_long():
     three = rows("a", "b", "c")
-    assert cleaning.too_long(three, [[0] * 3, [0] * 4, [0] * 5], 4) == {"r2": "5 tokens"}
+    assert filtering.too_long(three, [[0] * 3, [0] * 4, [0] * 5], 4) == {"r2": "5 tokens"}
     with pytest.raises(ValueError):
-        cleaning.too_long(three, [[0]], 4)
+        filtering.too_long(three, [[0]], 4)
 
 
 reasons = st.lists(st.tuples(st.sampled_from("abc"), st.booleans(), st.sets(st.integers(0, 9))), max_size=6)
@@ -196,8 +197,8 @@ def test_the_record_of_one_stage_leaves_the_other_alone(tmp_path):
     first.leave_out("duplicate", {"r1": "r0"})
     second.leave_out("in é", {"r0": "e0"}, keep=True)
     for _ in range(2):  # a second time changes nothing
-        cleaning.record(first, tmp_path, "sft", resuming=False)
-        cleaning.record(second, tmp_path, "rl", resuming=True)
+        filtering.record(first, tmp_path, "sft", resuming=False)
+        filtering.record(second, tmp_path, "rl", resuming=True)
         written = json.loads((tmp_path / "data.json").read_text())
         count = {"read": 2, "left_out": {"duplicate": 1}, "kept_although": {}, "kept": 1}
         assert list(written) == ["sft", "rl"] and written["sft"]["sources"] == {"s": count}
@@ -210,16 +211,16 @@ def test_the_record_of_one_stage_leaves_the_other_alone(tmp_path):
 
 def test_a_stage_that_has_begun_goes_on_with_the_same_rows_only(tmp_path):
     begun = Sieve({"s": rows("x", "y")})
-    cleaning.record(begun, tmp_path, "rl", resuming=True)
+    filtering.record(begun, tmp_path, "rl", resuming=True)
     before = (tmp_path / "data.json").read_text()
     for other in (Sieve({"s": rows("x")}), Sieve({"s": rows("y", "x")}), Sieve({"s": rows("x", "y", strategy="s")})):
         with pytest.raises(
             ValueError, match=rf"the rl stage in .* has begun with other rows: 2 then .*, {len(other.rows)} n"
         ):
-            cleaning.record(other, tmp_path, "rl", resuming=True)
+            filtering.record(other, tmp_path, "rl", resuming=True)
     assert (tmp_path / "data.json").read_text() == before
-    cleaning.record(Sieve({"elsewhere": rows("x", "y")}), tmp_path, "rl", resuming=True)
-    cleaning.record(Sieve({"s": rows("x")}), tmp_path, "rl", resuming=False)
+    filtering.record(Sieve({"elsewhere": rows("x", "y")}), tmp_path, "rl", resuming=True)
+    filtering.record(Sieve({"s": rows("x")}), tmp_path, "rl", resuming=False)
     assert json.loads((tmp_path / "data.json").read_text())["rl"]["sources"]["s"]["kept"] == 1
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgpo_jax import data, rewards
+from sgpo_jax.data.rows import _text
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -299,7 +300,7 @@ def test_numbers_are_written_out_exactly(tmp_path, written, text):
 
 @given(st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**63), 2**63 - 1))
 def test_a_number_of_a_parquet_file_keeps_its_value(number):
-    text = data._text("answer", number)
+    text = _text("answer", number)
     assert type(number)(text) == number
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sgpo_jax import leakage, strategy_text
-from sgpo_jax.problems import gym
+from sgpo_jax.data.generators import gym
 
 PROBLEM = "Mia has 48 beads and half as many shells. How many has she in 3 years?"
 SOLUTION = "She has 48/2 = 24 shells. There are 48 + 24 = 72 things. Step 2: 7 days, so 72 * 7 = 504, x^5, 2.5 = 5/2."

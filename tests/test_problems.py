@@ -7,7 +7,7 @@ from itertools import combinations, product
 import pytest
 
 from sgpo_jax import leakage, prompts, rewards, self_strategies
-from sgpo_jax.problems import arithmetic, gym, logic
+from sgpo_jax.data.generators import arithmetic, gym, logic
 
 FORM = re.compile(r"Problem type: [^:]+\. Strategy: [^:]+\. Steps: \(a\) [^()]+ \(b\) [^()]+( \([c-e]\) [^()]+)*")
 OPERATIONS = {  # written again, independently of the package

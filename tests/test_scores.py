@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sgpo_jax import paper, scores
-from sgpo_jax.problems import unsolvable
+from sgpo_jax.data import unsolvable
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=8), st.data())

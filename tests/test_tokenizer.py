@@ -11,8 +11,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sgpo_jax import data, policy, prompts, tokenizer
+from sgpo_jax.data.generators import arithmetic
 from sgpo_jax.models import huggingface, init
-from sgpo_jax.problems import arithmetic
 
 LLAMA = (
     "{{ bos_token }}{% if not date_string is defined %}{% if strftime_now is defined %}"

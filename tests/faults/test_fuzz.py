@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from sgpo_jax import config_checks, data
+from sgpo_jax.data.rows import OPTIONAL, REQUIRED
 from sgpo_jax.models.config import ModelConfig, from_hf
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,7 +118,7 @@ def test_any_bytes_are_rows_or_an_error_that_names_file_and_line(file, lines):
         return
     assert len({row["id"] for row in rows}) == len(rows) >= 1
     for row in rows:
-        assert {"id", "problem", "answer"} <= set(row) <= {*data.REQUIRED, *data.OPTIONAL}
+        assert {"id", "problem", "answer"} <= set(row) <= {*REQUIRED, *OPTIONAL}
         assert all(isinstance(value, str) and value.strip() and value.encode() for value in row.values())
 
 

@@ -15,8 +15,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from sgpo_jax import cleaning, cli, stage
+from sgpo_jax import cli, stage
 from sgpo_jax import config as configs
+from sgpo_jax.data import filtering
 from sgpo_jax.runtime import distributed, watchdog
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,7 +138,7 @@ def test_other_rows_in_another_process_are_refused(monkeypatch, tmp_path):
 
     monkeypatch.setattr(distributed, "gather", gather)
     for changed in ("number", "content"):
-        sieve = cleaning.Sieve({"s": [{"id": "a", "problem": "p", "answer": "1"}]})
+        sieve = filtering.Sieve({"s": [{"id": "a", "problem": "p", "answer": "1"}]})
         with pytest.raises(ValueError, match=rf"^the {changed} of rows of the rl stage is .* in process 0 and 5 in"):
             stage.account(sieve, tmp_path, "rl")
     assert not list(tmp_path.iterdir())

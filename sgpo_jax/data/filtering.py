@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sgpo_jax.data.rows import load, load_parts
 from sgpo_jax.runtime import tables
 from sgpo_jax.runtime.files import read_jsonl
 
@@ -175,6 +176,28 @@ class Sieve:
         for row in self.rows:
             digest.update(repr(sorted(row.items())).encode())
         return digest.hexdigest()
+
+
+def sift(source: str, evaluation: Mapping[str, str], *, remove_duplicates: bool, decontaminate: bool) -> Sieve:
+    """The rows of a source for training, with duplicates and evaluation problems found, and left out if so wished.
+
+    Args:
+        source: as in `rows.load`.
+        evaluation: name of each evaluation set -> its source.
+        remove_duplicates: leave out every row whose problem an earlier one has (`duplicates`).
+        decontaminate: leave out every row that shares its problem with an evaluation set (`contaminated`).
+
+    Raises:
+        ValueError: as `rows.load`.
+    """
+    sieve = Sieve(load_parts(source))
+    sieve.leave_out("duplicate", duplicates(sieve.rows), keep=not remove_duplicates)
+    sets = {name: load(chosen) for name, chosen in evaluation.items()}
+    for name, hits in contaminated(sieve.rows, sets).items():
+        sieve.leave_out(f"in {name}", hits.same, keep=not decontaminate)
+        if hits.phrase:
+            sieve.leave_out(f"a common phrase of {name}", hits.phrase, keep=True)
+    return sieve
 
 
 def record(sieve: Sieve, workdir: Path, stage: str, *, resuming: bool) -> None:

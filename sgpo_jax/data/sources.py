@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sgpo_jax.problems import arithmetic, gym
+from sgpo_jax.data.generators import arithmetic, gym
 
 SUFFIXES = (".jsonl", ".parquet")
 ALLOWED = (

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
-from sgpo_jax.problems import logic
+from sgpo_jax.data.generators import logic
 
 SPLITS = ("train", "eval")
 _EVAL_SHARE = 1 / 8
