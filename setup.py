@@ -61,7 +61,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["sgpo_jax", "sgpo_jax.*"]),
-    package_data={"sgpo_jax": ["templates/*"]},
+    package_data={"sgpo_jax.report": ["templates/*"]},
     python_requires=">=3.11,<3.14",
     install_requires=RUNTIME,
     extras_require=EXTRAS,

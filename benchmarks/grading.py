@@ -18,7 +18,8 @@ from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 
-from sgpo_jax import answers, rewards
+from sgpo_jax import rewards
+from sgpo_jax.rewards import answers
 from sgpo_jax.runtime import tables
 from sgpo_jax.runtime.files import read_jsonl
 

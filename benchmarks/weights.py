@@ -31,7 +31,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from sgpo_jax import sharding
-from sgpo_jax.models import ModelConfig, huggingface, names
+from sgpo_jax.models import ModelConfig, huggingface, param_mapping
 from sgpo_jax.models.config import to_hf
 from sgpo_jax.runtime import environment
 
@@ -56,7 +56,7 @@ def shape(gigabytes: float) -> ModelConfig:
 def make(folder: Path, config: ModelConfig) -> None:
     """A checkpoint of random numbers, in files that safetensors' own writer wrote."""
     rng, files, room = np.random.default_rng(0), [[]], SHARD
-    for name, slot in names.layout(config).items():
+    for name, slot in param_mapping.layout(config).items():
         if 2 * math.prod(slot.shape) > room and files[-1]:
             files.append([])
             room = SHARD
@@ -152,7 +152,7 @@ def run(folder: Path, gigabytes: float, processes: int, devices: int) -> dict:
     exports = measure(pids, pipes)
     for worker in workers:
         worker.join()
-    sizes = [math.prod(slot.shape) for slot in names.layout(config).values()]
+    sizes = [math.prod(slot.shape) for slot in param_mapping.layout(config).values()]
     largest = 2 * max(sizes)
     rows = [
         {

@@ -24,11 +24,12 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.text import Text
 
-from sgpo_jax import cli, config_checks, data, logprobs, models, plots, rewards, samples, sharding, stage, steps
+from sgpo_jax import cli, config_checks, data, logprobs, models, rewards, sharding, stage
 from sgpo_jax import config as configs
 from sgpo_jax import tokenizer as tokenizers
 from sgpo_jax.batch import Prompts
 from sgpo_jax.policy import Policy
+from sgpo_jax.report import examples, figures, reasoning_steps
 from sgpo_jax.respond import encode_prompts, grade, noise_key, pad_prompts, respond
 from sgpo_jax.rollout import STOP
 from sgpo_jax.runtime import distributed
@@ -42,7 +43,7 @@ def run(config: ConfigDict, workdir: Path, problems: int) -> list[dict[str, Any]
     Returns:
       The lines of analysis.jsonl: id, set, problem, strategy, answer, response, outcome, truncated, stage and step of
       the checkpoint, delta (nats, null for none); tokens (their texts), token_kl (nats, one a token); steps, each with
-      start, stop, text and mean_kl: see `steps.split`.
+      start, stop, text and mean_kl: see `reasoning_steps.split`.
 
     Raises:
       ValueError: the run has no checkpoint, or there is no problem with a strategy.
@@ -80,11 +81,11 @@ def run(config: ConfigDict, workdir: Path, problems: int) -> list[dict[str, Any]
         line |= {"response": graded.texts[i][0], "outcome": graded.verdicts[i][0].outcome}
         line |= {"truncated": bool(rollout.finish[i, 0] != STOP), "stage": part, "step": step}
         line |= {"delta": delta, "tokens": pieces, "token_kl": values}
-        lines.append(line | {"steps": [found._asdict() for found in steps.steps(pieces, values)]})
+        lines.append(line | {"steps": [found._asdict() for found in reasoning_steps.steps(pieces, values)]})
     if jax.process_index() == 0:
         _write(workdir / "analysis_generations.jsonl", shown)
         _write(workdir / "analysis.jsonl", lines)
-        plots.token_kl(lines, workdir / "analysis.png")
+        figures.token_kl(lines, workdir / "analysis.png")
         _show(lines)
     return lines
 
@@ -112,7 +113,7 @@ def _generations(config: ConfigDict, workdir: Path, policy: Policy, params: Any,
     def shown() -> list[tuple[str, str, str, str]]:
         return [
             (name, problem.id, answer.column, answer.text)
-            for name, of_set, _ in samples.of_sets(config.eval.sets, folders)
+            for name, of_set, _ in examples.of_sets(config.eval.sets, folders)
             for problem in of_set.problems for answer in problem.answers if answer.column.startswith("after")
         ]  # fmt: skip
 
@@ -179,7 +180,7 @@ def coloured(line: dict[str, Any]) -> Text:
     """A response for the terminal, each token's background the stronger the larger its KL."""
     text = Text()
     for piece, kl in zip(line["tokens"], line["token_kl"], strict=True):
-        share = steps.strength(kl, line["delta"])
+        share = reasoning_steps.strength(kl, line["delta"])
         red, green, blue = (round(255 + share * (full - 255)) for full in _FULL)
         text.append(piece, f"black on rgb({red},{green},{blue})")
     return text

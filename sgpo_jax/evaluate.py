@@ -17,10 +17,11 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from sgpo_jax import cli, config_checks, paper, rewards, scores, sharding, stage
+from sgpo_jax import cli, config_checks, rewards, sharding, stage
 from sgpo_jax import config as configs
 from sgpo_jax.evaluation import evaluate_sets
 from sgpo_jax.runtime import preemption, tables
+from sgpo_jax.stats import benchmark, paper
 
 
 def run(config: ConfigDict, checkpoint: str | None, out: str | None, paper_row: str, limit: int) -> dict[str, Any]:
@@ -104,7 +105,7 @@ def _report(
                 lines.append([*_line(f"{label}, solvable as stated", few, str(few["problems"]), k), ""])
         if len(sets) > 1:
             means, value = _average(sets)
-            low, high = scores.interval(means)
+            low, high = benchmark.interval(means)
             label = "Average" if kind == "unguided" else "Average, guided"
             average = f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
             lines.append([label, "", "", average, "", "", "", "", _cell(cells, label)])
@@ -135,7 +136,7 @@ def _line(label: str, result: dict[str, Any], problems: str, k: int) -> list[str
 
 def _average(sets: dict[str, dict[str, Any]]) -> tuple[np.ndarray, float]:
     """(bootstrapped means, value) of the plain mean of the sets' accuracies; each set is resampled on its own."""
-    means = [scores.bootstrap_means(np.array(result["per_problem"]), seed) for seed, result in enumerate(sets.values())]
+    means = [benchmark.bootstrap_means(np.array(result["per_problem"]), seed) for seed, result in enumerate(sets.values())]
     return np.mean(means, axis=0), float(np.mean([result["accuracy"] for result in sets.values()]))
 
 

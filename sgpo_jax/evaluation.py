@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import data, rewards, scores
+from sgpo_jax import data, rewards
 from sgpo_jax.data import unsolvable
 from sgpo_jax.policy import Policy
 from sgpo_jax.respond import Graded, encode_prompts, grade, noise_key, pad_prompts, respond
@@ -26,6 +26,7 @@ from sgpo_jax.rollout import STOP, Rollout
 from sgpo_jax.runtime import distributed, preemption
 from sgpo_jax.runtime.files import read_jsonl
 from sgpo_jax.runtime.progress import progress_line
+from sgpo_jax.stats import benchmark
 
 _OUTCOMES: tuple[rewards.Outcome, ...] = ("correct", "wrong", *rewards.FAILURES)
 _NUMBERS = ("reward", "tokens", "truncated", "outcome", "vote")  # of a line, outcome as an index
@@ -64,7 +65,7 @@ def evaluate(
       slots: responses decoded at once; 0 is all of a batch.
       path: JSONL file for every generation with its verdict; grows by a batch of problems at a time. What it was made
         with stands beside it, in a file that ends in .settings.json.
-      reward: as in `rewards.judge`.
+      reward: as in `verifier.judge`.
       model: name of what is evaluated, as the settings have it.
       restart: begin anew when `path` was made with other settings.
       sampling: max_new_tokens, temperature, top_p, top_k.
@@ -128,12 +129,12 @@ def summarize(numbers: np.ndarray) -> dict[str, Any]:
       per_problem, `[M]` accuracies.
     """
     reward, tokens, truncated, outcome, vote = np.moveaxis(numbers.astype(np.float64), -1, 0)
-    values = scores.per_problem(reward, vote.astype(int))
+    values = benchmark.per_problem(reward, vote.astype(int))
     values |= {"length": tokens.mean(axis=1), "truncated": truncated.mean(axis=1)}
     values |= {name: (outcome == _OUTCOMES.index(name)).mean(axis=1) for name in rewards.FAILURES}
     return {
         **{name: float(value.mean()) for name, value in values.items()},
-        "intervals": {name: list(scores.bootstrap(value)) for name, value in values.items()},
+        "intervals": {name: list(benchmark.bootstrap(value)) for name, value in values.items()},
         "problems": len(numbers),
         "per_problem": values["accuracy"].tolist(),
     }

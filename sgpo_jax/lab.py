@@ -27,12 +27,14 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import ConfigDict
 
-from sgpo_jax import cli, config_checks, data, methods, page, plots, rl, sft, sharding, stage, verdicts
+from sgpo_jax import cli, config_checks, data, methods, rl, sft, sharding, stage
 from sgpo_jax import config as configs
 from sgpo_jax.evaluation import evaluate_sets
+from sgpo_jax.report import figures, page
 from sgpo_jax.runtime import environment, lock, tables
 from sgpo_jax.runtime.files import read_jsonl
 from sgpo_jax.runtime.progress import progress_line
+from sgpo_jax.stats import claims
 
 # Averages over training that a row keeps.
 _MEANS = ("reward_auto", "reward_guided", "alpha", "token_kl", "kl_clip_share", "entropy", "response_length")
@@ -126,7 +128,7 @@ def chosen_rates(config: ConfigDict, results: "Results") -> Rates:
     if not tuning:
         return dict.fromkeys(_pairs(config), float(config.lab.rates[0]))
     rows = results.rows(tuning)
-    return {pair: verdicts.best_rate(rows, *pair) for pair in dict.fromkeys(cell[:2] for cell in tuning)}
+    return {pair: claims.best_rate(rows, *pair) for pair in dict.fromkeys(cell[:2] for cell in tuning)}
 
 
 def write_page(results: "Results", running: bool, to: Path | None = None) -> None:
@@ -344,7 +346,7 @@ def report(
 ) -> None:
     """Prints the tables, and writes them with the figures to `workdir`."""
     home = _home(config)
-    text = [tables.table(*each) for each in verdicts.tables(rows, tuning, home)]
+    text = [tables.table(*each) for each in claims.tables(rows, tuning, home)]
     (workdir / "tables.txt").write_text("".join(text), encoding="utf-8")
     runs: dict[str, list] = {}
     for row in rows:
@@ -352,9 +354,9 @@ def report(
         if row["world"] == home and path.is_file():  # a run that failed at once has none
             runs.setdefault(row["method"], []).append(read_jsonl(path))
     if runs:
-        plots.overlay(runs, workdir / "dynamics.png")
-    if worlds := verdicts.across_worlds(rows):
-        plots.worlds(worlds, runs).savefig(workdir / "worlds.png", dpi=150)
+        figures.overlay(runs, workdir / "dynamics.png")
+    if worlds := claims.across_worlds(rows):
+        figures.worlds(worlds, runs).savefig(workdir / "worlds.png", dpi=150)
     print(f"Tables and figures: {workdir}", flush=True)
 
 

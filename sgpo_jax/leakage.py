@@ -1,7 +1,7 @@
 r"""Does a strategy give away the answer, or a value that the expert calculated on the way to it?
 
 Values are compared as numbers: 1/2, \frac12, 0.5, 50 % and "half" are one value, and so are 5 and -5 (a sign is easily
-put into words). An answer that is no plain number is compared by `rewards.score` with every formula of the strategy.
+put into words). An answer that is no plain number is compared by `verifier.score` with every formula of the strategy.
 What small numbers may stand where is a matter of judgement. A strategy refused without need costs one of several
 candidates, one that leaks teaches the wrong thing: doubt goes against the strategy. docs/strategies.md says more:
 

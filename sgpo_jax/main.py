@@ -8,8 +8,9 @@ import jax
 from absl import flags
 from jax.sharding import Mesh
 
-from sgpo_jax import cli, config_checks, page, rewards, rl, sft, sharding, stage, summary
+from sgpo_jax import cli, config_checks, rewards, rl, sft, sharding, stage, summary
 from sgpo_jax import config as configs
+from sgpo_jax.report import page
 from sgpo_jax.runtime import distributed, environment, lock, memory, preemption
 
 

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from sgpo_jax import logprobs, packing, recipe, rl, sft, stage, train_step
 from sgpo_jax.batch import Batch, Group, Prompts, pack_batch, specs
-from sgpo_jax.models import ModelConfig, attention, huggingface, init_cache, known
+from sgpo_jax.models import ModelConfig, attention, huggingface, init_cache, presets
 from sgpo_jax.packing import Packed
 from sgpo_jax.policy import Policy
 from sgpo_jax.recipe import Assumed
@@ -65,7 +65,7 @@ def load_shape(config: ConfigDict) -> ModelConfig:
       ValueError: it is a model of the hub whose shape is not known here.
     """
     source = config.model.source
-    if shape := known.shape(source):
+    if shape := presets.shape(source):
         return shape
     folder = Path(os.path.expanduser(source))
     if os.path.isdir(folder):
@@ -73,7 +73,7 @@ def load_shape(config: ConfigDict) -> ModelConfig:
     if source == "scratch" or source.endswith(".gguf"):
         return stage.load_policy(config)[0].config
     raise ValueError(
-        f"config.model.source={source!r}: without a network the shapes of these are known: {', '.join(known.KNOWN)}; "
+        f"config.model.source={source!r}: without a network the shapes of these are known: {', '.join(presets.KNOWN)}; "
         "also allowed: a local folder, a .gguf file, 'smollm2', 'scratch'"
     )
 

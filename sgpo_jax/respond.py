@@ -114,7 +114,7 @@ def grade(policy: Policy, rollout: Rollout, rows: Sequence[dict], reward: str = 
     Args:
       policy, rollout: where the tokens come from.
       rows: B problems.
-      reward: as in `rewards.judge`: "" is the verifier.
+      reward: as in `rewards.judge`: "" is the rewards.
     """
     size = rollout.lengths.shape[1]
 

@@ -14,11 +14,12 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import data, logprobs, monitor, packing, page, rewards, rollback, self_strategies, sharding, stage
+from sgpo_jax import data, logprobs, monitor, packing, rewards, rollback, self_strategies, sharding, stage
 from sgpo_jax.batch import Batch, Group, Prompts, pack_batch, specs
 from sgpo_jax.data import filtering
 from sgpo_jax.evaluation import evaluate_sets
 from sgpo_jax.policy import Policy
+from sgpo_jax.report import page
 from sgpo_jax.respond import Graded, demonstrate, encode_prompts, grade, noise_key, pad_prompts, respond_in_groups
 from sgpo_jax.rollout import STOP, Rollout
 from sgpo_jax.runtime import preemption

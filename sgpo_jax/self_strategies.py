@@ -61,7 +61,7 @@ def write(
       batch: problems worked on at once.
       max_prompt_tokens: of what the student is asked, and of a problem with its strategy; P is never larger.
       bare: as in `prompts.own_strategy`.
-      reward: as in `rewards.judge`; a response is correct if it is 1.
+      reward: as in `verifier.judge`; a response is correct if it is 1.
       sampling: max_new_tokens, temperature, top_p, top_k, slots; of responses and strategies.
 
     Raises:

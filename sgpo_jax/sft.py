@@ -13,11 +13,12 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import data, logprobs, models, packing, page, sharding, stage
+from sgpo_jax import data, logprobs, models, packing, sharding, stage
 from sgpo_jax import tokenizer as tokenizers
 from sgpo_jax.data import filtering
 from sgpo_jax.packing import Packed
 from sgpo_jax.policy import Policy
+from sgpo_jax.report import page
 from sgpo_jax.respond import encode_solution
 from sgpo_jax.runtime import preemption
 from sgpo_jax.runtime.metric_writer import Writer

@@ -11,13 +11,14 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import plots, stage
 from sgpo_jax import policy as policies
+from sgpo_jax import stage
 from sgpo_jax.evaluation import evaluate_sets
 from sgpo_jax.policy import Policy
+from sgpo_jax.report import figures
 from sgpo_jax.runtime import distributed, tables
 from sgpo_jax.runtime.files import read_jsonl
-from sgpo_jax.scores import gain
+from sgpo_jax.stats.benchmark import gain
 
 SHOWN = 3  # problems of each set whose answers are printed
 
@@ -102,8 +103,8 @@ def _show(config: ConfigDict, workdir: Path, folder: Path, results: dict[str, An
             {kind: (sets[first]["accuracy"], *sets[first]["intervals"]["accuracy"]) for kind, sets in when.items()}
             for when in (before, after)
         )
-        plots.summary(rows, old_bars, new_bars, workdir / "summary.png")
-        plots.training_curves(rows, workdir / "training.png")
+        figures.summary(rows, old_bars, new_bars, workdir / "summary.png")
+        figures.training_curves(rows, workdir / "training.png")
         print(f"Figures: {workdir / 'summary.png'}, {workdir / 'training.png'}", flush=True)
     print(f"Every answer with its verdict: {folder}", flush=True)
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from sgpo_jax import config as configs
-from sgpo_jax import lab, steps
+from sgpo_jax import lab
 from sgpo_jax.evaluation import summarize
+from sgpo_jax.report import reasoning_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 HOSTILE = "</script><script>window.owned=1</script><img src=x onerror=\"window.owned=1\">{{ 7 * 7 }}'&lt;" + 200 * "w"
@@ -44,7 +45,7 @@ def analysis_line(pieces=("(a)", " add", " 2", ".\n", "(b)", HOSTILE), kl=(0.0, 
     return {
         "id": f"id {HOSTILE}", "set": "heldout", "problem": HOSTILE, "strategy": HOSTILE, "answer": "4",
         "response": "".join(pieces), "outcome": "correct", "truncated": False, "stage": "rl", "step": 6, "delta": delta,
-        "tokens": list(pieces), "token_kl": list(kl), "steps": [s._asdict() for s in steps.steps(pieces, kl)],
+        "tokens": list(pieces), "token_kl": list(kl), "steps": [s._asdict() for s in reasoning_steps.steps(pieces, kl)],
     }  # fmt: skip
 
 

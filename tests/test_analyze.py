@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from folders import config_of, generations, write_jsonl
 
-from sgpo_jax import analyze, data, models, plots, sharding, stage, train_step
+from sgpo_jax import analyze, data, models, sharding, stage, train_step
 from sgpo_jax.batch import Prompts
 from sgpo_jax.respond import encode_prompts
 from sgpo_jax.runtime.files import read_jsonl
@@ -149,15 +149,15 @@ def test_the_terminal_shows_a_token_the_stronger_the_larger_its_kl():
 
 
 def test_the_figure_has_steps_above_their_tokens(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(plots.Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
+    saved = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *args, **kwargs: saved.append(figure))
     line = {
         "id": "p$1", "outcome": "wrong", "delta": 1.0, "tokens": ["(a)", " $x", ".", " y$"],
         "token_kl": [0.0, 0.5, 0.25, 2.0],
         "steps": [{"start": 0, "stop": 3, "mean_kl": 0.25}, {"start": 3, "stop": 4, "mean_kl": 2.0}],
     }  # fmt: skip
-    plots.token_kl([line] * 3, tmp_path / "analysis.png")
-    axes = [axes for part in figures[0].subfigs for axes in part.axes]
+    figures.token_kl([line] * 3, tmp_path / "analysis.png")
+    axes = [axes for part in saved[0].subfigs for axes in part.axes]
     assert len(axes) == 6
     means, tokens = axes[:2]
     assert [(bar.get_x(), bar.get_width(), bar.get_height()) for bar in means.patches] == [
@@ -166,6 +166,6 @@ def test_the_figure_has_steps_above_their_tokens(tmp_path, monkeypatch):
     assert [bar.get_height() for bar in tokens.patches] == line["token_kl"]
     assert [label.get_text() for label in tokens.get_xticklabels()] == ["(a)", "$x", ".", "y$"]
     assert [line.get_ydata()[0] for line in tokens.get_lines() if line.get_label() == "delta"] == [1.0]
-    figures[0].draw_without_rendering()  # a dollar sign begins no formula
-    plots.token_kl([line | {"delta": None}], tmp_path / "analysis.png")
-    assert "delta" not in [line.get_label() for line in figures[1].subfigs[0].axes[1].get_lines()]
+    saved[0].draw_without_rendering()  # a dollar sign begins no formula
+    figures.token_kl([line | {"delta": None}], tmp_path / "analysis.png")
+    assert "delta" not in [line.get_label() for line in saved[1].subfigs[0].axes[1].get_lines()]

@@ -5,7 +5,8 @@ import shutil
 import pytest
 from folders import make_lab, make_run
 
-from sgpo_jax import page, report
+from sgpo_jax import report
+from sgpo_jax.report import page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra 'browser'")
 

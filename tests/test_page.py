@@ -13,7 +13,8 @@ import pytest
 from folders import HOSTILE, analysis_line, config_of, generations, make_lab, make_run, metrics_rows, write_jsonl
 from ml_collections import ConfigDict
 
-from sgpo_jax import lab, main, page, plots, report, samples
+from sgpo_jax import lab, main, report
+from sgpo_jax.report import examples, figures, page
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -151,7 +152,7 @@ def test_before_the_evaluation_the_page_has_what_is_there(tmp_path):
 def test_only_a_few_problems_of_each_verdict_are_shown_and_long_responses_are_cut(tmp_path):
     lines = [line | {"response": "x" * 5000} for line in generations(("wrong",) * 30 + ("correct",) * 2, 0)]
     write_jsonl(tmp_path / "a.jsonl", lines)
-    found = samples.side_by_side({"now": tmp_path / "a.jsonl"}, "now")
+    found = examples.side_by_side({"now": tmp_path / "a.jsonl"}, "now")
     assert found.total == 32 and found.counts == {"wrong": 30, "correct": 2}
     assert [p.id for p in found.problems] == [*(f"p{i}" for i in range(12)), "p30", "p31"]
     (answer,) = found.problems[0].answers
@@ -162,13 +163,13 @@ def test_a_problem_that_was_correct_is_found_again(tmp_path):
     write_jsonl(tmp_path / "old.jsonl", generations(("correct", "correct", "wrong"), 0))
     write_jsonl(tmp_path / "new.jsonl", generations(("wrong", "correct"), 1))
     files = {"old": tmp_path / "old.jsonl", "new": tmp_path / "new.jsonl"}
-    found = samples.side_by_side(files, "new", before="old")
+    found = examples.side_by_side(files, "new", before="old")
     assert [p.tags for p in found.problems] == [("wrong", "no longer correct"), ("correct",)]
     assert [[a.verdict for a in p.answers] for p in found.problems] == [["correct", "wrong"], ["correct", "correct"]]
 
 
 def test_a_figure_for_the_page_has_the_pages_colours_and_ids_of_its_own():
-    drawn = [plots.svg(plots.panels(metrics_rows(3))["Reward"], name) for name in ("one", "two")]
+    drawn = [figures.svg(figures.panels(metrics_rows(3))["Reward"], name) for name in ("one", "two")]
     for text in drawn:
         assert text.startswith("<svg viewBox=") and "var(--blue)" in text and "var(--rule)" in text
         assert set(re.findall(r"#[0-9a-f]{6}\b", text)) == set(), "every colour is one of the page's"
@@ -176,7 +177,7 @@ def test_a_figure_for_the_page_has_the_pages_colours_and_ids_of_its_own():
     ids = [set(re.findall(r' id="([^"]*)"', text)) for text in drawn]
     assert ids[0] and not ids[0] & ids[1]
     assert set(re.findall(r'(?:href="#|url\(#)([^")]*)', drawn[0])) <= ids[0]
-    assert plots.panels([]) == {}
+    assert figures.panels([]) == {}
 
 
 def test_a_lab_has_tables_claims_worlds_and_samples(tmp_path):

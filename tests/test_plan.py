@@ -17,7 +17,7 @@ from sgpo_jax import chips, estimate, models, plan, programs, recipe, rl, roofli
 from sgpo_jax import config as configs
 from sgpo_jax.batch import pack_batch
 from sgpo_jax.chips import Chip
-from sgpo_jax.models import known
+from sgpo_jax.models import presets
 from sgpo_jax.programs import Program, Setting
 from sgpo_jax.recipe import Assumed
 from sgpo_jax.roofline import Reached, Seconds
@@ -46,15 +46,15 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("source", known.KNOWN)
+@pytest.mark.parametrize("source", presets.KNOWN)
 def test_known_models_have_as_many_parameters_as_published(source):
-    params = jax.eval_shape(lambda key: models.init(key, known.shape(source)), jax.random.key(0))
+    params = jax.eval_shape(lambda key: models.init(key, presets.shape(source)), jax.random.key(0))
     assert sum(x.size for x in jax.tree.leaves(params)) == PARAMETERS[source]
 
 
 def test_the_paper_configs_need_no_network():
     for model in ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"):
-        assert programs.load_shape(configs.paper(model, tensor=1)) == known.shape(model)
+        assert programs.load_shape(configs.paper(model, tensor=1)) == presets.shape(model)
 
 
 # ---- the recipe

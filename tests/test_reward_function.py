@@ -11,6 +11,7 @@ import pytest
 from sgpo_jax import rewards, tokenizer
 from sgpo_jax.policy import Policy
 from sgpo_jax.respond import grade
+from sgpo_jax.rewards.verifier import _reward_pools
 from sgpo_jax.rollout import LENGTH, STOP, Rollout
 
 ROW = {"id": "p1", "problem": "1+1?", "answer": "2"}
@@ -21,7 +22,7 @@ GOOD = "reward_functions:by_row"
 def quick(monkeypatch):
     """A pool with a limit of 1.5 s in place of the 6."""
     with closing(rewards.Pool(workers=2, seconds=1.5, reward=GOOD)) as pool:
-        monkeypatch.setitem(rewards._reward_pools, GOOD, pool)
+        monkeypatch.setitem(_reward_pools, GOOD, pool)
         yield
 
 
@@ -52,7 +53,7 @@ def test_what_is_no_reward_is_counted_and_the_next_response_graded(response, out
 
 def test_a_worker_that_does_not_read_a_long_response_is_killed_at_the_limit():
     judge("answer:2", "answer:2")
-    for worker in rewards._reward_pools[GOOD]._workers.values():
+    for worker in _reward_pools[GOOD]._workers.values():
         os.kill(worker.process.pid, signal.SIGSTOP)
     assert [v.outcome for v in judge("x" * 300_000)] == ["timeout"]
 

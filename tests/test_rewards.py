@@ -20,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgpo_jax import rewards
-from sgpo_jax.answers import compare_text, extract_boxed, normalize_answer, readings
 from sgpo_jax.rewards import Pool, score
+from sgpo_jax.rewards.answers import compare_text, extract_boxed, normalize_answer, readings
+from sgpo_jax.rewards.verifier import _shared_pool
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DATA = REPOSITORY.parent / "shared" / "data"
@@ -431,7 +432,7 @@ def test_first_calls_from_threads_share_one_pool() -> None:
     with ThreadPoolExecutor(8) as threads:
         verdicts = threads.map(lambda k: score(boxed([f"{k}+x"]), [f"x+{k}"])[0].outcome, range(16))
         assert set(verdicts) == {"correct"}
-    assert len(processes(rewards._shared_pool)) <= min(8, os.cpu_count() or 1)
+    assert len(processes(_shared_pool)) <= min(8, os.cpu_count() or 1)
 
 
 # The worker program, with a math_verify of our own in its place

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgpo_jax import paper, scores
 from sgpo_jax.data import unsolvable
+from sgpo_jax.stats import benchmark, paper
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=8), st.data())
@@ -16,13 +16,13 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(correct, data):
     k = data.draw(st.integers(1, len(correct)))
     subsets = list(combinations(correct, k))
     expected = sum(map(any, subsets)) / len(subsets)
-    assert scores.pass_at(sum(correct), len(correct), k) == pytest.approx(expected)
+    assert benchmark.pass_at(sum(correct), len(correct), k) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("arguments", [(1, 4, 5), (1, 4, 0), (5, 4, 1), (-1, 4, 1)])
 def test_impossible_counts_are_refused(arguments):
     with pytest.raises(ValueError, match="correct=.*samples=.*k="):
-        scores.pass_at(*arguments)
+        benchmark.pass_at(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -37,13 +37,13 @@ def test_impossible_counts_are_refused(arguments):
     ],
 )
 def test_the_most_votes_win_and_the_first_of_a_tie(votes, sample):
-    assert scores.winner(votes) == sample
+    assert benchmark.winner(votes) == sample
 
 
 def test_values_of_each_problem():
     rewards = np.array([[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0.5, 0, 0, 1], [1, 0, 0, 0]])
     votes = np.array([[1, 0, 0, 1], [-1, -1, -1, -1], [0, 0, 0, 0], [0, 0, 1, 2], [0, 1, 1, 1]])
-    values = scores.per_problem(rewards, votes)
+    values = benchmark.per_problem(rewards, votes)
     assert list(values) == ["accuracy", "pass@1", "pass@2", "pass@4", "maj@1", "maj@2", "maj@4"]
     np.testing.assert_allclose(values["accuracy"], [0.5, 0, 1, 0.375, 0.25])
     np.testing.assert_allclose(values["pass@1"], [0.5, 0, 1, 0.25, 0.25])  # 0.5 is not correct
@@ -51,16 +51,16 @@ def test_values_of_each_problem():
     np.testing.assert_allclose(values["pass@4"], [1, 0, 1, 1, 1])
     np.testing.assert_allclose(values["maj@2"], [0, 0, 1, 0.5, 1])
     np.testing.assert_allclose(values["maj@4"], [0, 0, 1, 0.5, 0])
-    assert scores.powers_of_two(1) == [1] and scores.powers_of_two(6) == [1, 2, 4, 6]
+    assert benchmark.powers_of_two(1) == [1] and benchmark.powers_of_two(6) == [1, 2, 4, 6]
 
 
 def test_bootstrap_interval_of_a_known_case():
     values = np.repeat([0.0, 1.0], [70, 30])
-    low, high = scores.bootstrap(values)
+    low, high = benchmark.bootstrap(values)
     normal = 1.96 * np.sqrt(0.3 * 0.7 / 100)
     assert low == pytest.approx(0.3 - normal, abs=0.015) and high == pytest.approx(0.3 + normal, abs=0.015)
-    assert scores.bootstrap(np.full(5, 0.25)) == (0.25, 0.25)
-    assert scores.bootstrap(values) == (low, high)
+    assert benchmark.bootstrap(np.full(5, 0.25)) == (0.25, 0.25)
+    assert benchmark.bootstrap(values) == (low, high)
 
 
 def test_the_paper_s_rows():

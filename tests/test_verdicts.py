@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from sgpo_jax import verdicts
 from sgpo_jax.methods import METHODS
+from sgpo_jax.stats import claims
 
 
 def row(method, seed, accuracy, world="base", rate=1.0, **more):
@@ -14,16 +14,16 @@ def row(method, seed, accuracy, world="base", rate=1.0, **more):
 
 
 def test_an_interval_by_hand():
-    found = verdicts.interval([1.0, 2.0, 3.0])
+    found = claims.interval([1.0, 2.0, 3.0])
     half = 4.302652729911275 / math.sqrt(3)  # Student's t with 2 degrees of freedom; the standard deviation is 1
     assert found == pytest.approx((2.0, 2.0 - half, 2.0 + half, 3))
-    assert verdicts.interval([0.5]) == (0.5, -math.inf, math.inf, 1)
-    assert verdicts.interval([0.5, 0.5]) == (0.5, 0.5, 0.5, 2)
+    assert claims.interval([0.5]) == (0.5, -math.inf, math.inf, 1)
+    assert claims.interval([0.5, 0.5]) == (0.5, 0.5, 0.5, 2)
 
 
 def test_intervals_of_five_seeds_hold_the_truth_nineteen_times_in_twenty():
     rng = np.random.default_rng(0)
-    found = [verdicts.interval(values) for values in rng.normal(0.3, 0.1, size=(4000, 5))]
+    found = [claims.interval(values) for values in rng.normal(0.3, 0.1, size=(4000, 5))]
     assert 0.94 < np.mean([one.low <= 0.3 <= one.high for one in found]) < 0.96
 
 
@@ -31,10 +31,10 @@ def test_differences_are_paired_by_seed():
     """Seeds differ by far more than methods do; a seed that one method lacks does not count."""
     rows = [row("sgpo", seed, 0.1 * seed + 0.02 + 0.001 * (seed % 2)) for seed in range(6)]
     rows += [row("grpo", seed, 0.1 * seed) for seed in (4, 3, 2, 1)] + [row("grpo", 5, 9.0, world="other")]
-    found = verdicts.paired(rows, "base", "sgpo", "grpo")
+    found = claims.paired(rows, "base", "sgpo", "grpo")
     assert found.pairs == 4 and found.mean == pytest.approx(0.0205)
     assert 0.019 < found.low < found.high < 0.022
-    back = verdicts.paired(rows, "base", "grpo", "sgpo")
+    back = claims.paired(rows, "base", "grpo", "sgpo")
     assert (back.low, back.high) == pytest.approx((-found.high, -found.low))
 
 
@@ -49,34 +49,34 @@ def test_differences_are_paired_by_seed():
     ],
 )
 def test_verdicts(differences, expected):
-    assert verdicts.verdict(verdicts.interval(differences)) == expected
+    assert claims.verdict(claims.interval(differences)) == expected
 
 
 def test_claims_are_those_of_methods_that_were_run():
     rows = [row(method, seed, a + 0.01 * seed) for method, a in (("sgpo", 0.8), ("grpo", 0.6)) for seed in range(3)]
-    ((claim, difference, verdict),) = verdicts.claims(rows, "base")
+    ((claim, difference, verdict),) = claims.claims(rows, "base")
     assert (claim.better, claim.worse, claim.table, verdict) == ("sgpo", "grpo", "Table 1", "reproduced")
     assert claim.paper == pytest.approx(2.2) and difference.mean == pytest.approx(0.2)
-    (line,) = verdicts.claim_lines(rows, "base")
+    (line,) = claims.claim_lines(rows, "base")
     assert line == ["Table 1", "SGPO > SFT+GRPO", "+2.2", "+20.0 [+20.0, +20.0]", "reproduced"]
 
 
 def test_every_claim_and_table_is_about_methods_that_exist():
-    named = {method for claim in verdicts.CLAIMS for method in (claim.better, claim.worse)}
-    shown = {method for _, methods in verdicts.TABLES.values() for method in methods}
+    named = {method for claim in claims.CLAIMS for method in (claim.better, claim.worse)}
+    shown = {method for _, methods in claims.TABLES.values() for method in methods}
     assert named <= set(METHODS) and shown == set(METHODS)
-    assert {claim.table for claim in verdicts.CLAIMS} == set(verdicts.TABLES) - {"Beyond the paper"}
+    assert {claim.table for claim in claims.CLAIMS} == set(claims.TABLES) - {"Beyond the paper"}
 
 
 def test_the_best_rate():
     rows = [row("sgpo", s, a, rate=r) for r, a in ((2.0, 0.5), (0.5, 0.4), (1.0, 0.5)) for s in (7, 8)]
     rows += [row("sgpo", 7, 0.9, rate=0.5), row("grpo", 7, 1.0, rate=4.0)]
     rows += [row("sgpo", 7, 1.0, rate=2.0, world="rare")]
-    assert verdicts.best_rate(rows[:6], "base", "sgpo") == 1.0, "the smallest of the best"
-    assert verdicts.best_rate(rows, "base", "sgpo") == 0.5, "by the mean over seeds"
-    assert verdicts.best_rate(rows, "rare", "sgpo") == 2.0, "of that world"
+    assert claims.best_rate(rows[:6], "base", "sgpo") == 1.0, "the smallest of the best"
+    assert claims.best_rate(rows, "base", "sgpo") == 0.5, "by the mean over seeds"
+    assert claims.best_rate(rows, "rare", "sgpo") == 2.0, "of that world"
     with pytest.raises(ValueError, match="'grpo' in world 'rare': no tuning results"):
-        verdicts.best_rate(rows, "rare", "grpo")
+        claims.best_rate(rows, "rare", "grpo")
 
 
 def test_a_table_in_the_papers_layout():
@@ -85,7 +85,7 @@ def test_a_table_in_the_papers_layout():
         for method, rate, x, y in (("sgpo", 2.0, 0.8, 0.4), ("grpo", 1.0, 0.6, 0.2))
         for seed in (0, 1)
     ]
-    columns, lines = verdicts.table(rows, "base", {"grpo": "SFT+GRPO", "hpt": "HPT", "sgpo": "SGPO"})
+    columns, lines = claims.table(rows, "base", {"grpo": "SFT+GRPO", "hpt": "HPT", "sgpo": "SGPO"})
     assert columns == ["method", "A", "B", "average", "minus SGPO", "rate", "seeds"]
     grpo = ["SFT+GRPO", "60.0 ± 0.0", "20.0 ± 0.0", "40.0 ± 0.0", "-20.0 [-20.0, -20.0]", "1", "2"]
     assert lines == [grpo, ["SGPO", "80.0 ± 0.0", "40.0 ± 0.0", "60.0 ± 0.0", "", "2", "2"]]
@@ -98,13 +98,13 @@ def test_worlds():
         for method, rate, accuracy in zip(("grpo", "sgpo", "direct_sft"), (1.0, 2.0, 0.5), accuracies, strict=True)
         for seed in (0, 1)
     ] + [row(method, 0, 0.4, before=0.0) for method in ("sft", "hpt")]
-    found = verdicts.across_worlds(rows)
+    found = claims.across_worlds(rows)
     shown = ("grpo", "sgpo", "direct_sft")
     assert [each[:2] for each in found] == [(world, method) for world in ("base", "rare") for method in shown]
     rare = {each.method: each for each in found if each.world == "rare"}
     assert rare["sgpo"].ahead.mean == pytest.approx(-0.3) and rare["sgpo"].after.mean == pytest.approx(0.15)
     assert rare["sgpo"].before == pytest.approx(0.1) and rare["grpo"].ahead.pairs == 0
-    lines = verdicts.world_lines(found)
+    lines = claims.world_lines(found)
     assert [line[5] for line in lines] == ["", "not distinguishable", "ahead", "", "behind", "behind"]
     assert lines[4][:2] == ["rare", "10.0"] and lines[4][2] == "sgpo" and lines[4][4:] == [
         "-30.0 [-30.0, -30.0]", "behind", "2", "2",
@@ -114,5 +114,5 @@ def test_worlds():
 
 def test_methods_of_one_world_or_without_grpo_are_not_compared_across_worlds():
     rows = [row(m, 0, 0.5, world=w, before=0.1) for w in ("base", "rare") for m in ("sft", "sgpo", "no_kl_clip")]
-    assert verdicts.across_worlds(rows) == []
-    assert verdicts.across_worlds([*rows, row("grpo", 0, 0.5, before=0.1)]) == []
+    assert claims.across_worlds(rows) == []
+    assert claims.across_worlds([*rows, row("grpo", 0, 0.5, before=0.1)]) == []

@@ -22,7 +22,7 @@ from two_processes import config_with, start
 
 from sgpo_jax import models, optim, sharding, stage
 from sgpo_jax.checkpoint import Checkpoints
-from sgpo_jax.models import huggingface, names, stream
+from sgpo_jax.models import huggingface, param_mapping, sharded_io
 from sgpo_jax.policy import Policy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +46,7 @@ def any_bits(shape, dtype, rng):
 def make(folder, dtype):
     """Tensors of random bits, and a checkpoint of them in two files that safetensors' own writer wrote."""
     rng = np.random.default_rng(0)
-    tensors = {name: any_bits(slot.shape, dtype, rng) for name, slot in names.layout(CONFIG).items()}
+    tensors = {name: any_bits(slot.shape, dtype, rng) for name, slot in param_mapping.layout(CONFIG).items()}
     folder.mkdir()
     weight_map = {}
     for file, part in (("a.safetensors", [*tensors][:20]), ("b.safetensors", [*tensors][20:])):
@@ -61,12 +61,12 @@ def make(folder, dtype):
 )
 def test_import_to_any_mesh_and_export_from_it_are_bit_exact(tmp_path, monkeypatch, shape, dtype):
     tensors = make(tmp_path / "made", dtype)
-    monkeypatch.setattr(stream, "BLOCK", 96)  # blocks of a few rows, the last of which are fewer
+    monkeypatch.setattr(sharded_io, "BLOCK", 96)  # blocks of a few rows, the last of which are fewer
     params, _ = huggingface.load(tmp_path / "made", CONFIG, mesh=mesh_of(shape))
     leaves, wanted = flatten_dict(params, sep="/"), sharding.tree_shardings(params, mesh_of(shape))
     for path, sharded in flatten_dict(wanted, sep="/").items():
         assert leaves[path].sharding == sharded
-    for name, slot in names.layout(CONFIG).items():
+    for name, slot in param_mapping.layout(CONFIG).items():
         leaf = np.asarray(leaves[slot.path])
         tensor = leaf if slot.layer is None else leaf[slot.layer]
         assert (tensor.T if slot.transposed else tensor).tobytes() == tensors[name].tobytes(), name
@@ -80,7 +80,7 @@ def test_leaves_of_two_types_are_written_as_safetensors_writes_them(tmp_path):
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: any_bits(leaf.shape, np.float32 if leaf.shape[-1] == 12 else ml_dtypes.bfloat16, rng),
-        names.shapes(config),
+        param_mapping.shapes(config),
     )
     huggingface.save(tmp_path / "out", params, config)
     tensors = load_file(tmp_path / "out" / "model.safetensors")
@@ -101,24 +101,24 @@ def test_devices_read_their_parts_and_copies_of_a_part_are_read_once(shape):
             return np.asarray(part)
 
     def find(name):
-        shape = names.layout(CONFIG)[name].shape
-        return stream.Stored(shape, np.dtype(np.float32), lambda: np.zeros(shape, np.float32).view(Tensor))
+        shape = param_mapping.layout(CONFIG)[name].shape
+        return sharded_io.Stored(shape, np.dtype(np.float32), lambda: np.zeros(shape, np.float32).view(Tensor))
 
-    params = huggingface.assemble(CONFIG, names.layout(CONFIG), find, mesh=mesh_of(shape))
+    params = huggingface.assemble(CONFIG, param_mapping.layout(CONFIG), find, mesh=mesh_of(shape))
     assert sum(read) == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def test_what_cannot_be_split_is_refused_before_anything_is_read():
     def find(name):
-        return stream.Stored(names.layout(CONFIG)[name].shape, np.dtype(np.float32), lambda: pytest.fail("too late"))
+        return sharded_io.Stored(param_mapping.layout(CONFIG)[name].shape, np.dtype(np.float32), lambda: pytest.fail("too late"))
 
     with pytest.raises(ValueError, match=r"embedding: dimension 0 of shape \(72, 16\).* 'tensor' of size 5"):
-        huggingface.assemble(CONFIG, names.layout(CONFIG), find, mesh=mesh_of((1, 1, 5)))
+        huggingface.assemble(CONFIG, param_mapping.layout(CONFIG), find, mesh=mesh_of((1, 1, 5)))
 
 
 def test_layers_on_different_devices_are_refused_before_anything_is_written(tmp_path):
     split = NamedSharding(mesh_of((3, 1, 1)), P("data"))
-    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), names.shapes(CONFIG))
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), param_mapping.shapes(CONFIG))
     params["layers"]["k"]["bias"] = jax.device_put(params["layers"]["k"]["bias"], split)
     with pytest.raises(ValueError, match=r"layers/k/bias is placed as .*'data'.*; the first axis"):
         huggingface.save(tmp_path / "out", params, CONFIG)

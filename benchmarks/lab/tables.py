@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sgpo_jax import verdicts
+from sgpo_jax.stats import claims
 
 Rows = list[dict]
 Table = list[list[str]]  # lines of cells, the first of them the header
@@ -37,7 +37,7 @@ def read(*names: str) -> Rows:
 def tuned(rows: Rows, tuning: Sequence[int]) -> Callable[[str, str], float]:
     """(world, method) -> its best rate on the seeds `tuning`, as the lab chooses it; 1 for the warm-up."""
     of_tuning = [row for row in rows if row["seed"] in tuning]
-    return lambda world, method: 1.0 if method == "sft" else verdicts.best_rate(of_tuning, world, method)
+    return lambda world, method: 1.0 if method == "sft" else claims.best_rate(of_tuning, world, method)
 
 
 def chosen(rows: Rows, seeds: Iterable[int], rate: Callable[[str, str], float]) -> Rows:
@@ -48,12 +48,12 @@ def chosen(rows: Rows, seeds: Iterable[int], rate: Callable[[str, str], float]) 
 
 def percent(rows: Rows, world: str, method: str, metric: str = "accuracy") -> str:
     """Mean over seeds in percent, with its interval."""
-    return verdicts.percent(verdicts.interval(list(verdicts.by_seed(rows, world, method, metric).values())))
+    return claims.percent(claims.interval(list(claims.by_seed(rows, world, method, metric).values())))
 
 
 def mean(rows: Rows, world: str, method: str, metric: str = "accuracy", scale: float = 100, digits: int = 1) -> str:
     """Mean over seeds, times `scale`."""
-    return f"{scale * np.mean(list(verdicts.by_seed(rows, world, method, metric).values())):.{digits}f}"
+    return f"{scale * np.mean(list(claims.by_seed(rows, world, method, metric).values())):.{digits}f}"
 
 
 def rate_of(rows: Rows, world: str, method: str) -> str:
@@ -68,14 +68,14 @@ def of_grid() -> Rows:
 
 
 def grid() -> Table:
-    columns, lines = verdicts.table(of_grid(), "base", METHODS)
+    columns, lines = claims.table(of_grid(), "base", METHODS)
     once = [index for index, name in enumerate(columns) if name != "heldout"]  # one set: it is the average
     header = ["accuracy, %" if columns[index] == "average" else columns[index] for index in once]
     return [header, *([line[index] for index in once] for line in lines)]
 
 
-def claims() -> Table:
-    return [["table", "claim", "paper, 7B", "here", "verdict"], *verdicts.claim_lines(of_grid(), "base")]
+def claims_table() -> Table:
+    return [["table", "claim", "paper, 7B", "here", "verdict"], *claims.claim_lines(of_grid(), "base")]
 
 
 def claims_of_ten_seeds() -> Table:
@@ -85,7 +85,7 @@ def claims_of_ten_seeds() -> Table:
         "tuned on one seed": tuned(rows, [100]), "tuned on three seeds": tuned(rows, [100, 101, 102]),
         "at one rate": lambda world, method: one_rate.get(method, 2.0),
     }  # fmt: skip
-    columns = [verdicts.claim_lines(chosen(rows, TEN, rate), "base") for rate in ways.values()]
+    columns = [claims.claim_lines(chosen(rows, TEN, rate), "base") for rate in ways.values()]
     lines = []
     for same in zip(*columns, strict=True):
         cells = [f"{found} {verdict}".removesuffix(" not distinguishable") for *_, found, verdict in same]
@@ -102,9 +102,9 @@ def worlds() -> Table:
 def minus_grpo(rows: Rows, world: str) -> list[list[str]]:
     """[difference, verdict] of each method but GRPO."""
     names = {"reproduced": "ahead", "contradicted": "behind"}
-    found = [verdicts.paired(rows, world, method, "grpo") for method in IN_WORLDS if method != "grpo"]
-    results = [verdicts.verdict(each) for each in found]
-    return [[verdicts.signed(each), names.get(told, told)] for each, told in zip(found, results, strict=True)]
+    found = [claims.paired(rows, world, method, "grpo") for method in IN_WORLDS if method != "grpo"]
+    results = [claims.verdict(each) for each in found]
+    return [[claims.signed(each), names.get(told, told)] for each, told in zip(found, results, strict=True)]
 
 
 def differences() -> Table:
@@ -131,11 +131,11 @@ def distances() -> Table:
         "top_k_kl": "forward KL of the 4 likeliest of 126 tokens and a tail",
     }.items():  # fmt: skip
         clipped = float(mean(rows, "base", method, "mean_kl_clip_share"))
-        apart = "" if method == "sgpo" else verdicts.signed(verdicts.paired(rows, "base", method, "sgpo"))
+        apart = "" if method == "sgpo" else claims.signed(claims.paired(rows, "base", method, "sgpo"))
         lines.append([
             name, percent(rows, "base", method), apart, mean(rows, "base", method, "accuracy_guided"),
             mean(rows, "base", method, "mean_token_kl", 1, 3), f"{clipped:g} %",
-            str(len(verdicts.by_seed(rows, "base", method))),
+            str(len(claims.by_seed(rows, "base", method))),
         ])  # fmt: skip
     return [
         ["method", "accuracy, %", "minus SGPO", "guided, after", "mean divergence, nats", "clipped", "seeds"], *lines
@@ -154,7 +154,7 @@ def self_written() -> Table:
     rows = chosen(rows, FIVE, tuned(rows, [100, 101, 102]))
     lines = []
     for method, name in SELF_WRITTEN.items():
-        apart = "" if method == "sgpo" else verdicts.signed(verdicts.paired(rows, world, method, "sgpo"))
+        apart = "" if method == "sgpo" else claims.signed(claims.paired(rows, world, method, "sgpo"))
         alpha = mean(rows, world, method, "mean_alpha", 1, 2) if "SGPO" in name else ""
         cells = [percent(rows, world, method), apart, mean(rows, world, method, "accuracy_guided"), alpha]
         lines.append([name, *cells, rate_of(rows, world, method)])
@@ -174,7 +174,7 @@ def minus_warm_up(rows: Rows, guided: Callable[..., str]) -> Table:
     """A line for each of SFT, GRPO and SGPO, the latter two with their difference from the first."""
     lines = []
     for method, name in AFTER_WARM_UP.items():
-        apart = "" if method == "sft" else verdicts.signed(verdicts.paired(rows, "base", method, "sft"))
+        apart = "" if method == "sft" else claims.signed(claims.paired(rows, "base", method, "sft"))
         lines.append([name, percent(rows, "base", method), apart, guided(rows, "base", method, "accuracy_guided")])
     return [["", "unguided, %", "minus the warm-up", "guided, %"], *lines]
 
@@ -203,7 +203,7 @@ def tables() -> dict[str, Table]:
     """Title -> table, in the order of docs/lab.md."""
     trained = list(SELF_WRITTEN.items())[1:]
     return {
-        "The base world": grid(), "The paper's claims": claims(), "With ten seeds": claims_of_ten_seeds(),
+        "The base world": grid(), "The paper's claims": claims_table(), "With ten seeds": claims_of_ten_seeds(),
         "Worlds": worlds(), "Differences in worlds": differences(), "Hard worlds with ten seeds": hard_worlds(),
         "SDPO's distances": distances(), "Strategies that the student writes": self_written(),
         "Their rates": of_tuning("self_written", "self-written", dict(trained)),

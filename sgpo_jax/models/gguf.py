@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from sgpo_jax.models.config import ModelConfig, RopeScaling
 from sgpo_jax.models.decoder import rope_frequencies
 from sgpo_jax.models.huggingface import assemble
-from sgpo_jax.models.stream import Stored
+from sgpo_jax.models.sharded_io import Stored
 
 # Stem of a GGUF tensor name, without layer and suffix: stem of the Hugging Face one.
 _STEMS = {

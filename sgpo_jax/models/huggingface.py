@@ -1,6 +1,6 @@
 """Hugging Face folders (config.json and safetensors) to parameter trees on a mesh and back.
 
-`names.NAMES` serves both directions. All of a checkpoint is checked before its tensors are read, which `stream` does in
+`param_mapping.NAMES` serves both directions. All of a checkpoint is checked before its tensors are read, which `stream` does in
 blocks, so that no host ever holds more than the parts of its own devices.
 """
 
@@ -26,10 +26,10 @@ from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
 
 from sgpo_jax import sharding
-from sgpo_jax.models import names as table
-from sgpo_jax.models import stream
+from sgpo_jax.models import param_mapping as table
+from sgpo_jax.models import sharded_io
 from sgpo_jax.models.config import ModelConfig, from_hf, to_hf
-from sgpo_jax.models.stream import Stored
+from sgpo_jax.models.sharded_io import Stored
 
 _RECOMPUTED = "rotary_emb.inv_freq"  # a buffer that old versions of transformers saved
 
@@ -139,13 +139,13 @@ def assemble(
     tree = table.shapes(config)
     shapes = flatten_dict(tree, sep="/")
     shardings = flatten_dict(sharding.tree_shardings(tree, mesh or _one_device()), sep="/")
-    if repeated and not stream.equal(find(table.HEAD), find(table.EMBEDDING)):
+    if repeated and not sharded_io.equal(find(table.HEAD), find(table.EMBEDDING)):
         raise ValueError(
             f"tensor {table.HEAD} differs from {table.EMBEDDING}, "
             "but the config says tie_word_embeddings is true"
         )
     leaves = {
-        path: stream.read(shapes[path].shape, chosen, shardings[path], parts) for path, parts in tensors.items()
+        path: sharded_io.read(shapes[path].shape, chosen, shardings[path], parts) for path, parts in tensors.items()
     }
     return unflatten_dict(leaves, sep="/")
 
@@ -204,8 +204,8 @@ def save(
             # The order of safetensors' own writer: wider numbers first, so that all are aligned.
             names.sort(key=lambda name: (-stored[layout[name].path].itemsize, name))
             slots = {name: layout[name] for name in names}
-            rows = stream.blocks(leaves, slots)
-            _on_first(partial(stream.write, unfinished / file, slots, stored, rows), rows)
+            rows = sharded_io.blocks(leaves, slots)
+            _on_first(partial(sharded_io.write, unfinished / file, slots, stored, rows), rows)
         documents = {"generation_config.json": ids}
         documents["config.json"] = {**to_hf(config), **ids, "torch_dtype": stored["embed/embedding"].name}
         if len(shards) > 1:

@@ -11,6 +11,7 @@ from contextlib import closing
 import pytest
 
 from sgpo_jax import rewards
+from sgpo_jax.rewards.pool import _checked
 
 ROW = {"id": "p1", "problem": "1+1?", "answer": "2"}
 FUNCTION = "reward_functions:by_row"
@@ -58,7 +59,7 @@ def test_a_worker_that_says_anything_costs_its_item_and_no_other(pool):
 def test_a_reply_of_the_right_form_is_one():
     for reply in ({"outcome": "wrong", "retire": True}, {"outcome": "invalid", "retire": False, "note": "n"},
                   {"outcome": "correct", "retire": False, "reward": 1}):  # fmt: skip
-        assert rewards._checked(json.loads(json.dumps(reply))) == reply
+        assert _checked(json.loads(json.dumps(reply))) == reply
 
 
 def test_workers_that_are_killed_all_the_time_lose_what_they_had_and_nothing_else():

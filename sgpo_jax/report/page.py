@@ -20,8 +20,9 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sgpo_jax import config as configs
-from sgpo_jax import plots, samples, scores, steps, verdicts
+from sgpo_jax.report import examples, figures, reasoning_steps
 from sgpo_jax.runtime.files import read_jsonl
+from sgpo_jax.stats import benchmark, claims
 
 REFRESH = 30  # seconds after which the page of a run that goes on is loaded again
 _RECENT = 10  # steps whose mean reward stands for an accuracy that was not measured
@@ -51,9 +52,9 @@ def write_run(workdir: Path, status: str = "", running: bool = False, to: Path |
     done = [f"{name} {rows[-1]['step']} steps" for name, rows in (("SFT", sft), ("RL", rl)) if rows]
     seconds = sum(row.get("seconds_step") or 0.0 for row in (*sft, *rl))
     facts = [config["model"]["source"], *done, f"{_duration(seconds)} of training", f"seed {config['seed']}"]
-    charts = {name: plots.svg(figure, name) for name, figure in plots.panels(rl).items()}
-    if curve := plots.loss_panel(sft):
-        charts = {"SFT loss": plots.svg(curve, "SFT loss")} | charts
+    charts = {name: figures.svg(figure, name) for name, figure in figures.panels(rl).items()}
+    if curve := figures.loss_panel(sft):
+        charts = {"SFT loss": figures.svg(curve, "SFT loss")} | charts
     return _write(
         workdir, to, status, running, kind="run", facts=facts, cards=_cards(results) or _training_cards(rl),
         charts=charts, tables=_evaluation_table(results), legend=[], wide=[], config=config,
@@ -76,7 +77,7 @@ def write_lab(
 
     Args:
       workdir: folder of the lab.
-      rows, tuning, home: as in `verdicts.tables`.
+      rows, tuning, home: as in `claims.tables`.
       runs: folder of the training run that a row is of.
       status, running, to: as in `write_run`.
 
@@ -87,21 +88,21 @@ def write_lab(
     here = [row for row in rows if row["world"] == home] or [row for row in tuning if row["world"] == home]
     methods = [name for name in dict.fromkeys(row["method"] for row in here) if name != "sft"]
     curves = {name: [_rows(runs(row) / "rl.jsonl") for row in here if row["method"] == name] for name in methods}
-    worlds = verdicts.across_worlds(rows)
-    wide = [("Worlds", plots.svg(plots.worlds(worlds, methods), "worlds"))] if worlds else []
+    worlds = claims.across_worlds(rows)
+    wide = [("Worlds", figures.svg(figures.worlds(worlds, methods), "worlds"))] if worlds else []
     counts = {name: len(config["lab"][f"{name}s"]) for name in ("method", "seed", "world")}
     facts = [f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items()] + [config["model"]["source"]]
     shown: list[Any] = []
     for row in [row for row in rows if (row["world"], row["method"]) == (home, "sgpo")][:1]:
         (warm_up,) = (r for r in rows if (r["world"], r["method"], r["seed"]) == (home, "sft", row["seed"]))
         folders = {"before": runs(warm_up) / "eval", "after": runs(row) / "eval"}
-        of_run = samples.of_sets(config["eval"]["sets"], folders)
+        of_run = examples.of_sets(config["eval"]["sets"], folders)
         shown = [(f"{name}: sgpo in {home}, seed {row['seed']}", *rest) for name, *rest in of_run]
     return _write(
         workdir, to, status, running, kind="lab", facts=facts, cards=_lab_cards(rows, home),
-        charts={name: plots.svg(figure, name) for name, figure in plots.overlay_panels(curves).items()},
-        legend=[(name, plots.colour(place)) for place, name in enumerate(methods)], wide=wide,
-        tables=verdicts.tables(rows, tuning, home), config=config, samples=shown, analysis=[],
+        charts={name: figures.svg(figure, name) for name, figure in figures.overlay_panels(curves).items()},
+        legend=[(name, figures.colour(place)) for place, name in enumerate(methods)], wide=wide,
+        tables=claims.tables(rows, tuning, home), config=config, samples=shown, analysis=[],
         starts=_starts(runs(here[0])) if here else [],
     )  # fmt: skip
 
@@ -128,7 +129,7 @@ def attempt(write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
 
 
 def _write(workdir: Path, to: Path | None, status: str, running: bool, **content: Any) -> Path:
-    loader = PackageLoader("sgpo_jax")
+    loader = PackageLoader("sgpo_jax.report")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -213,7 +214,7 @@ def _cards(results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
             found = [sets[kind][name] for sets in results.values() if name in sets.get(kind, {})]
             note = f"{found[0]['problems']} problems, 95 % intervals"
             if len(found) == 2:
-                mean, low, high = scores.gain(found[0]["per_problem"], found[1]["per_problem"])
+                mean, low, high = benchmark.gain(found[0]["per_problem"], found[1]["per_problem"])
                 note = f"{100 * mean:+.1f} points {_bounds(low, high, '+')} over {found[0]['problems']} problems"
             bounds = [_bounds(*result["intervals"]["accuracy"]) for result in found]
             cards.append(_card(f"{name}, {kind}", [_percent(r["accuracy"]) for r in found], note, bounds))
@@ -236,16 +237,16 @@ def _lab_cards(rows: Sequence[Row], home: str) -> list[Row]:
     """SGPO against each of the paper's competitors in the first world, and how many of its claims hold."""
     cards = []
     for method in ("grpo", "luffy", "hpt"):
-        apart = verdicts.paired(rows, home, "sgpo", method)
+        apart = claims.paired(rows, home, "sgpo", method)
         if not apart.pairs:
             continue
-        ends = [verdicts.interval([*verdicts.by_seed(rows, home, name).values()]) for name in (method, "sgpo")]
+        ends = [claims.interval([*claims.by_seed(rows, home, name).values()]) for name in (method, "sgpo")]
         known = math.isfinite(apart.low)
         note = f"{100 * apart.mean:+.1f} points {_bounds(apart.low, apart.high, '+') if known else ''}"
         note += f", paired over {apart.pairs} seeds" if apart.pairs > 1 else ", one seed"
         bounds = [_bounds(e.low, e.high) for e in ends] if known else []
         cards.append(_card(f"{method.upper()} vs SGPO", [_percent(end.mean) for end in ends], note, bounds, "vs"))
-    if found := [verdict for _, _, verdict in verdicts.claims(rows, home)]:
+    if found := [verdict for _, _, verdict in claims.claims(rows, home)]:
         note = ", ".join(f"{found.count(name)} {name}" for name in dict.fromkeys(found))
         cards.append(_card("the paper's claims", [str(len(found))], note))
     return cards
@@ -267,13 +268,13 @@ def _evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[st
     return [("Evaluation, with 95 % bootstrap intervals over problems", columns, lines)] if lines else []
 
 
-def _samples(workdir: Path, config: dict[str, Any]) -> list[tuple[str, samples.Samples, str]]:
+def _samples(workdir: Path, config: dict[str, Any]) -> list[tuple[str, examples.Samples, str]]:
     """(set, samples, column they are counted by): of the last stage, or else of the latest evaluation in training."""
     sets = config["eval"]["sets"]
-    found = samples.of_sets(sets, {when: workdir / "eval" / when for when in ("before", "after")})
+    found = examples.of_sets(sets, {when: workdir / "eval" / when for when in ("before", "after")})
     analysed = _rows(workdir / "analysis_generations.jsonl")
-    found = [(name, samples.with_token_kl(shown, analysed), judged) for name, shown, judged in found]
-    return found or samples.of_sets(sets, {"during": workdir / "rl" / "generations"})
+    found = [(name, examples.with_token_kl(shown, analysed), judged) for name, shown, judged in found]
+    return found or examples.of_sets(sets, {"during": workdir / "rl" / "generations"})
 
 
 def _analysis(path: Path) -> list[Row]:
@@ -293,4 +294,4 @@ def _analysis(path: Path) -> list[Row]:
 def _strengths(pairs: Iterable[tuple[str, float]], delta: float) -> list[tuple[str, float, float, bool]]:
     """(text, nats, strength of the colour, whether it is above delta) of tokens."""
     clip = delta if math.isfinite(delta) else None
-    return [(text, kl, steps.strength(kl, clip), kl > delta) for text, kl in pairs]
+    return [(text, kl, reasoning_steps.strength(kl, clip), kl > delta) for text, kl in pairs]

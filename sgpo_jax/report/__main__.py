@@ -10,7 +10,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from sgpo_jax import cli, lab, page
+from sgpo_jax import cli, lab
+from sgpo_jax.report import page
 
 
 def write(workdir: Path, to: Path) -> None:

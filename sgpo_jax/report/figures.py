@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from sgpo_jax.verdicts import Standing
+from sgpo_jax.stats.claims import Standing
 
 # Of the palette of Okabe and Ito, which colour-blind readers can tell apart.
 _BLUE, _ORANGE = "#0072B2", "#D55E00"
@@ -247,7 +247,7 @@ def worlds(found: Sequence[Standing], overlaid: Iterable[str]) -> Figure:
     """For each world how far each method is ahead of GRPO, and from where to where each went.
 
     Args:
-        found: as `verdicts.across_worlds` returns them.
+        found: as `claims.across_worlds` returns them.
         overlaid: methods of `overlay` or `overlay_panels`, which have the same colours here.
     """
     names, methods = (list(dict.fromkeys(values)) for values in ((s.world for s in found), (s.method for s in found)))

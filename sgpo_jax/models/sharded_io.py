@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sgpo_jax.models.names import Slot
+from sgpo_jax.models.param_mapping import Slot
 
 BLOCK = 2**20  # elements; a block has whole rows, at least one
 _ALIGNED = 64  # bytes; on CPU, a buffer that begins at a multiple becomes an array without a copy

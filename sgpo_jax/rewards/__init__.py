@@ -1,0 +1,7 @@
+"""Grading responses: the verifier, a reward function of the user's own, and the processes they run in."""
+
+from sgpo_jax.rewards.answers import MAX_ANSWER
+from sgpo_jax.rewards.pool import Outcome, Pool
+from sgpo_jax.rewards.verifier import FAILURES, Verdict, check, equal, judge, score
+
+__all__ = ["FAILURES", "MAX_ANSWER", "Outcome", "Pool", "Verdict", "check", "equal", "judge", "score"]
