@@ -16,13 +16,16 @@ import numpy as np
 import workload
 from common import timed
 
-from sgpo_jax import logprobs, models, optim, rollout
-from sgpo_jax.batch import Batch, Group, Prompts, pack_batch
+from sgpo_jax import logprobs, models, rollout
 from sgpo_jax.losses import kl_divergence
 from sgpo_jax.models import config as model_config
 from sgpo_jax.models import huggingface
+from sgpo_jax.policy.generation import Prompts
 from sgpo_jax.runtime import environment, memory
-from sgpo_jax.train_step import init_state, make_update
+from sgpo_jax.training.batch import Batch, Group, pack_batch
+from sgpo_jax.training.optimizer import adamw, schedule
+from sgpo_jax.training.state import init_state
+from sgpo_jax.training.train_step import make_update
 
 
 def weights(task: dict[str, Any]) -> dict[str, Any]:
@@ -144,7 +147,7 @@ def prepare_update(task: dict[str, Any]) -> tuple[Callable[[int], Any], Any]:
     shape = workload.shape(task["shape"])
     data = workload.responses(shape, task)
     config = model_config.from_hf(shape.hf_config())
-    optimizer = optim.adamw(optim.schedule(1e-6, 1000), b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.01, clip_norm=1.0)
+    optimizer = adamw(schedule(1e-6, 1000), b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.01, clip_norm=1.0)
     packed = pack_batch(batch(shape, data, task), micro_batch=task["micro_batch"] or data.lengths.size)
     shapes = jax.eval_shape(lambda: init_state(models.init(jax.random.key(0), config), optimizer))
     compiled = make_update(config, optimizer, remat=task["remat"]).lower(shapes, packed).compile()

@@ -24,15 +24,15 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.text import Text
 
-from sgpo_jax import cli, config_checks, data, logprobs, models, rewards, sharding, stage
+from sgpo_jax import cli, config_checks, data, logprobs, models, rewards, sharding
 from sgpo_jax import config as configs
-from sgpo_jax import tokenizer as tokenizers
-from sgpo_jax.batch import Prompts
 from sgpo_jax.policy import Policy
+from sgpo_jax.policy import tokenizer as tokenizers
+from sgpo_jax.policy.generation import Prompts, encode_prompts, grade, noise_key, pad_prompts, respond
 from sgpo_jax.report import examples, figures, reasoning_steps
-from sgpo_jax.respond import encode_prompts, grade, noise_key, pad_prompts, respond
 from sgpo_jax.rollout import STOP
 from sgpo_jax.runtime import distributed
+from sgpo_jax.training import stage
 
 _FULL = (213, 94, 0)  # colour of a token whose KL is delta or more
 

@@ -17,11 +17,12 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from sgpo_jax import cli, config_checks, rewards, sharding, stage
+from sgpo_jax import cli, config_checks, rewards, sharding
 from sgpo_jax import config as configs
 from sgpo_jax.evaluation import evaluate_sets
 from sgpo_jax.runtime import preemption, tables
 from sgpo_jax.stats import benchmark, paper
+from sgpo_jax.training import stage
 
 
 def run(config: ConfigDict, checkpoint: str | None, out: str | None, paper_row: str, limit: int) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from sgpo_jax import cli, config_checks, sharding, stage
+from sgpo_jax import cli, config_checks, sharding
 from sgpo_jax import config as configs
 from sgpo_jax.models import huggingface
+from sgpo_jax.training import stage
 
 
 def run(config, workdir: Path, from_stage: str, folder: Path, dtype: str) -> None:

@@ -8,10 +8,11 @@ import jax
 from absl import flags
 from jax.sharding import Mesh
 
-from sgpo_jax import cli, config_checks, rewards, rl, sft, sharding, stage, summary
+from sgpo_jax import cli, config_checks, rewards, sharding
 from sgpo_jax import config as configs
 from sgpo_jax.report import page
 from sgpo_jax.runtime import distributed, environment, lock, memory, preemption
+from sgpo_jax.training import final_eval, rl, sft, stage
 
 
 def run(config, workdir: Path) -> None:
@@ -42,7 +43,7 @@ def _run_stages(config, workdir: Path, mesh: Mesh) -> None:
         if "rl" in config.stages:
             rl.train(config, workdir, policy, warmed_up, mesh)
         if "eval" in config.stages:
-            summary.write(config, workdir, policy, warmed_up, mesh)
+            final_eval.write(config, workdir, policy, warmed_up, mesh)
     finally:  # also of a run that fails, whose page should not go on to say that it is running
         if jax.process_index() == 0:
             page.attempt(page.write_run, workdir)

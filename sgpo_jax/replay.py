@@ -23,13 +23,15 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import cli, config_checks, logprobs, losses, models, packing, rl, sft, sharding, skipped, stage
+from sgpo_jax import cli, config_checks, logprobs, losses, models, sharding
 from sgpo_jax import config as configs
-from sgpo_jax.batch import Batch, pack_batch, specs
-from sgpo_jax.packing import Packed
 from sgpo_jax.policy import Policy
 from sgpo_jax.runtime.tables import table
-from sgpo_jax.train_step import TrainState, in_micro_batches, make_update, response_hidden, with_responses
+from sgpo_jax.training import packing, rl, sft, skipped_batch, stage
+from sgpo_jax.training.batch import Batch, pack_batch, specs
+from sgpo_jax.training.packing import Packed
+from sgpo_jax.training.state import TrainState
+from sgpo_jax.training.train_step import in_micro_batches, make_update, response_hidden, with_responses
 
 # What is computed for a response token, in this order.
 QUANTITIES = ("hidden state", "guided hidden state", "log-probability", "entropy", "KL", "loss")
@@ -67,7 +69,7 @@ def run(config: ConfigDict, workdir: Path, file: Path, step: int | None = None) 
       ValueError: there is no such file or step, or the run has another config.
     """
     configs.check_resume(config, workdir / "config.json")
-    kept = skipped.read(file)
+    kept = skipped_batch.read(file)
     steps = [0, *stage.saved_steps(config, workdir, kept.stage)]
     if step is None:
         step = max(saved for saved in steps if saved < kept.step)
@@ -114,7 +116,7 @@ def _state(
     return stage.first_state(first, policy, tx, mesh)
 
 
-def _groups(config: ConfigDict, kept: skipped.Skipped) -> list[_Group]:
+def _groups(config: ConfigDict, kept: skipped_batch.Skipped) -> list[_Group]:
     if kept.stage == "sft":
         packed, tokens = kept.batch
         return [_Group("", {}, packed, tokens, np.zeros((len(kept.ids), 1), np.float32), lambda logp, _: -logp)]
@@ -218,7 +220,7 @@ def _make_marks(config: ConfigDict, policy: Policy, loss: Callable) -> Callable[
 
 
 def _in_update(
-    config: ConfigDict, kept: skipped.Skipped, policy: Policy, tx: optax.GradientTransformation, state: TrainState,
+    config: ConfigDict, kept: skipped_batch.Skipped, policy: Policy, tx: optax.GradientTransformation, state: TrainState,
     mesh: Mesh,
 ) -> list[Finding]:  # fmt: skip
     """What is not finite in the run's own update: metrics and gradients."""

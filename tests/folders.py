@@ -9,6 +9,7 @@ import numpy as np
 from sgpo_jax import config as configs
 from sgpo_jax import lab
 from sgpo_jax.evaluation import summarize
+from sgpo_jax.lab.grid import grid_cells, tuning_cells, with_warm_ups
 from sgpo_jax.report import reasoning_steps
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,9 +86,9 @@ def make_lab(folder, finished=1.0):
         return {**cell._asdict(), "config": lab.digest(lab.cell_config(config, cell)), "accuracy": accuracy,
                 "sets": {"heldout": accuracy}, "seconds": 1.0}  # fmt: skip
 
-    tuning = lab.tuning_cells(config)
+    tuning = tuning_cells(config)
     rates = dict.fromkeys((cell[:2] for cell in tuning), 2.0)
-    cells = [*lab._with_warm_ups(tuning), *lab._with_warm_ups(lab.grid_cells(config, rates))]
+    cells = [*with_warm_ups(tuning), *with_warm_ups(grid_cells(config, rates))]
     cells = cells[: round(finished * len(cells))]
     for cell in cells:
         run = folder / str(cell)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from folders import config_of, generations, write_jsonl
 
-from sgpo_jax import analyze, data, models, sharding, stage, train_step
-from sgpo_jax.batch import Prompts
-from sgpo_jax.respond import encode_prompts
+from sgpo_jax import analyze, data, models, sharding
+from sgpo_jax.policy.generation import Prompts, encode_prompts
+from sgpo_jax.policy.tokenizer import encode_response, pad_left, pad_right
+from sgpo_jax.report import figures
 from sgpo_jax.runtime.files import read_jsonl
-from sgpo_jax.tokenizer import encode_response, pad_left, pad_right
+from sgpo_jax.training import stage, state
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def save(config, workdir, policy, mesh, part, step, seed):
         params = initial(jax.random.key(seed))
         # Far from uniform, so that the two contexts differ.
         params = jax.tree.map(lambda x: x * 4, params)
-        saved.save(step, train_step.init_state(params, tx), 0.5)
+        saved.save(step, state.init_state(params, tx), 0.5)
     return params
 
 

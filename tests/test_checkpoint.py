@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sgpo_jax.checkpoint import Checkpoints
 from sgpo_jax.runtime import checksums
-from sgpo_jax.train_step import TrainState
+from sgpo_jax.training.checkpoint import Checkpoints
+from sgpo_jax.training.state import TrainState
 
 
 def state(value, width=40):
@@ -139,7 +139,7 @@ def test_another_format_and_another_model_are_refused(saved, tmp_path, monkeypat
         for other in (state(0, width=41), state(0).replace(params={"scale": jnp.zeros(3)})):
             with pytest.raises(ValueError, match="checkpoint .*/3 is of another model or optimizer than the config's"):
                 found.restore_latest(other)
-        monkeypatch.setattr("sgpo_jax.checkpoint.FORMAT", 2)
+        monkeypatch.setattr("sgpo_jax.training.checkpoint.FORMAT", 2)
         with pytest.raises(ValueError, match="checkpoint .*/3 has format 1; this version reads 2"):
             found.restore_latest(state(0))
     assert names(saved / "3"), "a refusal leaves it where it is"

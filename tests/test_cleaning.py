@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgpo_jax import config, data, rl, sft, stage
+from sgpo_jax import config, data
 from sgpo_jax.data import filtering
 from sgpo_jax.data.filtering import Sieve
+from sgpo_jax.training import rl, sft, stage
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 WORDS = "a farmer sells nine brown eggs at the market every single morning except on sundays for cash".split()

@@ -77,8 +77,8 @@ def test_every_config_passes(file, monkeypatch):
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_config_says_how_to_run_it(file):
     text = file.read_text()
-    commands = [f"sgpo_jax.{cli} --config=configs/{file.name} --" for cli in ("main", "evaluate", "lab")]
-    assert any(f"python -m {cli}" in text for cli in commands)
+    commands = [f"sgpo_jax.{command} --config=configs/{file.name} --" for command in ("main", "evaluate", "lab")]
+    assert any(f"python -m {command}" in text for command in commands)
 
 
 def test_base_is_the_recipe_of_the_paper():

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from sgpo_jax import config as configs
-from sgpo_jax import evaluate, evaluation
+from sgpo_jax import evaluate
+from sgpo_jax.evaluation import sets
 from sgpo_jax.runtime import preemption
 from sgpo_jax.runtime.files import read_jsonl
 
@@ -41,7 +42,7 @@ def test_it_prints_and_writes_measured_beside_reported(config, tmp_path, capsys,
     lines = read_jsonl(tmp_path / "out" / "A_set_unguided_000000.jsonl")
     assert len(lines) == 12 and {"response", "outcome", "extracted", "reward", "truncated"} <= set(lines[0])
 
-    monkeypatch.setattr(evaluation, "respond", lambda *args, **kwargs: pytest.fail("all of it is there"))
+    monkeypatch.setattr(sets, "respond", lambda *args, **kwargs: pytest.fail("all of it is there"))
     assert evaluate.run(config, None, str(tmp_path / "out"), "", limit=6) == results
     assert "paper" not in capsys.readouterr().out
     config.eval.temperature = 0.7

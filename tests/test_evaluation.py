@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sgpo_jax import data, evaluation, models, policy, respond, rollout, sharding, tokenizer
+from sgpo_jax import data, models, policy, rollout, sharding
+from sgpo_jax.evaluation import majority, sets
+from sgpo_jax.policy import generation, tokenizer
+from sgpo_jax.policy.policy import huggingface
 from sgpo_jax.rollout import LENGTH, STOP, Rollout
 from sgpo_jax.runtime.files import read_jsonl
 
@@ -30,7 +33,7 @@ def rollout_of(small, texts, finish):
 
 def test_a_response_cut_at_the_limit_scores_0_even_when_right(small):
     texts = ["(a) sum 1 2 = 3. \\boxed{352}", " \\boxed{352}", " \\boxed{351}", " sum 3 4"]
-    graded = respond.grade(small[0], rollout_of(small[0], texts, [STOP, LENGTH, STOP, STOP]), [{"answer": "352"}])
+    graded = generation.grade(small[0], rollout_of(small[0], texts, [STOP, LENGTH, STOP, STOP]), [{"answer": "352"}])
     assert graded.texts == [texts]
     assert graded.rewards.tolist() == [[1.0, 0.0, 0.0, 0.0]]
     assert [v.outcome for v in graded.verdicts[0]] == ["correct", "correct", "wrong", "no_box"]
@@ -40,16 +43,16 @@ def test_answers_belong_to_their_problems(small):
     parts = [rollout_of(small[0], [f" \\boxed{{{answer}}}"] * 2, [STOP, STOP]) for answer in (352, 417)]
     both = Rollout(*(np.concatenate(fields) for fields in zip(*parts, strict=True)))
     rows = [{"answer": "352"}, {"answer": "417"}]
-    assert respond.grade(small[0], both, rows).rewards.tolist() == [[1, 1], [1, 1]]
-    assert respond.grade(small[0], both, rows[::-1]).rewards.tolist() == [[0, 0], [0, 0]]
+    assert generation.grade(small[0], both, rows).rewards.tolist() == [[1, 1], [1, 1]]
+    assert generation.grade(small[0], both, rows[::-1]).rewards.tolist() == [[0, 0], [0, 0]]
 
 
 def test_noise_keys_differ_in_seed_purpose_and_step():
     triples = [(0, "autonomous", 0), (1, "autonomous", 0), (0, "guided", 0), (0, "autonomous", 1)]
-    keys = {tuple(jax.random.key_data(respond.noise_key(*triple)).tolist()) for triple in triples}
+    keys = {tuple(jax.random.key_data(generation.noise_key(*triple)).tolist()) for triple in triples}
     assert len(keys) == 4
     assert jnp.all(
-        jax.random.key_data(respond.noise_key(*triples[0])) == jax.random.key_data(respond.noise_key(*triples[0]))
+        jax.random.key_data(generation.noise_key(*triples[0])) == jax.random.key_data(generation.noise_key(*triples[0]))
     )
 
 
@@ -59,7 +62,7 @@ def test_evaluate_reports_what_the_generations_say(small, tmp_path):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
 
     def run(batch, step=0, guided=False):
-        return evaluation.evaluate(
+        return sets.evaluate(
             *small, rows, mesh, name="set", seed=0, step=step, guided=guided, samples=3, batch=batch,
             path=tmp_path / f"{batch}_{step}_{guided}.jsonl", **settings,
         )  # fmt: skip
@@ -90,14 +93,14 @@ def evaluate_five(small, path, **changed):
     rows = data.load("arithmetic:eval,count=5")
     arguments = {"name": "set", "seed": 0, "step": 3, "guided": False, "samples": 3, "batch": 2, **SETTINGS, **changed}
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    return evaluation.evaluate(*small, arguments.pop("rows", rows), mesh, path=path, **arguments)
+    return sets.evaluate(*small, arguments.pop("rows", rows), mesh, path=path, **arguments)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.45, 0.7, 0.9, 1.0])
 def test_an_evaluation_cut_anywhere_goes_on_to_the_same_bytes(small, tmp_path, monkeypatch, share):
     path = tmp_path / "set.jsonl"
     # Texts of several bytes a character, so that a cut may fall inside one.
-    monkeypatch.setattr(respond.tokenizers, "decode", lambda tok, tokens, length: "\u20ac" * int(length))
+    monkeypatch.setattr(generation.tokenizers, "decode", lambda tok, tokens, length: "\u20ac" * int(length))
     whole = evaluate_five(small, path)
     content = path.read_bytes()
     cut = (
@@ -107,8 +110,8 @@ def test_an_evaluation_cut_anywhere_goes_on_to_the_same_bytes(small, tmp_path, m
     )
     path.write_bytes(content[:cut])
     sampled = []
-    original = evaluation.respond
-    monkeypatch.setattr(evaluation, "respond", lambda *a, **k: sampled.append(a[3].tolist()) or original(*a, **k))
+    original = sets.respond
+    monkeypatch.setattr(sets, "respond", lambda *a, **k: sampled.append(a[3].tolist()) or original(*a, **k))
     assert evaluate_five(small, path) == whole
     assert path.read_bytes() == content
     lines = [n for n in range(0, 6, 2) if content[:cut].count(b"\n") < 3 * min(n + 2, 5)]
@@ -146,10 +149,10 @@ def test_a_file_made_with_other_settings_is_refused_or_made_anew(small, tmp_path
 
 def test_what_is_unsolvable_as_stated_is_counted_both_ways(small, tmp_path, monkeypatch):
     rows = data.load("arithmetic:eval,count=5")
-    monkeypatch.setattr(evaluation.unsolvable, "reason", lambda problem: problem == rows[1]["problem"] or None)
-    monkeypatch.setattr(respond.rewards, "judge", lambda texts, rows, reward: [VERDICTS[row["id"]] for row in rows])
-    monkeypatch.setattr(respond, "STOP", respond.STOP | 1)  # a response cut at the limit counts as well
-    VERDICTS = {row["id"]: respond.rewards.Verdict(float(i != 1), "correct", "1") for i, row in enumerate(rows)}
+    monkeypatch.setattr(sets.unsolvable, "reason", lambda problem: problem == rows[1]["problem"] or None)
+    monkeypatch.setattr(generation.rewards, "judge", lambda texts, rows, reward: [VERDICTS[row["id"]] for row in rows])
+    monkeypatch.setattr(generation, "STOP", generation.STOP | 1)  # a response cut at the limit counts as well
+    VERDICTS = {row["id"]: generation.rewards.Verdict(float(i != 1), "correct", "1") for i, row in enumerate(rows)}
     result = evaluate_five(small, tmp_path / "set.jsonl")
     kept = [value for i, value in enumerate(result["per_problem"]) if i != 1]
     assert (result["problems"], result["solvable"]["problems"]) == (5, 4)
@@ -161,25 +164,25 @@ def test_what_is_unsolvable_as_stated_is_counted_both_ways(small, tmp_path, monk
 def graded(*answers, outcomes, finish=None):
     """One problem whose responses gave these answers."""
     verdicts = [
-        respond.rewards.Verdict(float(outcome == "correct"), outcome, answer)
+        generation.rewards.Verdict(float(outcome == "correct"), outcome, answer)
         for answer, outcome in zip(answers, outcomes, strict=True)
     ]
     shape = (1, len(answers))
     ends = np.array([finish or [STOP] * len(answers)])
     empty = Rollout(np.zeros((*shape, 1), int), np.zeros((*shape, 1)), np.ones(shape, int), ends)
-    return respond.Graded(empty, [[""] * len(answers)], [verdicts], np.array([[v.reward for v in verdicts]]))
+    return generation.Graded(empty, [[""] * len(answers)], [verdicts], np.array([[v.reward for v in verdicts]]))
 
 
 def test_equal_answers_share_a_vote():
     wrong = ["wrong"] * 7
-    votes = evaluation._votes(graded(r"\frac12", "0.5", "x+1", "1+x", "7", r"\frac{2}{4}", "7.0", outcomes=wrong))
+    votes = majority._votes(graded(r"\frac12", "0.5", "x+1", "1+x", "7", r"\frac{2}{4}", "7.0", outcomes=wrong))
     assert votes == [[0, 0, 1, 1, 2, 0, 2]]
     mixed = ["wrong", "correct", "correct", "no_box", "wrong", "timeout", "timeout"]
-    votes = evaluation._votes(graded("8", "3", "9/3", None, "08", "9^{9^9}", "9^{9^9}", outcomes=mixed))
+    votes = majority._votes(graded("8", "3", "9/3", None, "08", "9^{9^9}", "9^{9^9}", outcomes=mixed))
     assert votes == [[0, 1, 1, -1, 0, 2, 2]]
-    votes = evaluation._votes(graded("136", "330", "136", "330", "7", "136", outcomes=wrong[:6]))
+    votes = majority._votes(graded("136", "330", "136", "330", "7", "136", outcomes=wrong[:6]))
     assert votes == [[0, 1, 0, 1, 2, 0]], "an answer given again after another"
-    votes = evaluation._votes(graded("8", "8", outcomes=wrong[:2], finish=[LENGTH, STOP]))
+    votes = majority._votes(graded("8", "8", outcomes=wrong[:2], finish=[LENGTH, STOP]))
     assert votes == [[-1, 0]]
 
 
@@ -188,8 +191,8 @@ def test_grades_and_votes_are_the_same_when_processes_share_them(small, monkeypa
     parts = [rollout_of(small[0], [text, " sum 3 4", texts[i - 1]], [STOP] * 3) for i, text in enumerate(texts)]
     whole = Rollout(*(np.concatenate([pad_to(field, 12) for field in fields]) for fields in zip(*parts, strict=True)))
     rows = [{"answer": "352"}] * 5 + [{"answer": "9"}] * 5
-    alone = respond.grade(small[0], whole, rows)
-    votes = evaluation._votes(alone)
+    alone = generation.grade(small[0], whole, rows)
+    votes = majority._votes(alone)
     shares = []
 
     def split(work, items):
@@ -200,12 +203,12 @@ def test_grades_and_votes_are_the_same_when_processes_share_them(small, monkeypa
             shares.append(len(results[process::3]))
         return results
 
-    monkeypatch.setattr(respond.distributed, "split", split)
-    shared = respond.grade(small[0], whole, rows)
+    monkeypatch.setattr(generation.distributed, "split", split)
+    shared = generation.grade(small[0], whole, rows)
     assert shared.texts == alone.texts and shared.verdicts == alone.verdicts
     np.testing.assert_array_equal(shared.rewards, alone.rewards)
     assert 0 < alone.rewards.mean() < 1 and len({str(vote) for vote in votes}) > 1
-    assert evaluation._votes(shared) == votes
+    assert majority._votes(shared) == votes
     assert shares == [4, 3, 3] * 2
 
 
@@ -218,7 +221,7 @@ def test_policy_from_a_hugging_face_folder(small, tmp_path):
     """What policy.load reads from an exported folder is what was exported."""
     folder = tmp_path / "model"
     source, params = small
-    models_saved = policy.huggingface.save(
+    models_saved = huggingface.save(
         folder, params, source.config, tokenizer=source.tokenizer, stop_ids=source.stop_ids
     )
     assert models_saved is None
@@ -227,9 +230,9 @@ def test_policy_from_a_hugging_face_folder(small, tmp_path):
     )
     assert loaded.config == source.config and loaded.stop_ids == source.stop_ids and loaded.pad_id == source.pad_id
     jax.tree.map(np.testing.assert_array_equal, initial(jax.random.key(1), sharding.make_mesh()), params)
-    prompt = respond.encode_prompts(loaded._replace(instruction=""), data.load("arithmetic:eval,count=1"), False)
-    assert prompt == respond.encode_prompts(source, data.load("arithmetic:eval,count=1"), False)
-    tokens, mask = respond.pad_prompts(loaded, prompt, 20)
+    prompt = generation.encode_prompts(loaded._replace(instruction=""), data.load("arithmetic:eval,count=1"), False)
+    assert prompt == generation.encode_prompts(source, data.load("arithmetic:eval,count=1"), False)
+    tokens, mask = generation.pad_prompts(loaded, prompt, 20)
     out, _ = rollout.generate(
         params, loaded.config, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(0), jnp.arange(1), group=2,
         max_new_tokens=3, temperature=1.0, top_p=1.0, top_k=0, stop_ids=loaded.stop_ids, pad_id=loaded.pad_id,
@@ -241,7 +244,7 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(small, tmp_path):
     source, _ = small
     config = models.ModelConfig(**{**source.config.__dict__, "vocab_size": 50})
     params = models.init(jax.random.key(0), config)
-    policy.huggingface.save(tmp_path / "model", params, config)
+    huggingface.save(tmp_path / "model", params, config)
     with pytest.raises(ValueError, match=r"tokenizer has 126 tokens, the model's vocabulary 50"):
         policy.load(
             str(tmp_path / "model"), "arithmetic", layers=0, hidden=0, heads=0, mlp=0, dtype=jnp.float32, instruction=""

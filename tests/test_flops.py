@@ -10,8 +10,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.sharding import PartitionSpec as P
 
 from sgpo_jax import sharding
-from sgpo_jax.flops import matmul_flops
-from sgpo_jax.scopes import Scopes
+from sgpo_jax.plan.flops import matmul_flops
+from sgpo_jax.plan.phases import Scopes
 
 M, K, N = 3, 5, 7
 NOTHING = Scopes("all")

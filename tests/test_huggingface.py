@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
-from sgpo_jax import tokenizer as tokenizers
 from sgpo_jax.models import ModelConfig, apply, huggingface, init
 from sgpo_jax.models.config import RopeScaling, to_hf
+from sgpo_jax.policy import tokenizer as tokenizers
 
 SHAPE = dict(
     vocab_size=151,

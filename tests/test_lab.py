@@ -10,6 +10,7 @@ from test_config import load
 
 from sgpo_jax import lab, methods
 from sgpo_jax.config import ConfigDict
+from sgpo_jax.lab import workers
 from sgpo_jax.runtime.files import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -188,13 +189,13 @@ def test_a_lab_from_beginning_to_end(config, tmp_path, capsys, monkeypatch):
     first = timeless(tmp_path / "results.jsonl")
 
     ran = []
-    real = lab.run_cell
+    real = workers.run_cell
 
     def run_cell(config, cell, workdir):
         ran.append(str(cell))
         return real(config, cell, workdir)
 
-    monkeypatch.setattr(lab, "run_cell", run_cell)
+    monkeypatch.setattr(workers, "run_cell", run_cell)
     lab.run(config, tmp_path)
     assert ran == [] and "0 to run" in capsys.readouterr().out
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
@@ -213,14 +214,14 @@ def test_a_lab_from_beginning_to_end(config, tmp_path, capsys, monkeypatch):
 
 def test_a_cell_that_fails_does_not_cost_the_others(config, tmp_path, monkeypatch):
     config.lab.update({"rates": (1.0,), "worlds": ("base",), "methods": ("sgpo",), "seeds": (0, 1)})
-    real = lab.rl.train
+    real = workers.rl.train
 
     def train(config, *arguments):
         if config.seed == 0:
             raise RuntimeError("out of memory")
         return real(config, *arguments)
 
-    monkeypatch.setattr(lab.rl, "train", train)
+    monkeypatch.setattr(workers.rl, "train", train)
     message = "1 of 2 cells failed, the first is base/sgpo@1/seed0: RuntimeError: out of memory"
     with pytest.raises(ValueError, match=message):
         lab.run(config, tmp_path)
@@ -231,7 +232,7 @@ def test_a_cell_that_fails_does_not_cost_the_others(config, tmp_path, monkeypatc
     def diverge(*arguments):
         raise FloatingPointError("step 2: the gradient was not finite")
 
-    monkeypatch.setattr(lab.rl, "train", diverge)
+    monkeypatch.setattr(workers.rl, "train", diverge)
     lab.run(config, tmp_path)
     (row,) = [r for r in read_jsonl(tmp_path / "results.jsonl") if (r["method"], r["seed"]) == ("sgpo", 0)]
     assert row["accuracy"] == 0.0 and row["failed"] == "step 2: the gradient was not finite"
@@ -244,10 +245,10 @@ def test_methods_begin_with_the_warm_up_of_their_world_and_seed(config, tmp_path
 
     def train(config, workdir, policy, initial, mesh):
         begun[config.seed, config.rl.guided] = jax.device_get(initial())
-        saved = lab.stage.best_params(config, tmp_path / f"base/sft@1/seed{config.seed}", "sft", policy, mesh)
+        saved = workers.stage.best_params(config, tmp_path / f"base/sft@1/seed{config.seed}", "sft", policy, mesh)
         jax.tree.map(np.testing.assert_array_equal, begun[config.seed, config.rl.guided], jax.device_get(saved))
 
-    monkeypatch.setattr(lab.rl, "train", train)
+    monkeypatch.setattr(workers.rl, "train", train)
     lab.run(config, tmp_path)
     assert set(begun) == {(0, 0), (0, 1), (1, 0), (1, 1)}
     kernels = [begun[seed, 1]["embed"]["embedding"] for seed in (0, 1)]

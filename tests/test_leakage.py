@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgpo_jax import leakage, strategy_text
 from sgpo_jax.data.generators import gym
+from sgpo_jax.strategies import leakage, parsing
 
 PROBLEM = "Mia has 48 beads and half as many shells. How many has she in 3 years?"
 SOLUTION = "She has 48/2 = 24 shells. There are 48 + 24 = 72 things. Step 2: 7 days, so 72 * 7 = 504, x^5, 2.5 = 5/2."
@@ -191,7 +191,7 @@ def test_good_strategies_pass_and_the_same_with_the_answer_do_not():
     pytest.importorskip("reasoning_gym", reason="needs the extra 'gym'")
     for family in gym.FAMILIES:
         for row in gym.problems(family, 8, 3):
-            parsed = strategy_text.parse(row["strategy"])
+            parsed = parsing.parse(row["strategy"])
             assert parsed.reason == ""
             texts = row["problem"], row["answer"], row["solution"]
             assert leakage.find(parsed.strategy, *texts) == ("", "")

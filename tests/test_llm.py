@@ -13,19 +13,20 @@ from chat_server import Answer, ChatServer, completion, failure
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sgpo_jax import llm, policy, sharding
+from sgpo_jax import policy, sharding
+from sgpo_jax.strategies import clients
 
 pytest.importorskip("openai", reason="needs the extra 'extract'")
 
 KEY = "sk-canary-0123456789abcdef"
-REQUEST = llm.Request("1", "What is 2 + 3?", 1, 50)
+REQUEST = clients.Request("1", "What is 2 + 3?", 1, 50)
 
 
 def client(server, **options):
     """(ask, reasons of its retries)."""
     reasons: list[str] = []
     chosen = {"key": KEY, "temperature": 0.6, "top_p": 0.95, "backoff": 0.01, "timeout": 5.0, "retries": 3, **options}
-    return llm.endpoint("big-model", base_url=server.url, retried=reasons.append, **chosen), reasons
+    return clients.endpoint("big-model", base_url=server.url, retried=reasons.append, **chosen), reasons
 
 
 def scripted(*answers):
@@ -42,7 +43,7 @@ def test_a_normal_reply_and_what_was_asked():
 
     with ChatServer(answer) as server:
         ask, reasons = client(server)
-        assert ask(REQUEST) == llm.Reply(["five"], ["stop"], 9, 4)
+        assert ask(REQUEST) == clients.Reply(["five"], ["stop"], 9, 4)
         ask, _ = client(server, limit_field="max_completion_tokens", key="")
         assert ask(REQUEST._replace(choices=3)).texts == ["five"]
     wanted = {"model": "big-model", "messages": [{"role": "user", "content": "What is 2 + 3?"}]}
@@ -91,7 +92,7 @@ def test_tokens_of_replies_without_choices_are_counted():
 def test_tries_end():
     with scripted(failure(503, "down")) as server:
         ask, reasons = client(server, retries=2)
-        with pytest.raises(llm.Unavailable, match="3 tries, the last one: 503"):
+        with pytest.raises(clients.Unavailable, match="3 tries, the last one: 503"):
             ask(REQUEST)
     assert len(server.requests) == 3 and len(reasons) == 2
 
@@ -104,26 +105,26 @@ def test_waits_double_and_last_as_long_as_the_server_asks():
 
 
 def test_retry_after():
-    in_a_minute = llm.retry_after(formatdate(time.time() + 60, usegmt=True))
+    in_a_minute = clients.retry_after(formatdate(time.time() + 60, usegmt=True))
     assert 55 < in_a_minute <= 60
-    assert llm.retry_after("7.5") == 7.5 and llm.retry_after("86400") == llm.LONGEST_WAIT
+    assert clients.retry_after("7.5") == 7.5 and clients.retry_after("86400") == clients.LONGEST_WAIT
     for nonsense in ("", "soon", "-5", "nan", formatdate(0, usegmt=True), "Wed, 99 Foo 2026"):
-        assert llm.retry_after(nonsense) == 0.0
-    assert llm.retry_after("inf") == llm.LONGEST_WAIT
+        assert clients.retry_after(nonsense) == 0.0
+    assert clients.retry_after("inf") == clients.LONGEST_WAIT
 
 
 @pytest.mark.parametrize(
     ("bad", "error"),
     [
-        (failure(401, f"wrong key {KEY}"), llm.Denied),
-        (failure(402, "no money"), llm.Denied),
-        (failure(403, "not you"), llm.Denied),
-        (failure(404, "no such model"), llm.Denied),
-        (failure(429, "pay first", "insufficient_quota"), llm.Denied),
-        (failure(400, "odd"), llm.Refused),
-        (failure(422, "odd"), llm.Refused),
-        (failure(400, "long", "context_length_exceeded"), llm.TooLong),
-        (failure(400, "maximum context length is 4096 tokens"), llm.TooLong),
+        (failure(401, f"wrong key {KEY}"), clients.Denied),
+        (failure(402, "no money"), clients.Denied),
+        (failure(403, "not you"), clients.Denied),
+        (failure(404, "no such model"), clients.Denied),
+        (failure(429, "pay first", "insufficient_quota"), clients.Denied),
+        (failure(400, "odd"), clients.Refused),
+        (failure(422, "odd"), clients.Refused),
+        (failure(400, "long", "context_length_exceeded"), clients.TooLong),
+        (failure(400, "maximum context length is 4096 tokens"), clients.TooLong),
     ],
 )
 def test_what_no_retry_mends_is_not_tried_again(bad, error):
@@ -141,7 +142,7 @@ def test_stopping_ends_the_wait():
         ask, _ = client(server, stop=stop)
         threading.Timer(0.3, stop.set).start()
         started = time.monotonic()
-        with pytest.raises(llm.Unavailable, match="stopped while waiting"):
+        with pytest.raises(clients.Unavailable, match="stopped while waiting"):
             ask(REQUEST)
     assert time.monotonic() - started < 5
 
@@ -162,13 +163,13 @@ def test_stopping_ends_the_wait():
         (completion("é", usage=None), ["é"], ["stop"], (14, 2)),
         (completion("x", usage={"prompt_tokens": -3, "completion_tokens": "many"}), ["x"], ["stop"], (14, 1)),
         (completion("x", usage={"prompt_tokens": True, "completion_tokens": 1e300}), ["x"], ["stop"], (14, 1)),
-        (completion("y" * 2_000_000), ["y" * llm.MAX_TEXT], ["length"], (11, 7)),
+        (completion("y" * 2_000_000), ["y" * clients.MAX_TEXT], ["length"], (11, 7)),
     ],
 )
 def test_odd_replies_become_plain_ones(reply, texts, finish, tokens):
     with scripted(reply) as server:
         found = client(server)[0](REQUEST._replace(choices=2))
-    assert found == llm.Reply(texts, finish, *tokens)
+    assert found == clients.Reply(texts, finish, *tokens)
 
 
 JSON = st.recursive(
@@ -190,7 +191,7 @@ JSON = st.recursive(
 def test_any_body_is_a_reply_or_a_value_error(content, noise):
     for body in (json.dumps(content).encode(), noise, json.dumps({"choices": [{"message": content}]}).encode()):
         try:
-            reply = llm.read_reply(body, REQUEST, str)
+            reply = clients.read_reply(body, REQUEST, str)
         except ValueError:
             continue
         assert all(isinstance(text, str) for text in reply.texts) and len(reply.finish) == len(reply.texts) <= 1
@@ -198,7 +199,7 @@ def test_any_body_is_a_reply_or_a_value_error(content, noise):
 
 
 def test_an_endless_body_is_given_up(monkeypatch):
-    monkeypatch.setattr(llm, "MAX_BODY", 1000)
+    monkeypatch.setattr(clients, "MAX_BODY", 1000)
     with scripted(completion("y" * 5000), completion("short")) as server:
         ask, reasons = client(server)
         assert ask(REQUEST).texts == ["short"]
@@ -208,20 +209,20 @@ def test_an_endless_body_is_given_up(monkeypatch):
 @pytest.mark.parametrize("url", ["https://user:secretpass@host/v1", "https://secretpass@host/v1"])
 def test_a_password_in_the_url_is_refused_and_not_repeated(url):
     with pytest.raises(ValueError, match="environment variable") as error:
-        llm.check_base_url(url)
+        clients.check_base_url(url)
     assert "secretpass" not in str(error.value)
 
 
 @pytest.mark.parametrize("url", ["", "api.example.com/v1", "ftp://host/v1", "https://"])
 def test_a_url_that_is_none_is_refused(url):
     with pytest.raises(ValueError, match="must begin with http"):
-        llm.check_base_url(url)
+        clients.check_base_url(url)
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "openai", None)
     with pytest.raises(ImportError, match="extra 'extract'"):
-        llm.endpoint("m", base_url="http://x/v1", key="", temperature=1.0, top_p=1.0)
+        clients.endpoint("m", base_url="http://x/v1", key="", temperature=1.0, top_p=1.0)
 
 
 # ---- our own model
@@ -239,11 +240,11 @@ def small():
 
 def local(small, **options):
     chosen = {"seed": 0, "temperature": 1.0, "top_p": 1.0, "max_prompt_tokens": 24, "batch": 4, "gather": 0.05}
-    return llm.local(*small, **(chosen | options))
+    return clients.local(*small, **(chosen | options))
 
 
 def requests(count):
-    return [llm.Request(f"r{i}", f"Prices at copper market: {i} 3", 2, 6) for i in range(count)]
+    return [clients.Request(f"r{i}", f"Prices at copper market: {i} 3", 2, 6) for i in range(count)]
 
 
 def test_replies_of_our_own_model_depend_on_seed_and_id_alone(small):
@@ -261,11 +262,11 @@ def test_replies_of_our_own_model_depend_on_seed_and_id_alone(small):
 
 def test_waiting_requests_share_a_batch(small, monkeypatch):
     calls = []
-    monkeypatch.setattr(llm, "respond", lambda *a, **k: calls.append(k["max_new_tokens"]) or respond(*a, **k))
+    monkeypatch.setattr(clients, "respond", lambda *a, **k: calls.append(k["max_new_tokens"]) or respond(*a, **k))
     respond = __import__("sgpo_jax.respond", fromlist=["respond"]).respond
     ask = local(small, gather=0.5)
     first, *rest = requests(4)
-    mixed = [first, llm.Request("long", "Prices at copper market: 1 1", 2, 7), *rest]
+    mixed = [first, clients.Request("long", "Prices at copper market: 1 1", 2, 7), *rest]
     with ThreadPoolExecutor(5) as pool:
         replies = list(pool.map(ask, mixed))
     assert sorted(calls) == [6, 7], "four of one shape at once, the fifth by itself"
@@ -274,7 +275,7 @@ def test_waiting_requests_share_a_batch(small, monkeypatch):
 
 def test_tokens_and_ends_are_counted(small):
     reply = local(small)(requests(1)[0])
-    prompt = llm.tokenizers.encode_turn(small[0].tokenizer, requests(1)[0].prompt)
+    prompt = clients.tokenizers.encode_turn(small[0].tokenizer, requests(1)[0].prompt)
     assert reply.prompt_tokens == len(prompt)
     assert 2 <= reply.completion_tokens <= 12 and set(reply.finish) <= {"stop", "length"}
     full = [finish == "length" for finish in reply.finish]
@@ -282,17 +283,17 @@ def test_tokens_and_ends_are_counted(small):
 
 
 def test_what_does_not_fit_is_refused(small):
-    with pytest.raises(llm.TooLong, match="at most 24 fit"):
-        local(small)(llm.Request("1", "3 " * 40, 1, 6))
-    with pytest.raises(llm.Denied, match="4096 positions"):
-        local(small)(llm.Request("1", "3 3", 1, 5000))
+    with pytest.raises(clients.TooLong, match="at most 24 fit"):
+        local(small)(clients.Request("1", "3 " * 40, 1, 6))
+    with pytest.raises(clients.Denied, match="4096 positions"):
+        local(small)(clients.Request("1", "3 3", 1, 5000))
 
 
 def test_an_error_of_the_engine_reaches_everybody_who_waits(small, monkeypatch):
     def broken(*arguments, **options):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(llm, "respond", broken)
+    monkeypatch.setattr(clients, "respond", broken)
     ask = local(small)
     with ThreadPoolExecutor(3) as pool:
         futures = [pool.submit(ask, request) for request in requests(3)]

@@ -13,11 +13,13 @@ from test_config import load
 from test_train_step import CONFIG, G1, G2, B, T, assert_trees_close, log_probs, make_batch, make_params
 
 from sgpo_jax import config as configs
-from sgpo_jax import config_checks, main, methods, rl
-from sgpo_jax.batch import Batch, pack_batch
+from sgpo_jax import config_checks, main, methods
 from sgpo_jax.methods import METHODS, select
 from sgpo_jax.runtime.files import read_jsonl
-from sgpo_jax.train_step import init_state, make_update
+from sgpo_jax.training import rl
+from sgpo_jax.training.batch import Batch, pack_batch
+from sgpo_jax.training.state import init_state
+from sgpo_jax.training.train_step import make_update
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINED = [name for name in METHODS if name != "sft"]

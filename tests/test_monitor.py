@@ -3,7 +3,7 @@
 import pytest
 
 from sgpo_jax import config as configs
-from sgpo_jax import monitor, rl
+from sgpo_jax.training import collapse, rl
 
 HEALTHY = {"entropy": 0.5, "response_length": 90.0, "truncated": 0.1, "identical": 0.2, "kl_clip_share": 0.02}
 
@@ -27,19 +27,19 @@ def limits():
 )
 def test_each_sign_is_seen_in_the_mean_of_the_window(limits, metric, value, expected):
     sick = HEALTHY | {metric: value}
-    assert monitor.signs([HEALTHY] * 9, limits) == {}
-    assert monitor.signs([sick] * 2, limits) == {}, "too few rows to tell"
-    assert monitor.signs([sick, sick, sick, HEALTHY, HEALTHY, sick], limits) == {}, "two of the window are well"
-    (found,) = monitor.signs([HEALTHY, sick, sick, sick], limits).values()
+    assert collapse.signs([HEALTHY] * 9, limits) == {}
+    assert collapse.signs([sick] * 2, limits) == {}, "too few rows to tell"
+    assert collapse.signs([sick, sick, sick, HEALTHY, HEALTHY, sick], limits) == {}, "two of the window are well"
+    (found,) = collapse.signs([HEALTHY, sick, sick, sick], limits).values()
     assert found.startswith(expected)
     for unknown in (None, float("nan"), float("inf"), -float("inf")):
-        assert monitor.signs([sick, sick, sick | {metric: unknown}], limits) == {}
+        assert collapse.signs([sick, sick, sick | {metric: unknown}], limits) == {}
     without = {name: other for name, other in HEALTHY.items() if name != metric}
-    assert monitor.signs([without] * 3, limits) == {}, "plain GRPO has no KL"
+    assert collapse.signs([without] * 3, limits) == {}, "plain GRPO has no KL"
 
 
 def test_every_limit_is_a_field_of_the_config(limits):
-    assert {*monitor.LIMITS, "window", "action", "most_rollbacks"} == set(limits)
+    assert {*collapse.LIMITS, "window", "action", "most_rollbacks"} == set(limits)
 
 
 def test_a_sign_is_said_once_and_again_when_it_comes_back(limits, capsys):

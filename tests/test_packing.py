@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from sgpo_jax import losses, models, packing
-from sgpo_jax.train_step import response_hidden, response_logprobs
+from sgpo_jax import losses, models
+from sgpo_jax.training import packing
+from sgpo_jax.training.train_step import response_hidden, response_logprobs
 
 SIZES = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 8)), max_size=12)
 

@@ -13,16 +13,18 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from sgpo_jax import chips, estimate, models, plan, programs, recipe, rl, roofline, search, sharding
 from sgpo_jax import config as configs
-from sgpo_jax.batch import pack_batch
-from sgpo_jax.chips import Chip
+from sgpo_jax import models, plan, sharding
 from sgpo_jax.models import presets
-from sgpo_jax.programs import Program, Setting
-from sgpo_jax.recipe import Assumed
-from sgpo_jax.roofline import Reached, Seconds
-from sgpo_jax.scopes import Scopes
-from sgpo_jax.traffic import Collective
+from sgpo_jax.plan import estimate, hardware, programs, roofline, search, workload
+from sgpo_jax.plan.hardware import Chip
+from sgpo_jax.plan.hlo_cost import Collective
+from sgpo_jax.plan.phases import Scopes
+from sgpo_jax.plan.programs import Program, Setting
+from sgpo_jax.plan.roofline import Reached, Seconds
+from sgpo_jax.plan.workload import Assumed
+from sgpo_jax.training import rl
+from sgpo_jax.training.batch import pack_batch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -67,7 +69,7 @@ def test_calls_of_the_papers_recipe():
     # 44 of 128. Ten epochs each. The 283 make 5 batches, once an epoch. The sets, before and after RL, in batches of
     # 64: 8 and 11 with 4 samples, 1 and 1 with 32.
     config = configs.paper("Qwen/Qwen2.5-7B-Instruct", tensor=4)
-    assert recipe.calls(config, ASSUMED) == recipe.Calls(390, 50, 440, 0, {4: 38, 32: 4})
+    assert workload.calls(config, ASSUMED) == workload.Calls(390, 50, 440, 0, {4: 38, 32: 4})
 
 
 def test_calls_of_other_recipes():
@@ -77,32 +79,32 @@ def test_calls_of_other_recipes():
     config.sft.validate_every = 200
     config.rl.steps, config.rl.eval_every = 50, 20
     config.eval.sets = ConfigDict({"ours": {"source": "rows", "samples": 2}})
-    found = recipe.calls(config, ASSUMED._replace(eval_problems=130))
+    found = workload.calls(config, ASSUMED._replace(eval_problems=130))
     # Validated six times (1190 steps by 200) in 14 batches; three evaluations (after 20, 40 and 50) of 3 batches.
-    assert found == recipe.Calls(1190, 6 * 14, 50, 0, {2: 9})
+    assert found == workload.Calls(1190, 6 * 14, 50, 0, {2: 9})
     config.rl.guide = "self"  # 8500 problems in batches of 128, the last one filled up
-    assert recipe.calls(config, ASSUMED._replace(eval_problems=130)) == found._replace(own_strategies=67)
+    assert workload.calls(config, ASSUMED._replace(eval_problems=130)) == found._replace(own_strategies=67)
     config.rl.guided = 0
-    assert recipe.calls(config, ASSUMED._replace(eval_problems=130)) == found
+    assert workload.calls(config, ASSUMED._replace(eval_problems=130)) == found
     config.rl.update({"guide": "strategy", "guided": 4})
     config.stages = ("rl", "eval")
     config.eval.guided = True
-    found = recipe.calls(config, ASSUMED._replace(eval_problems=130))
+    found = workload.calls(config, ASSUMED._replace(eval_problems=130))
     assert (found.sft_steps, found.sft_validations, found.evaluations) == (0, 0, {2: (4 + 3) * 3})
 
 
 @pytest.mark.parametrize("mean", [1, 7, 400, 512, 900, 1000])
 def test_assumed_lengths_have_the_assumed_mean(mean):
-    found = recipe.lengths(500, mean, 1024)
+    found = workload.lengths(500, mean, 1024)
     assert found.min() >= 1 and found.max() <= 1024
     assert found.mean() == pytest.approx(mean, rel=0.01)
 
 
 def test_assumed_lengths_are_exponential():
-    found = np.sort(recipe.lengths(1000, 100.0, 10**6))
+    found = np.sort(workload.lengths(1000, 100.0, 10**6))
     # The median of an exponential distribution is its mean times log 2.
     assert found[500] == pytest.approx(100 * math.log(2), rel=0.02)
-    assert (recipe.lengths(1000, 100.0, 10**6)[:10] != found[:10]).any()
+    assert (workload.lengths(1000, 100.0, 10**6)[:10] != found[:10]).any()
 
 
 # ---- time
@@ -125,7 +127,7 @@ def test_a_small_collective_takes_the_steps_of_its_ring():
 CHIPS_FAST = Chip(flops=1e15, hbm=1e12, ici=1e11)
 
 
-def result(stage, calls, *phases, fits=True, compiled=True, needed=0, limit=16 * chips.GIB):
+def result(stage, calls, *phases, fits=True, compiled=True, needed=0, limit=16 * hardware.GIB):
     return {
         "stage": stage, "calls": calls, "tokens": 1000.0, "fits": fits, "compiled": compiled,
         "hbm": {"needed": needed, "limit": limit},
@@ -149,7 +151,7 @@ def test_hours_of_a_run():
 
 # ---- advice and search
 
-GIB = chips.GIB
+GIB = hardware.GIB
 
 
 def program(name, field, value, size, resident=0, arguments=0):
@@ -211,8 +213,8 @@ def small_run(**changes):
 
 def with_eight(monkeypatch):
     """Eight devices of the CPU in the place of a topology."""
-    monkeypatch.setattr(chips, "topology", lambda name: (CHIPS_FAST, jax.devices()))
-    monkeypatch.setattr(chips, "hbm_limit", lambda device: GIB)
+    monkeypatch.setattr(hardware, "topology", lambda name: (CHIPS_FAST, jax.devices()))
+    monkeypatch.setattr(hardware, "hbm_limit", lambda device: GIB)
 
 
 @pytest.mark.parametrize(
@@ -234,22 +236,22 @@ def test_what_does_not_divide_is_refused_before_anything_is_compiled(monkeypatch
 
 
 def test_libtpu_is_asked_for(monkeypatch):
-    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         ValueError, match=r"libtpu, the compiler for TPUs, is not installed: pip install 'sgpo_jax\[tpu"
     ):
-        chips.topology("v5e:2x2")
+        hardware.topology("v5e:2x2")
 
 
 def test_a_shape_that_libtpu_refuses_is_named(monkeypatch):
     def refuse(**_):
         raise RuntimeError("not divisible")
 
-    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(chips.topologies, "get_topology_desc", refuse)
-    monkeypatch.setattr(chips.os, "environ", {})
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(hardware.topologies, "get_topology_desc", refuse)
+    monkeypatch.setattr(hardware.os, "environ", {})
     with pytest.raises(ValueError, match=r"--topology=v5e:3x7: libtpu knows no such topology \(not divisible\)"):
-        chips.topology("v5e:3x7")
+        hardware.topology("v5e:3x7")
 
 
 @pytest.mark.parametrize(
@@ -263,7 +265,7 @@ def test_a_shape_that_libtpu_refuses_is_named(monkeypatch):
     ],
 )  # fmt: skip
 def test_sizes_in_the_compilers_message(message, sizes):
-    assert chips.too_large(RuntimeError(message)) == sizes
+    assert hardware.too_large(RuntimeError(message)) == sizes
 
 
 def made_up(limit, of_setting, besides):
@@ -495,7 +497,7 @@ def test_communication_and_time(planned):
 def test_work_of_decoding(planned):
     # Both problems of a device have two responses of each kind, in eight slots; the longest of all sixteen lengths
     # decides the steps.
-    steps = max(recipe.lengths(16, 48, T))
+    steps = max(workload.lengths(16, 48, T))
     decoding = planned[0]["programs"]["rollout"]["phases"]["decode"]
     products = D * 3 * H * N + H * N * D + 3 * D * F + D * V
     cache = decoding["flops"] * 4 / (2 * steps * 16) - products

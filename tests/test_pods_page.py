@@ -66,10 +66,10 @@ def modules():
 @pytest.mark.parametrize("words", modules(), ids=lambda words: words[0])
 def test_the_python_commands_have_flags_and_fields_that_exist(words):
     module, *arguments = words
-    file = ROOT / f"{module.replace('.', '/')}.py"
-    if not file.exists():
-        pytest.skip(f"{file.name} is not there")
-    sources = [path.read_text() for path in (file, ROOT / "sgpo_jax/command.py")]
+    place = ROOT / module.replace(".", "/")
+    file = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
+    assert file.is_file(), f"there is no command {module}"
+    sources = [path.read_text() for path in (file, ROOT / "sgpo_jax/cli.py")]
     calls = [node for source in sources for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     flags = {call.args[0].value for call in calls if ast.unparse(call.func).startswith("flags.DEFINE_")}
     given = [argument.lstrip("-").partition("=")[0] for argument in arguments]

@@ -6,8 +6,10 @@ from itertools import combinations, product
 
 import pytest
 
-from sgpo_jax import leakage, prompts, rewards, self_strategies
+from sgpo_jax import rewards
 from sgpo_jax.data.generators import arithmetic, gym, logic
+from sgpo_jax.policy.prompts import user_turn
+from sgpo_jax.strategies import leakage, prompts, self_written
 
 FORM = re.compile(r"Problem type: [^:]+\. Strategy: [^:]+\. Steps: \(a\) [^()]+ \(b\) [^()]+( \([c-e]\) [^()]+)*")
 OPERATIONS = {  # written again, independently of the package
@@ -146,12 +148,12 @@ def test_rows_that_teach_to_write_strategies():
         problem, solution, request = row["problem"].split("\n\n")
         methods = methods_of(solution)
         assert problem == before["problem"] and request == "Strategy:" and "strategy" not in row
-        assert prompts.user_turn(row["problem"], None, "") == prompts.own_strategy(problem, solution, bare=True)
+        assert user_turn(row["problem"], None, "") == prompts.own_strategy(problem, solution, bare=True)
         assert row["answer"] == "".join(
             str(OPERATIONS[m](*p)) for m, p in zip(methods, pairs_of(before), strict=True)
         ) and solution.endswith(f"\\boxed{{{row['answer']}}}")
         assert methods_of(row["solution"]) == methods and type_of(before) in row["solution"]
-        parsed = self_strategies.read(row["solution"], "stop", problem, row["answer"], solution)
+        parsed = self_written.read(row["solution"], "stop", problem, row["answer"], solution)
         assert parsed == (row["solution"], "", ""), "what it learns to write passes the checks as it is"
         agreement += [m == r for m, r in zip(methods, right[type_of(before)], strict=True)]
         drawn[row["source"]].add(methods)

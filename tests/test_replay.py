@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sgpo_jax import losses, main, models, replay, rl, skipped
-from sgpo_jax.batch import Batch
+from sgpo_jax import losses, main, models, replay
 from sgpo_jax.runtime.files import read_jsonl
+from sgpo_jax.training import rl, skipped_batch
+from sgpo_jax.training.batch import Batch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -83,7 +84,7 @@ def test_injected_nan_and_inf_are_skipped_and_counted_and_the_run_goes_on(run, c
 )  # fmt: skip
 def test_the_replay_says_where_it_begins(run, step, first, metrics, capsys):
     path = run / "rl" / f"skipped_batch_00000{step}.npz"
-    kept = skipped.read(path)
+    kept = skipped_batch.read(path)
     before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
     found = replay.run(config_of("rl"), run, path)
     output = capsys.readouterr().out
@@ -131,7 +132,7 @@ def test_a_bad_parameter_stops_the_warm_up_and_the_replay_names_it(tmp_path, mon
     found = replay.run(config, tmp_path, path)
     assert found[0] == ("parameters", "norm/scale", 1, ())
     hidden = next(each for each in found if each.what == "hidden state")
-    assert hidden.first.endswith("response 0, token 0") and set(hidden.problems) == set(skipped.read(path).ids)
+    assert hidden.first.endswith("response 0, token 0") and set(hidden.problems) == set(skipped_batch.read(path).ids)
     assert {"log-probability", "entropy", "loss", "metric", "gradient"} <= {each.what for each in found}
 
 
@@ -142,4 +143,4 @@ def test_a_file_that_is_no_batch_is_refused(run, tmp_path):
     (tmp_path / "text.npz").write_text("no")
     for name in ("other.npz", "cut.npz", "text.npz", "none.npz"):
         with pytest.raises(ValueError, match=rf"{name}: must be a skipped_batch_STEP.npz that a run left behind"):
-            skipped.read(tmp_path / name)
+            skipped_batch.read(tmp_path / name)

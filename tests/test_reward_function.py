@@ -8,9 +8,9 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from sgpo_jax import rewards, tokenizer
-from sgpo_jax.policy import Policy
-from sgpo_jax.respond import grade
+from sgpo_jax import rewards
+from sgpo_jax.policy import Policy, tokenizer
+from sgpo_jax.policy.generation import grade
 from sgpo_jax.rewards.verifier import _reward_pools
 from sgpo_jax.rollout import LENGTH, STOP, Rollout
 

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from sgpo_jax import config as configs
-from sgpo_jax import policy, respond, rl, sharding
+from sgpo_jax import policy, sharding
+from sgpo_jax.policy import generation
+from sgpo_jax.training import rl
 
 PROMPTS = {
     False: {"a": [9, 10, 11], "b": [12], "c": [13, 14], "longest": [20, 21, 22, 23]},
@@ -31,10 +33,10 @@ def step(tiny, tiny_params, config, position=7):
 
     def alone(name, guided, group):
         tokens = PROMPTS[guided]
-        padded = respond.pad_prompts(ours, [tokens[row["id"]] for row in ROWS], len(tokens["longest"]))
-        key = respond.noise_key(config.seed, name, position)
+        padded = generation.pad_prompts(ours, [tokens[row["id"]] for row in ROWS], len(tokens["longest"]))
+        key = generation.noise_key(config.seed, name, position)
         with jax.set_mesh(mesh):
-            rollout, _ = respond.respond(
+            rollout, _ = generation.respond(
                 ours, params, padded, np.arange(len(ROWS)), key, mesh, group=group, slots=0, max_new_tokens=9,
                 temperature=1.0, top_p=config.rl.top_p, top_k=config.rl.top_k,
             )  # fmt: skip

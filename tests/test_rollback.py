@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from sgpo_jax import config as configs
-from sgpo_jax import config_checks, main, monitor, rl, rollback, sharding
-from sgpo_jax.checkpoint import Checkpoints
+from sgpo_jax import config_checks, main, sharding
 from sgpo_jax.runtime.files import read_jsonl
-from sgpo_jax.train_step import TrainState
+from sgpo_jax.training import collapse, rl, rollback
+from sgpo_jax.training.checkpoint import Checkpoints
+from sgpo_jax.training.state import TrainState
 
 ROOT = Path(__file__).resolve().parents[1]
 SOUND, SICK = {"truncated": 0.0}, {"truncated": 1.0}
@@ -39,8 +40,8 @@ def test_sound_steps_end_before_the_window_of_the_first_of_the_present_signs(lim
         (steps(SICK, SICK), 0),
         (steps(SOUND, SICK, SICK)[1:], 1),  # rows begin later
     ]:
-        assert monitor.signs(rows, limits)
-        assert monitor.sound_steps(rows, limits) == expected, rows
+        assert collapse.signs(rows, limits)
+        assert collapse.sound_steps(rows, limits) == expected, rows
 
 
 def state(value):

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis.extra.numpy import arrays
 
-from sgpo_jax import models, packing, policy, sharding
+from sgpo_jax import models, policy, sharding
 from sgpo_jax.rollout import LENGTH, STOP, generate, sampling
-from sgpo_jax.train_step import response_hidden, response_logprobs
+from sgpo_jax.training import packing
+from sgpo_jax.training.train_step import response_hidden, response_logprobs
 
 filtered = jax.jit(sampling.filtered, static_argnames=("top_p", "top_k"))
 inverse_cdf = jax.jit(sampling.inverse_cdf)

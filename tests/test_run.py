@@ -15,8 +15,9 @@ import pytest
 import transformers
 import xla_flags
 
-from sgpo_jax import models, tokenizer
+from sgpo_jax import models
 from sgpo_jax.models import huggingface
+from sgpo_jax.policy import tokenizer
 from sgpo_jax.runtime.files import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]

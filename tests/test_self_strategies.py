@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from test_config import load
 
-from sgpo_jax import data, main, methods, prompts, respond, rewards, self_strategies, sharding, stage, tokenizer
-from sgpo_jax.respond import Graded
+from sgpo_jax import data, main, methods, rewards, sharding
+from sgpo_jax.policy import generation, tokenizer
+from sgpo_jax.policy.generation import Graded
 from sgpo_jax.rollout import STOP, Rollout
 from sgpo_jax.runtime.files import read_jsonl
+from sgpo_jax.strategies import prompts, self_written
+from sgpo_jax.training import stage
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLING = {"max_new_tokens": 24, "temperature": 1.0, "top_p": 0.95, "top_k": 0, "slots": 0}
@@ -37,7 +40,7 @@ def graded(lengths, values):
     ],
 )
 def test_the_shortest_correct_response_is_shown(lengths, values, shown):
-    found = self_strategies.shortest_correct(graded(lengths, values), 0)
+    found = self_written.shortest_correct(graded(lengths, values), 0)
     assert found == (None if shown is None else f"response {shown}")
 
 
@@ -53,15 +56,15 @@ def test_the_shortest_correct_response_is_shown(lengths, values, shown):
 )
 def test_what_is_kept_of_a_reply(reply, finish, reason):
     problem = "Anna has 70 coins and spends 30 % of them. How many are left?"
-    found = self_strategies.read(reply, finish, problem, "49", SOLUTION)
+    found = self_written.read(reply, finish, problem, "49", SOLUTION)
     assert found.reason == reason and (found.strategy is None) == bool(reason)
 
 
 def test_a_strategy_keeps_to_one_line_if_the_student_does():
     question = "p", "5", "\\boxed{5}"
-    assert self_strategies.read(f" {STRATEGY}\n", "stop", *question).strategy == STRATEGY
+    assert self_written.read(f" {STRATEGY}\n", "stop", *question).strategy == STRATEGY
     lines = STRATEGY.replace(" Strategy:", "\nStrategy:").replace(" Steps:", "\nSteps:")
-    assert self_strategies.read(f"Here it is.\n\n{lines}", "stop", *question).strategy == lines
+    assert self_written.read(f"Here it is.\n\n{lines}", "stop", *question).strategy == lines
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +98,7 @@ def replies(student, monkeypatch):
         if found.left == 0:
             raise Killed
         found.left -= 1
-        rollout, steps = respond.respond(*arguments, group=group, **sampling)
+        rollout, steps = generation.respond(*arguments, group=group, **sampling)
         tokens, lengths, finish = (np.array(x) for x in (rollout.tokens, rollout.lengths, rollout.finish))
         if group == 1:
             wrote = tokens[:, :, 0] % 2 == 0
@@ -113,8 +116,8 @@ def replies(student, monkeypatch):
         asked: list[str] = []  # of the first problem of each batch
 
     found = Found()
-    monkeypatch.setattr(self_strategies, "respond", sampled)
-    monkeypatch.setattr(self_strategies, "grade", judged)
+    monkeypatch.setattr(self_written, "respond", sampled)
+    monkeypatch.setattr(self_written, "grade", judged)
     return found
 
 
@@ -122,7 +125,7 @@ def write(student, path, step=0, seed=3, **changes):
     settings = {"tries": 3, "batch": 8, "max_prompt_tokens": 64, "bare": True} | SAMPLING | changes
     policy, params, rows, mesh = student
     with jax.set_mesh(mesh):
-        return self_strategies.write(policy, params, rows, mesh, path=path, step=step, seed=seed, **settings)
+        return self_written.write(policy, params, rows, mesh, path=path, step=step, seed=seed, **settings)
 
 
 def test_every_problem_gets_a_strategy_or_a_reason(student, replies, tmp_path, capsys):
@@ -187,7 +190,7 @@ def test_noise_follows_the_problem_not_its_place(student, replies, tmp_path):
 def test_prompts_that_are_too_long_are_not_shown(student, replies, tmp_path, room):
     """Without room for a response the student is not asked; with a little, its strategy does not fit."""
     policy, _, rows, _ = student
-    longest = max(len(tokens) for tokens in respond.encode_prompts(policy, rows, guided=False))
+    longest = max(len(tokens) for tokens in generation.encode_prompts(policy, rows, guided=False))
     found = write(student, tmp_path / "strategies.jsonl", max_prompt_tokens=longest + room)
     assert {row["strategy"] for row in found} == {None}
     reasons = {verdict["reason"] for verdict in read_jsonl(tmp_path / "strategies.jsonl")[1:]}
@@ -214,17 +217,17 @@ def test_a_run_trains_with_what_its_student_wrote(tmp_path, monkeypatch):
 
     def read(reply, finish, problem, answer, solution):
         kept = next(answered) % 2 == 0
-        return self_strategies.strategy_text.Parsed(rows[0]["strategy"] if kept else None, "" if kept else "structure")
+        return self_written.strategy_text.Parsed(rows[0]["strategy"] if kept else None, "" if kept else "structure")
 
-    monkeypatch.setattr(self_strategies, "read", read)
+    monkeypatch.setattr(self_written, "read", read)
     prompts = []
 
     def encode(policy, rows, guided):
-        found = respond.encode_prompts(policy, rows, guided)
+        found = generation.encode_prompts(policy, rows, guided)
         prompts.append(found)
         return found
 
-    monkeypatch.setattr("sgpo_jax.rl.encode_prompts", encode)
+    monkeypatch.setattr("sgpo_jax.training.rl.encode_prompts", encode)
     main.run(config, tmp_path)
     verdicts = read_jsonl(tmp_path / "rl" / "strategies.jsonl")[1:]
     kept = [verdict["strategy"] is not None for verdict in verdicts]

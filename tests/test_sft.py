@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from sgpo_jax import models, sft, sharding
-from sgpo_jax.train_step import init_state
+from sgpo_jax import models, sharding
+from sgpo_jax.training import sft
+from sgpo_jax.training.state import init_state
 
 LENGTHS = {"a": (3, 5), "b": (1, 2), "c": (6, 1), "d": (2, 7), "e": (4, 4)}  # of prompt and response
 

@@ -9,9 +9,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from test_train_step import make_params
 
-from sgpo_jax import models, optim, sharding
-from sgpo_jax.batch import Batch, Group, Prompts, pack_batch, specs
-from sgpo_jax.train_step import init_state, make_update
+from sgpo_jax import models, sharding
+from sgpo_jax.policy.generation import Prompts
+from sgpo_jax.training.batch import Batch, Group, pack_batch, specs
+from sgpo_jax.training.optimizer import adamw, schedule
+from sgpo_jax.training.state import init_state
+from sgpo_jax.training.train_step import make_update
 
 # Dimensions that 8 divides, so that every mesh applies; 2 key/value heads, so that tensor=4 and 8 split a head.
 CONFIG = models.ModelConfig(
@@ -42,8 +45,8 @@ def make_batch(seed):
 
 def train(mesh):
     """(losses, parameters on the host) of three updates."""
-    rate = optim.schedule(1e-2, 3)
-    tx = optim.adamw(rate, b1=0.9, b2=0.99, eps=1e-4, weight_decay=0.01, clip_norm=1.0)
+    rate = schedule(1e-2, 3)
+    tx = adamw(rate, b1=0.9, b2=0.99, eps=1e-4, weight_decay=0.01, clip_norm=1.0)
     params = models.init(jax.random.key(0), CONFIG)
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
     state = init_state(params, tx)

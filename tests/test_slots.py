@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from sgpo_jax import policy, respond, sharding
+from sgpo_jax import policy, sharding
+from sgpo_jax.policy import generation
 from sgpo_jax.rollout import STOP, Rollout, generate
 from sgpo_jax.rollout.engine import narrowed
 from sgpo_jax.rollout.schedule import schedule
@@ -129,7 +130,7 @@ def test_groups_sampled_at_once_are_those_sampled_alone(each_alone, tiny, tiny_p
     tokens = [[list(row[real]) for row, real in zip(*prompts(seed), strict=True)] for seed in range(2)]
     ours = policy.Policy(tiny, None, STOPS, PAD, np.dtype(np.float32), "")
     with jax.set_mesh(mesh):
-        rollouts, slot_steps = respond.respond_in_groups(
+        rollouts, slot_steps = generation.respond_in_groups(
             ours, policy.place(tiny_params, mesh), tokens, LENGTH, [jax.random.key(seed) for seed in range(2)], mesh,
             KINDS, slots=slots, max_new_tokens=NEW, temperature=1.0, top_p=1.0, top_k=0,
         )  # fmt: skip

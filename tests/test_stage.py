@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from sgpo_jax import config as configs
-from sgpo_jax import sharding, skipped, stage
-from sgpo_jax.batch import Batch, Group, Prompts
-from sgpo_jax.checkpoint import Checkpoints
-from sgpo_jax.train_step import TrainState
+from sgpo_jax import sharding
+from sgpo_jax.policy.generation import Prompts
+from sgpo_jax.training import skipped_batch, stage
+from sgpo_jax.training.batch import Batch, Group
+from sgpo_jax.training.checkpoint import Checkpoints
+from sgpo_jax.training.state import TrainState
 
 
 def state(value):
@@ -74,7 +76,7 @@ def test_skipped_updates_keep_the_batch_and_stop_at_the_limit(tmp_path, capsys):
         stage.watch_skipped(config, tmp_path, "rl", 8, 2, rows, batch)
     names = sorted(path.name for path in (tmp_path / "rl").iterdir())
     assert names == ["skipped_batch_000007.npz", "skipped_batch_000008.npz"]
-    kept = skipped.read(tmp_path / "rl" / names[0])
+    kept = skipped_batch.read(tmp_path / "rl" / names[0])
     assert kept[:3] == ("rl", 7, ["a/1", "π"]) and kept.batch.guided is None
     assert jax.tree.structure(kept.batch) == jax.tree.structure(batch)
     jax.tree.map(np.testing.assert_array_equal, kept.batch, batch)

@@ -16,9 +16,10 @@ from chat_server import ChatServer, completion, failure, helpful, problems, stag
 from ml_collections import ConfigDict
 
 from sgpo_jax import config as configs
-from sgpo_jax import config_checks, data, extraction, leakage, prompts, strategies
+from sgpo_jax import config_checks, data, strategies
 from sgpo_jax.runtime import journal
 from sgpo_jax.runtime.files import read_jsonl
+from sgpo_jax.strategies import budget, extraction, leakage, prompts
 
 pytest.importorskip("openai", reason="needs the extra 'extract'")
 
@@ -310,8 +311,8 @@ def test_nothing_new_is_asked_for_once_it_stops(tmp_path):
     stop, asked = threading.Event(), []
     reply = extraction.Reply(["x"], ["stop"], 1, 1)
     with journal.Journal(tmp_path / "j.jsonl", {}) as log:
-        meter = extraction.Meter(0.0, 0.0)
-        paid = extraction.payer("p", lambda request: asked.append(request) or reply, log, meter, "m", stop)
+        meter = budget.Meter(0.0, 0.0)
+        paid = budget.payer("p", lambda request: asked.append(request) or reply, log, meter, "m", stop)
         assert paid("score", 0, "prompt", 1, 5) == reply
         stop.set()
         assert paid("score", 0, "prompt", 1, 5) == reply, "what is paid for can be used"
@@ -340,7 +341,7 @@ def test_an_interrupt_ends_it_after_what_is_under_way():
         raise KeyboardInterrupt
 
     rows = [{"id": str(i)} for i in range(50)]
-    why = extraction.work_through(rows, work, concurrency=2, max_failures=1, stop=stop, done=interrupt)
+    why = budget.work_through(rows, work, concurrency=2, max_failures=1, stop=stop, done=interrupt)
     assert why == "interrupted" and stop.is_set() and 1 <= len(finished) <= 5
 
 
@@ -374,7 +375,7 @@ def test_a_budget_is_never_exceeded_and_a_larger_one_goes_on(tmp_path, rows, bud
 
 
 def test_a_budget_waits_for_requests_under_way():
-    meter = extraction.Meter(0.0, 0.0, budget_tokens=100)
+    meter = budget.Meter(0.0, 0.0, budget_tokens=100)
     meter.reserve((50, 40))
     meter.count(5, 5)
     threading.Timer(0.2, meter.release, [(50, 40)]).start()
@@ -383,7 +384,7 @@ def test_a_budget_waits_for_requests_under_way():
     assert time.monotonic() - started >= 0.15
     meter.count(50, 40)
     meter.release((50, 40))
-    with pytest.raises(extraction.BudgetReached, match="100 tokens"):
+    with pytest.raises(budget.BudgetReached, match="100 tokens"):
         meter.reserve((1, 0))
 
 
@@ -558,7 +559,7 @@ def test_a_killed_extraction_goes_on_and_pays_for_nothing_twice(tmp_path, rows):
     assert len(server.requests) == 70 - len(replies)
     for prompt, count in Counter(body["messages"][0]["content"] for body in server.requests).items():
         wanted = {"expert": 1, "strategy": 5, "score": 1}[stage_of(prompt)]
-        assert count == wanted - paid[stage_of(prompt), extraction.digest(prompt)], "prompt by prompt"
+        assert count == wanted - paid[stage_of(prompt), budget.digest(prompt)], "prompt by prompt"
     assert len(data.load(str(tmp_path / "work/strategies.jsonl"))) == 10
     shown = tables(done.stdout)
     assert shown["kept"] == ["10"] and shown["calls"] == [str(70 - len(replies)), "70"]

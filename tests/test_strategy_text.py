@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sgpo_jax import prompts, strategy_text
-from sgpo_jax.strategy_text import parse, scores
+from sgpo_jax.strategies import parsing, prompts
+from sgpo_jax.strategies.parsing import parse, scores
 
 GOOD = "Problem type: linear equation\nStrategy: isolate the unknown\nSteps: (a) move the constants (b) divide"
 
@@ -78,21 +78,21 @@ def test_what_is_no_strategy_is_named(reply, finish, reason):
 
 
 def test_limits_hold_exactly():
-    fits = GOOD.replace("divide", "d" * (strategy_text.MAX_STRATEGY - len(GOOD) + 6))
-    assert len(fits) == strategy_text.MAX_STRATEGY
+    fits = GOOD.replace("divide", "d" * (parsing.MAX_STRATEGY - len(GOOD) + 6))
+    assert len(fits) == parsing.MAX_STRATEGY
     assert parse(fits).reason == "too_long", "one part is too long already"
-    part = "d" * strategy_text.MAX_PART
+    part = "d" * parsing.MAX_PART
     assert parse(GOOD.replace("divide", part)).reason == ""
     assert parse(GOOD.replace("divide", part + "d")).reason == "too_long"
-    rest = "e" * (strategy_text.MAX_STRATEGY - len(GOOD.replace("divide", part + " (c) ")))
+    rest = "e" * (parsing.MAX_STRATEGY - len(GOOD.replace("divide", part + " (c) ")))
     assert parse(GOOD.replace("divide", f"{part} (c) {rest}")).reason == ""
     assert parse(GOOD.replace("divide", f"{part} (c) {rest}e")).reason == "too_long"
 
 
 def test_mathematical_letters_are_no_foreign_language():
-    assert strategy_text.foreign_share("α β ℝ ∑ 𝑥 é ü ı") == 0
-    assert strategy_text.foreign_share("ab 數學") == 0.5
-    assert strategy_text.foreign_share("12 + 3") == 0
+    assert parsing.foreign_share("α β ℝ ∑ 𝑥 é ü ı") == 0
+    assert parsing.foreign_share("ab 數學") == 0.5
+    assert parsing.foreign_share("12 + 3") == 0
 
 
 # ---- scores
@@ -140,17 +140,17 @@ def test_scores_that_cannot_be_used_are_named(reply, finish, reason):
 
 
 def test_the_best_is_the_first_of_the_highest():
-    assert strategy_text.best([0.1, None, 0.7, 0.7]) == 2
-    assert strategy_text.best([0.0, None]) == 0
-    assert strategy_text.best([None, None]) is None
+    assert parsing.best([0.1, None, 0.7, 0.7]) == 2
+    assert parsing.best([0.0, None]) == 0
+    assert parsing.best([None, None]) is None
 
 
 @pytest.mark.parametrize(
     ("rating", "band"), [(1, "high"), (0.8, "high"), (0.79, "medium"), (0.5, "medium"), (0.49, "low")]
 )
 def test_bands(rating, band):
-    assert strategy_text.band(rating) == band
-    assert strategy_text.band(sum([0.1, 0.7, 0.9, 0.3]) / 4) == "medium", "0.5 but for rounding"
+    assert parsing.band(rating) == band
+    assert parsing.band(sum([0.1, 0.7, 0.9, 0.3]) / 4) == "medium", "0.5 but for rounding"
 
 
 # ---- anything at all
@@ -169,7 +169,7 @@ def test_no_text_breaks_the_readers(text, finish):
     assert (found.strategy is None) == bool(found.reason)
     if found.strategy is not None:
         assert parse(found.strategy) == found, "what is kept is in the one form"
-        assert len(found.strategy) <= strategy_text.MAX_STRATEGY
+        assert len(found.strategy) <= parsing.MAX_STRATEGY
     values, why = scores(text, 2, finish)
     assert (values is None) == bool(why)
     assert values is None or all(0 <= value <= 1 for value in values)

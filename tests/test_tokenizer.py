@@ -10,9 +10,11 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sgpo_jax import data, policy, prompts, tokenizer
+from sgpo_jax import data, policy
 from sgpo_jax.data.generators import arithmetic
 from sgpo_jax.models import huggingface, init
+from sgpo_jax.policy import tokenizer
+from sgpo_jax.policy.prompts import INSTRUCTION, user_turn
 
 LLAMA = (
     "{{ bos_token }}{% if not date_string is defined %}{% if strftime_now is defined %}"
@@ -48,7 +50,7 @@ def test_prompt_is_the_template_around_the_turn():
         text = tok.decode(tokenizer.encode_prompt(tok, "2 + 3?", strategy))
         assert text == (
             "<|begin|><|head|>system<|/head|>Today: 26 Jul 2024<|eot|><|head|>user<|/head|>"
-            f"{prompts.user_turn('2 + 3?', strategy)}<|eot|><|head|>assistant<|/head|>"
+            f"{user_turn('2 + 3?', strategy)}<|eot|><|head|>assistant<|/head|>"
         )
     assert datetime.now().strftime("%d %b %Y") != "26 Jul 2024"  # else the date proves nothing
 
@@ -158,7 +160,7 @@ def test_world_texts_are_encoded_without_loss(world):
         response = tokenizer.encode_response(world, row["solution"], world.eos_token_id)
         assert len(guided) <= 45 and len(response) <= 28
         assert tokenizer.decode(world, response, len(response)) == row["solution"]
-        turn = prompts.user_turn(row["problem"], row.get("strategy"), "")
+        turn = user_turn(row["problem"], row.get("strategy"), "")
         assert world.decode(guided) == f"<|user|>{turn}<|assistant|>"
         seen.update(guided, response)
     unknown, pad = world.unk_token_id, world.pad_token_id
@@ -170,7 +172,7 @@ def test_the_world_has_the_words_to_write_strategies(world):
         prompt = tokenizer.encode_prompt(world, row["problem"], None, "")
         response = tokenizer.encode_response(world, row["solution"], world.eos_token_id)
         assert len(prompt) <= 64 and len(response) <= 28 and world.unk_token_id not in prompt + response
-        assert world.decode(prompt) == f"<|user|>{prompts.user_turn(row['problem'], None, '')}<|assistant|>"
+        assert world.decode(prompt) == f"<|user|>{user_turn(row['problem'], None, '')}<|assistant|>"
 
 
 def test_world_tokens(world):
@@ -248,7 +250,7 @@ def test_words_are_tokens_with_the_space_before_them():
     assert ids.count(tok.unk_token_id) == 1 and tokenizer.decode(tok, ids, len(ids)) == "Ann 12 hens"
 
 
-@pytest.mark.parametrize("instruction", ["", prompts.INSTRUCTION])
+@pytest.mark.parametrize("instruction", ["", INSTRUCTION])
 def test_the_words_of_a_file_and_of_its_prompts(tmp_path, instruction):
     """Also of the template, whether or not a row has a strategy, so that both prompts can be read."""
     file = tmp_path / "rows.jsonl"
@@ -257,7 +259,7 @@ def test_the_words_of_a_file_and_of_its_prompts(tmp_path, instruction):
     tok = of_source(f"{file}?problem=question", instruction).tokenizer
     for strategy in (None, "Add."):
         prompt = tokenizer.encode_prompt(tok, "Add 4 and 3.", strategy, instruction)
-        turn = prompts.user_turn("Add 4 and 3.", strategy, instruction)
+        turn = user_turn("Add 4 and 3.", strategy, instruction)
         assert tok.decode(prompt) == f"<|user|>{turn}<|assistant|>" and tok.unk_token_id not in prompt
     response = tokenizer.encode_response(tok, row["solution"], 1)
     assert tokenizer.decode(tok, response, len(response)) == row["solution"]
@@ -285,7 +287,7 @@ def test_puzzles_in_their_words(tmp_path):
     rows = data.load("reasoning_gym:knights_knaves,n_people=2,count=64,split=eval")
     for row in rows + data.load("reasoning_gym:binary_alternation,count=20,split=eval"):
         prompt = tokenizer.encode_prompt(tok, row["problem"], row["strategy"], "")
-        assert tok.decode(prompt) == f"<|user|>{prompts.user_turn(row['problem'], row['strategy'], '')}<|assistant|>"
+        assert tok.decode(prompt) == f"<|user|>{user_turn(row['problem'], row['strategy'], '')}<|assistant|>"
         response = tokenizer.encode_response(tok, row["solution"], 1)
         assert tokenizer.decode(tok, response, len(response)) == row["solution"]
         assert tok.unk_token_id not in prompt + response

@@ -8,9 +8,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sgpo_jax import hlo, sharding, traffic
-from sgpo_jax.scopes import Scopes
-from sgpo_jax.traffic import Collective
+from sgpo_jax import sharding
+from sgpo_jax.plan import hlo, hlo_cost
+from sgpo_jax.plan.hlo_cost import Collective
+from sgpo_jax.plan.phases import Scopes
 
 ROWS, COLUMNS, LAYERS = 16, 32, 5
 SCOPES = Scopes("rest", (("steps", "steps"),), (("steps/while$", 7.0),))
@@ -43,20 +44,20 @@ def summed():
 def test_all_reduces_in_loops(summed, told):
     text = summed if told else re.sub(r'"known_trip_count":\{[^}]*\},?', "", summed)
     assert told == ("known_trip_count" in text)
-    found = traffic.collectives(hlo.parse(text), SCOPES)
+    found = hlo_cost.collectives(hlo.parse(text), SCOPES)
     assert found == [Collective("all-reduce", "steps", 4 * ROWS * COLUMNS, 8, LAYERS * 7.0)]
 
 
 def test_a_loop_of_which_nothing_is_known_is_refused(summed):
     with pytest.raises(ValueError, match=r"loop jit\(program\)/steps/while: its text does not say how often"):
-        traffic.collectives(hlo.parse(summed), Scopes("rest"))
+        hlo_cost.collectives(hlo.parse(summed), Scopes("rest"))
 
 
 def test_a_split_weight_is_gathered():
     mesh = sharding.make_mesh(1, 4, 2)
     x = jax.ShapeDtypeStruct((8, COLUMNS), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
     w = jax.ShapeDtypeStruct((COLUMNS, 64), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
-    found = traffic.collectives(hlo.parse(compiled(jnp.dot, x, w)), Scopes("all"))
+    found = hlo_cost.collectives(hlo.parse(compiled(jnp.dot, x, w)), Scopes("all"))
     assert found == [Collective("all-gather", "all", 4 * COLUMNS * 64, 4, 1.0)]
 
 
@@ -89,7 +90,7 @@ ENTRY %main (p: f32[4]) -> f32[4] {{
   ROOT %r = f32[4]{{0}} all-reduce(%p), channel_id=1, {groups}, to_apply=%add
 }}
 """
-    (found,) = traffic.collectives(hlo.parse(text), Scopes("all"))
+    (found,) = hlo_cost.collectives(hlo.parse(text), Scopes("all"))
     assert (found.devices, found.bytes, found.times) == (devices, 16, 1.0)
 
 
@@ -138,14 +139,14 @@ WEIGHT = 2 * 1024 * 1024
 
 
 def test_an_asynchronous_gather_counts_once():
-    found = traffic.collectives(hlo.parse(ASYNCHRONOUS), Scopes("all"))
+    found = hlo_cost.collectives(hlo.parse(ASYNCHRONOUS), Scopes("all"))
     assert found == [Collective("all-gather", "all", WEIGHT, 4, 2.0)]
 
 
 def test_an_asynchronous_gather_moves_its_bytes_where_it_starts():
     gathers = 2 * (WEIGHT / 4 + WEIGHT)
     product = WEIGHT + 2 * (2 * 8 * 1024)
-    assert traffic.hbm_bytes(hlo.parse(ASYNCHRONOUS), Scopes("all")) == {"all": gathers + product}
+    assert hlo_cost.hbm_bytes(hlo.parse(ASYNCHRONOUS), Scopes("all")) == {"all": gathers + product}
 
 
 # A layer loop as the compiler writes it: a slice of stacked weights is copied to memory on the core, multiplied there, and
@@ -205,19 +206,19 @@ def test_a_loop_reads_each_slice_once_and_writes_in_place():
     # In each of three layers: one matrix, the whole cache by the kernel, and a row of it, of which only the write is HBM.
     scopes = Scopes("rest", (("kernel", "kernel"), ("layers", "layers")))
     row = 2 * 2 * 1024  # padded to two
-    assert traffic.hbm_bytes(hlo.parse(LAYERS_LOOP), scopes) == {
+    assert hlo_cost.hbm_bytes(hlo.parse(LAYERS_LOOP), scopes) == {
         "rest": 0.0, "layers": 3 * (WEIGHT + row), "kernel": 3 * (2 * 64 * 1024),
     }  # fmt: skip
 
 
 def test_a_kernel_may_read_less_than_it_is_given():
-    found = traffic.hbm_bytes(hlo.parse(LAYERS_LOOP), Scopes("all", reads=(("kernel", 100.0),)))
+    found = hlo_cost.hbm_bytes(hlo.parse(LAYERS_LOOP), Scopes("all", reads=(("kernel", 100.0),)))
     assert found == {"all": 3 * (WEIGHT + 2 * 2 * 1024 + 100)}
 
 
 def test_the_largest_arrays():
     # Not what is in memory on the core, and not the slices there.
-    assert traffic.largest(hlo.parse(LAYERS_LOOP), 2) == [
+    assert hlo_cost.largest(hlo.parse(LAYERS_LOOP), 2) == [
         (3 * WEIGHT, "bf16[3,1024,1024]", "argument weights"),
         (2 * 64 * 1024, "bf16[64,1024]", "argument cache"),
     ]

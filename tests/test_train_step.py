@@ -9,9 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from sgpo_jax import models, optim, train_step
-from sgpo_jax.batch import Batch, Group, Prompts, pack_batch
-from sgpo_jax.train_step import TrainState, init_state, make_update
+from sgpo_jax import models
+from sgpo_jax.policy.generation import Prompts
+from sgpo_jax.training import train_step
+from sgpo_jax.training.batch import Batch, Group, pack_batch
+from sgpo_jax.training.optimizer import adamw, schedule
+from sgpo_jax.training.state import TrainState, init_state
+from sgpo_jax.training.train_step import make_update
 
 CONFIG = models.ModelConfig(
     architecture="Qwen2ForCausalLM", vocab_size=31, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2,
@@ -368,7 +372,7 @@ def test_no_vocabulary_sized_array_for_all_tokens():
 def test_an_update_holds_one_gradient_and_nothing_else_of_that_size(guided):
     """Micro-batches and both losses add to the same gradient, and AdamW works where its moments lie."""
     config = dataclasses.replace(CONFIG, hidden_size=64, mlp_size=512, num_layers=32)
-    optimizer = optim.adamw(optim.schedule(1.0, 9), b1=0.9, b2=0.9, eps=1e-8, weight_decay=0.1, clip_norm=1.0)
+    optimizer = adamw(schedule(1.0, 9), b1=0.9, b2=0.9, eps=1e-8, weight_decay=0.1, clip_norm=1.0)
     state = jax.eval_shape(lambda: init_state(models.init(jax.random.key(0), config), optimizer))
     batch = make_batch()
     batch = batch if guided else batch._replace(guided=None, guided_prompts=None)

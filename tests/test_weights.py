@@ -20,10 +20,12 @@ from safetensors.numpy import load_file, save_file
 from test_huggingface import CONFIGS, assert_same
 from two_processes import config_with, start
 
-from sgpo_jax import models, optim, sharding, stage
-from sgpo_jax.checkpoint import Checkpoints
+from sgpo_jax import models, sharding
 from sgpo_jax.models import huggingface, param_mapping, sharded_io
 from sgpo_jax.policy import Policy
+from sgpo_jax.training import stage
+from sgpo_jax.training.checkpoint import Checkpoints
+from sgpo_jax.training.optimizer import adamw, schedule
 
 ROOT = Path(__file__).resolve().parents[1]
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 2, 2), (2, 2, 2), (1, 1, 8)]
@@ -131,7 +133,7 @@ def test_layers_on_different_devices_are_refused_before_anything_is_written(tmp_
 @pytest.fixture(scope="module")
 def trained():
     """(policy, optimizer, a whole state of random numbers in host memory)."""
-    tx = optim.adamw(optim.schedule(1e-2, 3), b1=0.9, b2=0.99, eps=1e-4, weight_decay=0.01, clip_norm=1.0)
+    tx = adamw(schedule(1e-2, 3), b1=0.9, b2=0.99, eps=1e-4, weight_decay=0.01, clip_norm=1.0)
     policy = Policy(CONFIG, None, (), 0, jnp.float32, "")
     shapes, _ = stage.state_shardings(policy, tx, mesh_of((1, 1, 1)))
     rng = np.random.default_rng(0)
@@ -183,7 +185,7 @@ def test_parameters_are_restored_without_reading_the_optimizers_state(trained, t
 
 
 def test_arrays_are_saved_in_pieces_however_few_devices_hold_them(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr("sgpo_jax.checkpoint._PIECE", 1024)
+    monkeypatch.setattr("sgpo_jax.training.checkpoint._PIECE", 1024)
     policy, tx, state = trained
     with checkpoints(tmp_path) as saved:
         saved.save(1, jax.device_put(state, stage.state_shardings(policy, tx, mesh_of((1, 1, 1)))[1]))

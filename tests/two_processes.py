@@ -8,8 +8,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from sgpo_jax import export, sharding, stage
+from sgpo_jax import export, sharding
 from sgpo_jax.models import huggingface
+from sgpo_jax.training import stage
 
 FIELDS = {"model.layers": 2, "model.hidden": 16, "model.heads": 2, "model.mlp": 16, "mesh.fsdp": 2, "mesh.tensor": 2}
 

@@ -182,13 +182,13 @@ def sift(source: str, evaluation: Mapping[str, str], *, remove_duplicates: bool,
     """The rows of a source for training, with duplicates and evaluation problems found, and left out if so wished.
 
     Args:
-        source: as in `rows.load`.
+        source: as in `data.load`.
         evaluation: name of each evaluation set -> its source.
         remove_duplicates: leave out every row whose problem an earlier one has (`duplicates`).
         decontaminate: leave out every row that shares its problem with an evaluation set (`contaminated`).
 
     Raises:
-        ValueError: as `rows.load`.
+        ValueError: as `data.load`.
     """
     sieve = Sieve(load_parts(source))
     sieve.leave_out("duplicate", duplicates(sieve.rows), keep=not remove_duplicates)

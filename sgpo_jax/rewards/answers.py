@@ -1,7 +1,7 @@
 r"""The text side of grading: finding an answer in a response, rewriting it into plain LaTeX, comparing it as text.
 
 Every rule serves gold answers and predictions alike, unless it says otherwise. What a rule leaves open is for
-mathematics (`grader`), which sees the pairs that `readings` returns.
+mathematics (`worker`), which sees the pairs that `readings` returns.
 """
 
 import re

@@ -1,7 +1,7 @@
 r"""The outcome reward of a response: the verifier, or a function of the user's own, in processes that can be killed.
 
 `score` takes the last balanced \boxed{...} of each response and compares it with the gold answer: as text where
-certain (`answers`), else by math-verify (`grader`), since answers are hostile. What counts as correct where opinions
+certain (`answers`), else by math-verify (`worker`), since answers are hostile. What counts as correct where opinions
 differ: docs/rewards.md. `judge` does the same for rows, or calls `module:function` for each of them.
 """
 

@@ -1,6 +1,6 @@
 """The program of the grading workers: compares answers by math-verify, or calls a reward function.
 
-    python -P grader.py SECONDS MEGABYTES MODULE:FUNCTION SYS_PATH_AS_JSON
+    python -P worker.py SECONDS MEGABYTES MODULE:FUNCTION SYS_PATH_AS_JSON
 
 An empty MODULE:FUNCTION is math-verify. It reads requests from stdin, one JSON object a line, and answers each with one
 line; it imports neither jax nor this package. `rewards` starts it, and kills it when need be.

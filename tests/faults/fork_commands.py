@@ -15,8 +15,9 @@ from pathlib import Path
 
 warnings.simplefilter("ignore")  # jax warns of forks; here no thread of its is running yet
 commands = json.loads(Path(sys.argv[1]).read_text())
-for module in {module for module, _ in commands}:
-    importlib.import_module(module)
+programs = {module: runpy._get_module_details(module)[0] for module, _ in commands}  # a package's is its __main__
+for program in set(programs.values()):
+    importlib.import_module(program)
 
 children = []
 for module, arguments in commands:
@@ -26,7 +27,7 @@ for module, arguments in commands:
         for number, file in enumerate(files, start=1):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
         sys.argv = [module, *arguments]
-        del sys.modules[module]  # it runs as __main__
+        del sys.modules[programs[module]]  # it runs as __main__
         runpy.run_module(module, run_name="__main__", alter_sys=True)
         sys.exit(0)
     children.append((child, files))

@@ -25,8 +25,9 @@ from pathlib import Path
 import jax
 import jax._src.compiler
 
-from sgpo_jax import checkpoint, evaluation, rl, rollback, sft
+from sgpo_jax.evaluation import sets
 from sgpo_jax.runtime import journal
+from sgpo_jax.training import checkpoint, rl, rollback, sft
 
 # phase -> (where a function is, its name)
 PHASES = {
@@ -37,8 +38,8 @@ PHASES = {
     "grading": (rl, "grade"),
     "RL update": (rl, "make_update"),
     "checkpoint": (checkpoint.Checkpoints, "save"),
-    "evaluation": (evaluation, "evaluate"),
-    "part of an evaluation": (evaluation, "_append"),
+    "evaluation": (sets, "evaluate"),
+    "part of an evaluation": (sets, "_append"),
     "rollback": (rollback, "_keep_rows"),
     "rolled back": (rollback, "go_back"),
     "extraction": (journal.Journal, "append"),
@@ -118,7 +119,7 @@ def run(kill, output):
         if kill:
             arm(*kill)
         sys.argv = [plan["module"], *plan["arguments"]]
-        del sys.modules[plan["module"]]  # it runs as __main__
+        del sys.modules[program]  # it runs as __main__
         runpy.run_module(plan["module"], run_name="__main__", alter_sys=True)
         sys.exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -126,7 +127,8 @@ def run(kill, output):
 
 warnings.simplefilter("ignore")  # jax warns of forks; here no thread of its is running yet
 plan = json.loads(Path(sys.argv[1]).read_text())
-importlib.import_module(plan["module"])
+program = runpy._get_module_details(plan["module"])[0]  # a package's is its __main__
+importlib.import_module(program)
 results, output = [], Path(sys.argv[1]).with_suffix(".output")
 for kill in [*plan["kills"], None]:
     code = run(kill, output)

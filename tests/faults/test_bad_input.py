@@ -23,10 +23,12 @@ import pytest
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
-from sgpo_jax import cli, config_checks, data, export, models, policy, sharding, stage, tokenizer
+from sgpo_jax import cli, config_checks, data, export, models, policy, sharding
 from sgpo_jax import config as configs
 from sgpo_jax.models import gguf, huggingface
+from sgpo_jax.policy import tokenizer
 from sgpo_jax.runtime import journal
+from sgpo_jax.training import stage
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {"model.layers": 1, "model.hidden": 16, "model.heads": 2, "model.mlp": 16}

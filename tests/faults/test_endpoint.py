@@ -12,13 +12,14 @@ from chat_server import Answer, ChatServer, completion, failure, helpful, proble
 from ml_collections import ConfigDict
 
 from sgpo_jax import config as configs
-from sgpo_jax import config_checks, llm, strategies
+from sgpo_jax import config_checks, strategies
 from sgpo_jax.runtime.files import read_jsonl
+from sgpo_jax.strategies import clients
 
 pytest.importorskip("openai", reason="needs the extra 'extract'")
 
 KEY = "sk-canary-fedcba9876543210"
-REQUEST = llm.Request("1", "What is 2 + 3?", 1, 50)
+REQUEST = clients.Request("1", "What is 2 + 3?", 1, 50)
 
 
 class Clock(threading.Event):
@@ -35,7 +36,7 @@ class Clock(threading.Event):
 
 def client(url, **options):
     chosen = {"key": KEY, "temperature": 0.6, "top_p": 0.95, "timeout": 5.0, **options}
-    return llm.endpoint("big-model", base_url=url, **chosen)
+    return clients.endpoint("big-model", base_url=url, **chosen)
 
 
 def config_for(tmp_path, url, **fields) -> ConfigDict:
@@ -85,14 +86,14 @@ def test_the_waits_of_a_long_outage_are_bounded():
     clock, fields = Clock(), configs.base().extract
     with ChatServer(lambda *_: failure(503, "down")) as server:
         ask = client(server.url, stop=clock, retries=fields.retries, backoff=fields.backoff)
-        with pytest.raises(llm.Unavailable, match="7 tries, the last one: 503"):
+        with pytest.raises(clients.Unavailable, match="7 tries, the last one: 503"):
             ask(REQUEST)
     assert len(server.requests) == 7 and 63 * 0.75 <= clock.waited <= 63 * 1.25
     clock = Clock()
     with ChatServer(lambda *_: failure(429, **{"Retry-After": "1e300"})) as server:
-        with pytest.raises(llm.Unavailable):
+        with pytest.raises(clients.Unavailable):
             client(server.url, stop=clock, retries=3)(REQUEST)
-    assert len(server.requests) == 4 and clock.waited == 3 * llm.LONGEST_WAIT
+    assert len(server.requests) == 4 and clock.waited == 3 * clients.LONGEST_WAIT
 
 
 def test_nobody_listens_and_then_somebody_does():
@@ -116,7 +117,7 @@ def test_nobody_listens_and_then_somebody_does():
 
 
 def test_a_small_body_that_unpacks_into_a_large_one_is_given_up(monkeypatch):
-    monkeypatch.setattr(llm, "MAX_BODY", 2**20)
+    monkeypatch.setattr(clients, "MAX_BODY", 2**20)
     packed = gzip.compress(bytes(2**28), 9)
     bomb = Answer(packed, headers={"Content-Type": "application/json", "Content-Encoding": "gzip"})
     before, reasons = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
@@ -140,7 +141,7 @@ def test_a_redirect_does_not_take_the_key_to_another_server(status):
         with ChatServer(lambda *_: there) as server:
             try:
                 client(server.url, stop=Clock(), retries=1)(REQUEST)
-            except (llm.Unavailable, llm.Refused):
+            except (clients.Unavailable, clients.Refused):
                 pass
     assert KEY not in json.dumps(seen)
 

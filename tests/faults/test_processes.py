@@ -15,10 +15,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from sgpo_jax import cli, stage
+from sgpo_jax import cli
 from sgpo_jax import config as configs
 from sgpo_jax.data import filtering
 from sgpo_jax.runtime import distributed, watchdog
+from sgpo_jax.training import stage
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = re.escape(socket.gethostname())

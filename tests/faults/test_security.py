@@ -13,7 +13,7 @@ NAMES = {"eval", "exec", "compile", "__import__"}  # the builtins; a method of t
 METHODS = {"system", "popen", "unpack_archive", "load_module", "read_pickle", "sympify", "parse_expr"}
 SHELLS = {"run", "Popen", "call", "check_call", "check_output"}
 # Code by name or path: of the user's own reward function and config, never of a model, a row or a reply.
-IMPORTS = {("sgpo_jax/grader.py", "import_module"), ("sgpo_jax/command.py", "run_path")}
+IMPORTS = {("sgpo_jax/rewards/worker.py", "import_module"), ("sgpo_jax/cli.py", "run_path")}
 
 
 def dotted(node: ast.AST) -> str:
@@ -86,14 +86,14 @@ def test_the_search_leaves_alone_what_is_fine():
 
 def test_a_saved_batch_opens_without_pickle(tmp_path):
     """The one kind of file of ours that numpy could pickle."""
-    from sgpo_jax import skipped
+    from sgpo_jax.training import skipped_batch
 
-    skipped.write(tmp_path / "batch.npz", skipped.Skipped("rl", 1, ["a"], {"tokens": np.arange(3)}))
+    skipped_batch.write(tmp_path / "batch.npz", skipped_batch.Skipped("rl", 1, ["a"], {"tokens": np.arange(3)}))
     with np.load(tmp_path / "batch.npz", allow_pickle=False) as kept:
         assert kept["batch/tokens"].tolist() == [0, 1, 2] and kept["ids"].tolist() == ["a"]
 
 
 def test_model_folders_come_from_the_hub_without_code_or_pickles():
-    from sgpo_jax import policy
+    from sgpo_jax.policy.policy import _WANTED
 
-    assert not [pattern for pattern in policy._WANTED if pattern.endswith((".py", ".bin", ".pt", ".pth", ".pkl", "*"))]
+    assert not [pattern for pattern in _WANTED if pattern.endswith((".py", ".bin", ".pt", ".pth", ".pkl", "*"))]

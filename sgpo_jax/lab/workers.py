@@ -1,0 +1,125 @@
+"""Cells in processes with a core each; one that fails does not cost the others."""
+
+import contextlib
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from sgpo_jax import config as configs
+from sgpo_jax import sharding
+from sgpo_jax.evaluation import evaluate_sets
+from sgpo_jax.lab.grid import Cell, cell_config, digest
+from sgpo_jax.runtime import environment
+from sgpo_jax.runtime.files import read_jsonl
+from sgpo_jax.training import rl, sft, stage
+
+# Averages over training that a row keeps.
+_MEANS = ("reward_auto", "reward_guided", "alpha", "token_kl", "kl_clip_share", "entropy", "response_length")
+# Cells -> each with its row, or with what went wrong, as it finishes.
+RunAll = Callable[[Sequence[Cell]], Iterable[tuple[Cell, dict[str, Any] | Exception]]]
+
+
+def run_cell(config: ConfigDict, cell: Cell, workdir: Path) -> dict[str, Any]:
+    """Trains and evaluates, or goes on where it stopped; what it prints goes to the cell's log.txt.
+
+    Returns:
+      The row of results.jsonl. Where the gradient stopped being finite, "failed" says so and the accuracy is 0.
+    """
+    started, folder = time.perf_counter(), workdir / str(cell)
+    folder.mkdir(parents=True, exist_ok=True)
+    mesh = sharding.make_mesh(**config.mesh)
+    with (folder / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        configs.check_resume(config, folder / "config.json")
+        (folder / "config.json").write_text(configs.to_json(config), encoding="utf-8")
+        environment.record(folder)
+        policy, load = stage.load_policy(config)
+        warm_up = workdir / str(Cell(cell.world, "sft", 1.0, cell.seed))
+
+        def initial() -> Any:
+            return load(jax.random.key(config.seed))
+
+        def warmed_up() -> Any:
+            params = stage.best_params(config, warm_up, "sft", policy, mesh)
+            return initial() if params is None else params
+
+        result: dict[str, Any] = {}
+        try:
+            if cell.method == "sft":
+                sft.train(config, folder, policy, initial, mesh)
+            else:
+                rl.train(config, folder, policy, warmed_up, mesh)
+        except FloatingPointError as error:
+            result["failed"] = str(error)
+        step = None if cell.method == "sft" else stage.find_step(config, folder, "rl", "last")
+        params = warmed_up() if step is None else stage.params_at(config, folder, "rl", step, policy, mesh)
+        for suffix in ("", "_guided") if config.eval.guided else ("",):
+            with jax.set_mesh(mesh):
+                sets = evaluate_sets(config, folder / "eval", policy, params, mesh, step or 0, guided=bool(suffix))
+            accuracy = {name: 0.0 if "failed" in result else scores["accuracy"] for name, scores in sets.items()}
+            result |= {f"accuracy{suffix}": float(np.mean([*accuracy.values()])), f"sets{suffix}": accuracy}
+    if step is not None:
+        steps = read_jsonl(folder / "rl.jsonl")
+        for name in _MEANS:
+            if values := [row[name] for row in steps if row.get(name) is not None]:
+                result[f"mean_{name}"] = float(np.mean(values))
+    return {**cell._asdict(), "config": digest(config), **result, "seconds": round(time.perf_counter() - started, 1)}
+
+
+@contextlib.contextmanager
+def worker_pool(config: ConfigDict, workdir: Path) -> Iterator[RunAll]:
+    """Runs cells in `lab.workers` processes with a core each, or in this one for 0."""
+    if not config.lab.workers:
+        yield lambda cells: ((cell, _attempt(config, cell, workdir)) for cell in cells)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    cores = spawn.Queue()
+    available = sorted(os.sched_getaffinity(0))
+    for i in range(config.lab.workers):
+        cores.put(available[i % len(available)])
+    arguments = cores, str(workdir / "compiled")
+    pool = ProcessPoolExecutor(config.lab.workers, spawn, initializer=_begin, initargs=arguments)
+
+    def run_all(cells: Sequence[Cell]) -> Iterator[tuple[Cell, dict[str, Any] | Exception]]:
+        running = {pool.submit(_attempt, config, cell, workdir): cell for cell in cells}
+        for future in as_completed(running):
+            yield running[future], future.result()
+
+    try:
+        yield run_all
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin(cores: Any, compiled: str) -> None:
+    """Of a worker: cells have the same shapes, so what one has compiled the others read."""
+    os.sched_setaffinity(0, {cores.get()})
+    logging.set_verbosity(logging.ERROR)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    jax.config.update("jax_compilation_cache_dir", compiled)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would otherwise wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _attempt(config: ConfigDict, cell: Cell, workdir: Path) -> dict[str, Any] | Exception:
+    """The cell's row, or what went wrong: one cell must not cost the others."""
+    try:
+        return run_cell(cell_config(config, cell), cell, workdir)
+    except Exception as error:
+        return error

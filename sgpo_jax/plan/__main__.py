@@ -1,0 +1,67 @@
+"""What a run will need on TPUs that are not there: memory, work, communication, and time.
+
+    python -m sgpo_jax.plan --config=configs/qwen7b.py --topology=v5e:16x16 [--json=FILE]
+    python -m sgpo_jax.plan --config=configs/qwen7b.py --topology=auto --chips=v5e:16x16
+
+Every jitted program of the run is compiled for the chips on this machine's CPU; see docs/plan.md.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
+from sgpo_jax import cli, config_checks
+from sgpo_jax.plan.planner import make, without_files
+from sgpo_jax.plan.report import show
+from sgpo_jax.plan.roofline import Reached
+from sgpo_jax.plan.workload import Assumed
+
+
+def main(config: ConfigDict, given: Any) -> None:
+    # On a host with TPUs the run there is left alone.
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # nor can what was compiled for absent chips be read back
+    config = without_files(config)
+    config_checks.check(config)
+    auto = given.topology == "auto"
+    if auto != bool(given.chips):
+        raise ValueError(f"--chips={given.chips}: must be given with --topology=auto, and only then")
+    if given.json:
+        cli.folder("json", str(Path(given.json).parent))
+    assumed = Assumed(
+        given.response_tokens or max(config.rl.max_new_tokens // 4, 1),
+        given.prompt_tokens or max(config.data.max_prompt_tokens // 4, 1),
+        given.correct, given.problems, given.eval_problems,
+    )  # fmt: skip
+    limits = {"response_tokens": config.rl.max_new_tokens, "prompt_tokens": config.data.max_prompt_tokens}
+    for name, most in limits.items():
+        if not 1 <= getattr(assumed, name) <= most:
+            raise ValueError(f"--{name}={getattr(assumed, name)}: must be between 1 and {most}")
+    reached = Reached(given.flops_share, given.hbm_share, given.ici_share)
+    plan = make(config, given.chips if auto else given.topology, auto, assumed, reached)
+    if given.json:
+        Path(given.json).write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+    show(plan)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("topology", None, "Chips to plan for, as in v5e:16x16, v6e:8x8, v5p:4x4x4; auto searches.")
+    flags.DEFINE_string("chips", "", "With --topology=auto, the chips that there are, as in v5e:16x16.")
+    flags.DEFINE_string("json", "", "File that the plan is written to as JSON.")
+    flags.DEFINE_integer("response_tokens", 0, "Mean length of responses; 0 is a quarter of rl.max_new_tokens.")
+    flags.DEFINE_integer("prompt_tokens", 0, "Length of prompts; 0 is a quarter of data.max_prompt_tokens.")
+    flags.DEFINE_float("correct", 0.5, "Share of the responses that are correct.", 0.0, 1.0)
+    flags.DEFINE_integer("problems", 8500, "Rows of the training data.", lower_bound=1)
+    flags.DEFINE_integer(
+        "eval_problems", 500, "Problems of an evaluation set that is none of the paper's.", lower_bound=1
+    )
+    flags.DEFINE_float("flops_share", Reached().flops, "Share of the peak FLOP/s that is reached.", 0.01, 1.0)
+    flags.DEFINE_float("hbm_share", Reached().hbm, "Share of the peak HBM bandwidth that is reached.", 0.01, 1.0)
+    flags.DEFINE_float(
+        "ici_share", Reached().ici, "Share of the peak bandwidth between chips that is reached.", 0.01, 1.0
+    )
+    cli.start(main, required=["config", "topology"])

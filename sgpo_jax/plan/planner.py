@@ -1,0 +1,74 @@
+"""Plans a run: compiles every jitted program of it for absent chips, and adds up what they need."""
+
+import json
+from functools import partial
+from importlib import metadata
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from sgpo_jax import config as configs
+from sgpo_jax import config_checks, models, sharding
+from sgpo_jax.plan import estimate, hardware, search
+from sgpo_jax.plan.programs import load_shape, programs
+from sgpo_jax.plan.roofline import Reached
+from sgpo_jax.plan.workload import Assumed
+
+
+def make(config: ConfigDict, topology: str, auto: bool, assumed: Assumed, reached: Reached) -> dict[str, Any]:
+    """The plan, as plain data.
+
+    Args:
+      config: of the run; its rows are not read.
+      topology: as in "v5e:16x16".
+      auto: search a mesh, micro-batches and slots.
+      assumed, reached: what neither the config nor the compiler says.
+
+    Raises:
+      ValueError: there is no such topology, or the run does not divide over it.
+    """
+    shape = load_shape(config)
+    chip, devices = hardware.topology(topology)
+    limit = hardware.hbm_limit(devices[0])
+    measure = partial(estimate.measure, chip=chip, reached=reached, limit=limit)
+    tried: list[search.Tried] = []
+    if auto:
+        found, measured, tried = search.search(config, shape, devices, chip, assumed, limit, measure)
+        config = found or config
+        mesh = sharding.make_mesh(**config.mesh, devices=devices) if found else None
+    else:
+        mesh = sharding.make_mesh(**config.mesh, devices=devices)
+        config_checks.check_mesh(config, sharding.row_ways(mesh))
+        measured = []
+        for program in programs(config, shape, mesh, assumed):
+            print(f"compiling {program.name}", flush=True)
+            measured.append((program, measure(program, mesh)))
+    results = {program.name: result for program, result in measured}
+    params = jax.eval_shape(partial(models.init, config=shape), jax.random.key(0))
+    return {
+        "topology": topology,
+        "chips": len(devices),
+        "mesh": dict(mesh.shape) if mesh else None,
+        "model": config.model.source,
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "versions": {name: metadata.version(name) for name in ("jax", "libtpu")},
+        "assumed": assumed._asdict() | {"reached": reached._asdict(), "chip": chip._asdict()},
+        "fits": bool(results) and all(result["fits"] for result in results.values()),
+        "programs": results,
+        "hours": estimate.hours(results) if results else None,
+        "advice": estimate.advice(measured, config, mesh, shape.num_kv_heads) if mesh else [],
+        "tried": [each._asdict() for each in tried],
+        "flags": search.flags(config) if auto and mesh else "",
+        "config": json.loads(configs.to_json(config)),
+    }
+
+
+def without_files(config: ConfigDict) -> ConfigDict:
+    """The config with other names for the data, which a plan does not read, and which need not be there."""
+    config = ConfigDict(config.to_dict()).lock()
+    for section in (config.data, config.sft):
+        section.train = "rows" if section.train else ""
+    for chosen in config.eval.sets.values():
+        chosen.source = "rows"
+    return config

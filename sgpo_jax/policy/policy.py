@@ -1,0 +1,131 @@
+"""The policy that a config names: the model's shape, its tokenizer and its first parameters."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from sgpo_jax import data, models, sharding
+from sgpo_jax.models import gguf, huggingface
+from sgpo_jax.policy import tokenizer as tokenizers
+from sgpo_jax.policy.prompts import user_turn
+
+WORDS = "words:"  # what the name of a tokenizer made of a source of problems begins with
+_WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
+
+
+class Policy(NamedTuple):
+    """A model and how to speak with it; its parameters travel apart, as an argument of every function."""
+
+    config: models.ModelConfig
+    tokenizer: Any
+    stop_ids: tuple[int, ...]  # token ids that end a response; the first one closes expert responses
+    pad_id: int
+    dtype: Any  # of activations, matrix products and the cache
+    instruction: str  # closing line of every prompt
+
+
+def load(
+    source: str, tokenizer: str, *, layers: int, hidden: int, heads: int, mlp: int, dtype: Any, instruction: str
+) -> tuple[Policy, Callable[[jax.Array, Mesh], Any]]:
+    """Reads shape and tokenizer; the weights are read when the returned function is called.
+
+    Args:
+      source: "scratch", "smollm2", a .gguf file, a Hugging Face folder or hub id.
+      tokenizer: as in `tokenizer.load`; or "words:" and a source of problems, see `data.load`, for one of the words of
+        all that its rows lead to; "" takes the model's own.
+      layers, hidden, heads, mlp: shape of a model from scratch.
+      dtype: of activations.
+      instruction: closing line of every prompt.
+
+    Returns:
+      (policy, `initial(key, mesh) -> params`), params float32 on the mesh; only a model from scratch uses the key.
+
+    Raises:
+      ValueError: for a model or tokenizer that cannot be read.
+    """
+    folder: Path | None = None
+    listed: tuple[int, ...] = ()  # stop tokens that a GGUF file names
+    if source == "smollm2":
+        source = gguf.smollm2_path()
+    elif source != "scratch":
+        local = Path(os.path.expanduser(source))
+        if source.endswith(".gguf"):
+            source = str(local)
+        else:
+            folder = local if os.path.isdir(local) else _download(source)
+            config = huggingface.read_config(folder)  # before transformers reads it, which explains less
+    if tokenizer.startswith(WORDS):
+        tok = tokenizers.words(_texts(tokenizer.removeprefix(WORDS), instruction))
+    else:
+        tok = tokenizers.load(tokenizer or str(folder or source))
+    if source == "scratch":
+        config = scratch_config(len(tok), layers=layers, hidden=hidden, heads=heads, mlp=mlp)
+
+        def initial(key, mesh):
+            return place(models.init(key, config), mesh)
+    elif folder is None:
+        config, listed = gguf.read_config(source), gguf.stop_ids(source)
+
+        def initial(key, mesh):
+            return gguf.load(source, jnp.float32, mesh)[0]
+    else:
+
+        def initial(key, mesh):
+            return huggingface.load(folder, config, jnp.float32, mesh)[0]
+
+    if len(tok) > config.vocab_size:
+        raise ValueError(f"the tokenizer has {len(tok)} tokens, the model's vocabulary {config.vocab_size}")
+    stops = tuple(dict.fromkeys(tokenizers.stop_ids(tok, folder) + listed))
+    return Policy(config, tok, stops, tokenizers.pad_id(tok), dtype, instruction), initial
+
+
+def _texts(source: str, instruction: str) -> Iterator[str]:
+    """Prompts with strategy, and solutions, of all rows of a source; a row without strategy shows its problem twice."""
+    try:
+        rows = data.load(source)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"tokenizer {WORDS + source!r}: {error}") from error
+    for row in rows:
+        yield user_turn(row["problem"], row.get("strategy", row["problem"]), instruction)
+        yield row.get("solution", "")
+
+
+def scratch_config(vocab_size: int, *, layers: int, hidden: int, heads: int, mlp: int) -> models.ModelConfig:
+    """A small decoder to be trained from random parameters."""
+    return models.ModelConfig(
+        architecture="Qwen3ForCausalLM",
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=hidden // heads,
+        mlp_size=mlp,
+        rope_theta=10_000.0,
+        norm_eps=1e-6,
+        qk_norm=True,
+        tie_embeddings=True,
+        max_positions=4096,
+    )
+
+
+def place(params: Any, mesh: Mesh) -> Any:
+    """Parameters in host memory onto the mesh, as `sharding.RULES` say."""
+    return sharding.place(params, sharding.tree_shardings(params, mesh))
+
+
+def _download(source: str) -> Path:
+    """The local copy of a hub model, without code or pickles."""
+    try:
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=_WANTED))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model {source!r} is neither a local folder nor a Hugging Face model that can be downloaded ({error}); "
+            "also allowed: 'scratch', 'smollm2', a .gguf file"
+        ) from error

@@ -1,0 +1,176 @@
+"""What an extraction has paid for and may still spend, and many problems at once within it."""
+
+import hashlib
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+from sgpo_jax.runtime.journal import Journal
+from sgpo_jax.strategies import prompts
+from sgpo_jax.strategies.clients import Ask, Denied, Refused, Reply, Request, Unavailable
+
+# (stage, number, prompt, choices, max_tokens) -> reply
+Paid = Callable[[str, int, str, int, int], Reply]
+_OVERHEAD = 64  # tokens of the chat template around a prompt, at most
+
+
+class BudgetReached(Exception):
+    """The next request could exceed the budget."""
+
+
+class Meter:
+    """Counts calls, retries, tokens and cost; keeps their sum below a budget, from any thread.
+
+    A request is let through only when the most it can use still fits, together with those under way. So the budget
+    holds as far as the server counts honestly; what it charges for requests that break off is unknown.
+
+    Args:
+      price_in, price_out: per million tokens.
+      budget_tokens, budget_cost: 0 is no limit.
+    """
+
+    def __init__(self, price_in: float, price_out: float, budget_tokens: int = 0, budget_cost: float = 0.0):
+        self._prices = price_in / 1e6, price_out / 1e6
+        self._limits = budget_tokens or float("inf"), budget_cost or float("inf")
+        self._changed = threading.Condition()
+        self._reserved = [0, 0]  # tokens in and out of the requests under way, at most
+        self.calls = self.retries = self.tokens_in = self.tokens_out = 0
+
+    def cost(self, tokens_in: int, tokens_out: int) -> float:
+        return tokens_in * self._prices[0] + tokens_out * self._prices[1]
+
+    @property
+    def spent(self) -> float:
+        """Cost of everything counted."""
+        return self.cost(self.tokens_in, self.tokens_out)
+
+    def retried(self, why: str) -> None:
+        with self._changed:
+            self.retries += 1
+
+    def count(self, tokens_in: int, tokens_out: int) -> None:
+        """Adds one call."""
+        with self._changed:
+            self.calls += 1
+            self.tokens_in += tokens_in
+            self.tokens_out += tokens_out
+
+    def reserve(self, most: tuple[int, int]) -> None:
+        """Waits until a request that uses at most so many tokens (in, out) fits into the budget.
+
+        Raises:
+          BudgetReached: it does not fit, and no other request is under way.
+        """
+        with self._changed:
+            while not self._fits(most):
+                if not any(self._reserved):
+                    limits = [f"{limit:g}" for limit in self._limits if limit != float("inf")]
+                    raise BudgetReached(
+                        f"the budget ({' and '.join(limits)}) is reached: {self.tokens_in + self.tokens_out} tokens, "
+                        f"cost {self.spent:.4f}, and the next request could take {sum(most)} tokens"
+                    )
+                self._changed.wait()
+            self._reserved = [a + b for a, b in zip(self._reserved, most, strict=True)]
+
+    def release(self, most: tuple[int, int]) -> None:
+        """Ends a reservation."""
+        with self._changed:
+            self._reserved = [a - b for a, b in zip(self._reserved, most, strict=True)]
+            self._changed.notify_all()
+
+    def _fits(self, most: tuple[int, int]) -> bool:
+        tokens_in = self.tokens_in + self._reserved[0] + most[0]
+        tokens_out = self.tokens_out + self._reserved[1] + most[1]
+        return tokens_in + tokens_out <= self._limits[0] and self.cost(tokens_in, tokens_out) <= self._limits[1]
+
+
+def digest(*parts: str | None) -> str:
+    """A short name for texts that must be the same again."""
+    return hashlib.sha256(repr(parts).encode("utf-8", "backslashreplace")).hexdigest()[:16]
+
+
+def payer(id: str, ask: Ask, journal: Journal, meter: Meter, model: str, stop: threading.Event) -> Paid:
+    """`paid` for one problem: the journal's reply to a request, or a new one, in the journal before it is used.
+
+    Nothing new is asked for once `stop` is set.
+    """
+
+    def paid(stage: str, index: int, prompt: str, choices: int, max_tokens: int) -> Reply:
+        key = id, stage, index, digest(prompt)
+        record = journal.reply(key)
+        if record is None:
+            if stop.is_set():
+                raise Unavailable("stopped")
+            most = len(prompt.encode()) + _OVERHEAD, choices * max_tokens
+            meter.reserve(most)
+            try:
+                reply = ask(Request(f"{id}/{stage}/{index}", prompt, choices, max_tokens))
+                names = dict(zip(("id", "stage", "index", "prompt"), key, strict=True))
+                made_by = {"model": model, "version": prompts.PROMPT_VERSION}
+                cost = meter.cost(reply.prompt_tokens, reply.completion_tokens)
+                record = {"kind": "reply", **names, **reply._asdict(), "cost": cost, **made_by}
+                meter.count(reply.prompt_tokens, reply.completion_tokens)
+                journal.append(record)
+            finally:
+                meter.release(most)
+        return Reply(*(record[field] for field in Reply._fields))
+
+    return paid
+
+
+def work_through(
+    rows: Sequence[dict[str, str]],
+    work: Callable[[dict[str, str]], str],
+    *,
+    concurrency: int,
+    max_failures: int,
+    stop: threading.Event,
+    done: Callable[[str], None],
+) -> str:
+    """Runs `work` on every row in threads; requests under way when it stops are finished first.
+
+    Args:
+      rows: problems.
+      work: row -> reason of its verdict.
+      concurrency: rows worked on at once.
+      max_failures: rows in a row left open by requests that fail, which end it.
+      stop: set when it ends early; `work` heeds it before each request, and waiting for a retry ends.
+      done: called after each row with the reason, or with "left_open".
+
+    Returns:
+      Why it ended early, or "".
+    """
+
+    def guarded(row: dict[str, str]) -> str | None:
+        if stop.is_set():
+            return None
+        try:
+            return work(row)
+        except (Denied, BudgetReached):
+            stop.set()  # here, so that no other thread starts anything more
+            raise
+
+    why, failures = "", 0
+    with ThreadPoolExecutor(concurrency) as pool:
+        futures = [pool.submit(guarded, row) for row in rows]
+        try:
+            for future in as_completed(futures):
+                try:
+                    reason = future.result()
+                except (Denied, BudgetReached) as error:
+                    why = why or str(error)
+                except (Refused, Unavailable) as error:
+                    done("left_open")
+                    failures += 1
+                    if failures >= max_failures and not stop.is_set():
+                        why = f"{failures} problems in a row could not be finished, the last because of {error}"
+                        stop.set()
+                else:
+                    failures = 0
+                    if reason is not None:
+                        done(reason)
+        except KeyboardInterrupt:
+            why = "interrupted"
+        finally:
+            stop.set()
+    return why

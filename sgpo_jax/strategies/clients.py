@@ -1,0 +1,315 @@
+"""Text in, text out: any model behind an OpenAI-compatible endpoint, or one of ours in process.
+
+Both are a function `ask(request) -> reply` that may be called from many threads. What an endpoint sends is never
+trusted: a reply is cut to size and made of plain strings and numbers before anybody sees it, and the key is struck out
+of every text.
+"""
+
+import json
+import random
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from email.utils import parsedate_to_datetime
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import numpy as np
+from jax.sharding import Mesh
+
+from sgpo_jax.policy import Policy
+from sgpo_jax.policy import tokenizer as tokenizers
+from sgpo_jax.policy.generation import noise_key, pad_prompts, respond
+from sgpo_jax.rollout import STOP
+
+MAX_TEXT = 1_000_000  # characters of a reply; the rest is cut off
+MAX_BODY = 64 * 2**20  # bytes of a response of the server; a longer one is given up
+LONGEST_WAIT = 300.0  # seconds that a server may ask to be left alone before a retry
+SHORTEST_SECRET = 12  # characters; servers without keys are given words such as "EMPTY", which texts may well contain
+
+
+class Request(NamedTuple):
+    """One question."""
+
+    id: str  # different for every request of an extraction; with our own model, the noise derives from it
+    prompt: str  # the user's turn
+    choices: int  # replies wanted
+    max_tokens: int  # of each reply
+
+
+class Reply(NamedTuple):
+    """What came back: at least one text, at most as many as were wanted."""
+
+    texts: list[str]
+    finish: list[str]  # "stop", "length" (cut at the limit) or "refused" (by the server's own filter), for each text
+    prompt_tokens: int
+    completion_tokens: int  # of all texts together
+
+
+class Denied(Exception):
+    """No request can succeed: the key, the balance, the permission or the model's name is wrong."""
+
+
+class Refused(Exception):
+    """The server does not take this request, or it is too long for our own model."""
+
+
+class TooLong(Refused):
+    """The prompt does not fit into the model's context."""
+
+
+class Unavailable(Exception):
+    """The retries are used up, or the caller stopped waiting."""
+
+
+Ask = Callable[[Request], Reply]
+
+
+def endpoint(
+    model: str,
+    *,
+    base_url: str,
+    key: str,
+    temperature: float,
+    top_p: float,
+    limit_field: str = "max_tokens",
+    timeout: float = 600.0,
+    retries: int = 6,
+    backoff: float = 1.0,
+    stop: threading.Event | None = None,
+    retried: Callable[[str], None] = lambda why: None,
+) -> Ask:
+    """A model behind an OpenAI-compatible endpoint.
+
+    Rate limits, server errors, timeouts, broken connections and replies that are no replies are tried again, after a
+    wait that doubles every time and is at least as long as the server asks for.
+
+    Args:
+      model: its name there.
+      base_url: up to and with the version, as in "https://api.example.com/v1".
+      key: goes into the request's header and nowhere else; "" for a server without keys.
+      temperature, top_p: of the sampling.
+      limit_field: how the server calls the limit of new tokens.
+      timeout: seconds for a whole request.
+      retries: most times that one request is sent again.
+      backoff: seconds before the first retry.
+      stop: ends all waiting for a retry when it is set.
+      retried: called with the reason before every retry, from any thread.
+
+    Raises:
+      ValueError: a base URL that is none, or that has a password in it.
+      ImportError: the package openai is missing.
+    """
+    try:
+        import openai
+    except ImportError as error:
+        raise ImportError("a model behind an endpoint needs the extra 'extract': pip install -e .[extract]") from error
+    check_base_url(base_url)
+    client = openai.OpenAI(base_url=base_url, api_key=key or "none", max_retries=0, timeout=timeout)
+    stop = stop or threading.Event()
+
+    def clean(text: str) -> str:
+        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be written to a file
+        text = text.replace(key, "[key]") if len(key) >= SHORTEST_SECRET else text
+        return text[:MAX_TEXT]  # not before: half a key is too much as well
+
+    def send(request: Request) -> bytes:
+        deadline = time.monotonic() + timeout
+        # One choice is what every server knows without being told.
+        several = {"n": request.choices} if request.choices > 1 else {}
+        body: dict[str, Any] = {limit_field: request.max_tokens, **several}
+        with client.chat.completions.with_streaming_response.create(
+            model=model, messages=[{"role": "user", "content": request.prompt}],
+            temperature=temperature, top_p=top_p, extra_body=body,
+        ) as response:  # fmt: skip
+            parts, size = [], 0
+            for part in response.iter_bytes():
+                parts.append(part)
+                size += len(part)
+                if size > MAX_BODY:
+                    raise ValueError(f"a body of over {MAX_BODY} bytes")
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"no whole reply in {timeout:g} s")
+            return b"".join(parts)
+
+    def ask(request: Request) -> Reply:
+        lost = (0, 0)  # tokens of replies without a text, which are paid for too
+        for attempt in range(retries + 1):
+            wait = min(60.0, backoff * 2**attempt) * random.uniform(0.75, 1.25)  # not all at the same moment
+            try:
+                reply = read_reply(send(request), request, clean)
+                reply = reply._replace(
+                    prompt_tokens=reply.prompt_tokens + lost[0], completion_tokens=reply.completion_tokens + lost[1]
+                )
+                if reply.texts:
+                    return reply
+                lost = reply.prompt_tokens, reply.completion_tokens
+                why = "a reply without choices"
+            except openai.APIStatusError as error:
+                why = error.message.removeprefix(f"Error code: {error.status_code} - ")
+                why = clean(f"{error.status_code}: {why}")[:500]
+                code = error.body.get("code") if isinstance(error.body, dict) else None
+                if error.status_code in (401, 402, 403, 404) or code == "insufficient_quota":
+                    raise Denied(why) from None
+                if code == "context_length_exceeded" or "maximum context length" in why:
+                    raise TooLong(why) from None
+                if error.status_code not in (408, 409, 425, 429) and error.status_code < 500:
+                    raise Refused(why) from None
+                wait = max(wait, retry_after(error.response.headers.get("retry-after", "")))
+            # The HTTP library has exceptions of its own for a connection that breaks off; RecursionError: nested JSON.
+            except Exception as error:
+                why = clean(f"{type(error).__name__}: {error}")[:500]
+            if attempt < retries:
+                retried(why)
+                if stop.wait(wait):
+                    raise Unavailable(f"stopped while waiting after {why}")
+        raise Unavailable(f"{retries + 1} tries, the last one: {why}")
+
+    return ask
+
+
+def check_base_url(base_url: str) -> None:
+    """Raises ValueError, which does not repeat a password, unless this is the URL of an endpoint."""
+    parts = urlsplit(base_url)
+    if parts.username or parts.password or "@" in parts.netloc:
+        raise ValueError("the base URL has a user or password in it; a key goes into an environment variable")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"base URL {base_url!r}: must begin with http:// or https:// and name a host")
+
+
+def retry_after(value: str) -> float:
+    """Seconds that a Retry-After header asks for, as a number or a date; 0 for anything else."""
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(value).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError, IndexError):
+            return 0.0
+    return min(LONGEST_WAIT, seconds) if seconds > 0 else 0.0  # NaN is not above 0
+
+
+def read_reply(body: bytes, request: Request, clean: Callable[[str], str]) -> Reply:
+    """The reply in a response's body, without texts when it has no choices.
+
+    Raises:
+      ValueError: the body is not a JSON object.
+    """
+    content = json.loads(body)
+    if not isinstance(content, dict):
+        raise ValueError(f"not a JSON object but a {type(content).__name__}")
+    choices = content.get("choices")
+    texts, finish = [], []
+    for choice in choices[: request.choices] if isinstance(choices, list) else []:
+        if isinstance(choice, dict) and isinstance(choice.get("message"), dict):
+            text = _text(choice["message"])
+            reason = choice.get("finish_reason")
+            refused = reason == "content_filter" or (not text and bool(choice["message"].get("refusal")))
+            texts.append(clean(text))
+            cut = reason == "length" or len(text) > MAX_TEXT
+            finish.append("refused" if refused else "length" if cut else "stop")
+    usage = content.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
+    most = sum(len(text.encode()) for text in texts)  # a token has at least one byte
+    return Reply(
+        texts,
+        finish,
+        _count(usage.get("prompt_tokens"), len(request.prompt.encode()) if texts else 0),
+        _count(usage.get("completion_tokens"), most),
+    )
+
+
+def _text(message: dict[str, Any]) -> str:
+    """A message's text, after its thought when the server sends that apart."""
+    content, thought = message.get("content"), message.get("reasoning_content")
+    if isinstance(content, list):  # of parts
+        parts = [part.get("text") for part in content if isinstance(part, dict)]
+        content = "".join(part for part in parts if isinstance(part, str))
+    text = content if isinstance(content, str) else ""
+    return f"<think>\n{thought}\n</think>\n\n{text}" if isinstance(thought, str) and thought else text
+
+
+def _count(value: Any, otherwise: int) -> int:
+    """A token count as the server gives it; the most it can be when it gives none that makes sense."""
+    return value if type(value) is int and 0 <= value < 10**9 else otherwise
+
+
+def local(
+    policy: Policy,
+    params: Any,
+    mesh: Mesh,
+    *,
+    seed: int,
+    temperature: float,
+    top_p: float,
+    max_prompt_tokens: int,
+    batch: int,
+    gather: float = 0.5,
+) -> Ask:
+    """A model of ours in process. Requests that wait at the same time are answered as one batch.
+
+    Every batch has the same shape, and the noise of a request depends on the seed and its id alone, so a reply does not
+    depend on what else is asked.
+
+    Args:
+      policy, params: the model, its parameters on the mesh.
+      mesh: where it runs.
+      seed: of the noise.
+      temperature, top_p: of the sampling.
+      max_prompt_tokens: P, tokens; a longer prompt is refused.
+      batch: B, requests answered at once.
+      gather: seconds to wait for more requests before a batch starts.
+    """
+    lock, waiting = threading.Lock(), dict[str, tuple[Request, list[int]]]()
+    answered: dict[str, Reply | BaseException] = {}
+    key = noise_key(seed, "llm", 0)
+
+    def run(requests: list[tuple[Request, list[int]]]) -> list[Reply]:
+        first = requests[0][0]
+        filled = [requests[min(i, len(requests) - 1)] for i in range(batch)]
+        padded = pad_prompts(policy, [tokens for _, tokens in filled], max_prompt_tokens)
+        ids = np.array([zlib.crc32(request.id.encode()) for request, _ in filled], np.uint32)
+        rollout, _ = respond(
+            policy, params, padded, ids, key, mesh, group=first.choices, max_new_tokens=first.max_tokens,
+            temperature=temperature, top_p=top_p, top_k=0,
+        )  # fmt: skip
+        replies = []
+        for i, (_, tokens) in enumerate(requests):
+            lengths = rollout.lengths[i]
+            pairs = zip(rollout.tokens[i], lengths, strict=True)
+            texts = [tokenizers.decode(policy.tokenizer, row, length) for row, length in pairs]
+            finish = ["stop" if reason == STOP else "length" for reason in rollout.finish[i]]
+            replies.append(Reply(texts, finish, len(tokens), int(lengths.sum())))
+        return replies
+
+    def ask(request: Request) -> Reply:
+        tokens = tokenizers.encode_turn(policy.tokenizer, request.prompt)
+        if len(tokens) > max_prompt_tokens:
+            raise TooLong(f"a prompt of {len(tokens)} tokens; at most {max_prompt_tokens} fit")
+        if max_prompt_tokens + request.max_tokens > policy.config.max_positions:
+            raise Denied(
+                f"{max_prompt_tokens} tokens of prompt and {request.max_tokens} of reply: "
+                f"the model has {policy.config.max_positions} positions"
+            )
+        waiting[request.id] = request, tokens
+        with lock:
+            if request.id not in answered:
+                time.sleep(gather)
+                shape = request[2:]
+                same = [pair for pair in list(waiting.values()) if pair[0][2:] == shape and pair[0].id != request.id]
+                chosen = [(request, tokens), *same][:batch]
+                results: list[Any]
+                try:
+                    results = list(run(chosen))
+                except Exception as error:
+                    results = [error] * len(chosen)
+                for (one, _), result in zip(chosen, results, strict=True):
+                    answered[one.id] = result
+                    del waiting[one.id]
+            reply = answered.pop(request.id)
+        if isinstance(reply, BaseException):
+            raise reply
+        return reply
+
+    return ask

@@ -1,0 +1,24 @@
+"""The training state: everything that an update changes and a checkpoint holds."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+
+class TrainState(struct.PyTreeNode):
+    """Everything an update changes; checkpointed as a whole."""
+
+    step: jax.Array  # [] int32, finished updates; without rollbacks also the data position, and folded into the seed
+    params: Any
+    opt_state: optax.OptState
+    skipped: jax.Array  # [] int32, updates in a row that were skipped because they were not finite
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """State before the first step."""
+    # Two arrays, not one: a donated state must not hold a buffer twice.
+    step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+    return TrainState(step=step, params=params, opt_state=optimizer.init(params), skipped=skipped)
