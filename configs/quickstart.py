@@ -2,7 +2,7 @@
 
     python -m sgpo_jax.main --config=configs/quickstart.py --workdir=/tmp/quickstart
 
-The embedded world (sgpo_jax/problems/arithmetic.py): 64 types of three-step digit arithmetic whose methods a problem
+The embedded world (sgpo_jax/data/generators/arithmetic.py): 64 types of three-step digit arithmetic whose methods a problem
 does not show. The warm-up makes a base model that can calculate and follow a strategy, but only weakly prefers the
 right methods; SGPO then makes it solve the problems without strategies.
 """

@@ -136,8 +136,10 @@ def _line(label: str, result: dict[str, Any], problems: str, k: int) -> list[str
 
 
 def _average(sets: dict[str, dict[str, Any]]) -> tuple[np.ndarray, float]:
-    """(bootstrapped means, value) of the plain mean of the sets' accuracies; each set is resampled on its own."""
-    means = [benchmark.bootstrap_means(np.array(result["per_problem"]), seed) for seed, result in enumerate(sets.values())]
+    """(bootstrapped means, value) of the plain mean of the sets' accuracies, each set resampled on its own."""
+    means = [
+        benchmark.bootstrap_means(np.array(result["per_problem"]), seed) for seed, result in enumerate(sets.values())
+    ]
     return np.mean(means, axis=0), float(np.mean([result["accuracy"] for result in sets.values()]))
 
 

@@ -220,7 +220,11 @@ def _make_marks(config: ConfigDict, policy: Policy, loss: Callable) -> Callable[
 
 
 def _in_update(
-    config: ConfigDict, kept: skipped_batch.Skipped, policy: Policy, tx: optax.GradientTransformation, state: TrainState,
+    config: ConfigDict,
+    kept: skipped_batch.Skipped,
+    policy: Policy,
+    tx: optax.GradientTransformation,
+    state: TrainState,
     mesh: Mesh,
 ) -> list[Finding]:  # fmt: skip
     """What is not finite in the run's own update: metrics and gradients."""

@@ -5,7 +5,7 @@ import os
 import time
 from contextlib import contextmanager
 
-import xla_flags
+from helpers import xla_flags
 
 # Read when jax starts its backend, so it has to be set before any test touches a device.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + xla_flags.quick(8)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from folders import config_of, generations, write_jsonl
+from helpers.folders import config_of, generations, write_jsonl
 
 from sgpo_jax import analyze, data, models, sharding
 from sgpo_jax.policy.generation import Prompts, encode_prompts

@@ -1,6 +1,5 @@
 """Every file of configs/ passes the check; impossible values are refused, in Python and on the command line."""
 
-import importlib.util
 import inspect
 import json
 import math
@@ -8,24 +7,17 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers.configs import load
+from helpers.paths import ROOT
 from ml_collections import ConfigDict
 
 from sgpo_jax import cli, config_checks, losses
 from sgpo_jax import config as configs
 
-ROOT = Path(__file__).resolve().parents[1]
 # configs/strategies.py belongs to another command.
 FILES = [file for file in sorted((ROOT / "configs").glob("*.py")) if file.stem != "strategies"]
-
-
-def load(file: Path) -> ConfigDict:
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
 
 
 @pytest.fixture
@@ -419,7 +411,7 @@ def answers(tmp_path_factory):
     ]
     (folder / "calls.json").write_text(json.dumps(calls))
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/faults/fork_commands.py"), str(folder / "calls.json")],
+        [sys.executable, str(ROOT / "tests/helpers/fork_commands.py"), str(folder / "calls.json")],
         cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

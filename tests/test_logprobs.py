@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import xla_flags
+from helpers import xla_flags
+from helpers.oracles import BETA, K, dense, oracle
 from hypothesis import given
 from hypothesis.extra.numpy import arrays
 from jax.sharding import PartitionSpec as P
-from test_divergences import BETA, K, dense, oracle
 
 from sgpo_jax import logprobs, output_head, sharding
 from sgpo_jax.divergences import DIVERGENCES

@@ -8,42 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.oracles import INF, LOGITS, NAN, G, P, Q, T, V, floats, log_softmax, numeric_gradient
 from hypothesis import assume, given
 from hypothesis.extra.numpy import arrays
 
 from sgpo_jax import losses
 
-T, G, V = 6, 8, 5
-INF, NAN = math.inf, math.nan
-
-
-def floats(low, high):
-    return st.floats(low, high, width=32, allow_subnormal=False)
-
-
-LOGITS = arrays(np.float32, (T, V), elements=floats(-6, 6))
 KLS = arrays(np.float32, T, elements=floats(0, 3))
 MASKS = arrays(np.bool_, T)
 # Eighths are exact in float32, so that equal rewards are equal and no cancellation blurs the comparison.
 REWARDS = arrays(np.float32, G, elements=st.integers(-16, 16).map(lambda n: n / 8))
-
-
-def numeric_gradient(function, x, step=1e-6):
-    """Central differences of a float64 function of an array."""
-    x = np.asarray(x, np.float64)
-    gradient = np.zeros_like(x)
-    for index in np.ndindex(x.shape):
-        ahead, behind = x.copy(), x.copy()
-        ahead[index] += step
-        behind[index] -= step
-        gradient[index] = (function(ahead) - function(behind)) / (2 * step)
-    return gradient
-
-
-def log_softmax(logits):
-    """Log-probabilities in float64."""
-    logits = np.asarray(logits, np.float64)
-    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
 # ---- group_advantages
@@ -184,9 +158,6 @@ def test_extreme_ratios_give_numbers(logp, old, advantage, loss):
 
 
 # ---- kl_divergence
-
-P, Q = np.log([0.5, 0.5]), np.log([0.9, 0.1])
-
 
 def test_kl_by_hand_in_both_directions():
     forward = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)  # 0.5108

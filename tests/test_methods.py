@@ -1,16 +1,16 @@
 """Every method's update against its formula, written out densely for one problem and one response at a time."""
 
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import xla_flags
-from test_config import load
-from test_train_step import CONFIG, G1, G2, B, T, assert_trees_close, log_probs, make_batch, make_params
+from helpers import xla_flags
+from helpers.batches import CONFIG, G1, G2, B, T, assert_trees_close, log_probs, make_batch, make_params
+from helpers.configs import load
+from helpers.paths import ROOT
 
 from sgpo_jax import config as configs
 from sgpo_jax import config_checks, main, methods
@@ -21,7 +21,6 @@ from sgpo_jax.training.batch import Batch, pack_batch
 from sgpo_jax.training.state import init_state
 from sgpo_jax.training.train_step import make_update
 
-ROOT = Path(__file__).resolve().parents[1]
 TRAINED = [name for name in METHODS if name != "sft"]
 DELTA, BETA, K = 2.2, 0.3, 4
 

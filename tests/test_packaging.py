@@ -3,11 +3,9 @@
 import ast
 import re
 from importlib import metadata
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
+from helpers.paths import ROOT
 
 
 def requirements() -> list[str]:

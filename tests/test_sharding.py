@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.batches import make_params
 from jax.sharding import PartitionSpec as P
-from test_train_step import make_params
 
 from sgpo_jax import models, sharding
 from sgpo_jax.policy.generation import Prompts

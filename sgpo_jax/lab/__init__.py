@@ -5,4 +5,7 @@ from sgpo_jax.lab.grid import Cell, cell_config, check, digest, grid_cells, tuni
 from sgpo_jax.lab.results import Results, chosen_rates, write_page
 from sgpo_jax.lab.workers import run_cell
 
-__all__ = ["Cell", "Results", "cell_config", "check", "chosen_rates", "digest", "grid_cells", "run", "run_cell", "tuning_cells", "write_page"]
+__all__ = [
+    "Cell", "Results", "cell_config", "check", "chosen_rates", "digest", "grid_cells", "run", "run_cell",
+    "tuning_cells", "write_page",
+]  # fmt: skip

@@ -1,7 +1,7 @@
 """Hugging Face folders (config.json and safetensors) to parameter trees on a mesh and back.
 
-`param_mapping.NAMES` serves both directions. All of a checkpoint is checked before its tensors are read, which `stream` does in
-blocks, so that no host ever holds more than the parts of its own devices.
+`param_mapping.NAMES` serves both directions. All of a checkpoint is checked before its tensors are read, which
+`sharded_io` does in blocks, so that no host ever holds more than the parts of its own devices.
 """
 
 import json

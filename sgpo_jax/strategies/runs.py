@@ -147,7 +147,9 @@ def _model_name(model: ConfigDict, role: str) -> str:
     return name
 
 
-def _model(config: ConfigDict, model: ConfigDict, name: str, role: str, meter: Meter, stop: threading.Event) -> clients.Ask:
+def _model(
+    config: ConfigDict, model: ConfigDict, name: str, role: str, meter: Meter, stop: threading.Event
+) -> clients.Ask:
     fields = config.extract
     sampling = {"temperature": fields.temperature, "top_p": fields.top_p}
     if model.engine == "local":

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.paths import ROOT
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
@@ -30,7 +31,6 @@ from sgpo_jax.policy import tokenizer
 from sgpo_jax.runtime import journal
 from sgpo_jax.training import stage
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = {"model.layers": 1, "model.hidden": 16, "model.heads": 2, "model.mlp": 16}
 
 

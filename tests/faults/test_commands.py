@@ -6,13 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers.paths import ROOT
 
 from sgpo_jax import cli
 
-ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = "--config=configs/quickstart.py"
 # name: (module, arguments, with {place} for a folder, the line on stderr)
 COMMANDS = {
@@ -115,7 +114,7 @@ def started(place):
         )
 
     processes = {
-        "forks": start([sys.executable, str(Path(__file__).with_name("fork_commands.py")), str(place / "calls.json")]),
+        "forks": start([sys.executable, str(ROOT / "tests/helpers/fork_commands.py"), str(place / "calls.json")]),
         "no such device": start(main, JAX_PLATFORMS="abacus"),
         "old jax": start(main, PYTHONPATH=f"{place}/old{os.pathsep}{ROOT}"),
     }

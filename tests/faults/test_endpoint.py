@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from chat_server import Answer, ChatServer, completion, failure, helpful, problems
+from helpers.chat_server import Answer, ChatServer, completion, failure, helpful, problems
 from ml_collections import ConfigDict
 
 from sgpo_jax import config as configs

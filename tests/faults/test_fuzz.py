@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from helpers.paths import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
@@ -14,8 +15,6 @@ from ml_collections import ConfigDict
 from sgpo_jax import config_checks, data
 from sgpo_jax.data.rows import OPTIONAL, REQUIRED
 from sgpo_jax.models.config import ModelConfig, from_hf
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def config_of_all() -> ConfigDict:

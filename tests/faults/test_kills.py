@@ -11,11 +11,10 @@ import subprocess
 import sys
 import zlib
 from collections import Counter
-from pathlib import Path
 
 import pytest
-from chat_server import WORDS, ChatServer, completion, helpful, problems, stage_of, strategy
-from test_run import ROOT, TIMES, assert_same_run, command, environment
+from helpers.chat_server import WORDS, ChatServer, completion, helpful, problems, stage_of, strategy
+from helpers.runs import ROOT, TIMES, assert_same_run, command, environment
 
 from sgpo_jax.runtime.files import read_jsonl
 
@@ -60,7 +59,7 @@ def attempts(folder, workdir, module, arguments, kills, sick=()):
     }))  # fmt: skip
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "kill_in.py"), str(file)], env=environment() | cache, cwd=ROOT,
+        [sys.executable, str(ROOT / "tests/helpers/kill_in.py"), str(file)], env=environment() | cache, cwd=ROOT,
         capture_output=True, text=True, timeout=600 + 120 * len(kills),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -10,10 +10,10 @@ import sys
 import threading
 import time
 from contextlib import closing
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers.paths import ROOT
 
 from sgpo_jax import cli
 from sgpo_jax import config as configs
@@ -21,7 +21,6 @@ from sgpo_jax.data import filtering
 from sgpo_jax.runtime import distributed, watchdog
 from sgpo_jax.training import stage
 
-ROOT = Path(__file__).resolve().parents[2]
 HOST = re.escape(socket.gethostname())
 
 
@@ -45,7 +44,7 @@ def run(count, how, slurm=False, **more):
                 "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "JAX_COORDINATOR_PORT": str(port),
             }  # fmt: skip
         flags += more.get(f"flags{i}", [])
-        program = [sys.executable, str(Path(__file__).with_name("processes.py")), "--config=configs/quickstart.py"]
+        program = [sys.executable, str(ROOT / "tests/helpers/processes.py"), "--config=configs/quickstart.py"]
         processes.append(
             subprocess.Popen(
                 [*program, f"--how={how}", "--config.grace=0.5", *flags],

@@ -1,12 +1,11 @@
 """What SECURITY.md promises about the source; what it promises about behaviour is tested beside this."""
 
 import ast
-from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted([*ROOT.glob("sgpo_jax/**/*.py"), *ROOT.glob("configs/*.py"), *ROOT.glob("benchmarks/*.py")])
 MODULES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml", "tarfile", "zipfile"}
 NAMES = {"eval", "exec", "compile", "__import__"}  # the builtins; a method of these names is another thing

@@ -14,7 +14,7 @@ from sgpo_jax import rewards
 from sgpo_jax.rewards.pool import _checked
 
 ROW = {"id": "p1", "problem": "1+1?", "answer": "2"}
-FUNCTION = "reward_functions:by_row"
+FUNCTION = "helpers.reward_functions:by_row"
 GARBAGE = [
     "",
     "garbage",

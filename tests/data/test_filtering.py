@@ -1,0 +1,316 @@
+import json
+from collections import Counter
+
+import pytest
+from helpers.paths import SHARED
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sgpo_jax import config, data
+from sgpo_jax.data import filtering
+from sgpo_jax.data.filtering import Sieve
+from sgpo_jax.training import rl, sft, stage
+
+WORDS = "a farmer sells nine brown eggs at the market every single morning except on sundays for cash".split()
+
+
+def rows(*problems, prefix="r", **fields):
+    return [{"id": f"{prefix}{i}", "problem": text, "answer": "1", **fields} for i, text in enumerate(problems)]
+
+
+def write(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+# Duplicates
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("Find  $x$.", "find x."),
+        (r"What is $\dfrac{1}{2}+ x^2$?", r"what is \frac{1}{2} + x^2 ?"),
+        (r"\left( 3,\, 4 \right)", "(3,4)"),
+        (r"\[a\quad b\]", "$$a~b$$"),
+        ("2 x = 4", "2x=4"),
+        ("İstanbul\n\tis", "i\u0307stanbul is"),
+    ],
+)
+def test_layout_does_not_make_another_problem(one, other):
+    assert filtering.key(one) == filtering.key(other)
+    assert filtering.duplicates(rows(one, "else", other)) == {"r2": "r0"}
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("What is 3 + 4?", "What is 3 - 4?"),
+        ("3 4, 5 2", "34, 52"),
+        ("x^{12}", "x^{1}2"),
+        (r"\leftarrow x", "arrow x"),
+        ("1.5", "15"),
+        ("a < b", "a > b"),
+    ],
+)
+def test_what_changes_the_problem_is_kept(one, other):
+    assert filtering.key(one) != filtering.key(other)
+    assert filtering.duplicates(rows(one, other)) == {}
+
+
+def test_the_first_of_several_is_the_original():
+    assert filtering.duplicates(rows("a", "b", "A", "b ", "a")) == {"r2": "r0", "r3": "r1", "r4": "r0"}
+
+
+# Contamination
+
+
+def same(training, evaluation):
+    return filtering.contaminated(training, {"set": evaluation})["set"].same
+
+
+@given(st.integers(0, 4), st.integers(0, 4), st.booleans())
+def test_thirteen_words_in_a_row_are_contamination_and_twelve_are_not(before, after, thirteen):
+    shared = WORDS[: 13 if thirteen else 12]
+    evaluation = rows(" ".join(["Once", *shared, "thereafter"]), prefix="e")
+    text = "; ".join(["x"] * before + [word.upper() for word in shared] + ["y"] * after)
+    assert same(rows("Nothing alike", text), evaluation) == ({"r1": "e0"} if thirteen else {})
+    assert same(rows(" ".join(reversed(text.split()))), evaluation) == {}
+
+
+def test_a_short_problem_must_be_the_same_as_a_whole():
+    evaluation = rows("What is 3 + 4?", " ".join(WORDS[:12]), prefix="e")
+    training = rows(
+        "what is $3+4$?", "What is 3 + 5?", "Now: what is 3 + 4?", " ".join(WORDS[:13]), " ".join(WORDS[:12])
+    )
+    assert same(training, evaluation) == {"r0": "e0", "r4": "e1"}
+
+
+def test_a_run_of_words_that_many_problems_have_is_a_phrase():
+    phrase = "where m and n are relatively prime positive integers what is m plus n"
+
+    def found(count):
+        training = rows(*(f"Problem {'abcdefghijk'[i]} {phrase}" for i in range(count)), f"Problem z {phrase}")
+        hits = filtering.contaminated(training, {"first": [], "set": rows(f"Problem z {phrase}", prefix="e")})
+        assert hits["first"] == ({}, {})
+        return hits["set"]
+
+    # With the evaluation's own: 10 problems, and 11.
+    few, many = found(8), found(9)
+    assert set(few.same) == {f"r{i}" for i in range(9)} and not few.phrase
+    assert many.same == {"r9": "e0"}, "the whole problem is still found"
+    assert set(many.phrase) == {f"r{i}" for i in range(9)}
+
+
+def test_a_telling_run_counts_beside_a_phrase():
+    phrase, telling = " ".join(WORDS[:14]), " ".join(f"word{i}" for i in range(13))
+    evaluation = rows(f"{phrase} {telling}", prefix="e")
+    training = rows(*(f"{i} {phrase}" for i in range(12)), f"{phrase} 5 {telling}")
+    assert same(training, evaluation) == {"r12": "e0"}
+
+
+def test_a_row_is_found_in_the_first_set_that_has_it():
+    text = " ".join(WORDS)
+    sets = {"none": rows("x"), "one": rows(text, prefix="a"), "two": rows(text, prefix="b")}
+    for found in (text, f"Again: {text}"):
+        hits = filtering.contaminated(rows(found), sets)
+        assert {name: hit.same for name, hit in hits.items()} == {"none": {}, "one": {"r0": "a0"}, "two": {}}
+
+
+def test_the_embedded_world_is_not_contaminated():
+    evaluation = {"heldout": "arithmetic:eval,count=512", "text": "reasoning_gym:gcd,count=30,split=eval"}
+    sources = "arithmetic:train,count=4096;arithmetic:pretraining,count=4096"
+    pytest.importorskip("reasoning_gym", reason="needs the extra 'gym'")
+    sieve = data.sift(f"{sources};reasoning_gym:gcd,count=60", evaluation, remove_duplicates=False, decontaminate=True)
+    assert len(sieve.rows) == 2 * 4096 + 60
+    itself = data.sift("arithmetic:eval,count=600", evaluation, remove_duplicates=False, decontaminate=True)
+    assert len(itself.rows) == 600 - 512
+
+
+def test_benchmarks_against_each_other():
+    if not SHARED.is_dir():
+        pytest.skip("shared/data is not there")
+    sets = {
+        name: data.load(str(SHARED / f"{name}.jsonl")) for name in ("gsm8k_train", "gsm8k_test", "math500", "amc23")
+    }
+    assert not any(filtering.duplicates(part) for part in sets.values())
+    training = sets.pop("gsm8k_train")
+    hits = filtering.contaminated(training, sets)
+    assert set(hits["gsm8k_test"].same) == {f"gsm8k/train/{i}" for i in (20, 406, 1314, 5162)}
+    assert not any(hits[name].same for name in ("math500", "amc23"))
+
+
+# Lengths and the account
+
+
+def test_rows_too_long():
+    three = rows("a", "b", "c")
+    assert filtering.too_long(three, [[0] * 3, [0] * 4, [0] * 5], 4) == {"r2": "5 tokens"}
+    with pytest.raises(ValueError):
+        filtering.too_long(three, [[0]], 4)
+
+
+reasons = st.lists(st.tuples(st.sampled_from("abc"), st.booleans(), st.sets(st.integers(0, 9))), max_size=6)
+
+
+@given(st.lists(st.integers(0, 4), max_size=3), reasons)
+def test_read_is_left_out_plus_kept(sizes, steps):
+    parts, start = {}, 0
+    for i, size in enumerate(sizes):
+        parts[f"s{i}"] = [{"id": str(n)} for n in range(start, start + size)]
+        start += size
+    sieve = Sieve(parts)
+    expected = {row["id"]: None for part in parts.values() for row in part}
+    for reason, keep, ids in steps:
+        sieve.leave_out(reason, {str(i): "x" for i in ids}, keep=keep)
+        if not keep:
+            expected = {id: why or (reason if int(id) in ids else None) for id, why in expected.items()}
+    assert [row["id"] for row in sieve.rows] == [id for id, why in expected.items() if why is None]
+    for source, count in sieve.counts().items():
+        assert count["read"] == len(parts[source]) == count["kept"] + sum(count["left_out"].values())
+        why = Counter(expected[row["id"]] for row in parts[source])
+        assert count["kept"] == why[None]
+        assert {r: n for r, n in count["left_out"].items() if n} == {r: n for r, n in why.items() if r and n}
+    assert {item.id: item.reason for item in sieve.found if not item.kept} == {i: w for i, w in expected.items() if w}
+
+
+def test_the_table_names_every_reason_and_an_example():
+    sieve = Sieve({"a.jsonl": rows("x", "y", "z"), "b.jsonl": rows("u", prefix="b")})
+    sieve.leave_out("duplicate", {"r1": "r0"})
+    sieve.leave_out("in MATH500", {"r0": "m7", "b0": "m8"}, keep=True)
+    table = sieve.table("RL")
+    lines = [[cell.strip() for cell in line.strip()[1:-1].split("│")] for line in table.splitlines() if "│" in line]
+    assert lines == [
+        ["a.jsonl", "3", ""],
+        ["left out: duplicate", "1", "r1 (r0)"],
+        ["kept", "2", ""],
+        ["although: in MATH500", "1", "r0 (m7)"],
+        ["b.jsonl", "1", ""],
+        ["left out: duplicate", "0", ""],
+        ["kept", "1", ""],
+        ["although: in MATH500", "1", "b0 (m8)"],
+    ]
+
+
+def test_the_record_of_one_stage_leaves_the_other_alone(tmp_path):
+    first, second = Sieve({"s": rows("x", "y")}), Sieve({"s": rows("x", "y")})
+    first.leave_out("duplicate", {"r1": "r0"})
+    second.leave_out("in é", {"r0": "e0"}, keep=True)
+    for _ in range(2):  # a second time changes nothing
+        filtering.record(first, tmp_path, "sft", resuming=False)
+        filtering.record(second, tmp_path, "rl", resuming=True)
+        written = json.loads((tmp_path / "data.json").read_text())
+        count = {"read": 2, "left_out": {"duplicate": 1}, "kept_although": {}, "kept": 1}
+        assert list(written) == ["sft", "rl"] and written["sft"]["sources"] == {"s": count}
+        lines = [json.loads(line) for line in (tmp_path / "data_left_out.jsonl").read_text().splitlines()]
+        assert sorted(lines, key=lambda line: line["stage"], reverse=True) == [
+            {"stage": "sft", "source": "s", "id": "r1", "reason": "duplicate", "detail": "r0", "kept": False},
+            {"stage": "rl", "source": "s", "id": "r0", "reason": "in é", "detail": "e0", "kept": True},
+        ]
+
+
+def test_a_stage_that_has_begun_goes_on_with_the_same_rows_only(tmp_path):
+    begun = Sieve({"s": rows("x", "y")})
+    filtering.record(begun, tmp_path, "rl", resuming=True)
+    before = (tmp_path / "data.json").read_text()
+    for other in (Sieve({"s": rows("x")}), Sieve({"s": rows("y", "x")}), Sieve({"s": rows("x", "y", strategy="s")})):
+        with pytest.raises(
+            ValueError, match=rf"the rl stage in .* has begun with other rows: 2 then .*, {len(other.rows)} n"
+        ):
+            filtering.record(other, tmp_path, "rl", resuming=True)
+    assert (tmp_path / "data.json").read_text() == before
+    filtering.record(Sieve({"elsewhere": rows("x", "y")}), tmp_path, "rl", resuming=True)
+    filtering.record(Sieve({"s": rows("x")}), tmp_path, "rl", resuming=False)
+    assert json.loads((tmp_path / "data.json").read_text())["rl"]["sources"]["s"]["kept"] == 1
+
+
+# The stages
+
+
+@pytest.fixture(scope="module")
+def policy():
+    fields = small_config()
+    return stage.load_policy(fields)[0]
+
+
+def small_config():
+    fields = config.base()
+    fields.model.source, fields.model.tokenizer, fields.model.dtype = "scratch", "arithmetic", "float32"
+    fields.data.instruction = ""
+    fields.sft.batch = fields.rl.batch = 2
+    return fields
+
+
+def test_both_stages_account_for_every_row(tmp_path, policy, capsys):
+    training = data.load("arithmetic:train,count=60")
+    held_out = data.load("arithmetic:eval,count=3")
+    for row in training[:6]:
+        del row["strategy"], row["solution"]
+    training.append({**training[10], "id": "again", "problem": f" {training[10]['problem']} "})
+    training.append({**held_out[1], "id": "leaked"})
+    training[20]["problem"] += " 1" * 50
+    training[21]["solution"] += " 1" * 50
+    fields = small_config()
+    fields.data.train = write(tmp_path / "train.jsonl", training)
+    fields.data.max_prompt_tokens, fields.sft.max_response_tokens = 60, 60
+    with fields.unlocked():
+        fields.eval.sets.heldout = {"source": write(tmp_path / "heldout.jsonl", held_out), "samples": 1}
+    for share in (0.5, 1.0, 0.0):
+        fields.data.sft_share = share
+        kept = {}
+        if share:
+            first, second, encoded = sft.load_rows(fields, tmp_path / f"{share}", policy)
+            kept["sft"] = first + second
+            assert {row["id"] for row in kept["sft"]} == set(encoded)
+        if share < 1:
+            kept["rl"], prompts = rl.load_rows(fields, tmp_path / f"{share}", policy)
+            assert all(set(prompts[guided]) == {row["id"] for row in kept["rl"]} for guided in (False, True))
+        counts = json.loads((tmp_path / f"{share}" / "data.json").read_text())
+        for name, others in kept.items():
+            (count,) = counts[name]["sources"].values()
+            assert count["read"] == 62 and count["kept"] == len(others) == 62 - sum(count["left_out"].values())
+            assert count["left_out"]["in heldout"] == 1 and count["kept_although"]["duplicate"] == 1
+            assert not {"leaked", training[20]["id"]} & {row["id"] for row in others}
+    sft_count, rl_count = ({}, {})
+    for share, name, count in ((1.0, "sft", sft_count), (0.0, "rl", rl_count)):
+        (part,) = json.loads((tmp_path / f"{share}" / "data.json").read_text())[name]["sources"].values()
+        count |= part["left_out"]
+    assert sft_count == {
+        "in heldout": 1, "for RL": 0, "without solution": 6, "prompt too long": 1, "response too long": 1,
+    }  # fmt: skip
+    assert rl_count == {"in heldout": 1, "for the warm-up": 0, "without strategy": 6, "prompt too long": 1}
+    assert "RL: 54 rows of 62" in capsys.readouterr().out
+    fields.data.remove_duplicates, fields.data.decontaminate = True, False
+    others, _ = rl.load_rows(fields, tmp_path / "removed", policy)
+    assert {"leaked"} == {row["id"] for row in others} & {"leaked", "again"}
+
+
+def test_the_warm_up_leaves_out_what_the_template_has_opened(tmp_path, policy, monkeypatch):
+    """`tokenizer.continuation` has its own test; this one sees that the warm-up asks it, with the row's prompt."""
+    asked = {}
+
+    def continuation(tokenizer, prompt, solution):
+        asked[solution] = prompt
+        return " 7"
+
+    monkeypatch.setattr(sft.tokenizers, "continuation", continuation)
+    fields = small_config()
+    fields.sft.train = "arithmetic:train,count=30"
+    training, validation, encoded = sft.load_rows(fields, tmp_path, policy)
+    for row in training + validation:
+        prompt, response = encoded[row["id"]]
+        assert asked[row["solution"]] == prompt
+        assert response == sft.tokenizers.encode_response(policy.tokenizer, " 7", policy.stop_ids[0])
+
+
+def test_a_stage_with_checkpoints_refuses_other_rows(tmp_path, policy):
+    fields = small_config()
+    fields.data.train = "arithmetic:train,count=30"
+    rl.load_rows(fields, tmp_path, policy)
+    fields.data.train = "arithmetic:train,count=40"
+    rl.load_rows(fields, tmp_path, policy)  # nothing was trained yet
+    (tmp_path / "rl" / "checkpoints" / "3").mkdir(parents=True)
+    rl.load_rows(fields, tmp_path, policy)
+    fields.data.train = "arithmetic:train,count=30"
+    with pytest.raises(ValueError, match="the rl stage in .* has begun with other rows"):
+        rl.load_rows(fields, tmp_path, policy)

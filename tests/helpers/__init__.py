@@ -1,0 +1,1 @@
+"""What tests share: paths, configs, small models and batches, dense oracles, runs as subprocesses."""

@@ -1,0 +1,282 @@
+"""Our decoder against transformers' own models: the same folder, the same float32 logits.
+
+Every parameter of the small models is random. Where transformers would leave norms at one and
+biases at zero, a forgotten one could not be seen.
+"""
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+from helpers.paths import SHARED
+
+from sgpo_jax.models import apply, gguf, head, huggingface, init_cache, positions_of
+
+GSM8K = SHARED / "gsm8k_test.jsonl"
+
+torch = pytest.importorskip("torch", reason="needs the extra 'parity'")
+
+TOLERANCE = 1e-4  # largest absolute difference of two logits
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+# model_type, hidden_size, query heads, key/value heads, head_dim, tied, other fields
+CASES = {
+    "qwen2": ("qwen2", 64, 4, 2, None, False, {"rope_theta": 1e6}),
+    "qwen2-tied-multi-query": ("qwen2", 42, 7, 1, None, True, {}),
+    "qwen2-wide-heads": ("qwen2", 40, 2, 2, 34, False, {}),
+    "qwen3": ("qwen3", 40, 6, 2, 16, True, {"rope_theta": 1e6}),
+    "qwen3-untied-narrow-heads": ("qwen3", 96, 5, 5, 6, False, {"rms_norm_eps": 1e-2}),
+    "qwen3-llama3-rope": ("qwen3", 32, 4, 1, 24, True, {"rope_scaling": LLAMA3_ROPE}),
+    "llama": ("llama", 48, 4, 4, None, False, {}),
+    "llama-head-dim": ("llama", 36, 6, 3, 20, False, {"rms_norm_eps": 1e-5}),
+    "llama3": ("llama", 64, 8, 2, None, False, {"rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE}),
+    "llama3-tied": ("llama", 64, 2, 1, 64, True, {"rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE}),
+    "smollm2": ("llama", 72, 9, 3, None, True, {"rope_theta": 1e5, "rms_norm_eps": 1e-5}),
+}
+
+
+def random_model(model_type, hidden_size, heads, kv_heads, head_dim, tied, other):
+    config = transformers.AutoConfig.for_model(
+        model_type,
+        vocab_size=131,
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size + 23,
+        num_hidden_layers=3,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=tied,
+        max_position_embeddings=40_000,
+        **({} if head_dim is None else {"head_dim": head_dim}),
+        **other,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    generator = torch.Generator().manual_seed(hidden_size)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                parameter.copy_(1 + 0.5 * noise)
+            elif name.endswith("bias"):
+                parameter.copy_(noise)
+            else:
+                parameter.copy_(2 * noise * parameter.shape[-1] ** -0.5)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request, tmp_path_factory):
+    """(transformers' model, our params, our config), by way of a folder that transformers wrote."""
+    model = random_model(*CASES[request.param])
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    return model, *huggingface.load(folder)
+
+
+def theirs(model, tokens, positions, mask=None):
+    with torch.no_grad():
+        return model(
+            torch.as_tensor(np.array(tokens)),
+            position_ids=torch.as_tensor(np.array(positions)),
+            attention_mask=None if mask is None else torch.as_tensor(np.array(mask)).long(),
+        ).logits.numpy()
+
+
+@partial(jax.jit, static_argnames=("config", "dtype"))
+def run(params, config, tokens, positions, mask, dtype):
+    hidden, _ = apply(params, config, tokens, positions, mask, dtype=dtype)
+    return hidden @ head(params, config)
+
+
+def ours(params, config, tokens, positions, mask=None, dtype=jnp.float32):
+    mask = np.ones(tokens.shape, bool) if mask is None else mask
+    return np.asarray(run(params, config, tokens, positions.astype(np.int32), mask, dtype))
+
+
+def random_tokens(*shape):
+    return np.random.default_rng(0).integers(0, 131, shape)
+
+
+def rows_of_positions(batch, length, first=0):
+    return np.broadcast_to(np.arange(first, first + length), (batch, length))
+
+
+def assert_close(left, right):
+    assert np.abs(right).max() > 1, "logits too small for an absolute tolerance to mean anything"
+    assert np.abs(left - right).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("first", [0, 30_000])
+def test_logits_near_and_far(pair, first):
+    """One row of 100 tokens: beyond the 32 positions that the llama3 cases call original."""
+    model, params, config = pair
+    tokens, positions = random_tokens(2, 100), rows_of_positions(2, 100, first)
+    assert_close(ours(params, config, tokens, positions), theirs(model, tokens, positions))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding(pair, side):
+    """Real tokens of padded rows, against transformers with its mask and without any padding."""
+    model, params, config = pair
+    lengths = np.array([17, 5, 1, 12])
+    slots = np.arange(17)[::-1] if side == "left" else np.arange(17)
+    mask = slots < lengths[:, None]
+    tokens = np.where(mask, random_tokens(4, 17), 0)
+    positions = np.asarray(positions_of(jnp.asarray(mask)))
+    got = ours(params, config, tokens, positions, mask)
+    assert_close(got[mask], theirs(model, tokens, positions, mask)[mask])
+    for row, length in enumerate(lengths):
+        alone = theirs(model, tokens[row][mask[row]][None], rows_of_positions(1, length))
+        assert_close(got[row][mask[row]], alone[0])
+
+
+def test_cached_decoding(pair):
+    """Prompts of several lengths in one piece, then token by token, against each whole sequence alone."""
+    model, params, config = pair
+    lengths, new = np.array([9, 4, 7]), 6
+    tokens, slots = random_tokens(3, 9 + new), np.arange(9)
+    step = jax.jit(lambda cache, *row: apply(params, config, *row, cache))
+    inside = slots < lengths[:, None]
+    hidden, cache = step(init_cache(config, 3, 9 + new), tokens[:, :9], rows_of_positions(3, 9), inside)
+    pieces = [np.asarray(hidden @ head(params, config))]
+    for i in range(new):
+        at = lengths[:, None] + i
+        hidden, cache = step(cache, np.take_along_axis(tokens, at, axis=1), at, np.ones((3, 1), bool))
+        pieces.append(np.asarray(hidden @ head(params, config)))
+    np.testing.assert_array_equal(cache["length"], lengths + new)
+    for row, length in enumerate(lengths):
+        got = np.concatenate([pieces[0][row, :length], *(piece[row] for piece in pieces[1:])])
+        assert_close(got, theirs(model, tokens[row, : length + new][None], rows_of_positions(1, length + new))[0])
+
+
+def test_export_loads_in_transformers_bit_for_bit(pair, tmp_path):
+    model, params, config = pair
+    huggingface.save(tmp_path / "model", params, config, shard_bytes=20_000)
+    assert (tmp_path / "model" / "model.safetensors.index.json").exists()
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager")
+    assert type(again) is type(model) and again.dtype == torch.float32
+    original, copy = model.state_dict(), again.state_dict()
+    assert original.keys() == copy.keys()
+    assert all(torch.equal(original[name], copy[name]) for name in original)
+    # The config says the same too, so the logits do not move at all.
+    tokens, positions = random_tokens(1, 40), rows_of_positions(1, 40)
+    np.testing.assert_array_equal(theirs(again, tokens, positions), theirs(model, tokens, positions))
+    assert again.config.eos_token_id is None and again.config.bos_token_id is None
+
+
+def test_bfloat16_checkpoint_keeps_its_bits(tmp_path):
+    model = random_model(*CASES["qwen3"]).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "theirs")
+    params, config = huggingface.load(tmp_path / "theirs")
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(params))
+    huggingface.save(tmp_path / "ours", params, config)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert again.dtype == torch.bfloat16
+    copy = again.state_dict()
+    assert all(torch.equal(value, copy[name]) for name, value in model.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """The real weights, GGUF -> ours -> an exported folder, and three of GSM8K's conversations."""
+    pytest.importorskip("gguf", reason="needs the extra 'smollm2'")
+    if not GSM8K.exists():
+        pytest.skip(f"{GSM8K} is not there")
+    try:
+        path = gguf.smollm2_path()
+    except ImportError as error:
+        pytest.skip(str(error))
+    params, config = gguf.load(path)
+    tokenizer = gguf.tokenizer(path)
+    folder = tmp_path_factory.mktemp("smollm2") / "model"
+    huggingface.save(folder, params, config, tokenizer=tokenizer, stop_ids=gguf.stop_ids(path))
+    rows = [json.loads(line) for line in GSM8K.read_text(encoding="utf-8").splitlines()[:3]]
+    texts = [
+        tokenizer.apply_chat_template(
+            [
+                {"role": "user", "content": row["problem"]},
+                {"role": "assistant", "content": row["solution"]},
+            ],
+            tokenize=False,
+        )
+        for row in rows
+    ]
+    batch = tokenizer(texts, padding=True, padding_side="left", return_tensors="np")
+    mask = batch["attention_mask"] == 1
+    positions = np.asarray(positions_of(jnp.asarray(mask)))
+    yield folder, params, config, texts, batch["input_ids"], positions, mask
+    shutil.rmtree(folder)  # half a gigabyte
+
+
+def test_smollm2_on_real_text_in_float64(smollm2):
+    """The formulas agree on the real weights, apart from what both sides keep in float32."""
+    folder, params, config, _, tokens, positions, mask = smollm2
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float64)
+    inputs = tokens[0][mask[0]][None], positions[0][mask[0]][None]
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda leaf: leaf.astype(np.float64), params)
+        got = ours(params, config, *inputs, dtype=jnp.float64)
+    assert got.dtype == np.float64
+    assert_close(got, theirs(model, *inputs))
+
+
+def test_smollm2_on_real_text_in_float32(smollm2):
+    """Residuals of 25,000 shrink to logits of 47, so that how a machine sums decides whether float32 keeps to 1e-4.
+
+    Whichever it is, we are no farther from float64 than transformers is.
+    """
+    folder, params, config, texts, tokens, positions, mask = smollm2
+    exact, model = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=dtype)
+        for dtype in (torch.float64, torch.float32)
+    )
+    inputs = [(row[real][None], place[real][None]) for row, place, real in zip(tokens, positions, mask, strict=True)]
+    exact = np.concatenate([theirs(exact, *each)[0] for each in inputs])
+    got, expected = ours(params, config, tokens, positions, mask)[mask], theirs(model, tokens, positions, mask)[mask]
+
+    def distance(logits):
+        return np.median(np.abs(logits - exact).max(axis=-1))
+
+    assert distance(got) <= 1.25 * distance(expected) and distance(got) < TOLERANCE
+    apart = np.abs(got - expected).max(axis=-1)
+    assert np.quantile(apart, 0.99) <= TOLERANCE and apart.max() <= 2 * TOLERANCE
+
+    again = transformers.AutoTokenizer.from_pretrained(folder)
+    for text, row, real in zip(texts, tokens, mask, strict=True):
+        assert again(text)["input_ids"] == row[real].tolist()
+    assert model.generation_config.eos_token_id == [2, 0]
+
+
+def test_smollm2_finds_real_text_likely(smollm2):
+    """A problem's own words, and the same tokens shuffled: nats per token."""
+    folder, params, config, *_ = smollm2
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    text = json.loads(GSM8K.read_text(encoding="utf-8").splitlines()[0])["problem"]
+    tokens = np.array(tokenizer(text)["input_ids"])
+
+    def loss(row):
+        logits = ours(params, config, row[None], rows_of_positions(1, len(row)))[0, :-1]
+        return -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), row[1:, None], 1).mean()
+
+    assert loss(tokens) < 3.5
+    assert loss(np.random.default_rng(0).permutation(tokens)) > 7
+
+
+def test_smollm2_tokenizer_against_the_one_transformers_makes(smollm2):
+    texts = smollm2[3] + ["don't  stop", "x = 3.1416\n\n\ty", "naïve café — 北京 🙂", "a<|im_end|>b"]
+    path = Path(gguf.smollm2_path())
+    theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = gguf.tokenizer(path)
+    assert tokenizer(texts)["input_ids"] == theirs(texts)["input_ids"]
+    assert tokenizer.chat_template == theirs.chat_template

@@ -1,0 +1,511 @@
+"""A plan's arithmetic on numbers known by hand, the search with a made-up compiler, and a plan with the real one."""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from helpers.paths import ROOT
+from ml_collections import ConfigDict
+
+from sgpo_jax import config as configs
+from sgpo_jax import models, plan, sharding
+from sgpo_jax.models import presets
+from sgpo_jax.plan import estimate, hardware, programs, roofline, search, workload
+from sgpo_jax.plan.hardware import Chip
+from sgpo_jax.plan.hlo_cost import Collective
+from sgpo_jax.plan.phases import Scopes
+from sgpo_jax.plan.programs import Program, Setting
+from sgpo_jax.plan.roofline import Reached, Seconds
+from sgpo_jax.plan.workload import Assumed
+from sgpo_jax.training import rl
+from sgpo_jax.training.batch import pack_batch
+
+# ---- shapes
+
+PARAMETERS = {
+    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+    "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "Qwen/Qwen2.5-3B-Instruct": 3_085_938_688,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "Qwen/Qwen2.5-14B-Instruct": 14_770_033_664,
+    "Qwen/Qwen3-1.7B": 1_720_574_976,
+    "Qwen/Qwen3-4B": 4_022_468_096,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
+    "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
+    "HuggingFaceTB/SmolLM2-360M-Instruct": 361_821_120,
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": 1_711_376_384,
+}
+
+
+@pytest.mark.parametrize("source", presets.KNOWN)
+def test_known_models_have_as_many_parameters_as_published(source):
+    params = jax.eval_shape(lambda key: models.init(key, presets.shape(source)), jax.random.key(0))
+    assert sum(x.size for x in jax.tree.leaves(params)) == PARAMETERS[source]
+
+
+def test_the_paper_configs_need_no_network():
+    for model in ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"):
+        assert programs.load_shape(configs.paper(model, tensor=1)) == presets.shape(model)
+
+
+# ---- the recipe
+
+ASSUMED = Assumed(response_tokens=4096, prompt_tokens=256)
+
+
+def test_calls_of_the_papers_recipe():
+    # 8500 problems: 2833 for the warm-up, of which 283 are held out, and 2550 make 39 batches of 64; 5667 for RL make
+    # 44 of 128. Ten epochs each. The 283 make 5 batches, once an epoch. The sets, before and after RL, in batches of
+    # 64: 8 and 11 with 4 samples, 1 and 1 with 32.
+    config = configs.paper("Qwen/Qwen2.5-7B-Instruct", tensor=4)
+    assert workload.calls(config, ASSUMED) == workload.Calls(390, 50, 440, 0, {4: 38, 32: 4})
+
+
+def test_calls_of_other_recipes():
+    config = configs.paper("Qwen/Qwen2.5-7B-Instruct", tensor=4)
+    config.stages = ("sft", "rl")
+    config.sft.train = "rows"  # its own 8500 rows: 850 held out, 7650 make 119 batches
+    config.sft.validate_every = 200
+    config.rl.steps, config.rl.eval_every = 50, 20
+    config.eval.sets = ConfigDict({"ours": {"source": "rows", "samples": 2}})
+    found = workload.calls(config, ASSUMED._replace(eval_problems=130))
+    # Validated six times (1190 steps by 200) in 14 batches; three evaluations (after 20, 40 and 50) of 3 batches.
+    assert found == workload.Calls(1190, 6 * 14, 50, 0, {2: 9})
+    config.rl.guide = "self"  # 8500 problems in batches of 128, the last one filled up
+    assert workload.calls(config, ASSUMED._replace(eval_problems=130)) == found._replace(own_strategies=67)
+    config.rl.guided = 0
+    assert workload.calls(config, ASSUMED._replace(eval_problems=130)) == found
+    config.rl.update({"guide": "strategy", "guided": 4})
+    config.stages = ("rl", "eval")
+    config.eval.guided = True
+    found = workload.calls(config, ASSUMED._replace(eval_problems=130))
+    assert (found.sft_steps, found.sft_validations, found.evaluations) == (0, 0, {2: (4 + 3) * 3})
+
+
+@pytest.mark.parametrize("mean", [1, 7, 400, 512, 900, 1000])
+def test_assumed_lengths_have_the_assumed_mean(mean):
+    found = workload.lengths(500, mean, 1024)
+    assert found.min() >= 1 and found.max() <= 1024
+    assert found.mean() == pytest.approx(mean, rel=0.01)
+
+
+def test_assumed_lengths_are_exponential():
+    found = np.sort(workload.lengths(1000, 100.0, 10**6))
+    # The median of an exponential distribution is its mean times log 2.
+    assert found[500] == pytest.approx(100 * math.log(2), rel=0.02)
+    assert (workload.lengths(1000, 100.0, 10**6)[:10] != found[:10]).any()
+
+
+# ---- time
+
+CHIP, HALF = Chip(flops=100.0, hbm=10.0, ici=4.0), Reached(flops=0.5, hbm=0.5, ici=0.5)
+
+
+def test_time_of_a_phase():
+    # 200 FLOP at 50 a second; 30 bytes at 5; and twice an all-gather of 16 bytes among 4, of which 12 are sent, at 2.
+    moved = [Collective("all-gather", "", 16, 4, 2.0)]
+    found = roofline.seconds(200.0, 30.0, moved, CHIP, HALF)
+    assert found == Seconds(4.0, 6.0, 12.0)
+    assert (found.least, found.most) == (12.0, 22.0)
+
+
+def test_a_small_collective_takes_the_steps_of_its_ring():
+    assert roofline.collective_seconds(Collective("all-reduce", "", 1, 64, 1.0), CHIPS_FAST, Reached()) == 32e-6
+
+
+CHIPS_FAST = Chip(flops=1e15, hbm=1e12, ici=1e11)
+
+
+def result(stage, calls, *phases, fits=True, compiled=True, needed=0, limit=16 * hardware.GIB):
+    return {
+        "stage": stage, "calls": calls, "tokens": 1000.0, "fits": fits, "compiled": compiled,
+        "hbm": {"needed": needed, "limit": limit},
+        "phases": {str(i): {"seconds": each._asdict()} for i, each in enumerate(phases)},
+    }  # fmt: skip
+
+
+def test_hours_of_a_run():
+    # A call takes, at least, 4 + 9 seconds, and at most 6 + 10.
+    generation, update = Seconds(1.0, 4.0, 1.0), Seconds(9.0, 0.5, 0.5)
+    results = {"SFT": result("sft", 900, update), "RL": result("rl", 1800, generation, update)}
+    assert estimate.seconds(results["RL"]) == (13.0, 16.0)
+    assert estimate.hours(results) == {
+        "sft": {"least": 2.25, "most": 2.5},
+        "rl": {"least": 6.5, "most": 8.0},
+        "all": {"least": 8.75, "most": 10.5},
+    }
+    results["RL"] |= {"compiled": False}
+    assert estimate.hours(results) is None
+
+
+# ---- advice and search
+
+GIB = hardware.GIB
+
+
+def program(name, field, value, size, resident=0, arguments=0):
+    return Program(name, "rl", lambda: None, Scopes(""), resident, arguments, 1, 1.0, Setting(field, value, size))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "size", "needed", "mesh", "heads", "expected"),
+    [
+        # Half of 8 GiB of cache is more than the 3 GiB that are too much.
+        ("rl.slots", 64, 8, 19, (1, 4, 2), 4, "config.rl.slots=32; config.mesh.tensor=4"),
+        # A quarter of it has to do for 5 GiB, and nothing for 9.
+        ("rl.slots", 64, 8, 21, (1, 4, 2), 2, "config.rl.slots=16; more chips"),
+        ("rl.slots", 64, 8, 25, (1, 4, 2), 4, "config.mesh.tensor=4"),
+        (
+            "eval.slots",
+            8,
+            8,
+            17,
+            (2, 4, 1),
+            4,
+            "config.mesh.data=1, so that parameters are held once; config.mesh.tensor=2",
+        ),
+        (
+            "rl.micro_batch",
+            16,
+            10,
+            20,
+            (1, 4, 2),
+            4,
+            "config.rl.micro_batch=8; config.optimizer.mu_dtype=bfloat16; config.mesh.tensor=4",
+        ),
+    ],
+)
+def test_what_to_change(field, value, size, needed, mesh, heads, expected):
+    found = [
+        (program("first", field, value, size * GIB), result("rl", 1, fits=False, needed=needed * GIB)),
+        (program("second", field, value, size * GIB), result("rl", 1)),
+    ]
+    lines = estimate.advice(found, small_run(), sharding.make_mesh(*mesh), heads)
+    assert lines == [f"first needs {needed}.00 of 16.00 GiB; in this order: {expected}"]
+
+
+def test_layers_are_recomputed_first():
+    found = [(program("update", "rl.micro_batch", 16, 10 * GIB), result("rl", 1, fits=False, needed=20 * GIB))]
+    config = small_run(**{"model.remat": "dots", "optimizer.mu_dtype": "bfloat16"})
+    (line,) = estimate.advice(found, config, sharding.make_mesh(1, 8, 1), 2)
+    assert line.endswith("in this order: config.model.remat=full; config.rl.micro_batch=8; config.mesh.tensor=2")
+
+
+def small_run(**changes):
+    config = configs.paper("", tensor=1)
+    config.data.max_prompt_tokens = 8
+    config.sft.batch = config.rl.batch = config.eval.batch = 8
+    config.sft.max_response_tokens = config.rl.max_new_tokens = config.eval.max_new_tokens = 16
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def with_eight(monkeypatch):
+    """Eight devices of the CPU in the place of a topology."""
+    monkeypatch.setattr(hardware, "topology", lambda name: (CHIPS_FAST, jax.devices()))
+    monkeypatch.setattr(hardware, "hbm_limit", lambda device: GIB)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"mesh.data": 3},
+            r"mesh\.data=3, mesh\.fsdp=-1, mesh\.tensor=1 needs a multiple or product of 3 devices; there",
+        ),
+        ({"rl.micro_batch": 12}, r"config\.rl\.micro_batch=12: must be a multiple of mesh\.data \* mesh\.fsdp = 8"),
+    ],
+)
+def test_what_does_not_divide_is_refused_before_anything_is_compiled(monkeypatch, changes, message):
+    with_eight(monkeypatch)
+    monkeypatch.setattr(estimate, "measure", lambda *_, **__: pytest.fail("compiled"))
+    config = small_run(**{"model.source": "HuggingFaceTB/SmolLM2-135M-Instruct"} | changes)
+    with pytest.raises(ValueError, match=message):
+        plan.make(config, "v5e:2x4", False, Assumed(4, 4), Reached())
+
+
+def test_libtpu_is_asked_for(monkeypatch):
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r"libtpu, the compiler for TPUs, is not installed: pip install 'sgpo_jax\[tpu"
+    ):
+        hardware.topology("v5e:2x2")
+
+
+def test_a_shape_that_libtpu_refuses_is_named(monkeypatch):
+    def refuse(**_):
+        raise RuntimeError("not divisible")
+
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(hardware.topologies, "get_topology_desc", refuse)
+    monkeypatch.setattr(hardware.os, "environ", {})
+    with pytest.raises(ValueError, match=r"--topology=v5e:3x7: libtpu knows no such topology \(not divisible\)"):
+        hardware.topology("v5e:3x7")
+
+
+@pytest.mark.parametrize(
+    ("message", "sizes"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (36.50G) exceeds "
+         "available HBM (15.75G).", (36.5 * GIB, 15.75 * GIB)),
+        ("RESOURCE_EXHAUSTED: ... (512.00M) exceeds available HBM (1.00G).", (GIB / 2, GIB)),
+        ("INTERNAL: (36.50G) exceeds available HBM (15.75G).", None),
+        ("RESOURCE_EXHAUSTED: something else", None),
+    ],
+)  # fmt: skip
+def test_sizes_in_the_compilers_message(message, sizes):
+    assert hardware.too_large(RuntimeError(message)) == sizes
+
+
+def made_up(limit, of_setting, besides):
+    """A compiler for which a program needs `of_setting` GiB for each unit of its setting, and `besides` besides."""
+
+    def measure(program, mesh):
+        needed = int((program.setting.value * of_setting[program.setting.field] + besides(program, mesh)) * GIB)
+        return result(program.stage, program.calls, fits=needed <= limit, needed=needed)
+
+    return measure
+
+
+def test_the_search_takes_the_first_that_fits(tiny, capsys):
+    def besides(program, mesh):
+        return (4 if mesh.shape["tensor"] == 2 else 20) + 9 * (program.name == "evaluation, 4 samples")
+
+    limit = 16 * GIB
+    sizes = {"sft.micro_batch": 0.5, "rl.micro_batch": 1.5, "rl.slots": 0.25, "eval.slots": 0.125}
+    measure = made_up(limit, sizes, besides)
+    config, found, tried = search.search(small_run(), tiny, jax.devices(), CHIPS_FAST, Assumed(4, 4), limit, measure)
+    assert dict(config.mesh) == {"data": 1, "fsdp": 4, "tensor": 2}
+    # The largest with value * size + 4 <= 16, from what is tried: all of 8; half of 16; half of both groups' 96; and of
+    # 256 so few that the evaluation with 32 responses in all, which needs 9 more, fits too.
+    assert [config[section][name] for section, name in (field.split(".") for field in search.FIELDS)] == [8, 8, 48, 16]
+    assert [program.name for program, _ in found] == [
+        "SFT update", "SFT validation", "update", "rollout", "evaluation, 4 samples", "evaluation, 32 samples",
+    ]  # fmt: skip
+    outcomes = [(each.mesh["tensor"], each.field, each.value, each.outcome) for each in tried]
+    assert outcomes[-10:] == [
+        (2, "sft.micro_batch", 8, "fits"),
+        (2, "rl.micro_batch", 16, "update needs 28.00 GiB"),
+        (2, "rl.micro_batch", 8, "fits"),
+        (2, "rl.slots", 96, "rollout needs 28.00 GiB"),
+        (2, "rl.slots", 48, "fits"),
+        *((2, "eval.slots", slots, "evaluation, 4 samples needs 17.00 GiB") for slots in (256, 128, 64, 32)),
+        (2, "eval.slots", 16, "fits"),
+    ]
+    assert "rl.micro_batch=16: update needs 28.00 GiB" in capsys.readouterr().out
+    assert search.flags(config).startswith(
+        "--config.mesh.data=1 --config.mesh.fsdp=4 --config.mesh.tensor=2 --config.sft"
+    )
+
+
+def test_the_search_says_when_nothing_fits(tiny):
+    measure = made_up(GIB, dict.fromkeys(search.FIELDS, 1.0), lambda *_: 0)
+    config, found, tried = search.search(small_run(), tiny, jax.devices(), CHIPS_FAST, Assumed(4, 4), GIB, measure)
+    assert config is None and not found
+    assert {each.mesh["tensor"] for each in tried} == {1, 2} and all("needs" in each.outcome for each in tried)
+
+
+def test_the_search_compiles_nothing_that_cannot_fit(tiny):
+    def measure(program, mesh):
+        raise AssertionError(f"{program.name} was compiled")
+
+    limit = 2**12  # less than the training state
+    _, _, tried = search.search(small_run(), tiny, jax.devices(), CHIPS_FAST, Assumed(4, 4), limit, measure)
+    assert tried and all("needs more than 0.00 GiB" in each.outcome for each in tried)
+
+
+@pytest.mark.parametrize(("autonomous", "first"), [(2, 2), (62, 1)])
+def test_what_moves_least_is_the_first(tiny, autonomous, first):
+    # Decoding gathers half of the weights where the tensor axis has two devices; many responses have much to sum on it.
+    chip, assumed = Chip(flops=1.0, hbm=1e6, ici=1e6), Assumed(1024, 4)
+    config = small_run(**{"rl.max_new_tokens": 1024, "rl.autonomous": autonomous, "rl.guided": 2})
+    found = search.meshes(config, tiny, jax.devices(), chip, assumed)
+    assert found[0][1].shape["tensor"] == first
+    params = jax.eval_shape(lambda key: models.init(key, tiny), jax.random.key(0))
+    size, responses = 2 * sum(x.size for x in jax.tree.leaves(params)), 8 * (autonomous + 2)
+    # Of 1024 tokens each, in micro-batches of 8 or 4 rows; two layers, four sums in each, twice in a ring.
+    summed = 2 * 4 * responses / 4 * 1024 * tiny.hidden_size * 2
+    seconds = {
+        1: 1024 * size / 1e6 + (1024 + 3 * responses / 8) * size * 7 / 8 / 1e6,
+        2: 1024 * size / 2 / 1e6 + (1024 + 3 * responses / 4) * size / 2 * 3 / 4 / 1e6 + summed / 1e6,
+    }
+    for candidate, mesh in found:
+        moved = search.moving_seconds(candidate, mesh, tiny, chip, assumed)
+        assert moved == pytest.approx(seconds[mesh.shape["tensor"]])
+
+
+def test_updates_are_planned_with_the_runs_chunks(tiny):
+    # Of 512 response tokens each of 128 rows has 4; on eight devices 512 are those of one.
+    # A quarter of a row is less.
+    sizes = {f"{stage}.{name}": 128 for stage in ("sft", "rl") for name in ("batch", "micro_batch")}
+    found = programs.programs(small_run(**sizes), tiny, sharding.make_mesh(1, 8, 1), Assumed(4, 4))
+    of_sft, of_rl = (next(p for p in found if p.name == name).trace.args[1] for name in ("SFT update", "update"))
+    assert of_sft[1].shape == (1, 4, 128, 6)
+    assert of_rl.autonomous_tokens.shape == (8, 4, 128, 6)
+
+
+@pytest.mark.parametrize("guide", ["strategy", "self"])
+def test_the_planned_update_has_candidates_and_targets(guide):
+    config = small_run()
+    config.rl.guide = guide
+    batch = programs.made_up_batch(config, Assumed(4, 4))
+    packed = pack_batch(batch, micro_batch=config.rl.micro_batch, **rl.method(config.rl)[0])
+    assert packed.targets.count > 0 and packed.candidates.count > 0
+    assert (packed.alpha > 0).any()
+
+
+@pytest.mark.parametrize(("guided", "calls"), [(4, 5), (0, None)])
+def test_own_strategies_are_planned(tiny, guided, calls):
+    """40 problems in batches of 8: a few responses to each, and one reply."""
+    changes = {"rl.guide": "self", "rl.self_tries": 3, "rl.guided": guided, "sft.train": "rows"}
+    assumed = Assumed(4, 4, problems=40)
+    found = {p.name: p for p in programs.programs(small_run(**changes), tiny, sharding.make_mesh(1, 8, 1), assumed)}
+    own = [found.get(name) for name in ("own responses", "own strategies")]
+    assert [each and each.calls for each in own] == [calls, calls]
+    # Responses to 8 problems: 8 to each, and those with a strategy.
+    assert found["rollout"].setting.value == 8 * (8 + (guided or 0))
+    if guided:
+        assert own[0].tokens == pytest.approx(3 * own[1].tokens, rel=0.05)
+
+
+def test_meshes_divide_heads_and_batches(tiny):
+    # Two key and value heads; and a batch of 4, for which 8 ways are too many.
+    every = search.meshes(small_run(), tiny, jax.devices(), CHIPS_FAST, Assumed(4, 4))
+    assert {mesh.shape["tensor"] for _, mesh in every} == {1, 2}
+    fewer = search.meshes(small_run(**{"sft.batch": 4}), tiny, jax.devices(), CHIPS_FAST, Assumed(4, 4))
+    assert {mesh.shape["tensor"] for _, mesh in fewer} == {2}
+
+
+# ---- the compiler for TPUs
+
+P, T, D, F, V, H, N = 64, 192, 128, 256, 502, 2, 128  # prompt, response, hidden, MLP, vocabulary, heads, head size
+CONFIG = f"""
+from ml_collections import ConfigDict
+from sgpo_jax import config as configs
+
+def get_config():
+    config = configs.base()
+    config.model.source = "{{model}}"
+    config.data.train = "data/train.jsonl"
+    config.data.max_prompt_tokens = {P}
+    config.sft.batch = config.sft.micro_batch = config.rl.batch = config.rl.micro_batch = config.eval.batch = 4
+    config.rl.autonomous = config.rl.guided = 2
+    config.rl.distillation = "nll"
+    config.sft.max_response_tokens = config.rl.max_new_tokens = {T}
+    config.eval.max_new_tokens = 2**18
+    config.mesh.tensor = 2
+    with config.unlocked():
+        config.eval.sets.AIME24 = ConfigDict({{{{"source": "data/aime24.jsonl", "samples": 64}}}})
+    return config
+"""
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": V, "hidden_size": D, "intermediate_size": F, "head_dim": N,
+    "num_hidden_layers": 1, "num_attention_heads": H, "rms_norm_eps": 1e-6, "max_position_embeddings": 1024,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """(plan as JSON, what was printed) for a small model on v5e:2x2, in a process of its own."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs libtpu: pip install -e '.[tpu]'")
+    place = tmp_path_factory.mktemp("plan")
+    (place / "config.json").write_text(json.dumps(SHAPE))
+    (place / "config.py").write_text(CONFIG.format(model=place))
+    arguments = [f"--config={place}/config.py", "--topology=v5e:2x2", f"--json={place}/plan.json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "sgpo_jax.plan", *arguments, "--response_tokens=48", "--prompt_tokens=16"],
+        cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads((place / "plan.json").read_text()), done.stdout
+
+
+def test_memory_on_a_chip(planned):
+    found, printed = planned
+    assert set(found["programs"]) == {
+        "SFT update", "SFT validation", "rollout", "update", "evaluation, 64 samples",
+    }  # fmt: skip
+    split = D * (3 * H * N + 2 * F) + H * N * D + F * D + 2 * D * V  # matrices, over all four chips
+    parameters = 4 * (split // 4 + 3 * D)
+    for name, result in found["programs"].items():
+        hbm = result["hbm"]
+        assert hbm["limit"] == 15.75 * GIB
+        assert hbm["resident"] == pytest.approx(
+            2 * parameters if name == "rollout" or "validation" in name else 0, abs=64
+        )
+        if result["compiled"]:
+            # Parameters, and in updates their two moments; the rest are small batches of whole numbers.
+            own = parameters * (3 if "update" in name else 1)
+            assert own <= hbm["arguments"] <= own + 200_000
+            assert hbm["outputs"] <= 200_000  # the state takes the place of the one that was given
+            parts = ("arguments", "outputs", "temporaries", "code", "resident")
+            assert hbm["needed"] == sum(hbm[part] for part in parts)
+    assert "HBM of a chip in GiB, of which the compiler allows 15.75" in printed
+
+
+def test_a_program_that_does_not_fit(planned):
+    # 2 * 64 responses of a device with a token of 512 bytes, at 262,144 + 64 tokens: 16 GiB, and what is sampled.
+    found, printed = planned
+    evaluation = found["programs"].pop("evaluation, 64 samples")
+    assert not evaluation["fits"] and not evaluation["compiled"] and all(r["fits"] for r in found["programs"].values())
+    needed = evaluation["hbm"]["needed"] / GIB
+    assert 16 < needed < 40 and not found["fits"] and found["hours"] is None
+    (line,) = found["advice"]
+    assert line.startswith(f"evaluation, 64 samples needs {needed:.2f} of 15.75 GiB; in this order: config.eval.slots=")
+    assert line in printed and printed.endswith("does not fit\n")
+
+
+def test_work_of_an_update(planned):
+    # Four rows of P + T tokens, computed once; every product also in the backward pass, once again for what is computed
+    # again there (the last of a layer has no reader), and twice for the gradients.
+    phase = planned[0]["programs"]["SFT update"]["phases"]["responses"]
+    tokens = 4 * (P + T)
+    layer = 4 * (D * (3 * H * N + 2 * F) + H * N * D + F * D) - F * D
+    # One block of queries and keys: two products forward, twice, and seven backward; and outputs by their gradients.
+    attention = 11 * H * N * (P + T) + H * N
+    # All chunks of response tokens in use have 4 products with the head.
+    head = phase["flops"] * 4 / (2 * D * V) - tokens * (layer + attention) / (D * V)
+    assert head == pytest.approx(4 * round(head / 4)) and 4 * 4 * 48 <= head <= 4 * 4 * (T + 48)
+
+
+def test_communication_and_time(planned):
+    update = planned[0]["programs"]["SFT update"]["phases"]["responses"]
+    gathered = update["collectives"]["all-gather"]
+    # At least the matrices of the layer, forward and backward, in bfloat16, each from two chips.
+    assert gathered["bytes"] >= 2 * 2 * (D * (3 * H * N + 2 * F) + H * N * D + F * D) / 2
+    assert gathered["sent"] == gathered["bytes"] / 2 and gathered["count"] >= 14
+    assert update["seconds"]["compute"] == pytest.approx(update["flops"] / (0.4 * 197e12))
+    assert update["seconds"]["hbm"] == pytest.approx(update["hbm_bytes"] / (0.65 * 819e9))
+    decoding = planned[0]["programs"]["rollout"]["phases"]["decode"]
+    # Matrices in bfloat16 in each step, and the longest response takes nearly all of them.
+    assert decoding["hbm_bytes"] > 0 and decoding["flops"] > 0
+    assert planned[0]["assumed"]["response_tokens"] == 48
+
+
+def test_work_of_decoding(planned):
+    # Both problems of a device have two responses of each kind, in eight slots; the longest of all sixteen lengths
+    # decides the steps.
+    steps = max(workload.lengths(16, 48, T))
+    decoding = planned[0]["programs"]["rollout"]["phases"]["decode"]
+    products = D * 3 * H * N + H * N * D + 3 * D * F + D * V
+    cache = decoding["flops"] * 4 / (2 * steps * 16) - products
+    # What is left are the blocks of 256 cached tokens (of 512 at most) that attention reads.
+    assert 0 < cache <= 2 * H * N * 512
+
+
+def test_a_refill_copies_each_prompt_once(planned):
+    # Eight responses of a device, of a layer and a head: key and value in bfloat16 of all but the last token, which are
+    # written, and read at most twice, where they come from and where they go.
+    refill = planned[0]["programs"]["rollout"]["phases"]["refill"]
+    copied = 8 * 2 * 2 * (P - 1) * N
+    assert copied <= refill["hbm_bytes"] <= 3 * copied and refill["flops"] == 0

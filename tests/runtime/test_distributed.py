@@ -1,0 +1,236 @@
+"""Whole runs in several processes: what one process gives, and the same again after one of them was killed."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from helpers import xla_flags
+from helpers.paths import ROOT
+
+from sgpo_jax.models import huggingface
+from sgpo_jax.runtime import lock
+from sgpo_jax.runtime.files import read_jsonl
+
+TIMES = ("seconds", "tokens_per_second")
+STEPS = {"sft": 3, "rl": 5}
+# Every group has right and wrong answers by a reward that a model without skill can earn.
+TINY = {
+    "model.hidden": 16, "model.heads": 2, "model.mlp": 32, "model.layers": 1, "model.remat": "none",
+    "data.train": "arithmetic:train,count=64", "sft.train": "arithmetic:pretraining,count=200",
+    "sft.batch": 16, "sft.micro_batch": 8, "sft.steps": STEPS["sft"], "sft.validate_every": 2,
+    "sft.validation_share": 0.1, "sft.learning_rate": 0.03, "rl.reward": "tests.helpers.reward_functions:even",
+    "rl.batch": 8, "rl.micro_batch": 8, "rl.autonomous": 4, "rl.guided": 2, "rl.steps": STEPS["rl"],
+    "rl.max_new_tokens": 10, "rl.eval_every": 3, "eval.guided": False, "eval.batch": 8, "eval.max_new_tokens": 10,
+    "eval.sets.heldout.source": "arithmetic:eval,count=12", "eval.sets.heldout.samples": 4,
+    "checkpoint.every": 1, "checkpoint.keep": 3, "report_seconds": 0,
+}  # fmt: skip
+OTHERS = """
+from pathlib import Path
+from absl import flags
+from sgpo_jax import analyze, command, evaluate, export
+
+def main(config, given):
+    command.join(config, given)
+    workdir = Path(given.workdir)
+    evaluate.run(config, str(workdir), str(workdir / "out"), "", 0)
+    export.run(config, workdir, "rl", workdir / "model", "float32")
+    analyze.run(config, workdir, 3)
+
+flags.DEFINE_string("workdir", None, "")
+command.define_processes()
+command.start(main, required=["config", "workdir"])
+"""
+SAVED = "stopped by SIGTERM, what was done is saved; the same command goes on"
+
+
+def start(workdir, processes, devices, program=("-m", "sgpo_jax.main")):
+    """The processes of a run, or of another program, with so many devices each."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    environment = os.environ | {"XLA_FLAGS": xla_flags.quick(devices), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *program, f"--config={ROOT / 'configs/quickstart.py'}"]
+    command += [f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in TINY.items())]
+
+    def one(i):
+        several = [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process={i}"]
+        return subprocess.Popen(
+            [*command, *several * (processes > 1)],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    return [one(i) for i in range(processes)]
+
+
+def end(run):
+    """[(exit code, stdout, stderr)] of all processes; those that hang are killed."""
+    try:
+        outputs = [one.communicate(timeout=500) for one in run]
+    finally:
+        for one in run:
+            one.kill()
+    return [(one.returncode, *texts) for one, texts in zip(run, outputs, strict=True)]
+
+
+def finished(workdir, processes, devices, **more):
+    """Output of the first process of a run that goes well."""
+    results = end(start(workdir, processes, devices, **more))
+    assert [code for code, _, _ in results] == [0] * processes, results
+    for _, output, errors in results[1:]:
+        # Threads of Gloo write at the same time, and between the parts of each other's lines.
+        gloo = r"\[Gloo\] Rank|is connected to|peer ranks\.|Expected number of connected peer ranks is :|\s"
+        numbers = re.sub(gloo, "", output)
+        assert errors == "" and re.fullmatch(r"\d*", numbers), "only the first talks"
+        assert len(numbers) == 3 * output.count("[Gloo] Rank"), "of one digit each"
+    return results[0][1]
+
+
+def interrupt(workdir, stage, step, process, how):
+    """Starts two processes and sends one a signal after `step` rows of a stage; (what `end` says, seconds it took)."""
+    run, path, deadline = start(workdir, 2, 2), workdir / f"{stage}.jsonl", time.monotonic() + 400
+    try:
+        while not (path.is_file() and len(path.read_text().splitlines()) >= step):
+            assert all(one.poll() is None for one in run) and time.monotonic() < deadline
+            time.sleep(0.005)
+        run[process].send_signal(how)
+        started = time.monotonic()
+    finally:
+        results = end(run) if sys.exc_info()[0] is None else [one.kill() for one in run]
+    assert not (workdir / "eval" / "after_unguided.json").exists(), "stopped too late to say anything"
+    return results, time.monotonic() - started
+
+
+def rows(workdir, stage):
+    """Metrics rows without timings, which no two runs share."""
+    return [
+        {name: value for name, value in row.items() if not name.startswith(TIMES)}
+        for row in read_jsonl(workdir / f"{stage}.jsonl")
+    ]
+
+
+def saved_steps(workdir, stage):
+    return sorted(int(path.name) for path in (workdir / stage / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def state(workdir, stage, step):
+    """Every saved array of a checkpoint, on whatever devices it was."""
+    path = (workdir / stage / "checkpoints" / str(step) / "state").absolute()
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        shapes = checkpointer.metadata(path).item_metadata.tree
+        to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+        return checkpointer.restore(path, restore_args=to_numpy)
+
+
+def results(workdir):
+    """Everything that is said of responses: generations with verdicts, and the evaluations."""
+    paths = [*workdir.rglob("heldout_*.jsonl"), *workdir.glob("eval/*.json")]
+    return {str(path.relative_to(workdir)): path.read_text() for path in paths}
+
+
+def files(workdir):
+    """Names of all files but the checkpoints' own and TensorBoard's, which are called after the time."""
+    names = {str(path.relative_to(workdir)) for path in workdir.rglob("*") if path.is_file()}
+    return {name for name in names if "/checkpoints/" not in name and not name.startswith("tensorboard/")}
+
+
+def assert_agree(one, several):
+    """Rollouts and rewards exactly, parameters and the other metrics nearly."""
+    assert results(one) == results(several) and len(results(one)) == 6
+    assert files(one) == files(several)
+    for stage, total in STEPS.items():
+        assert [row["step"] for row in rows(several, stage)] == list(range(1, total + 1))
+        for ours, theirs in zip(rows(one, stage), rows(several, stage), strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-5)
+            for name in ("reward_auto", "reward_guided", "response_length", "truncated", "accuracy", "alpha"):
+                assert ours.get(name) == theirs.get(name)
+        assert saved_steps(one, stage) == saved_steps(several, stage)
+        for step in saved_steps(one, stage):
+            pair = state(one, stage, step), state(several, stage, step)
+            assert jax.tree.structure(pair[0]) == jax.tree.structure(pair[1])
+            for a, b in zip(*map(jax.tree.leaves, pair), strict=True):
+                np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+    for row in rows(one, "rl"):
+        assert 0 < row["reward_auto"] < 1 and row["alpha"] > 0, "rewards and targets were there to be got wrong"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    finished(workdir, 2, 2)
+    return workdir
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(undisturbed, tmp_path):
+    finished(tmp_path, 1, 4)
+    assert_agree(tmp_path, undisturbed)
+    assert json.loads((undisturbed / "environment.json").read_text())[0]["processes"] == 2
+
+
+@pytest.mark.slow
+def test_four_processes_do_what_one_does(tmp_path):
+    finished(tmp_path / "one", 1, 8)
+    finished(tmp_path / "four", 4, 2)
+    assert_agree(tmp_path / "one", tmp_path / "four")
+
+
+@pytest.mark.slow
+def test_killed_preempted_and_damaged_it_ends_bit_for_bit_as_undisturbed(undisturbed, tmp_path):
+    killed, seconds = interrupt(tmp_path, "sft", 2, 1, signal.SIGKILL)
+    assert [code for code, _, _ in killed] == [1, -signal.SIGKILL] and seconds < 60
+    host = re.escape(socket.gethostname())
+    died = rf"sgpo_jax: process 1 of 2, on host {host}, has died without a word .*; this one, 0, stops too\n"
+    assert re.fullmatch(died, killed[0][2]), killed[0][2]
+
+    preempted, seconds = interrupt(tmp_path, "rl", 2, 1, signal.SIGTERM)
+    assert [code for code, _, _ in preempted] == [0, 0] and seconds < 60, preempted
+    assert preempted[0][1].rstrip().endswith(SAVED) and preempted[1][2] == ""
+    last = len(rows(tmp_path, "rl"))
+    assert saved_steps(tmp_path, "rl")[-1] == last, "no step is lost"
+
+    broken = max((tmp_path / f"rl/checkpoints/{last}/state").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(broken.read_bytes())
+    content[len(content) // 2] ^= 4
+    broken.write_bytes(bytes(content))
+    output = finished(tmp_path, 2, 2)
+    assert output.count(f"rl/checkpoints/{last} is damaged") == 1 and f"it is now {last}.damaged" in output
+
+    assert results(tmp_path) == results(undisturbed)
+    for stage, total in STEPS.items():
+        assert rows(tmp_path, stage) == rows(undisturbed, stage)
+        for a, b in zip(*(jax.tree.leaves(state(w, stage, total)) for w in (tmp_path, undisturbed)), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_the_other_commands_in_two_processes_do_what_the_run_did(undisturbed, tmp_path):
+    workdir = shutil.copytree(undisturbed, tmp_path / "run")
+    finished(workdir, 2, 2, program=("-c", OTHERS))
+    after = json.loads((workdir / "eval/after_unguided.json").read_text())
+    assert json.loads((workdir / "out/results.json").read_text())["results"]["unguided"] == after["results"]
+    exported, _ = huggingface.load(workdir / "model")
+    trained = state(workdir, "rl", after["step"])["params"]
+    for a, b in zip(jax.tree.leaves(exported), jax.tree.leaves(trained), strict=True):
+        np.testing.assert_array_equal(a, b)
+    lines = read_jsonl(workdir / "analysis.jsonl")
+    assert [line["step"] for line in lines] == [after["step"]] * 3
+    assert all(0 < kl < 1 for line in lines for kl in line["token_kl"])
+
+
+def test_a_run_in_a_locked_folder_is_refused_in_every_process(tmp_path):
+    with lock.hold(tmp_path):
+        refused = end(start(tmp_path, 2, 1))
+    said = f"{tmp_path}: process {os.getpid()} on host {socket.gethostname()} (since"
+    assert [code for code, _, _ in refused] == [1, 1]
+    assert refused[0][2].startswith(f"sgpo_jax: {said}")
+    assert f"has failed: {said}" in refused[1][2] and "is running in it" in refused[1][2]
+    assert all("Traceback" not in errors for _, _, errors in refused) and not (tmp_path / "config.json").exists()
