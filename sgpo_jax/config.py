@@ -224,7 +224,7 @@ def check_resume(config: ConfigDict, path: Path, only: Sequence[str] = ("",)) ->
     if not path.is_file():
         return
     try:
-        before, now = flat(json.loads(path.read_text(encoding="utf-8"))), flat(json.loads(to_json(config)))
+        before, now = flat(json.loads(path.read_text(encoding="utf-8"))), flat(to_dict(config))
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path}: is not the config of an earlier run ({error}); choose another --workdir") from error
     for field in sorted(before.keys() | now.keys()):
@@ -237,7 +237,13 @@ def check_resume(config: ConfigDict, path: Path, only: Sequence[str] = ("",)) ->
 
 
 def to_json(config: ConfigDict) -> str:
+    """Returns a config as the text of config.json."""
     return config.to_json_best_effort(indent=2) + "\n"
+
+
+def to_dict(config: ConfigDict) -> dict[str, Any]:
+    """Returns a config as plain data, as config.json has it: tuples are lists."""
+    return json.loads(to_json(config))
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

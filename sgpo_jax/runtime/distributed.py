@@ -61,7 +61,7 @@ def start(coordinator: str = "", processes: int = 0, process: int = 0) -> None:
         jax.config.update("jax_enable_compilation_cache", False)
     if not coordinator and jax.process_count() > 1:
         _meet_detected()
-    if jax.process_index() > 0:
+    if not is_first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
@@ -106,6 +106,11 @@ def _leave() -> None:
     os._exit(1)
 
 
+def is_first() -> bool:
+    """Returns whether this is the first process, the one that writes files and prints."""
+    return jax.process_index() == 0
+
+
 def gather(value: Any) -> list[Any]:
     """The values of all processes, in their order, in every process."""
     if jax.process_count() == 1:
@@ -119,7 +124,7 @@ def gather(value: Any) -> list[Any]:
 
 def first(make: Callable[[], T]) -> T:
     """What `make()` returns in the first process, the only one that calls it, in every process."""
-    return gather(make() if jax.process_index() == 0 else None)[0]
+    return gather(make() if is_first() else None)[0]
 
 
 def split(work: Callable[[Sequence[Any]], list[T]], items: Sequence[Any]) -> list[T]:

@@ -1,9 +1,45 @@
-"""Files that a kill leaves whole."""
+"""Files that a kill leaves whole: written beside their place and moved there, or grown by whole lines."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a path to write to; at the end that file takes the place of `path`, all of it or nothing.
+
+    The file reaches the disk before it is moved, so that not even a power cut leaves it half written. The folder is
+    made where it is absent. After an error `path` is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.stem}.partial{path.suffix}")  # the suffix stays: numpy adds one that is missing
+    yield unfinished
+    with unfinished.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole text file in UTF-8, or leaves the old one: see `replacing`."""
+    with replacing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def append_text(path: Path, text: str) -> None:
+    """Adds text to the end of a file; it is on disk when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def jsonl(rows: Iterable[dict[str, Any]]) -> str:
+    """Returns the text of a JSONL file, an object a line, characters as they are."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -12,7 +48,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     A last line that a killed process left half written is ignored.
 
     Raises:
-        ValueError: for any other line that is not a JSON object, naming file and line.
+        ValueError: any other line is not a JSON object; the message names file and line.
     """
     rows = []
     lines = Path(path).read_bytes().split(b"\n")  # a torn line may end inside a character

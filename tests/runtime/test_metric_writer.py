@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from sgpo_jax.runtime import metric_writer, tables
+from sgpo_jax.runtime import files, metric_writer, progress, tables
 from sgpo_jax.runtime.files import read_jsonl
 from sgpo_jax.runtime.progress import progress_line
 
@@ -92,7 +92,7 @@ def test_a_crash_while_dropping_rows_loses_nothing(tmp_path, monkeypatch):
     def crash(*paths):
         raise OSError("power cut")
 
-    monkeypatch.setattr(metric_writer.os, "replace", crash)
+    monkeypatch.setattr(files.os, "replace", crash)
     with pytest.raises(OSError, match="power cut"):
         metric_writer.Writer(tmp_path, total_steps=5, name="rl", resume_step=1).__enter__()
     assert (tmp_path / "rl.jsonl").read_text() == text
@@ -121,7 +121,7 @@ def test_impossible_steps_are_refused(tmp_path):
 
 def test_plain_output_is_a_line_every_few_seconds(tmp_path, capsys, monkeypatch):
     now = 0.0
-    monkeypatch.setattr(metric_writer.time, "monotonic", lambda: now)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     with metric_writer.Writer(tmp_path, total_steps=22, name="rl") as writer:
         for step in range(1, 23):
             now += 1.0
@@ -133,7 +133,7 @@ def test_plain_output_is_a_line_every_few_seconds(tmp_path, capsys, monkeypatch)
 
 def test_time_left_follows_the_recent_steps(tmp_path, capsys, monkeypatch):
     now = 0.0
-    monkeypatch.setattr(metric_writer.time, "monotonic", lambda: now)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     with metric_writer.Writer(tmp_path, total_steps=100, name="rl") as writer:
         for step in range(1, 61):
             now += 100.0 if step <= 30 else 10.0
