@@ -3,11 +3,30 @@
 Axis key: R rows, V vocabulary.
 """
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 _BLOCK = 128  # vocabulary entries per block of the two-level inverse CDF
 _BISECTIONS = 32
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are sampled. """
+
+    max_new_tokens: int  # T, tokens; a response without a stop token by then is cut
+    temperature: float = 1.0  # 0 takes the most likely token
+    top_p: float = 1.0  # keep the fewest most likely tokens whose probability reaches this; 1 keeps all
+    top_k: int = 0  # keep this many most likely tokens; 0 keeps all
+    slots: int = 0  # responses decoded at once, over all devices; 0 is all. Changes no response
+
+    @classmethod
+    def from_config(cls, fields: ConfigDict) -> "Sampling":
+        """Reads a section of a config that samples: `rl` or `eval`."""
+        return cls(fields.max_new_tokens, fields.temperature, fields.top_p, fields.top_k, fields.slots)
 
 
 def sample(
