@@ -9,7 +9,15 @@ from math import comb
 
 import numpy as np
 
-RESAMPLES = 2000  # of the bootstrap
+# What a response is conditioned on: the problem alone, or a strategy and the problem. The names are those in the files
+# and tables of an evaluation; CONTEXTS[guided] is the name of one.
+CONTEXTS = ("unguided", "guided")
+RESAMPLES = 2000  # bootstrap resamples
+
+
+def contexts(guided: bool) -> tuple[str, ...]:
+    """Returns the contexts of an evaluation: both where it is also `guided`, else "unguided" alone."""
+    return CONTEXTS if guided else CONTEXTS[:1]
 
 
 def bootstrap_means(values: np.ndarray, seed: int = 0) -> np.ndarray:
