@@ -3,8 +3,8 @@
     python -m sgpo_jax.evaluate --config=configs/benchmarks.py --model=FOLDER --out=DIR
     python -m sgpo_jax.evaluate --config=configs/benchmarks.py:FOLDER_OF_SETS --model=smollm2 --out=DIR --limit=20
 
-It reads math500.jsonl, amc23.jsonl, olympiadbench.jsonl and aime24.jsonl (id, problem, answer) from the folder after
-the colon, by default data; a set can come from elsewhere: --config.eval.sets.MATH500.source=...
+The folder after the colon, by default data, holds math500.jsonl, amc23.jsonl, olympiadbench.jsonl and aime24.jsonl
+(id, problem, answer). A set can come from another place: --config.eval.sets.MATH500.source=...
 """
 
 from ml_collections import ConfigDict
@@ -15,6 +15,6 @@ from sgpo_jax import config as configs
 def get_config(folder: str = "data") -> ConfigDict:
     config = configs.paper("", tensor=1)
     config.data.train = ""
-    for name, chosen in config.eval.sets.items():
-        chosen.source = f"{folder}/{name.lower()}.jsonl"
+    for name, benchmark in config.eval.sets.items():
+        benchmark.source = f"{folder}/{name.lower()}.jsonl"
     return config

@@ -1,9 +1,9 @@
-"""GRPO and SGPO on puzzles of logic from reasoning-gym, with a model from scratch that knows their words only.
+"""GRPO and SGPO on logic puzzles from reasoning-gym, with a model from scratch that knows only the puzzles' words.
 
     python -m sgpo_jax.lab --config=configs/lab_logic.py --workdir=/tmp/lab_logic
 
-Knights and knaves of two islanders: a guess is right in 1 of 4. Half of the warm-up's rows show the strategy, so
-that the base can read both prompts; the warm-up ends while it still gets many of them wrong.
+The puzzles are knights and knaves with two islanders, where one guess in four is right. Half of the warm-up's rows
+show the strategy, so that the base model can read both prompts. The warm-up stops while many answers are still wrong.
 """
 
 from ml_collections import ConfigDict
@@ -14,48 +14,33 @@ PUZZLES = "reasoning_gym:knights_knaves,n_people=2"
 
 
 def get_config() -> ConfigDict:
-    config = configs.base()
-    config.model.source = "scratch"
-    config.model.tokenizer = f"words:{PUZZLES},count=2000"
+    config = configs.scratch(
+        f"words:{PUZZLES},count=2000", f"{PUZZLES},count=256,split=eval", 2,
+        prompt_tokens=144, response_tokens=96, micro_batch=8,
+    )  # fmt: skip
     config.model.layers = 3
     config.model.hidden = 64
     config.model.heads = 2
     config.model.mlp = 160
-    config.model.dtype = "float32"
     config.model.remat = "none"
 
     config.data.train = f"{PUZZLES},count=1024,seed=1"
-    config.data.instruction = ""
-    config.data.max_prompt_tokens = 144
-    config.data.decontaminate = False  # all puzzles share their wording; a hash of the text keeps the splits apart
-
-    config.optimizer.b2 = 0.95  # a few hundred steps are too short for 0.999
+    config.data.decontaminate = False  # all puzzles share their wording; a hash of the text separates the splits
 
     config.sft.train = f"{PUZZLES},count=12000,seed=2,guided_share=0.5"
-    config.sft.use_strategy = True
     config.sft.batch = 32
-    config.sft.micro_batch = 8
     config.sft.steps = 450
     config.sft.learning_rate = 3e-3
-    config.sft.max_response_tokens = 96
     config.sft.validation_share = 0.02
     config.sft.validate_every = 150
 
     config.rl.batch = 16
     config.rl.steps = 30
     config.rl.learning_rate = 1e-4
-    config.rl.max_new_tokens = 96
-    config.rl.micro_batch = 8
 
-    config.eval.guided = True
-    config.eval.batch = 128
-    config.eval.temperature = 1.0
-    config.eval.max_new_tokens = 96
-    config.checkpoint.every = 1000  # a run takes minutes: it is kept when it ends
+    config.checkpoint.every = 1000  # a run takes minutes, so only its end is saved
 
-    with config.unlocked():
-        config.eval.sets.heldout = ConfigDict({"source": f"{PUZZLES},count=256,split=eval", "samples": 2})
     config.lab.methods = ("sft", "grpo", "sgpo")
     config.lab.rates = (0.5, 1.0, 2.0, 4.0)
-    config.lab.tuning_seeds = (100, 101, 102)  # one has chosen rates that were too high, once for either method
+    config.lab.tuning_seeds = (100, 101, 102)  # a single seed chose too high a rate, once for each method
     return config

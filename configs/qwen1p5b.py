@@ -3,7 +3,7 @@
     python -m sgpo_jax.main --config=configs/qwen1p5b.py --workdir=DIR
 
 It reads data/train.jsonl (id, problem, answer, solution, strategy) and data/{math500,amc23,olympiadbench,aime24}.jsonl
-(id, problem, answer); other places: --config.data.train=... and --config.eval.sets.MATH500.source=...
+(id, problem, answer). To read other files: --config.data.train=... and --config.eval.sets.MATH500.source=...
 """
 
 from ml_collections import ConfigDict

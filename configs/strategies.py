@@ -1,13 +1,13 @@
-"""Strategies for the problems in data/problems.jsonl (id, problem, answer; solution if there is one): App. B and C.
+"""Extraction of strategies for data/problems.jsonl (id, problem, answer; solution where there is one): App. B and C.
 
     export OPENAI_BASE_URL=https://api.example.com/v1 OPENAI_MODEL=NAME OPENAI_API_KEY=...
     python -m sgpo_jax.strategies --config=configs/strategies.py --workdir=DIR --to=data/train.jsonl
 
-Any OpenAI-compatible endpoint will do. A trial first: --config.extract.problems=20. With prices (per million tokens)
-the progress line shows the cost, and a budget holds for all runs together:
+Any OpenAI-compatible endpoint works. Begin with a trial: --config.extract.problems=20. With prices (per million tokens)
+the progress line shows the cost, and a budget limits all runs together:
 --config.extract.strong.price_in=0.55 --config.extract.strong.price_out=2.19 --config.extract.budget_cost=20.
-With our own engine: --config.extract.strong.engine=local --config.extract.strong.name=FOLDER.
-Afterwards --audit has another model, --config.extract.judge.name=OTHER, rate a sample of what was kept.
+To use this package's engine: --config.extract.strong.engine=local --config.extract.strong.name=FOLDER.
+Afterwards, --audit lets another model, --config.extract.judge.name=OTHER, rate a sample of the accepted strategies.
 """
 
 from ml_collections import ConfigDict
