@@ -1,4 +1,4 @@
-"""Refuses impossible configs before any device work: a ValueError names the field, its value and what is allowed."""
+"""Checks configs before any device work. A ValueError names the field, its value and what is allowed."""
 
 import os
 import re
@@ -19,17 +19,21 @@ _TYPES: dict[type, tuple[Any, str]] = {
     tuple: (tuple | list, "a tuple"),
     ConfigDict: (ConfigDict, "a section with fields"),
 }
-_FREE = ("config.eval.sets", "config.lab.changes", "config.lab.fast")  # sections with names of the user's own
+_FREE = ("config.eval.sets", "config.lab.changes", "config.lab.fast")  # sections whose names the user chooses
 
 
 def check(config: ConfigDict) -> None:
-    """Raises ValueError naming the field, its value and what is allowed; touches neither device nor network."""
+    """Checks the config of a run, using neither a device nor the network.
 
+    Raises:
+      ValueError: a value is not allowed, or not in combination with another; the message names the field, its value and
+        what is allowed.
+    """
     _check_types(config, base())
     need, whole, within, positive, choice = _rules(config)
     stages = list(config.stages)
-    in_order = [stage for stage in STAGES if stage in stages]
-    need("stages", stages == in_order and bool(stages), f"one or more of {STAGES}, in that order")
+    ordered = [stage for stage in STAGES if stage in stages]
+    need("stages", stages == ordered and bool(stages), f"one or more of {STAGES}, in that order")
     need("seed", 0 <= config.seed < 2**32, "between 0 and 2**32 - 1")
     positive("grace")
     whole(1, "max_skipped", "checkpoint.every", "checkpoint.keep")
@@ -39,11 +43,11 @@ def check(config: ConfigDict) -> None:
     if config.model.source == "scratch":
         need("model.tokenizer", bool(config.model.tokenizer), "set when model.source is 'scratch'")
         whole(1, "model.layers", "model.hidden", "model.heads", "model.mlp")
-        size = 2 * config.model.heads
-        need("model.hidden", config.model.hidden % size == 0, f"a multiple of 2 * model.heads = {size}")
+        multiple = 2 * config.model.heads
+        need("model.hidden", config.model.hidden % multiple == 0, f"a multiple of 2 * model.heads = {multiple}")
     elif config.model.tokenizer.startswith("words:"):
-        need("model.tokenizer", False, "'' or another one for a trained model.source")
-    need("model.tokenizer", config.model.tokenizer.strip() != "words:", "words:SOURCE with a source of problems")
+        need("model.tokenizer", False, "'' or another tokenizer for a trained model.source")
+    need("model.tokenizer", config.model.tokenizer.strip() != "words:", "words:SOURCE, with a source of problems")
     choice("model.dtype", "float32", "bfloat16")
     choice("model.remat", "full", "attention", "dots", "none")
     choice("optimizer.mu_dtype", "float32", "bfloat16")
@@ -66,9 +70,9 @@ def check(config: ConfigDict) -> None:
         within(0.0, 1.0, f"{stage}.warmup_share")
         choice(f"{stage}.decay", "constant", "cosine")
     if "sft" in stages:
-        own = bool(config.sft.train)
-        need("sft.train", own or bool(config.data.train), "set when data.train is empty")
-        need("data.sft_share", own or config.data.sft_share > 0, "above 0 when sft.train is empty")
+        separate = bool(config.sft.train)
+        need("sft.train", separate or bool(config.data.train), "set when data.train is empty")
+        need("data.sft_share", separate or config.data.sft_share > 0, "above 0 when sft.train is empty")
         whole(1, "sft.max_response_tokens")
         whole(0, "sft.validate_every")
         share = config.sft.validation_share
@@ -80,7 +84,7 @@ def check(config: ConfigDict) -> None:
         within(0.0, 1.0, "monitor.most_truncated", "monitor.most_identical", "monitor.most_clipped")
         choice("monitor.action", "warn", "stop", "rollback")
         whole(1, "monitor.most_rollbacks")
-        # A checkpoint from before the window has to be left when the sign is seen.
+        # When a collapse shows, a checkpoint from before the window must still exist; `later` may have followed it.
         later = -(-config.monitor.window // config.checkpoint.every)
         if config.rl.eval_every % config.checkpoint.every:
             later += -(-config.monitor.window // config.rl.eval_every)
@@ -90,7 +94,7 @@ def check(config: ConfigDict) -> None:
         whole(1, "rl.updates_per_batch", "rl.max_new_tokens", "rl.self_tries")
         whole(0, "rl.guided")
         _check_method(need, within, positive, choice, config.rl)
-        # A group of one has no spread, so its advantage is always 0.
+        # The advantage of a group of one is always 0.
         whole(2, "rl.autonomous")
         whole(0, "rl.top_k", "rl.slots", "rl.eval_every")
         positive("rl.temperature", "rl.gamma")
@@ -100,31 +104,32 @@ def check(config: ConfigDict) -> None:
         within(0.0, float("inf"), "rl.clip_high", "rl.alpha_max")
     for stage in ("rl", "eval"):
         need(f"{stage}.top_p", 0 < _get(config, f"{stage}.top_p") <= 1, "above 0 and at most 1")
-    for name, given in config.eval.sets.items():  # training reads them too, for contamination
+    for name, chosen in config.eval.sets.items():  # training reads them too, to decontaminate
         field = f"eval.sets.{name}"
-        complete = isinstance(given, ConfigDict) and set(given) == {"source", "samples"}
+        complete = isinstance(chosen, ConfigDict) and set(chosen) == {"source", "samples"}
         need(field, complete, "ConfigDict(source=..., samples=...)")
-        # Unlike the fields of `base`, these have no type that the ConfigDict would hold them to.
-        need(f"{field}.source", isinstance(given.source, str) and bool(given.source), "a source: see data.load")
-        need(f"{field}.samples", isinstance(given.samples, int) and given.samples >= 1, "a whole number from 1")
+        # A ConfigDict checks the types of the fields of `base`, but not of these.
+        need(f"{field}.source", isinstance(chosen.source, str) and bool(chosen.source), "a source: see data.load")
+        need(f"{field}.samples", isinstance(chosen.samples, int) and chosen.samples >= 1, "a whole number from 1")
     if "eval" in stages or config.rl.eval_every:
         need("eval.sets", len(config.eval.sets) > 0, "at least one name -> ConfigDict(source=..., samples=...)")
         whole(1, "eval.batch", "eval.max_new_tokens")
         whole(0, "eval.top_k", "eval.slots")
         within(0.0, float("inf"), "eval.temperature")
         greedy = config.eval.temperature == 0
-        for name, given in config.eval.sets.items():
-            need(f"eval.sets.{name}.samples", not greedy or given.samples == 1, "1 when eval.temperature is 0")
+        for name, chosen in config.eval.sets.items():
+            need(f"eval.sets.{name}.samples", not greedy or chosen.samples == 1, "1 when eval.temperature is 0")
     sizes = dict(config.mesh)
     for axis, size in sizes.items():
         need(f"mesh.{axis}", size == -1 or size >= 1, "-1 or at least 1")
-        rest = [f"mesh.{other}" for other in sizes if other != axis and sizes[other] == -1]
-        need(f"mesh.{axis}", size != -1 or not rest, f"at least 1 when {' and '.join(rest)} is -1")
+        others = [f"mesh.{other}" for other in sizes if other != axis and sizes[other] == -1]
+        need(f"mesh.{axis}", size != -1 or not others, f"at least 1 when {' and '.join(others)} is -1")
     sets = [f"eval.sets.{name}.source" for name in config.eval.sets]
     _check_files(config, "model.source", "model.tokenizer", "data.train", "sft.train", *sets)
 
 
 def _check_method(need: Callable, within: Callable, positive: Callable, choice: Callable, rl: ConfigDict) -> None:
+    """Checks the fields that define a method."""
     choice("rl.guide", "strategy", "self", "demonstration")
     choice("rl.target", "reachable", "mean")
     choice("rl.distillation", *DIVERGENCES, "nll", "shaped")
@@ -136,16 +141,21 @@ def _check_method(need: Callable, within: Callable, positive: Callable, choice: 
     positive("rl.shaping")
     within(0.0, 1.0, "rl.gate")
     within(0.0, float("inf"), "rl.sft_weight", "rl.entropy_bonus")
-    shown = rl.guide == "demonstration"
-    need("rl.guided", not shown or rl.guided == 1, "1 when rl.guide is 'demonstration'")
-    need("rl.distillation", not shown or rl.distillation not in DIVERGENCES, "'nll' or 'shaped' for a demonstration")
-    for field in ("rl.advantage", "rl.weight"):
-        of_demonstration = rl[field.removeprefix("rl.")] in ("mixed", "gated")
-        need(field, shown or not of_demonstration, "another one unless rl.guide is 'demonstration'")
+    demonstration = rl.guide == "demonstration"
+    need("rl.guided", not demonstration or rl.guided == 1, "1 when rl.guide is 'demonstration'")
+    likelihood = rl.distillation not in DIVERGENCES
+    need("rl.distillation", not demonstration or likelihood, "'nll' or 'shaped' when rl.guide is 'demonstration'")
+    for name in ("advantage", "weight"):
+        allowed = demonstration or rl[name] not in ("mixed", "gated")
+        need(f"rl.{name}", allowed, "another value unless rl.guide is 'demonstration'")
 
 
 def check_extract(config: ConfigDict) -> None:
-    """`check` for the extraction of strategies, which uses only the section extract and the seed."""
+    """Checks the fields that the extraction of strategies uses: the section extract and the seed.
+
+    Raises:
+      ValueError: as in `check`.
+    """
     _check_types(config, base())
     need, whole, within, positive, choice = _rules(config)
     need("seed", 0 <= config.seed < 2**32, "between 0 and 2**32 - 1")
@@ -170,40 +180,53 @@ def check_extract(config: ConfigDict) -> None:
     for model in ("strong", "judge"):
         choice(f"extract.{model}.engine", "endpoint", "local")
         choice(f"extract.{model}.limit_field", "max_tokens", "max_completion_tokens")
-        # Not by `need`, which shows the value: it may be the key itself.
+        # `need` would show the value, which may be the key itself.
         if not re.fullmatch("[A-Z_][A-Z0-9_]*|", config.extract[model].key_variable):
             raise ValueError(
-                f"config.extract.{model}.key_variable: must be the name of an environment variable "
-                "in capitals, or ''; the key itself is given in that variable only"
+                f"config.extract.{model}.key_variable: must be the name of an environment variable in capitals, or ''; "
+                "put the key itself into that variable"
             )
     _check_files(config, "extract.source")
 
 
 def check_lab(config: ConfigDict) -> None:
-    """`check` for what the lab adds."""
+    """Checks the fields that only the lab uses.
+
+    Raises:
+      ValueError: as in `check`.
+    """
     _check_types(config, base())
     need, whole, _, _, _ = _rules(config)
     for field in ("lab.methods", "lab.world_methods"):
-        chosen = _get(config, field)
-        need(field, bool(chosen) and all(name in [*METHODS] for name in chosen), f"one or more of {', '.join(METHODS)}")
+        names = _get(config, field)
+        need(field, bool(names) and all(name in [*METHODS] for name in names), f"one or more of {', '.join(METHODS)}")
     for field in ("lab.seeds", "lab.tuning_seeds"):
         seeds = _get(config, field)
         whole_numbers = all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds)
-        need(field, whole_numbers and len(set(seeds)) == len(seeds) > 0, "different seeds")
+        need(field, whole_numbers and len(set(seeds)) == len(seeds) > 0, "different seeds from 0 to 2**32 - 1")
     common = set(config.lab.seeds) & set(config.lab.tuning_seeds)
-    need("lab.tuning_seeds", not common or len(config.lab.rates) == 1, f"others than lab.seeds, which has {common}")
+    tuning = len(config.lab.rates) != 1
+    need("lab.tuning_seeds", not common or not tuning, f"different from lab.seeds, which also has {common}")
     rates = config.lab.rates
     numbers = all(type(rate) in (int, float) and 0 < rate < float("inf") for rate in rates)
     need("lab.rates", numbers and len(set(rates)) == len(rates) > 0, "different numbers above 0")
     whole(0, "lab.workers")
     worlds = config.lab.worlds
     known = [*config.lab.changes]
-    need("lab.worlds", bool(worlds) and all(world in known for world in worlds), f"of {known}")
-    need("eval.sets", len(config.eval.sets) > 0, "one or more sets, for the lab to compare on")
+    need("lab.worlds", bool(worlds) and all(world in known for world in worlds), f"one or more of {known}")
+    need("eval.sets", len(config.eval.sets) > 0, "one or more sets on which the lab compares methods")
 
 
 def check_mesh(config: ConfigDict, data_ways: int) -> None:
-    """Raises ValueError unless every batch of rows divides over the `data_ways` devices that rows are split over."""
+    """Checks that every batch can be split over the devices.
+
+    Args:
+      config: the config of a run.
+      data_ways: ways that the rows of a batch are split.
+
+    Raises:
+      ValueError: a size is not a multiple of data_ways.
+    """
     training = [stage for stage in ("sft", "rl") if stage in config.stages]
     fields = [f"{stage}.{field}" for stage in training for field in ("batch", "micro_batch")]
     if "rl" in training:
@@ -218,7 +241,7 @@ def check_mesh(config: ConfigDict, data_ways: int) -> None:
 
 
 def _rules(config: ConfigDict) -> tuple[Callable, Callable, Callable, Callable, Callable]:
-    """(need, whole, within, positive, choice), each of which raises ValueError for a field that breaks the rule."""
+    """Returns (need, whole, within, positive, choice): rules that raise ValueError for a field that breaks them."""
 
     def need(field: str, ok: bool, allowed: str) -> None:
         if not ok:
@@ -245,7 +268,10 @@ def _rules(config: ConfigDict) -> tuple[Callable, Callable, Callable, Callable, 
 
 
 def _check_types(config: ConfigDict, expected: ConfigDict, section: str = "config") -> None:
-    """A ConfigDict holds a field to its type, but takes None for any, a bool for a number, and may be unlocked."""
+    """Checks names and types of all fields.
+
+    A ConfigDict checks types too, but it accepts None for any type and a bool for a number, and it can be unlocked.
+    """
     if unknown := set(config) - set(expected):
         raise ValueError(f"{section}.{min(unknown)}: is not a field; allowed: {', '.join(expected)}")
     for name, default in expected.items():
@@ -267,14 +293,14 @@ def _get(config: ConfigDict, field: str) -> Any:
 
 
 def _check_files(config: ConfigDict, *fields: str) -> None:
-    """A source that is plainly a local path must exist."""
+    """Checks that sources which are clearly local paths exist."""
     for field in fields:
         value = _get(config, field)
-        # Data sources may be several, each with options; see data.load.
-        several = value.removeprefix("words:").split(";")
-        for part in [value] if field.startswith("model.") and not value.startswith("words:") else several:
+        # A data field may join several sources, each with options; see data.load.
+        joined = value.removeprefix("words:").split(";")
+        for part in [value] if field.startswith("model.") and not value.startswith("words:") else joined:
             name = part.partition("?")[0].strip()
             local = name.startswith((".", "/", "~")) or name.endswith((".jsonl", ".parquet", ".gguf"))
-            # os.path, since pathlib raises on names that are too long, and on homes that are none.
+            # os.path, because pathlib raises on names that are too long and on unknown home folders.
             if local and ("\0" in name or not os.path.exists(os.path.expanduser(name))):
                 raise ValueError(f"config.{field}={value!r}: there is no such file or folder as {name!r}")

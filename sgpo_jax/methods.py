@@ -1,8 +1,8 @@
-"""The methods that are compared: SGPO, the paper's baselines and its ablations, each as changes of a config.
+"""SGPO, the paper's baselines and its ablations, each as changes of a config.
 
-`--config=configs/qwen7b.py:luffy` selects one. All begin from the same warm-up and have the same number of samples for
-a problem in a step; "self_strategies" takes more before the first. docs/methods.md has the equations, and where a
-method differs from its authors' code.
+`--config=configs/qwen7b.py:luffy` selects a method. All start from the same warm-up and draw the same number of samples
+per problem and step; only "self_strategies" draws more, before the first step. docs/methods.md has the equations, and
+says where a method differs from its authors' code.
 """
 
 from collections.abc import Callable
@@ -10,17 +10,17 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-# What LUFFY and HPT share: the demonstration, no clipping of the ratio, every token of a batch with the same weight.
+# LUFFY and HPT both use the demonstration, do not clip the ratio, and weigh all tokens of a batch equally.
 _DEMONSTRATION: dict[str, Any] = {
     "guide": "demonstration", "guided": 1, "clip_low": 1.0, "clip_high": float("inf"), "normaliser": "constant",
     "entropy_bonus": 0.001,
 }  # fmt: skip
 
-# name -> (config.rl as it is -> what is changed in it)
+# name -> function of config.rl that returns the fields to change
 METHODS: dict[str, Callable[[ConfigDict], dict[str, Any]]] = {
     "sgpo": lambda rl: {},
     # Baselines: Table 1.
-    "sft": lambda rl: {},  # and no stage rl
+    "sft": lambda rl: {},  # `select` also drops the stage rl
     "grpo": lambda rl: {"autonomous": rl.autonomous + rl.guided, "guided": 0},
     "luffy": lambda rl: {
         **_DEMONSTRATION, "autonomous": rl.autonomous + rl.guided - 1,
@@ -30,7 +30,7 @@ METHODS: dict[str, Callable[[ConfigDict], dict[str, Any]]] = {
         **_DEMONSTRATION, "autonomous": rl.autonomous + rl.guided, "learning_rate": 5 * rl.learning_rate,
         "advantage": "gated", "weight": "gated", "distillation": "nll",
     },
-    # Ablations: Tables 2, 3, 6, 7. Without strategy distillation it is "grpo".
+    # Ablations: Tables 2, 3, 6, 7. The one without strategy distillation is "grpo".
     "no_grpo": lambda rl: {"advantage": "none"},
     "no_proximal": lambda rl: {"delta": float("inf"), "target": "mean"},
     "no_kl_clip": lambda rl: {"delta": float("inf")},
@@ -39,7 +39,7 @@ METHODS: dict[str, Callable[[ConfigDict], dict[str, Any]]] = {
     "group_advantage_weight": lambda rl: {"weight": "group_advantage"},
     "reverse_kl": lambda rl: {"distillation": "reverse_kl"},
     "direct_sft": lambda rl: {"distillation": "nll"},
-    # Beyond the paper: SDPO's signals, and strategies of the student's own.
+    # Not in the paper: SDPO's divergences, and strategies that the student writes.
     "jensen_shannon": lambda rl: {"distillation": "jensen_shannon"},
     "top_k_kl": lambda rl: {"distillation": "top_k_kl"},
     "self_strategies": lambda rl: {"guide": "self"},
@@ -47,10 +47,10 @@ METHODS: dict[str, Callable[[ConfigDict], dict[str, Any]]] = {
 
 
 def select(config: ConfigDict, method: str) -> ConfigDict:
-    """The config, changed in place to train by the method.
+    """Changes a config in place to train with a method, and returns it.
 
     Raises:
-      ValueError: there is no such method.
+      ValueError: the method is unknown.
     """
     if method not in METHODS:
         raise ValueError(f"config:{method}: must be one of {', '.join(METHODS)}")

@@ -56,7 +56,7 @@ def refused(config, field, value, allowed):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_config_passes(file, monkeypatch):
-    # Whoever runs it brings the files.
+    # The files are those of whoever runs it.
     monkeypatch.setattr(config_checks, "_check_files", lambda *arguments: None)
     config = load(file)
     if file.stem == "benchmarks":  # on any model
@@ -102,8 +102,18 @@ def test_the_configs_of_the_paper_keep_its_recipe(name):
     for section in ("sft", "rl"):
         changed = {field for field in base[section] if config[section][field] != base[section][field]}
         assert changed <= {"micro_batch"}, section
-    samples = {benchmark: given.samples for benchmark, given in config.eval.sets.items()}
+    samples = {benchmark: chosen.samples for benchmark, chosen in config.eval.sets.items()}
     assert samples == {"MATH500": 4, "AMC23": 32, "OlympiadBench": 4, "AIME24": 32}
+
+
+def test_a_model_from_scratch_lacks_only_its_training_data():
+    heldout = "arithmetic:eval,count=8"
+    config = configs.scratch("arithmetic", heldout, 2, prompt_tokens=64, response_tokens=9, micro_batch=4)
+    config.data.train = "arithmetic:train,count=64"
+    config_checks.check(config)
+    assert config.is_locked and config.eval.sets.heldout.to_dict() == {"source": heldout, "samples": 2}
+    assert {config.sft.max_response_tokens, config.rl.max_new_tokens, config.eval.max_new_tokens} == {9}
+    assert {config.sft.micro_batch, config.rl.micro_batch} == {4} and config.data.max_prompt_tokens == 64
 
 
 # ---- the base
@@ -147,7 +157,7 @@ CATALOGUE = [
     ("monitor.most_rollbacks", 0, "at least 1"),
     ("model.source", "", "'scratch'"),
     ("model.tokenizer", "", "set when model.source is 'scratch'"),
-    ("model.tokenizer", "words:", "words:SOURCE with a source of problems"),
+    ("model.tokenizer", "words:", "words:SOURCE, with a source of problems"),
     ("model.dtype", "float16", "'float32' or 'bfloat16'"),
     ("model.layers", 0, "at least 1"),
     ("model.heads", 0, "at least 1"),
@@ -180,9 +190,9 @@ CATALOGUE = [
     ("rl.beta", 1.0, "between 0 and 1, both excluded"),
     ("rl.kl_top_k", 0, "at least 1"),
     ("rl.advantage", "", "'group' or 'mixed' or 'gated' or 'none'"),
-    ("rl.advantage", "gated", "another one unless rl.guide is 'demonstration'"),
+    ("rl.advantage", "gated", "another value unless rl.guide is 'demonstration'"),
     ("rl.weight", "", "'adaptive' or 'fixed' or 'group_advantage' or 'mixed' or 'gated'"),
-    ("rl.weight", "mixed", "another one unless rl.guide is 'demonstration'"),
+    ("rl.weight", "mixed", "another value unless rl.guide is 'demonstration'"),
     ("rl.normaliser", "", "'sequence' or 'constant'"),
     ("rl.shaping", 0.0, "a finite number above 0"),
     ("rl.gate", 1.1, "between 0.0 and 1.0"),
@@ -224,7 +234,7 @@ def test_impossible_values_are_refused(config, field, value, allowed):
     elif (field, value) == ("rl.guide", "demonstration"):
         refused(config, "rl.guided", 4, "1 when rl.guide is 'demonstration'")
         config.rl.guided = 1
-        refused(config, "rl.distillation", "forward_kl", "'nll' or 'shaped' for a demonstration")
+        refused(config, "rl.distillation", "forward_kl", "'nll' or 'shaped' when rl.guide is 'demonstration'")
     else:
         refused(config, field, value, allowed)
 
@@ -244,7 +254,7 @@ def test_impossible_combinations_are_refused(config, changes, field, value, allo
 
 
 @pytest.mark.parametrize(
-    ("given", "allowed"),
+    ("chosen", "allowed"),
     [
         ("data.jsonl", "ConfigDict(source=..., samples=...)"),
         (3, "ConfigDict(source=..., samples=...)"),
@@ -255,9 +265,9 @@ def test_impossible_combinations_are_refused(config, changes, field, value, allo
         (ConfigDict({"source": 5, "samples": 1}), "a source"),
     ],
 )
-def test_malformed_evaluation_sets_are_refused(config, given, allowed):
+def test_malformed_evaluation_sets_are_refused(config, chosen, allowed):
     with config.unlocked():
-        config.eval.sets.other = given
+        config.eval.sets.other = chosen
     with pytest.raises(ValueError, match=re.escape(allowed)) as error:
         config_checks.check(config)
     assert str(error.value).startswith("config.eval.sets.other")
@@ -289,7 +299,7 @@ def test_evaluation_needs_a_set(config):
         {"optimizer.b1": 0.0, "seed": 2**32 - 1},
         {"sft.train": "", "data.sft_share": 0.5},
         {"sft.decay": "constant", "rl.decay": "cosine"},
-        # What does not run is not checked.
+        # Fields of a stage that does not run are not checked.
         {"stages": ("eval",), "rl.batch": 0, "sft.batch": 0, "data.train": ""},
         {"stages": ["rl"], "sft.learning_rate": 0.0, "eval.batch": 0},
     ],
@@ -313,7 +323,7 @@ def test_words_of_a_source_are_for_a_model_from_scratch(config, tmp_path):
     config.model.tokenizer = f"words:{file}?problem=question;arithmetic:train,count=64"
     config_checks.check(config)
     config.model.source = str(tmp_path)
-    refused(config, "model.tokenizer", config.model.tokenizer, "'' or another one for a trained model.source")
+    refused(config, "model.tokenizer", config.model.tokenizer, "'' or another tokenizer for a trained model.source")
     config.model.source = "scratch"
     config.model.tokenizer = f"words:{file};{tmp_path}/none.jsonl"
     with pytest.raises(ValueError, match=re.escape(f"there is no such file or folder as '{tmp_path}/none.jsonl'")):
@@ -381,7 +391,7 @@ def test_batches_must_divide_over_the_mesh(config, field, value, stages, every):
         ("-config.bacth", r"-config\.bacth: config has no field 'bacth'"),
     ],
 )
-def test_unknown_fields_are_found(config, argument, message):
+def test_unknown_fields_are_named(config, argument, message):
     before = ["main.py", "--config=configs/quickstart.py", "--workdir=x", "--config.rl.batch=3", "--configs.rl.bacth=1"]
     assert configs.unknown_field(config, before) is None
     assert re.search(message, configs.unknown_field(config, [*before, argument, "--config.later=1"]))

@@ -100,10 +100,10 @@ LABS = {
     "methods in a list": ({"lab.methods": (["sgpo"],)}, r"config\.lab\.methods=\(\['sgpo'\],\): must be one or more"),
     "half a seed": ({"lab.seeds": (0.5,)}, r"config\.lab\.seeds=\(0\.5,\): must be different seeds"),
     "a seed twice": ({"lab.seeds": (1, 1)}, r"config\.lab\.seeds=\(1, 1\): must be different seeds"),
-    "seeds of the tuning": ({"lab.seeds": (100,)}, r"config\.lab\.tuning_seeds=\(100,\): must be others than"),
+    "seeds of the tuning": ({"lab.seeds": (100,)}, r"config\.lab\.tuning_seeds=\(100,\): must be different from lab"),
     "rates in words": ({"lab.rates": ("1",)}, r"config\.lab\.rates=\('1',\): must be different numbers above 0"),
     "rates that are NaN": ({"lab.rates": (math.nan,)}, r"config\.lab\.rates=\(nan,\): must be different numbers above"),
-    "an unknown world": ({"lab.worlds": ("mars",)}, r"config\.lab\.worlds=\('mars',\): must be of \['base'\]"),
+    "an unknown world": ({"lab.worlds": ("mars",)}, r"config\.lab\.worlds=\('mars',\): must be .* of \['base'\]"),
 }
 
 # ---- rows and sources
