@@ -1,4 +1,4 @@
-"""What a run will need on accelerators that are not there: memory, work, communication, time."""
+"""Plans a run for TPUs that can be absent: its memory, work, communication and time."""
 
 from sgpo_jax.plan.planner import make
 from sgpo_jax.plan.report import show

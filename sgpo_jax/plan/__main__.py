@@ -1,9 +1,9 @@
-"""What a run will need on TPUs that are not there: memory, work, communication, and time.
+"""Plans a run for TPUs that can be absent: its memory, work, communication and time.
 
     python -m sgpo_jax.plan --config=configs/qwen7b.py --topology=v5e:16x16 [--json=FILE]
     python -m sgpo_jax.plan --config=configs/qwen7b.py --topology=auto --chips=v5e:16x16
 
-Every jitted program of the run is compiled for the chips on this machine's CPU; see docs/plan.md.
+Every jitted program of the run is compiled for these chips, on the CPU of this machine. See docs/plan.md.
 """
 
 import json
@@ -19,12 +19,13 @@ from sgpo_jax.plan.planner import make, without_files
 from sgpo_jax.plan.report import show
 from sgpo_jax.plan.roofline import Reached
 from sgpo_jax.plan.workload import Assumed
+from sgpo_jax.runtime import files
 
 
 def main(config: ConfigDict, given: Any) -> None:
-    # On a host with TPUs the run there is left alone.
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_compilation_cache", False)  # nor can what was compiled for absent chips be read back
+    """Makes the plan that the flags ask for, writes it where --json says so, and prints it."""
+    jax.config.update("jax_platforms", "cpu")  # leaves the TPUs of this host to a run that uses them
+    jax.config.update("jax_enable_compilation_cache", False)  # cannot read programs for absent chips back
     config = without_files(config)
     config_checks.check(config)
     auto = given.topology == "auto"
@@ -44,20 +45,20 @@ def main(config: ConfigDict, given: Any) -> None:
     reached = Reached(given.flops_share, given.hbm_share, given.ici_share)
     plan = make(config, given.chips if auto else given.topology, auto, assumed, reached)
     if given.json:
-        Path(given.json).write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+        files.write_text(Path(given.json), json.dumps(plan, indent=1) + "\n")
     show(plan)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("topology", None, "Chips to plan for, as in v5e:16x16, v6e:8x8, v5p:4x4x4; auto searches.")
-    flags.DEFINE_string("chips", "", "With --topology=auto, the chips that there are, as in v5e:16x16.")
+    flags.DEFINE_string("chips", "", "With --topology=auto: the chips to search a mesh for, as in v5e:16x16.")
     flags.DEFINE_string("json", "", "File that the plan is written to as JSON.")
     flags.DEFINE_integer("response_tokens", 0, "Mean length of responses; 0 is a quarter of rl.max_new_tokens.")
     flags.DEFINE_integer("prompt_tokens", 0, "Length of prompts; 0 is a quarter of data.max_prompt_tokens.")
     flags.DEFINE_float("correct", 0.5, "Share of the responses that are correct.", 0.0, 1.0)
     flags.DEFINE_integer("problems", 8500, "Rows of the training data.", lower_bound=1)
     flags.DEFINE_integer(
-        "eval_problems", 500, "Problems of an evaluation set that is none of the paper's.", lower_bound=1
+        "eval_problems", 500, "Problems of an evaluation set that is not in the paper.", lower_bound=1
     )
     flags.DEFINE_float("flops_share", Reached().flops, "Share of the peak FLOP/s that is reached.", 0.01, 1.0)
     flags.DEFINE_float("hbm_share", Reached().hbm, "Share of the peak HBM bandwidth that is reached.", 0.01, 1.0)

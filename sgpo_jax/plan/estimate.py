@@ -1,4 +1,4 @@
-"""What the TPU compiler says of a run's programs, and the time of the run that follows from stated assumptions."""
+"""Measures the compiled programs of a run, and estimates the time of the run from stated assumptions."""
 
 import time
 from collections.abc import Sequence
@@ -15,21 +15,21 @@ from sgpo_jax.plan.roofline import Reached
 from sgpo_jax.sharding import row_ways
 
 Result = dict[str, Any]
-LARGEST = 6  # arrays that are listed
+LARGEST = 6  # arrays that a result lists
 
 
 def measure(program: Program, mesh: Mesh, chip: Chip, reached: Reached, limit: int) -> Result:
-    """Compiles a program for the devices of `mesh`, and takes down what it needs and moves.
+    """Compiles a program for the devices of `mesh`, and measures its memory, work and communication.
 
     Args:
-      program: what is compiled.
-      mesh: of TPUs, which need not be there.
-      chip, reached: peak speeds, and the shares of them.
-      limit: bytes of HBM of a device.
+        program: what to compile.
+        mesh: of TPUs, which can be absent.
+        chip, reached: peak speeds, and the shares of them.
+        limit: bytes of HBM of a device.
 
     Returns:
-      Plain data. Bytes, FLOPs and seconds are those of one device. Where the program does not fit, "compiled" is False,
-      and what only the compiled program says is missing.
+        Plain data. Bytes, FLOPs and seconds are those of one device. "compiled" is False where the compiler refuses the
+        program as too large. The entries that need the compiled program are then missing.
     """
     with jax.set_mesh(mesh):
         started = time.monotonic()
@@ -42,34 +42,35 @@ def measure(program: Program, mesh: Mesh, chip: Chip, reached: Reached, limit: i
                 raise
             compiled, needed = None, sizes[0]
     hbm: dict[str, int] = {"limit": limit, "resident": program.resident}
-    moved: list[hlo_cost.Collective] = []
-    touched: dict[str, float] = {}
+    collectives: list[hlo_cost.Collective] = []
+    hbm_bytes: dict[str, float] = {}
     result: Result = {"stage": program.stage, "calls": program.calls, "tokens": program.tokens}
     if compiled is None:
         hbm["needed"] = needed + program.resident
     else:
         module = hlo.parse(compiled.as_text())
-        moved, touched = hlo_cost.collectives(module, program.scopes), hlo_cost.hbm_bytes(module, program.scopes)
+        collectives = hlo_cost.collectives(module, program.scopes)
+        hbm_bytes = hlo_cost.hbm_bytes(module, program.scopes)
         hbm |= _memory(compiled.memory_analysis())
         hbm["needed"] = program.resident + hbm["arguments"] + hbm["outputs"] + hbm["temporaries"] + hbm["code"]
         names = ("bytes", "array", "from")
-        result["largest"] = [dict(zip(names, found, strict=True)) for found in hlo_cost.largest(module, LARGEST)]
+        result["largest"] = [dict(zip(names, array, strict=True)) for array in hlo_cost.largest(module, LARGEST)]
     phases = {}
-    for name in dict.fromkeys([*work, *touched, *(each.phase for each in moved)]):
-        ours = [each for each in moved if each.phase == name]
-        part = work.get(name, 0.0) / mesh.size, touched.get(name, 0.0)
+    for name in dict.fromkeys([*work, *hbm_bytes, *(collective.phase for collective in collectives)]):
+        in_phase = [collective for collective in collectives if collective.phase == name]
+        device_flops, device_bytes = work.get(name, 0.0) / mesh.size, hbm_bytes.get(name, 0.0)
         phases[name] = {
-            "flops": part[0],
-            "hbm_bytes": part[1],
-            "collectives": _by_kind(ours),
-            "seconds": roofline.seconds(*part, ours, chip, reached)._asdict(),
+            "flops": device_flops,
+            "hbm_bytes": device_bytes,
+            "collectives": _by_kind(in_phase),
+            "seconds": roofline.seconds(device_flops, device_bytes, in_phase, chip, reached)._asdict(),
         }
     result |= {"compiled": compiled is not None, "fits": compiled is not None and hbm["needed"] <= limit}
     return result | {"hbm": hbm, "phases": phases, "compile_seconds": time.monotonic() - started}
 
 
 def _memory(stats: Any) -> dict[str, int]:
-    """The compiler's figures, in bytes; outputs that take the place of donated arguments are not counted twice."""
+    """Returns the compiler's figures in bytes. Outputs that reuse donated arguments are not counted twice."""
     return {
         "arguments": stats.argument_size_in_bytes,
         "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
@@ -79,46 +80,49 @@ def _memory(stats: Any) -> dict[str, int]:
     }
 
 
-def _by_kind(moved: Sequence[hlo_cost.Collective]) -> dict[str, dict[str, float]]:
-    """How many, the bytes of their results, and the bytes that a device sends in a ring, by kind."""
+def _by_kind(collectives: Sequence[hlo_cost.Collective]) -> dict[str, dict[str, float]]:
+    """Returns kind -> number of collectives, bytes of their results, and bytes that a device sends in a ring."""
     kinds: dict[str, dict[str, float]] = {}
-    for each in moved:
-        found = kinds.setdefault(each.kind, {"count": 0.0, "bytes": 0.0, "sent": 0.0})
-        for name, one in (("count", 1.0), ("bytes", each.bytes), ("sent", each.sent)):
-            found[name] += each.times * one
+    for collective in collectives:
+        totals = kinds.setdefault(collective.kind, {"count": 0.0, "bytes": 0.0, "sent": 0.0})
+        for name, value in (("count", 1.0), ("bytes", collective.bytes), ("sent", collective.sent)):
+            totals[name] += collective.times * value
     return kinds
 
 
 def seconds(result: Result) -> tuple[float, float]:
-    """(least, most) time of a call: in each phase everything at once, or one after the other."""
+    """Returns (least, most) seconds of a call: full overlap within each phase, or none."""
     phases = [roofline.Seconds(**phase["seconds"]) for phase in result["phases"].values()]
     return sum(phase.least for phase in phases), sum(phase.most for phase in phases)
 
 
 def hours(results: dict[str, Result]) -> dict[str, dict[str, float]] | None:
-    """Stage, or "all" -> hours, least and most; None where a program does not compile."""
+    """Returns stage -> hours of the run, "least" and "most". "all" is their sum.
+
+    The result is None where a program does not compile.
+    """
     if not all(result["compiled"] for result in results.values()):
         return None
     stages = dict.fromkeys(result["stage"] for result in results.values())
     total = {name: {"least": 0.0, "most": 0.0} for name in (*stages, "all")}
     for result in results.values():
         for name in (result["stage"], "all"):
-            for bound, one in zip(("least", "most"), seconds(result), strict=True):
-                total[name][bound] += result["calls"] * one / 3600
+            for bound, call_seconds in zip(("least", "most"), seconds(result), strict=True):
+                total[name][bound] += result["calls"] * call_seconds / 3600
     return total
 
 
-def advice(found: Sequence[tuple[Program, Result]], config: ConfigDict, mesh: Mesh, heads: int) -> list[str]:
-    """Which field to change, for each program that does not fit.
+def advice(measured: Sequence[tuple[Program, Result]], config: ConfigDict, mesh: Mesh, heads: int) -> list[str]:
+    """Returns a line for each program that does not fit, with the fields to change.
 
     Args:
-      found: programs, and what `measure` found.
-      config, mesh: of the run.
-      heads: key and value heads of the model, over which the tensor axis has to divide.
+        measured: programs, each with the result of `measure`.
+        config, mesh: of the run.
+        heads: key and value heads of the model, which the tensor axis has to divide.
     """
     ways, tensor = row_ways(mesh), mesh.shape["tensor"]
     lines = []
-    for program, result in found:
+    for program, result in measured:
         if result["fits"]:
             continue
         needed, limit = (result["hbm"][name] for name in ("needed", "limit"))
@@ -141,7 +145,13 @@ def advice(found: Sequence[tuple[Program, Result]], config: ConfigDict, mesh: Me
 
 
 def _smaller(setting: Setting, excess: int, ways: int) -> int:
-    """The largest half, quarter, ... of the value, a multiple of `ways`, that may save the excess; 0 for none."""
+    """Returns the largest half, quarter, ... of the value that may save the excess, or 0.
+
+    Args:
+        setting: whose value is to shrink.
+        excess: bytes of a device's HBM to save.
+        ways: devices that rows are split over, which must divide the value.
+    """
     value = setting.value // 2 // ways * ways
     while value and setting.bytes * (1 - value / setting.value) < excess:
         value = value // 2 // ways * ways

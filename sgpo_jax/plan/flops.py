@@ -1,8 +1,7 @@
-"""FLOPs of the matrix products in a traced program, every loop counted as often as it runs.
+"""FLOPs of the matrix products in a traced program, with loop bodies counted as often as they run.
 
-XLA's own cost analysis counts the body of a loop once and knows nothing of what a Pallas kernel computes. Here a
-product of `[M,K]` and `[K,N]` is 2 M K N, and element-wise work is not counted. The numbers are those of all devices
-together.
+XLA's own cost analysis counts the body of a loop once, and it cannot look into a Pallas kernel. Here a product of
+`[M,K]` and `[K,N]` costs 2 M K N, and element-wise work is not counted. The numbers are totals over all devices.
 """
 
 import math
@@ -15,38 +14,38 @@ from sgpo_jax.plan.phases import Scopes
 
 
 def matmul_flops(jaxpr: Any, scopes: Scopes) -> dict[str, float]:
-    """FLOPs by phase.
+    """Returns phase -> FLOPs. The most expensive branch of a `cond` counts.
 
     Args:
-      jaxpr: of a traced program, as in `jitted.trace(...).jaxpr`. A `scan` says how often it runs, a `while` does not;
-        of a `cond` the branch with the most work counts.
-      scopes: phases, and how often each `while` runs.
+        jaxpr: of a traced program, as in `jitted.trace(...).jaxpr`.
+        scopes: phases, and the trip count of each `while`. A `scan` states its own.
 
     Raises:
-      ValueError: for a `while` that `scopes` does not know.
+        ValueError: `scopes` has no trip count for a `while`.
     """
     return dict(_walk(getattr(jaxpr, "jaxpr", jaxpr), "", scopes))
 
 
-def _walk(jaxpr: Any, path: str, scopes: Scopes) -> dict[str, float]:
+def _walk(jaxpr: Any, outer: str, scopes: Scopes) -> dict[str, float]:
+    """Returns phase -> FLOPs of a jaxpr that stands at the path `outer`."""
     total: dict[str, float] = defaultdict(float)
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
-        here = "/".join(filter(None, (path, str(equation.source_info.name_stack))))
+        path = "/".join(filter(None, (outer, str(equation.source_info.name_stack))))
         if name == "dot_general":
-            total[scopes.phase(here)] += _product(equation)
+            total[scopes.phase(path)] += _product(equation)
             continue
-        within, times = here, 1.0
+        inner, times = path, 1.0
         if name in ("scan", "while"):
-            within = f"{here}/while/body"
-            times = params["length"] if name == "scan" else scopes.runs(f"{here}/while")
+            inner = f"{path}/while/body"
+            times = params["length"] if name == "scan" else scopes.trip_count(f"{path}/while")
         elif name == "shard_map":
             times = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
         elif name == "pallas_call":
-            times = _kernel_runs(params["grid_mapping"].grid, here)
+            times = _kernel_runs(params["grid_mapping"].grid, path)
         elif name == "jit":
-            within = f"{here}/jit({params['name']})"
-        parts = [_walk(getattr(each, "jaxpr", each), within, scopes) for each in jaxprs_in_params(params)]
+            inner = f"{path}/jit({params['name']})"
+        parts = [_walk(getattr(part, "jaxpr", part), inner, scopes) for part in jaxprs_in_params(params)]
         if name == "cond":
             parts = [max(parts, key=lambda part: sum(part.values()))]
         for part in parts:
@@ -56,15 +55,16 @@ def _walk(jaxpr: Any, path: str, scopes: Scopes) -> dict[str, float]:
 
 
 def _product(equation: Any) -> float:
+    """Returns the FLOPs of a dot_general."""
     (contracted, _), _ = equation.params["dimension_numbers"]
     left = equation.invars[0].aval.shape
     return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
 
 
 def _kernel_runs(grid: tuple[int, ...], path: str) -> float:
-    """How often a Pallas kernel's body runs: once for each point of its grid.
+    """Returns how often the body of a Pallas kernel runs: once for each point of its grid.
 
-    The grid of a causal splash kernel has as many blocks of queries as of keys, and does nothing above the diagonal.
+    A causal splash kernel has a square grid of query and key blocks, and skips the blocks above the diagonal.
     """
     share = (grid[-1] + 1) / (2 * grid[-1]) if "splash" in path else 1.0
     return math.prod(grid) * share

@@ -1,4 +1,4 @@
-"""TPU chips that need not be there: their speeds, and what the compiler says of a topology on a machine without any."""
+"""TPU chips: their peak speeds, and topologies to compile for on a machine that has no TPU."""
 
 import importlib.util
 import os
@@ -16,37 +16,37 @@ GIB = 2**30
 class Chip(NamedTuple):
     """Peak speeds of a chip."""
 
-    flops: float  # per second, bfloat16
+    flops: float  # per second, in bfloat16
     hbm: float  # bytes per second
-    ici: float  # bytes per second that a chip sends round a ring along one axis of the torus, both ways together
+    ici: float  # bytes per second that a chip sends in a ring along one axis of the torus, both directions together
 
 
-# From the pages on system architecture of the Cloud TPU documentation. They give the links of a chip together, both
-# directions: 400 GB/s on 4 links, 800 on 4, 1200 on 6. A ring takes two links, and a link half of its rate each way.
+# From the system architecture pages of the Cloud TPU documentation. They give the total of all links of a chip, both
+# directions: 400 GB/s on 4 links, 800 on 4, 1200 on 6. A ring uses two links, and a link has half its rate each way.
 CHIPS = {
     "v5e": Chip(flops=197e12, hbm=819e9, ici=100e9),
     "v6e": Chip(flops=918e12, hbm=1638e9, ici=200e9),
     "v5p": Chip(flops=459e12, hbm=2765e9, ici=200e9),
 }
-HOP = 1e-6  # seconds that one step of a ring takes at least
+HOP = 1e-6  # least seconds of one step of a ring
 
-# libtpu asks a metadata server, and logs that it found none, unless it is told that it is on a host of some slice.
+# Without these, libtpu asks a metadata server which slice this host belongs to, and logs that there is no answer.
 _ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-64",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_LOG_DIR": "disabled",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no device is opened, so there is nothing to be alone with
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # safe: no device is opened
 }
 _MEMORY = re.compile(r"\(?([\d.]+)([KMGT]?)\)? exceeds available HBM \(([\d.]+)([KMGT]?)\)")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def topology(name: str) -> tuple[Chip, list[jax.Device]]:
-    """(chip, devices) of a topology such as "v5e:16x16", to be compiled for; libtpu must be installed.
+    """Returns (chip, devices) of a topology such as "v5e:16x16". The devices can only be compiled for.
 
     Raises:
-      ValueError: there is no such topology, or no libtpu.
+        ValueError: the topology does not exist, or libtpu is not installed.
     """
     kind, _, shape = name.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
@@ -58,14 +58,20 @@ def topology(name: str) -> tuple[Chip, list[jax.Device]]:
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
-    except Exception as error:  # libtpu's own kinds
+        description = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    except Exception as error:  # libtpu raises types of its own
         raise ValueError(f"--topology={name}: libtpu knows no such topology ({error})") from error
-    return CHIPS[kind], list(found.devices)
+    return CHIPS[kind], list(description.devices)
 
 
 def hbm_limit(device: jax.Device) -> int:
-    """Bytes of HBM that the compiler lets a program have, found out from a program that is too large for any chip."""
+    """Returns the bytes of HBM that the compiler allows a program on the device.
+
+    It compiles a program that is too large for any chip and reads the limit from the error message.
+
+    Raises:
+        ValueError: that program compiled.
+    """
     huge = jax.ShapeDtypeStruct((2**40,), jnp.float32, sharding=SingleDeviceSharding(device))
     try:
         jax.jit(lambda x: x + 1).lower(huge).compile()
@@ -73,12 +79,15 @@ def hbm_limit(device: jax.Device) -> int:
         if sizes := too_large(error):
             return sizes[1]
         raise
-    raise ValueError(f"{device.device_kind}: a program of 8 TiB compiled, so its limit is not known")
+    raise ValueError(f"{device.device_kind}: a program of 8 TiB compiled, so the limit of its HBM is unknown")
 
 
 def too_large(error: Exception) -> tuple[int, int] | None:
-    """(bytes needed, bytes available) of the compiler's message that a program does not fit; None for another one."""
-    found = _MEMORY.search(str(error)) if "RESOURCE_EXHAUSTED" in str(error) else None
-    if not found:
+    """Returns (bytes needed, bytes available) from the compiler's error that a program does not fit.
+
+    The result is None for any other error.
+    """
+    match = _MEMORY.search(str(error)) if "RESOURCE_EXHAUSTED" in str(error) else None
+    if not match:
         return None
-    return int(float(found[1]) * _UNITS[found[2]]), int(float(found[3]) * _UNITS[found[4]])
+    return int(float(match[1]) * _UNITS[match[2]]), int(float(match[3]) * _UNITS[match[4]])

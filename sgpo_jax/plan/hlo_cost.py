@@ -1,4 +1,4 @@
-"""What a compiled program moves on one device: collectives by kind, bytes of HBM by phase, and its largest arrays."""
+"""Memory traffic of a compiled program on one device: collectives, bytes of HBM by phase, and the largest arrays."""
 
 import math
 import re
@@ -6,97 +6,100 @@ from collections import defaultdict
 from typing import NamedTuple
 
 from sgpo_jax.plan import hlo
-from sgpo_jax.plan.hlo import Array, Computation, Module, Op, Run
+from sgpo_jax.plan.hlo import Array, Computation, Execution, Module, Op
 from sgpo_jax.plan.phases import Scopes
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# Operations that move nothing by themselves.
+# Operations that move no bytes themselves.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
     "partition-id", "replica-id", "opt-barrier", "copy-done", "async-start", "async-update", "async-done",
     "all-gather-done", "all-reduce-done", "collective-permute-done",
 }  # fmt: skip
-_BARE = {"AllocateBuffer", "Sharding"}  # custom calls like that
-_SCATTERS = "all-reduce-scatter"  # in the name of a fusion that is a reduce-scatter
-# What reads a part of its first operand as large as its result.
+_FREE_CALLS = {"AllocateBuffer", "Sharding"}  # custom calls that move no bytes
+_REDUCE_SCATTER = "all-reduce-scatter"  # stands in the name of a fusion that is a reduce-scatter
+# Operations that read only a part of their first operand, as large as their result.
 _SLICING = ("dynamic-slice", "gather", "slice")
 
 
 class Collective(NamedTuple):
-    """Collectives of one kind, between as many devices, of arrays of one size, in one phase."""
+    """All collectives of a program that agree in kind, phase, size and number of devices."""
 
-    kind: str
+    kind: str  # one of KINDS
     phase: str
-    bytes: int  # of one's result on a device
-    devices: int  # that take part in one
-    times: float  # how often, over the program
+    bytes: int  # result of one collective on a device
+    devices: int  # participants of one collective
+    times: float  # number of such collectives in a call of the program
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends in one of them when it goes round a ring."""
+        """Bytes that a device sends in one such collective, in a ring."""
         others = (self.devices - 1) / self.devices
         parts = {"all-reduce": 2 * others, "reduce-scatter": self.devices - 1, "collective-permute": 1.0}
         return self.bytes * parts.get(self.kind, others)
 
 
 def collectives(module: Module, scopes: Scopes) -> list[Collective]:
-    """Every collective, once for each time that it runs.
+    """Returns the collectives of a program, each weighted by how often it runs.
 
-    An asynchronous one stands in the text several times, with the same channel: where it starts, in each fusion that it
-    runs beside, and where it ends. Only the start counts.
+    An asynchronous collective appears in the text several times, always with the same channel: where it starts, in each
+    fusion that overlaps with it, and where it ends. Only the start counts.
     """
-    whole: dict[Collective, float] = defaultdict(float)
-    pieces: dict[str, list[tuple[float, Collective]]] = defaultdict(list)
+    times: dict[Collective, float] = defaultdict(float)
+    pieces: dict[str, list[tuple[float, Collective]]] = defaultdict(list)  # by channel; counted where there is no start
     counted = set()
-    for run in hlo.runs(module, scopes):
-        for op in module.computations[run.name].ops.values():
+    for execution in hlo.executions(module, scopes):
+        for op in module.computations[execution.name].ops.values():
             kind = op.kind.removesuffix("-start")
             if kind in KINDS:
                 counted.add(_channel(op))
-                whole[_collective(module, op, kind, op, run, scopes)] += run.times
+                times[_collective(module, op, kind, op, execution, scopes)] += execution.times
             for name in op.called("calls") if op.kind == "fusion" else ():
                 fused = module.computations[name]
                 for inner in fused.ops.values():
                     if inner.kind not in KINDS:
                         continue
-                    scatters = inner.kind == "all-reduce" and _SCATTERS in name
+                    scatters = inner.kind == "all-reduce" and _REDUCE_SCATTER in name
                     kind = "reduce-scatter" if scatters else inner.kind
-                    found = _collective(module, inner, kind, op if scatters else inner, run, scopes)
-                    if scatters or _asynchronous(fused) == "AsyncCollectiveStart":
+                    collective = _collective(module, inner, kind, op if scatters else inner, execution, scopes)
+                    if scatters or _async_step(fused) == "AsyncCollectiveStart":
                         counted.add(_channel(inner))
-                        whole[found] += run.times
+                        times[collective] += execution.times
                     else:
-                        pieces[_channel(inner)].append((run.times, found))
+                        pieces[_channel(inner)].append((execution.times, collective))
     for channel in pieces.keys() - counted:
-        times, found = min(pieces[channel])
-        whole[found] += times
-    return [each._replace(times=times) for each, times in whole.items()]
+        count, collective = min(pieces[channel])
+        times[collective] += count
+    return [collective._replace(times=count) for collective, count in times.items()]
 
 
-def _asynchronous(fused: Computation) -> str:
-    """AsyncCollectiveStart or AsyncCollectiveDone where that is all that a fused computation does, else ""."""
-    found = re.search(r'custom_call_target="(AsyncCollective\w+)"', fused.root.text)
-    return found[1] if found else ""
+def _async_step(fused: Computation) -> str:
+    """Returns AsyncCollectiveStart or -Done for a fusion that only starts or ends a collective, else ""."""
+    match = re.search(r'custom_call_target="(AsyncCollective\w+)"', fused.root.attributes)
+    return match[1] if match else ""
 
 
 def _channel(op: Op) -> str:
-    found = re.search(r"channel_id=(\d+)", op.text)
-    return found[1] if found else op.name
+    """Returns the channel of a collective; its name where it has none."""
+    match = re.search(r"channel_id=(\d+)", op.attributes)
+    return match[1] if match else op.name
 
 
-def _collective(module: Module, op: Op, kind: str, result: Op, run: Run, scopes: Scopes) -> Collective:
+def _collective(module: Module, op: Op, kind: str, result: Op, execution: Execution, scopes: Scopes) -> Collective:
+    """Describes the collective `op`, whose result is that of the operation `result`; its count is still 0."""
     sizes = [array.bytes for array in result.arrays]
-    size = max(sizes) if op.kind.endswith("-start") else sum(sizes)  # a start has its operand beside the result
-    return Collective(kind, scopes.phase(op.path or run.path), size, _participants(module, op), 0.0)
+    size = max(sizes) if op.kind.endswith("-start") else sum(sizes)  # a start returns its operand and its result
+    return Collective(kind, scopes.phase(op.path or execution.path), size, _participants(module, op), 0.0)
 
 
 def _participants(module: Module, op: Op) -> int:
-    if "source_target_pairs" in op.text:
+    """Returns how many devices exchange data in a collective."""
+    if "source_target_pairs" in op.attributes:
         return 2
-    found = re.search(r"replica_groups=(\{\{[^}]*\}|\[[\d,]+\]<=|mesh\[[^\]]*\] ?\{[^}]*\})", op.text)
-    if not found:
+    match = re.search(r"replica_groups=(\{\{[^}]*\}|\[[\d,]+\]<=|mesh\[[^\]]*\] ?\{[^}]*\})", op.attributes)
+    if not match:
         return module.devices
-    groups = found[1]
+    groups = match[1]
     if groups.startswith("{{"):
         return groups.count(",") + 1
     if groups.startswith("["):
@@ -106,26 +109,28 @@ def _participants(module: Module, op: Op) -> int:
 
 
 def hbm_bytes(module: Module, scopes: Scopes) -> dict[str, float]:
-    """Bytes that are read from and written to HBM, by phase.
+    """Returns phase -> bytes that are read from and written to HBM.
 
-    Every operation reads its operands and writes its result, but for arrays in memory on the core; a fusion that
-    slices an operand, or writes into one, moves that part only. A kernel moves all, unless `phases.reads` says less.
+    Every operation reads its operands and writes its results. Arrays in memory on the core are free. A fusion that
+    slices an operand, or writes a slice of one in place, moves only that slice. A kernel moves all of its arrays unless
+    `Scopes.reads` says otherwise.
     """
     total: dict[str, float] = defaultdict(float)
     usage: dict[str, list[float]] = {}
-    for run in hlo.runs(module, scopes):
-        computation = module.computations[run.name]
+    for execution in hlo.executions(module, scopes):
+        computation = module.computations[execution.name]
         for op in computation.ops.values():
-            path = op.path or run.path
-            moved = scopes.read(path) if op.kind == "custom-call" else None
+            path = op.path or execution.path
+            moved = scopes.read_bytes(path) if op.kind == "custom-call" else None
             if moved is None:
                 moved = _moved(module, computation, op, usage)
-            total[scopes.phase(path)] += run.times * moved
+            total[scopes.phase(path)] += execution.times * moved
     return dict(total)
 
 
 def _moved(module: Module, computation: Computation, op: Op, usage: dict[str, list[float]]) -> float:
-    if op.kind in _FREE or (op.kind == "custom-call" and any(f'"{name}"' in op.text for name in _BARE)):
+    """Returns the bytes of HBM that an operation moves. `usage` remembers the results of `_usage`, by name."""
+    if op.kind in _FREE or (op.kind == "custom-call" and any(f'"{name}"' in op.attributes for name in _FREE_CALLS)):
         return 0.0
     results = [array.bytes * (array.space == 0) for array in op.arrays]
     reads = [sum(a.bytes for a in computation.ops[name].arrays if a.space == 0) for name in op.operands]
@@ -138,7 +143,7 @@ def _moved(module: Module, computation: Computation, op: Op, usage: dict[str, li
     if op.kind != "fusion":
         return float(sum(results) + sum(reads))
     name = op.called("calls")[0]
-    if "Start" in (step := _asynchronous(module.computations[name])):  # the result stands beside the operand
+    if "Start" in (step := _async_step(module.computations[name])):  # it returns its operand and its result
         return float(sum(reads) + max(results))
     if step:
         return 0.0
@@ -149,10 +154,10 @@ def _moved(module: Module, computation: Computation, op: Op, usage: dict[str, li
 
 
 def _usage(module: Module, name: str) -> list[float]:
-    """Bytes that a fused computation reads of each of its operands."""
+    """Returns the bytes that a fusion reads of each of its operands; infinite where it reads all of it."""
     computation = module.computations[name]
-    # A collective beside which a fusion runs has been counted where it starts.
-    free = ("tuple", *(() if _SCATTERS in name else KINDS))
+    # A collective that overlaps with a fusion is counted where it starts.
+    free = ("tuple", *(() if _REDUCE_SCATTER in name else KINDS))
     users: dict[str, list[Op]] = defaultdict(list)
     for op in computation.ops.values():
         for operand in set(op.operands):
@@ -180,14 +185,14 @@ def _usage(module: Module, name: str) -> list[float]:
 
 
 def _written(module: Module, name: str) -> list[float]:
-    """Bytes that a fused computation writes of each of its results."""
+    """Returns the bytes that a fusion writes of each of its results; infinite where it writes all of it."""
     ops = module.computations[name].ops
     root = module.computations[name].root
 
     def written(op: Op) -> float:
         while op.kind == "bitcast":
             op = ops[op.operands[0]]
-        if op.kind == "parameter" or (op.kind in KINDS and _SCATTERS not in name):  # passed on
+        if op.kind == "parameter" or (op.kind in KINDS and _REDUCE_SCATTER not in name):  # passed through
             return 0.0
         if op.kind == "dynamic-update-slice":
             return float(ops[op.operands[1]].arrays[0].bytes)
@@ -199,18 +204,18 @@ def _written(module: Module, name: str) -> list[float]:
 
 
 def largest(module: Module, count: int = 8) -> list[tuple[int, str, str]]:
-    """(bytes, shape, what makes it) of the largest arrays in HBM, the program's arguments included."""
-    found: dict[tuple[str, str], int] = {}
-    for run in hlo.runs(module, Scopes("", trips=(("", 1.0),))):
-        for op in module.computations[run.name].ops.values():
-            if op.kind in _FREE and not (op.kind == "parameter" and run.name == module.entry):
+    """Returns (bytes, shape, origin) of the largest arrays in HBM, including the arguments of the program."""
+    sizes: dict[tuple[str, str], int] = {}
+    for execution in hlo.executions(module, Scopes("", trips=(("", 1.0),))):
+        for op in module.computations[execution.name].ops.values():
+            if op.kind in _FREE and not (op.kind == "parameter" and execution.name == module.entry):
                 continue
-            where = "argument " * (op.kind == "parameter") + (op.path or run.path or op.name)
+            origin = "argument " * (op.kind == "parameter") + (op.path or execution.path or op.name)
             for array in op.arrays:
                 if array.space == 0:
-                    found.setdefault((_shape(array), where), array.bytes)
-    ordered = sorted(found.items(), key=lambda item: -item[1])
-    return [(size, shape, where) for (shape, where), size in ordered[:count]]
+                    sizes.setdefault((_shape(array), origin), array.bytes)
+    ordered = sorted(sizes.items(), key=lambda item: -item[1])
+    return [(size, shape, origin) for (shape, origin), size in ordered[:count]]
 
 
 def _shape(array: Array) -> str:

@@ -1,33 +1,36 @@
-"""Which phase of a program an operation belongs to, and how often a loop runs, by the names in its name stack."""
+"""Maps the operations of a program to phases, and its loops to trip counts, by the names in their name stacks."""
 
 import re
 from typing import NamedTuple
 
 
 class Scopes(NamedTuple):
-    """What is known of a program beside its text. Patterns are searched in a path; the first that is found counts.
+    """Facts about a program that its HLO does not contain.
 
-    A path is what XLA calls op_name, as in "jit(update)/autonomous/while/body/chunks/while".
+    Each fact has a regular expression, which is searched for in the path of an operation. The first pattern that
+    matches wins. A path is what XLA calls op_name, as in "jit(update)/autonomous/while/body/chunks/while".
     """
 
-    rest: str  # phase of whatever no pattern names
+    rest: str  # phase of the operations that no pattern matches
     phases: tuple[tuple[str, str], ...] = ()  # (pattern, phase)
-    trips: tuple[tuple[str, float], ...] = ()  # (pattern, how often such a loop runs), of loops whose text does not say
-    reads: tuple[tuple[str, float], ...] = ()  # (pattern, bytes of HBM one run reads), of kernels that read in part
+    trips: tuple[tuple[str, float], ...] = ()  # (pattern, trip count), for loops whose text does not state it
+    reads: tuple[tuple[str, float], ...] = ()  # (pattern, bytes of HBM a call reads), for kernels that read in part
 
     def phase(self, path: str) -> str:
+        """Returns the phase of the operation at `path`."""
         return next((phase for pattern, phase in self.phases if re.search(pattern, path)), self.rest)
 
-    def runs(self, path: str) -> float:
-        """How often the loop at `path` runs.
+    def trip_count(self, path: str) -> float:
+        """Returns how often the body of the loop at `path` runs.
 
         Raises:
-          ValueError: no pattern names it.
+            ValueError: no pattern matches.
         """
         for pattern, trips in self.trips:
             if re.search(pattern, path):
                 return trips
-        raise ValueError(f"loop {path}: its text does not say how often it runs, and no pattern of Scopes.trips does")
+        raise ValueError(f"loop {path}: neither the program nor Scopes.trips says how often it runs")
 
-    def read(self, path: str) -> float | None:
+    def read_bytes(self, path: str) -> float | None:
+        """Returns the bytes that a call of the kernel at `path` reads; None where no pattern matches."""
         return next((size for pattern, size in self.reads if re.search(pattern, path)), None)

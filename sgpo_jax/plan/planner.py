@@ -1,6 +1,5 @@
-"""Plans a run: compiles every jitted program of it for absent chips, and adds up what they need."""
+"""Plans a run: compiles its jitted programs for chips that can be absent, and adds up what they need."""
 
-import json
 from functools import partial
 from importlib import metadata
 from typing import Any
@@ -17,16 +16,16 @@ from sgpo_jax.plan.workload import Assumed
 
 
 def make(config: ConfigDict, topology: str, auto: bool, assumed: Assumed, reached: Reached) -> dict[str, Any]:
-    """The plan, as plain data.
+    """Returns the plan of a run as plain data.
 
     Args:
-      config: of the run; its rows are not read.
-      topology: as in "v5e:16x16".
-      auto: search a mesh, micro-batches and slots.
-      assumed, reached: what neither the config nor the compiler says.
+        config: of the run; its rows are not read.
+        topology: such as "v5e:16x16".
+        auto: search a mesh, micro-batches and slots.
+        assumed, reached: assumptions about the workload and the speed.
 
     Raises:
-      ValueError: there is no such topology, or the run does not divide over it.
+        ValueError: the topology does not exist, or the run does not divide over it.
     """
     shape = load_shape(config)
     chip, devices = hardware.topology(topology)
@@ -34,9 +33,9 @@ def make(config: ConfigDict, topology: str, auto: bool, assumed: Assumed, reache
     measure = partial(estimate.measure, chip=chip, reached=reached, limit=limit)
     tried: list[search.Tried] = []
     if auto:
-        found, measured, tried = search.search(config, shape, devices, chip, assumed, limit, measure)
-        config = found or config
-        mesh = sharding.make_mesh(**config.mesh, devices=devices) if found else None
+        fitting, measured, tried = search.search(config, shape, devices, chip, assumed, limit, measure)
+        config = fitting or config
+        mesh = sharding.make_mesh(**config.mesh, devices=devices) if fitting else None
     else:
         mesh = sharding.make_mesh(**config.mesh, devices=devices)
         config_checks.check_mesh(config, sharding.row_ways(mesh))
@@ -58,17 +57,17 @@ def make(config: ConfigDict, topology: str, auto: bool, assumed: Assumed, reache
         "programs": results,
         "hours": estimate.hours(results) if results else None,
         "advice": estimate.advice(measured, config, mesh, shape.num_kv_heads) if mesh else [],
-        "tried": [each._asdict() for each in tried],
+        "tried": [attempt._asdict() for attempt in tried],
         "flags": search.flags(config) if auto and mesh else "",
-        "config": json.loads(configs.to_json(config)),
+        "config": configs.to_dict(config),
     }
 
 
 def without_files(config: ConfigDict) -> ConfigDict:
-    """The config with other names for the data, which a plan does not read, and which need not be there."""
+    """Returns the config without the paths of its data, which a plan does not read and which can be absent."""
     config = ConfigDict(config.to_dict()).lock()
     for section in (config.data, config.sft):
         section.train = "rows" if section.train else ""
-    for chosen in config.eval.sets.values():
-        chosen.source = "rows"
+    for eval_set in config.eval.sets.values():
+        eval_set.source = "rows"
     return config

@@ -1,5 +1,6 @@
-"""A plan as tables on the terminal."""
+"""Shows a plan as tables on the terminal."""
 
+from collections.abc import Callable
 from typing import Any
 
 from sgpo_jax import config as configs
@@ -10,6 +11,9 @@ from sgpo_jax.plan.hlo_cost import KINDS
 from sgpo_jax.plan.roofline import Seconds
 from sgpo_jax.runtime.tables import table
 
+_PARTS = ("arguments", "outputs", "temporaries", "code", "resident", "needed")  # of a program's memory
+_LARGEST = 3  # arrays of each program that are shown
+
 
 def show(plan: dict[str, Any]) -> None:
     """Prints a plan as tables."""
@@ -17,28 +21,13 @@ def show(plan: dict[str, Any]) -> None:
     print(f"\n{plan['model']}, {plan['parameters'] / 1e9:.3f}e9 parameters, on the {plan['chips']} chips of ", end="")
     print(f"{plan['topology']}: {mesh or 'no mesh was found that fits'}\n", flush=True)
     if plan["tried"]:
-        rows = [[each["mesh"]["fsdp"], each["mesh"]["tensor"], *list(each.values())[1:]] for each in plan["tried"]]
+        rows = [[tried["mesh"]["fsdp"], tried["mesh"]["tensor"], *list(tried.values())[1:]] for tried in plan["tried"]]
         table("Tried", ["mesh.fsdp", "mesh.tensor", "field", "value", "outcome"], rows)
-    results = plan["programs"].items()
-    if results:
-        limit = _short(next(iter(plan["programs"].values()))["hbm"]["limit"] / GIB)
-        rows = [[name, *_memory(result)] for name, result in results]
-        table(f"HBM of a chip in GiB, of which the compiler allows {limit}", ["program", *_PARTS, "fits"], rows)
-        columns = ["program", "array", "GiB", "from"]
-        table("Its largest arrays", columns, [row for name, result in results for row in _largest(name, result)])
-        columns = ["program, phase", "TFLOP", "HBM GB", "sent GB", "compute s", "HBM s", "ICI s", "least s", "most s"]
-        rows = [row for name, result in results for row in _work(name, result)]
-        table("A call, on one chip: work, and seconds at the shares of peak speeds assumed", columns, rows)
-        columns = ["program, collective", "count", "results GB", "sent GB"]
-        rows = [row for name, result in results for row in _collectives(name, result)]
-        table("Collectives of a call, on one chip", columns, rows)
-        columns = ["program", "calls", "response tokens", "least s", "most s", "tokens/s at most"]
-        table("A call, on all chips", columns, [_speed(name, result) for name, result in results])
+    if plan["programs"]:
+        _show_programs(plan["programs"])
     if plan["hours"]:
-        rows = [[stage, *map(_short, each.values())] for stage, each in plan["hours"].items()]
-        table(
-            "Hours", ["stage", "least", "most"], rows
-        )
+        rows = [[stage, *map(_short, bounds.values())] for stage, bounds in plan["hours"].items()]
+        table("Hours", ["stage", "least", "most"], rows)
     print("Assumed:", ", ".join(f"{name}={value:g}" for name, value in configs.flat(plan["assumed"]).items()))
     print("Not in the hours: grading, packing, loading and saving, compilation")
     for line in plan["advice"]:
@@ -46,52 +35,72 @@ def show(plan: dict[str, Any]) -> None:
     if plan["flags"]:
         print(f"Run it with {plan['flags']}")
     print("fits" if plan["fits"] else "does not fit", flush=True)
-_PARTS = ("arguments", "outputs", "temporaries", "code", "resident", "needed")
-_LARGEST = 3  # arrays of each program that are shown
 
 
-def _memory(result: Result) -> list[str]:
+def _show_programs(results: dict[str, Result]) -> None:
+    """Prints memory, work, communication and speed of every program."""
+
+    def show_rows(title: str, columns: list[str], rows_of: Callable[[str, Result], list[list[str]]]) -> None:
+        table(title, columns, [row for name, result in results.items() for row in rows_of(name, result)])
+
+    limit = _short(next(iter(results.values()))["hbm"]["limit"] / GIB)
+    show_rows(f"HBM of a chip in GiB; the compiler allows {limit}", ["program", *_PARTS, "fits"], _memory_rows)
+    show_rows("Its largest arrays", ["program", "array", "GiB", "from"], _array_rows)
+    show_rows(
+        "A call, on one chip: work, and seconds at the assumed shares of the peak speeds",
+        ["program, phase", "TFLOP", "HBM GB", "sent GB", "compute s", "HBM s", "ICI s", "least s", "most s"],
+        _work_rows,
+    )
+    show_rows(
+        "Collectives of a call, on one chip", ["program, collective", "count", "results GB", "sent GB"],
+        _collective_rows,
+    )  # fmt: skip
+    show_rows(
+        "A call, on all chips", ["program", "calls", "response tokens", "least s", "most s", "tokens/s at most"],
+        _speed_rows,
+    )  # fmt: skip
+
+
+def _memory_rows(name: str, result: Result) -> list[list[str]]:
     cells = [_short(result["hbm"][part] / GIB) if part in result["hbm"] else "-" for part in _PARTS]
-    return [*cells, "yes" if result["fits"] else "no"]
+    return [[name, *cells, "yes" if result["fits"] else "no"]]
 
 
-def _largest(name: str, result: Result) -> list[list[str]]:
-    return [
-        [name, each["array"], _short(each["bytes"] / GIB), each["from"][-90:]]
-        for each in result.get("largest", [])[:_LARGEST]
-    ]
+def _array_rows(name: str, result: Result) -> list[list[str]]:
+    arrays = result.get("largest", [])[:_LARGEST]
+    return [[name, array["array"], _short(array["bytes"] / GIB), array["from"][-90:]] for array in arrays]
 
 
-def _work(name: str, result: Result) -> list[list[str]]:
+def _work_rows(name: str, result: Result) -> list[list[str]]:
     rows = []
-    for phase, each in result["phases"].items():
-        seconds = Seconds(**each["seconds"])
-        sent = sum(kind["sent"] for kind in each["collectives"].values())
-        cells = [each["flops"] / 1e12, each["hbm_bytes"] / 1e9, sent / 1e9, *seconds, seconds.least, seconds.most]
-        rows.append([f"{name}, {phase}", *map(_short, cells)])
+    for label, phase in result["phases"].items():
+        seconds = Seconds(**phase["seconds"])
+        sent = sum(totals["sent"] for totals in phase["collectives"].values())
+        cells = [phase["flops"] / 1e12, phase["hbm_bytes"] / 1e9, sent / 1e9, *seconds, seconds.least, seconds.most]
+        rows.append([f"{name}, {label}", *map(_short, cells)])
     return rows
 
 
-def _collectives(name: str, result: Result) -> list[list[str]]:
+def _collective_rows(name: str, result: Result) -> list[list[str]]:
     rows = []
     for kind in KINDS:
-        found = [each["collectives"][kind] for each in result["phases"].values() if kind in each["collectives"]]
-        count, results, sent = (sum(each[part] for each in found) for part in ("count", "bytes", "sent"))
+        phases = [p["collectives"][kind] for p in result["phases"].values() if kind in p["collectives"]]
+        count, size, sent = (sum(totals[part] for totals in phases) for part in ("count", "bytes", "sent"))
         if count:
-            rows.append([f"{name}, {kind}", _short(count), _short(results / 1e9), _short(sent / 1e9)])
+            rows.append([f"{name}, {kind}", _short(count), _short(size / 1e9), _short(sent / 1e9)])
     return rows
 
 
-def _speed(name: str, result: Result) -> list[str]:
+def _speed_rows(name: str, result: Result) -> list[list[str]]:
     cells = [name, str(result["calls"]), _short(result["tokens"])]
     if not result["compiled"]:
-        return [*cells, "-", "-", "-"]
+        return [[*cells, "-", "-", "-"]]
     least, most = estimate.seconds(result)
-    return [*cells, _short(least), _short(most), _short(result["tokens"] / least)]
+    return [[*cells, _short(least), _short(most), _short(result["tokens"] / least)]]
 
 
 def _short(value: float) -> str:
-    """Four digits, or all those before the point."""
+    """Formats a number with four digits; a number from 1000 on as a whole one."""
     if 0 < value < 1e-3:
         return "<0.001"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

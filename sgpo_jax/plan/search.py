@@ -1,4 +1,4 @@
-"""A mesh, micro-batches and slots with which a run fits given chips: estimated first, then compiled until one fits."""
+"""Searches a mesh, micro-batches and slots with which a run fits the chips."""
 
 import math
 from collections.abc import Callable
@@ -19,13 +19,13 @@ from sgpo_jax.plan.workload import Assumed
 from sgpo_jax.training import rl
 
 FIELDS = ("sft.micro_batch", "rl.micro_batch", "rl.slots", "eval.slots")
-MOST_ROWS = 4  # of a micro-batch on a device, that are tried first
+MOST_ROWS = 4  # rows of a micro-batch on a device that the search begins with
 
 Measured = list[tuple[Program, Result]]
 
 
 class Tried(NamedTuple):
-    """One value of one field on one mesh."""
+    """A value of a field that was tried on a mesh, with the outcome."""
 
     mesh: dict[str, int]
     field: str
@@ -42,43 +42,44 @@ def search(
     limit: int,
     measure: Callable[..., Result],
 ) -> tuple[ConfigDict | None, Measured, list[Tried]]:
-    """Tries meshes in the order of `moving_seconds`, and on each the largest micro-batches and slots.
+    """Tries meshes in the order of `moving_seconds`, and on each mesh the largest micro-batches and slots first.
 
-    What its arguments, its cache and its layers' inputs alone make too large is not compiled.
+    A program is not compiled where its arguments, its cache and the inputs of its layers are already too large.
 
     Args:
-      config: of the run; its mesh and FIELDS are replaced.
-      shape, devices, chip, assumed: what it is planned for.
-      limit: bytes of HBM of a device.
-      measure: `estimate.measure` with all else.
+        config: of the run; its mesh and FIELDS are replaced.
+        shape, devices, chip, assumed: what the plan is for.
+        limit: bytes of HBM of a device.
+        measure: `estimate.measure` without the program and the mesh.
 
     Returns:
-      (the first config that fits, or None; its programs and what was measured; everything that was tried).
+        (config, programs, tried): the first config that fits, or None; its programs with their results; and all values
+        that were tried.
     """
     tried: list[Tried] = []
     for candidate, mesh in meshes(config, shape, devices, chip, assumed):
-        found: Measured = []
+        fitting: Measured = []
         for field in FIELDS:
             for value in _values(candidate, field, mesh):
                 _set(candidate, field, value)
-                ours = [each for each in programs(candidate, shape, mesh, assumed) if each.setting.field == field]
-                if not ours:
+                affected = [p for p in programs(candidate, shape, mesh, assumed) if p.setting.field == field]
+                if not affected:
                     break
-                outcome, measured = _fits(ours, limit, partial(measure, mesh=mesh))
+                outcome, measured = _measure_all(affected, limit, partial(measure, mesh=mesh))
                 tried.append(Tried(dict(mesh.shape), field, value, outcome))
                 print(f"{tried[-1].mesh}, {field}={value}: {outcome}", flush=True)
-                if len(measured) == len(ours):
-                    found += measured
+                if len(measured) == len(affected):
+                    fitting += measured
                     break
             else:
                 break
         else:
-            return candidate, found, tried
+            return candidate, fitting, tried
     return None, [], tried
 
 
 def flags(config: ConfigDict) -> str:
-    """What the search has chosen, for the command line."""
+    """Returns the fields that the search has chosen, as flags for the command line."""
     fields = [*(f"mesh.{axis}" for axis in sharding.AXES), *FIELDS]
     return " ".join(f"--config.{field}={config[field.split('.')[0]][field.split('.')[1]]}" for field in fields)
 
@@ -86,8 +87,11 @@ def flags(config: ConfigDict) -> str:
 def meshes(
     config: ConfigDict, shape: ModelConfig, devices: list[jax.Device], chip: Chip, assumed: Assumed
 ) -> list[tuple[ConfigDict, Mesh]]:
-    """Configs, with their meshes, that divide heads and batches; what moves least is the first."""
-    found = []
+    """Returns the configs, with their meshes, that divide heads and batches.
+
+    They are in the order of `moving_seconds`, the fastest first.
+    """
+    candidates = []
     for tensor in (2**i for i in range(len(devices).bit_length())):
         if len(devices) % tensor or shape.num_heads % tensor or shape.num_kv_heads % tensor:
             continue
@@ -98,17 +102,18 @@ def meshes(
             _set(candidate, field, candidate.mesh.fsdp)
         try:
             config_checks.check_mesh(candidate, candidate.mesh.fsdp)
-        except ValueError:  # a batch that is not to be changed
+        except ValueError:  # the mesh does not divide a batch, and the search keeps the batches
             continue
-        found.append((candidate, mesh))
-    return sorted(found, key=lambda pair: moving_seconds(pair[0], pair[1], shape, chip, assumed))
+        candidates.append((candidate, mesh))
+    return sorted(candidates, key=lambda pair: moving_seconds(pair[0], pair[1], shape, chip, assumed))
 
 
 def moving_seconds(config: ConfigDict, mesh: Mesh, shape: ModelConfig, chip: Chip, assumed: Assumed) -> float:
-    """Of an RL step, at peak speeds, the time of what depends on the mesh: weights and activations between devices.
+    """Estimates the seconds of an RL step that depend on the mesh, at peak speeds.
 
-    Decoding reads the weights of its part of the tensor axis at every token, gathered from the fsdp axis; an update
-    gathers them for each micro-batch three times, and sums activations over the tensor axis four times in each layer.
+    They go to the transfer of weights and activations. At every token, decoding gathers the weights of its tensor shard
+    over the fsdp axis and reads them. An update gathers the weights three times for each micro-batch, and sums
+    activations over the tensor axis four times in each layer.
     """
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     size = jax.numpy.dtype(config.model.dtype).itemsize
@@ -123,13 +128,13 @@ def moving_seconds(config: ConfigDict, mesh: Mesh, shape: ModelConfig, chip: Chi
 
 
 def _values(config: ConfigDict, field: str, mesh: Mesh) -> list[int]:
-    """What is tried, in this order: multiples of the devices that rows are split over, halved again and again."""
+    """Returns the values to try, halved from one to the next; all are multiples of the devices that split the rows."""
     ways = mesh.shape["fsdp"]
     section, name = field.split(".")
     most = {
         "sft": config.sft.batch,
         "rl": config.rl.batch * sum(rl.sampled_groups(config.rl).values()),
-        "eval": config.eval.batch * max((each.samples for each in config.eval.sets.values()), default=1),
+        "eval": config.eval.batch * max((eval_set.samples for eval_set in config.eval.sets.values()), default=1),
     }[section]
     most = min(most, MOST_ROWS * ways) if name == "micro_batch" else most
     values = []
@@ -144,13 +149,13 @@ def _set(config: ConfigDict, field: str, value: int) -> None:
     config[section][name] = value
 
 
-def _fits(ours: list[Program], limit: int, measure: Callable[[Program], Result]) -> tuple[str, Measured]:
-    """(what came of it, what was measured of the programs up to the first that does not fit)."""
-    for program in ours:
+def _measure_all(affected: list[Program], limit: int, measure: Callable[[Program], Result]) -> tuple[str, Measured]:
+    """Measures programs up to the first that does not fit; returns (outcome, programs that fit)."""
+    for program in affected:
         if program.least > limit:
             return f"{program.name} needs more than {program.least / hardware.GIB:.2f} GiB", []
     measured: Measured = []
-    for program in ours:
+    for program in affected:
         result = measure(program)
         if not result["fits"]:
             return f"{program.name} needs {result['hbm']['needed'] / hardware.GIB:.2f} GiB", measured

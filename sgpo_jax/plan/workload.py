@@ -1,4 +1,4 @@
-"""How often a run calls its programs, and how long its responses are, from its config and stated assumptions."""
+"""Workload of a run: how often it calls its programs, and how long its responses are."""
 
 import math
 from typing import NamedTuple
@@ -6,22 +6,22 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-# Problems in the paper's evaluation sets; of others, as many as Assumed.eval_problems.
+# Problems in the paper's evaluation sets. Other sets have Assumed.eval_problems.
 SETS = {"MATH500": 500, "AMC23": 40, "OlympiadBench": 675, "AIME24": 30}
 
 
 class Assumed(NamedTuple):
-    """What a config does not say."""
+    """Assumptions about facts that a config does not contain."""
 
-    response_tokens: float  # mean length of responses, the experts' too; their lengths are spread exponentially
+    response_tokens: float  # mean length of responses, also of the experts'; the lengths are exponential
     prompt_tokens: int  # length of prompts
     correct: float = 0.5  # share of the sampled responses that are correct
     problems: int = 8500  # rows of the training data; Sec. 4.1
-    eval_problems: int = 500  # of a set that is none of SETS
+    eval_problems: int = 500  # of a set that is not in SETS
 
 
 class Calls(NamedTuple):
-    """Calls of the jitted programs in a whole run."""
+    """Number of calls of the jitted programs in a whole run."""
 
     sft_steps: int
     sft_validations: int  # batches of the validation loss
@@ -31,7 +31,7 @@ class Calls(NamedTuple):
 
 
 def calls(config: ConfigDict, assumed: Assumed) -> Calls:
-    """What the run's stages call; 0 for stages that it does not have."""
+    """Counts the calls of a run's stages, with 0 for stages that it does not have."""
     stages, sft, rl, fields = config.stages, config.sft, config.rl, config.eval
     rows = round(assumed.problems * (1.0 if sft.train else config.data.sft_share))
     held_out = round(rows * sft.validation_share)
@@ -43,27 +43,30 @@ def calls(config: ConfigDict, assumed: Assumed) -> Calls:
     rl_steps = (rl.steps or rl.epochs * max(rows // rl.batch, 1)) * ("rl" in stages)
     own = math.ceil(rows / rl.batch) if rl_steps and rl.guided and rl.guide == "self" else 0
 
-    # Before RL and after it, and with strategies too if asked for; during RL without them.
+    # Before and after RL, and again with strategies where the config asks for it. During RL without strategies.
     times = (1 + ("rl" in stages)) * (1 + fields.guided) * ("eval" in stages)
     times += math.ceil(rl_steps / rl.eval_every) if rl.eval_every else 0
     evaluations: dict[int, int] = {}
-    for name, chosen in fields.sets.items():
+    for name, eval_set in fields.sets.items():
         batches = math.ceil(SETS.get(name, assumed.eval_problems) / fields.batch)
-        evaluations[chosen.samples] = evaluations.get(chosen.samples, 0) + times * batches
+        evaluations[eval_set.samples] = evaluations.get(eval_set.samples, 0) + times * batches
     evaluations = {samples: count for samples, count in evaluations.items() if count}
     return Calls(sft_steps, validations, rl_steps, own, evaluations)
 
 
 def lengths(count: int, mean: float, most: int) -> np.ndarray:
-    """`[count]` lengths from 1 to `most`, exponential and cut off there, with this mean, in a random order."""
+    """Returns `[count]` lengths from 1 to `most` tokens in a random order.
+
+    They follow a truncated exponential distribution with this mean.
+    """
     quantiles = (np.arange(count) + 0.5) / count
 
     def spread(rate: float) -> np.ndarray:
-        """Of the density exp(-rate x / most) on [0, most]."""
+        """Returns the quantiles of the truncated exponential with this rate on [0, most]."""
         scaled = quantiles if abs(rate) < 1e-6 else -np.log1p(quantiles * np.expm1(-rate)) / rate
         return np.clip(np.ceil(scaled * most), 1, most).astype(np.int64)
 
-    low, high = -500.0, 1e6  # the rate; the larger, the shorter the lengths
+    low, high = -500.0, 1e6  # bisection over the rate: a larger rate gives shorter lengths
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if spread(middle).mean() > min(mean, most) else (low, middle)

@@ -65,7 +65,7 @@ def test_loops_in_loops_with_stated_trips():
 
 def test_a_loop_of_which_nothing_is_known_is_refused():
     scopes = Scopes("rest", trips=(("outer/while$", 10.0),))
-    with pytest.raises(ValueError, match="loop outer/while/body/inner/while: its text does not say how often"):
+    with pytest.raises(ValueError, match="loop outer/while/body/inner/while: neither the program nor Scopes.trips"):
         flops(nested, shape(M, K), shape(K, K), shape(dtype=jnp.int32), scopes=scopes)
 
 

@@ -49,7 +49,7 @@ def test_all_reduces_in_loops(summed, told):
 
 
 def test_a_loop_of_which_nothing_is_known_is_refused(summed):
-    with pytest.raises(ValueError, match=r"loop jit\(program\)/steps/while: its text does not say how often"):
+    with pytest.raises(ValueError, match=r"loop jit\(program\)/steps/while: neither the program nor Scopes.trips"):
         hlo_cost.collectives(hlo.parse(summed), Scopes("rest"))
 
 

@@ -450,7 +450,7 @@ def test_memory_on_a_chip(planned):
             assert hbm["outputs"] <= 200_000  # the state takes the place of the one that was given
             parts = ("arguments", "outputs", "temporaries", "code", "resident")
             assert hbm["needed"] == sum(hbm[part] for part in parts)
-    assert "HBM of a chip in GiB, of which the compiler allows 15.75" in printed
+    assert "HBM of a chip in GiB; the compiler allows 15.75" in printed
 
 
 def test_a_program_that_does_not_fit(planned):
