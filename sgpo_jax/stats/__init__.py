@@ -1,4 +1,4 @@
-"""Numbers from arrays: benchmark scores with intervals, the lab's paired differences, the paper's table."""
+"""Statistics: benchmark scores with intervals, paired differences between methods, the paper's results."""
 
 from sgpo_jax.stats.benchmark import CONTEXTS, bootstrap, contexts, gain, per_problem
 

@@ -1,4 +1,4 @@
-"""Statistics of graded samples: avg@k, pass@k, maj@k, and bootstrap intervals over problems; numpy alone.
+"""Statistics of graded samples: avg@k, pass@k, maj@k, and bootstrap intervals over problems.
 
 Axis key: M problems, K samples of each.
 """
@@ -21,33 +21,40 @@ def contexts(guided: bool) -> tuple[str, ...]:
 
 
 def bootstrap_means(values: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Means `[RESAMPLES]` of per-problem values `[M]` over problems drawn with replacement."""
+    """Returns the means `[RESAMPLES]` of per-problem values `[M]`, each over M problems drawn with replacement."""
     count = len(values)
     return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES) @ values / count
 
 
 def interval(means: np.ndarray) -> tuple[float, float]:
-    """95 % interval of bootstrapped means."""
+    """Returns the 95 % interval (low, high) of bootstrapped means."""
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 
 def bootstrap(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean of per-problem values `[M]`, resampling problems."""
+    """Returns the 95 % interval (low, high) of the mean of per-problem values `[M]`, by resampling problems."""
     return interval(bootstrap_means(values, seed))
 
 
 def gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of the differences of per-problem values `[M]`, with its 95 % interval, paired over problems."""
-    difference = np.subtract(after, before)
-    return float(difference.mean()), *bootstrap(difference)
+    """Returns (mean, low, high) of `after` minus `before`, per-problem values `[M]`: a 95 % interval over problems."""
+    differences = np.subtract(after, before)
+    return float(differences.mean()), *bootstrap(differences)
 
 
 def pass_at(correct: int, samples: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k samples is correct: 1 - C(n - c, k) / C(n, k).
+    """Returns the unbiased estimate of pass@k, the probability that one of k samples is correct.
+
+        1 - C(n - c, k) / C(n, k)
+
+    Args:
+      correct: c, number of correct samples.
+      samples: n, number of samples.
+      k: from 1 to n.
 
     Raises:
-      ValueError: there are fewer than k samples.
+      ValueError: c or k is not between its limits.
     """
     if not (1 <= k <= samples and 0 <= correct <= samples):
         raise ValueError(
@@ -57,27 +64,26 @@ def pass_at(correct: int, samples: int, k: int) -> float:
 
 
 def winner(votes: Sequence[int]) -> int | None:
-    """Sample whose answer most samples share, the earliest one of it; None when no sample votes.
+    """Returns the index of the first sample with the majority answer; None when no sample votes.
 
     Args:
-      votes: `[K]` class of each sample's answer, -1 for none. Of classes with as many votes the one that was voted for
-        first wins.
+      votes: `[K]` class of each sample's answer, -1 for no vote. On a tie the class with the earliest vote wins.
     """
     counts = Counter(vote for vote in votes if vote >= 0)  # keeps the order of the first vote
     return None if not counts else list(votes).index(max(counts, key=lambda vote: counts[vote]))
 
 
 def powers_of_two(samples: int) -> list[int]:
-    """1, 2, 4, ... and the number of samples itself."""
+    """Returns 1, 2, 4, ... below the number of samples, then that number."""
     return [*(2**i for i in range(samples.bit_length()) if 2**i < samples), samples]
 
 
 def per_problem(rewards: np.ndarray, votes: np.ndarray) -> dict[str, np.ndarray]:
-    """`[M]` values of each problem: accuracy, pass@k and maj@k for k = 1, 2, 4, ..., K.
+    """Returns values `[M]` for each problem: accuracy, and pass@k and maj@k for k = 1, 2, 4, ..., K.
 
     Args:
-      rewards: `[M,K]`, from 0 to 1; 1 is correct.
-      votes: `[M,K]` see `winner`; maj@k is over the first k samples.
+      rewards: `[M,K]` from 0 to 1; 1 is correct.
+      votes: `[M,K]` as in `winner`; maj@k is over the first k samples.
     """
     samples = rewards.shape[1]
     correct = (rewards >= 1).sum(axis=1)

@@ -1,7 +1,7 @@
-"""What a grid of methods and seeds says about the paper's claims: paired intervals, and a verdict for each claim.
+"""The paper's claims tested on a grid of methods and seeds: paired intervals, and a verdict for each claim.
 
-Pure functions of the results' rows, `{"world": ..., "method": ..., "seed": ..., "accuracy": ...}`. The same seed means
-the same warm-up, problems and noise for every method, so differences are taken seed by seed.
+All functions are pure. They read the rows of results, `{"world": ..., "method": ..., "seed": ..., "accuracy": ...}`.
+Methods with the same seed share warm-up, problems and noise, so differences are taken seed by seed.
 """
 
 import math
@@ -13,7 +13,7 @@ from scipy import special
 
 Row = Mapping[str, Any]
 
-# The methods of each of the paper's tables, and more: table -> (what it asks, {method: name in the table}).
+# table -> (its question, {method: name in the table}): those of the paper, and one of methods beyond it.
 TABLES: dict[str, tuple[str, dict[str, str]]] = {
     "Table 1": (
         "methods at equal samples",
@@ -44,7 +44,7 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
 
 
 class Difference(NamedTuple):
-    """Mean of paired differences with its 95 % interval; `pairs` of them."""
+    """Mean and 95 % interval of paired differences, or of single values; `pairs` is their number."""
 
     mean: float
     low: float
@@ -53,7 +53,7 @@ class Difference(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """In the paper's `table` the first method is ahead of the second, by `paper` points of the 7B average."""
+    """A claim of the paper's `table`: `better` is ahead of `worse` by `paper` points of the 7B average."""
 
     table: str
     better: str
@@ -78,7 +78,7 @@ CLAIMS = (
 
 
 def interval(values: Sequence[float]) -> Difference:
-    """Mean of values, one a seed, with Student's 95 % interval; infinite for fewer than two."""
+    """Returns the mean of values, one per seed, with Student's 95 % interval: infinite for fewer than two values."""
     count = len(values)
     mean = float(np.mean(values)) if count else math.nan
     if count < 2:
@@ -88,34 +88,34 @@ def interval(values: Sequence[float]) -> Difference:
 
 
 def by_seed(rows: Iterable[Row], world: str, method: str, metric: str = "accuracy") -> dict[int, float]:
-    """seed -> metric of a method in a world."""
+    """Returns {seed: metric} of a method in a world."""
     return {row["seed"]: row[metric] for row in rows if row["world"] == world and row["method"] == method}
 
 
 def paired(rows: Sequence[Row], world: str, first: str, second: str, metric: str = "accuracy") -> Difference:
-    """`first` minus `second` over the seeds that both have."""
-    left, right = (by_seed(rows, world, method, metric) for method in (first, second))
-    return interval([left[seed] - right[seed] for seed in sorted(left.keys() & right.keys())])
+    """Returns the interval of `first` minus `second`, two methods, over the seeds that both have."""
+    minuend, subtrahend = (by_seed(rows, world, method, metric) for method in (first, second))
+    return interval([minuend[seed] - subtrahend[seed] for seed in sorted(minuend.keys() & subtrahend.keys())])
 
 
 def verdict(difference: Difference) -> str:
-    """Of the claim that the difference is above 0: reproduced, contradicted, or not distinguishable."""
+    """Returns the verdict on a claim "above 0": "reproduced", "contradicted" or "not distinguishable"."""
     if difference.low > 0:
         return "reproduced"
     return "contradicted" if difference.high < 0 else "not distinguishable"
 
 
 def claims(rows: Sequence[Row], world: str) -> list[tuple[Claim, Difference, str]]:
-    """The claims whose two methods the rows have."""
-    found = [(claim, paired(rows, world, claim.better, claim.worse)) for claim in CLAIMS]
-    return [(claim, difference, verdict(difference)) for claim, difference in found if difference.pairs]
+    """Returns (claim, difference, verdict) for the claims whose two methods are in the rows."""
+    differences = [(claim, paired(rows, world, claim.better, claim.worse)) for claim in CLAIMS]
+    return [(claim, difference, verdict(difference)) for claim, difference in differences if difference.pairs]
 
 
 def best_rate(rows: Iterable[Row], world: str, method: str) -> float:
-    """The rate of a method with the highest mean accuracy over its tuning rows in a world, the smallest on a tie.
+    """Returns the rate with the highest mean accuracy over a method's tuning rows in a world; the smallest on a tie.
 
     Raises:
-      ValueError: the method has no rows there.
+      ValueError: the method has no rows in that world.
     """
     scores: dict[float, list[float]] = {}
     for row in rows:
@@ -127,40 +127,47 @@ def best_rate(rows: Iterable[Row], world: str, method: str) -> float:
 
 
 def table(rows: Sequence[Row], world: str, methods: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
-    """(columns, lines) in the paper's layout: a column for each evaluation set, their average, and what sets it apart.
+    """Returns (columns, lines) of a table in the paper's layout.
 
-    Values are percentages: mean over seeds, half-width of the 95 % interval, and the paired difference from SGPO.
+    It has a column for each evaluation set, their average, and the paired difference from SGPO. Values are percentages,
+    means over seeds with the half-width of their 95 % interval.
+
+    Args:
+      rows: results of all worlds.
+      world: the world of the table.
+      methods: method -> its name in the table; methods without results are left out.
     """
-    here = [row for row in rows if row["world"] == world]
-    sets = list(dict.fromkeys(name for row in here for name in row["sets"]))
+    rows = [row for row in rows if row["world"] == world]
+    sets = list(dict.fromkeys(name for row in rows for name in row["sets"]))
     lines = []
-    for method, name in methods.items():
-        mine = [row for row in here if row["method"] == method]
-        if not mine:
+    for method, title in methods.items():
+        results = [row for row in rows if row["method"] == method]
+        if not results:
             continue
-        cells = [percent(interval([row["sets"][part] for row in mine])) for part in sets]
-        cells.append(percent(interval([row["accuracy"] for row in mine])))
-        apart = "" if method == "sgpo" else signed(paired(here, world, method, "sgpo"))
-        rates = ", ".join(f"{rate:g}" for rate in sorted({row["rate"] for row in mine}))
-        lines.append([name, *cells, apart, rates, str(len(mine))])
+        cells = [percent(interval([row["sets"][name] for row in results])) for name in sets]
+        cells.append(percent(interval([row["accuracy"] for row in results])))
+        difference = "" if method == "sgpo" else signed(paired(rows, world, method, "sgpo"))
+        rates = ", ".join(f"{rate:g}" for rate in sorted({row["rate"] for row in results}))
+        lines.append([title, *cells, difference, rates, str(len(results))])
     return ["method", *sets, "average", "minus SGPO", "rate", "seeds"], lines
 
 
-def percent(found: Difference) -> str:
-    """In percent with the half-width of the interval, if it has one: "85.2 ± 17.4"."""
-    half = found.high - found.mean
-    return f"{100 * found.mean:.1f} ± {100 * half:.1f}" if math.isfinite(half) else f"{100 * found.mean:.1f}"
+def percent(value: Difference) -> str:
+    """Returns a value in percent, with the half-width of its interval where that is finite: "85.2 ± 17.4"."""
+    half = value.high - value.mean
+    return f"{100 * value.mean:.1f} ± {100 * half:.1f}" if math.isfinite(half) else f"{100 * value.mean:.1f}"
 
 
-def signed(found: Difference) -> str:
-    """In points with the interval, if there is one: "+0.9 [-5.5, +7.3]"; "" without pairs."""
-    if not math.isfinite(found.low):
-        return f"{100 * found.mean:+.1f}" if found.pairs else ""
-    return f"{100 * found.mean:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+def signed(difference: Difference) -> str:
+    """Returns a difference in points, with its interval where that is finite: "+0.9 [-5.5, +7.3]"; "" without pairs."""
+    mean, low, high = (f"{100 * value:+.1f}" for value in difference[:3])
+    if not math.isfinite(difference.low):
+        return mean if difference.pairs else ""
+    return f"{mean} [{low}, {high}]"
 
 
 def claim_lines(rows: Sequence[Row], world: str) -> list[list[str]]:
-    """Lines of the table of claims: table, claim, the paper's points, measured points with interval, verdict."""
+    """Returns the lines of the table of claims: table, claim, points in the paper, measured points, verdict."""
     lines = []
     for claim, difference, result in claims(rows, world):
         _, names = TABLES[claim.table]
@@ -172,40 +179,46 @@ def claim_lines(rows: Sequence[Row], world: str) -> list[list[str]]:
 def tables(
     rows: Sequence[Row], tuning: Sequence[Row], home: str
 ) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, columns, lines) of all that can be said: the tuning, the paper's tables, its claims, the worlds.
+    """Returns (title, columns, lines) of each table: learning rates, the paper's tables, its claims, the worlds.
+
+    Tables without results are left out.
 
     Args:
-      rows: of the grid, each with "before", the accuracy of its warm-up.
-      tuning: of the learning rates tried.
+      rows: results of the grid, each with "before", the accuracy after its warm-up.
+      tuning: results of the runs that tune the learning rates.
       home: world in which all methods are compared.
     """
-    found = []
+    result = []
     if tuning:
         rates = sorted({row["rate"] for row in tuning})
         columns = ["world", "method", *(f"{rate:g}" for rate in rates)]
         pairs = dict.fromkeys((row["world"], row["method"]) for row in tuning)
         lines = [[*pair, *(_tuned(tuning, *pair, rate) for rate in rates)] for pair in pairs]
-        found.append(("Learning rate, times the method's own: accuracy in %", columns, lines))
-    for name, (question, of_table) in TABLES.items():
-        columns, lines = table(rows, home, of_table)
+        result.append(("Learning rate, times the method's own: accuracy in %", columns, lines))
+    for name, (question, methods) in TABLES.items():
+        columns, lines = table(rows, home, methods)
         if len(lines) > 1:
-            found.append((f"{name}, {question}: accuracy in %, 95 % over seeds", columns, lines))
+            result.append((f"{name}, {question}: accuracy in %, 95 % over seeds", columns, lines))
     if lines := claim_lines(rows, home):
         columns = ["table", "claim", "paper, 7B", "here, paired over seeds", "verdict"]
-        found.append(("The paper's claims, in points", columns, lines))
+        result.append(("The paper's claims, in points", columns, lines))
     if worlds := across_worlds(rows):
         columns = ["world", "before", "method", "after", "minus GRPO", "verdict", "rate", "seeds"]
-        found.append(("Where distillation helps: accuracy in %", columns, world_lines(worlds)))
-    return found
+        result.append(("Where distillation helps: accuracy in %", columns, world_lines(worlds)))
+    return result
 
 
 def _tuned(rows: Sequence[Row], *cell: Any) -> str:
+    """Returns the mean accuracy, in percent, of a cell (world, method, rate), "" where there is none."""
     values = [row["accuracy"] for row in rows if (row["world"], row["method"], row["rate"]) == cell]
     return f"{100 * np.mean(values):.1f}" if values else ""
 
 
 class Standing(NamedTuple):
-    """A method in a world: accuracy before and after, and how far it is ahead of GRPO (no pairs for GRPO itself)."""
+    """Results of a method in a world: accuracy before and after RL, and the difference from GRPO.
+
+    For GRPO itself `ahead` has no pairs.
+    """
 
     world: str
     method: str
@@ -216,31 +229,32 @@ class Standing(NamedTuple):
 
 
 def across_worlds(rows: Sequence[Row]) -> list[Standing]:
-    """The methods that were run in several worlds, GRPO among them, in the order of the rows; none without GRPO."""
-    worlds_of: dict[str, dict[str, None]] = {}
+    """Returns the standings of the methods that ran in several worlds, in the order of the rows; none without GRPO."""
+    worlds: dict[str, dict[str, None]] = {}  # of each method
     for row in rows:
-        worlds_of.setdefault(row["method"], {})[row["world"]] = None
-    several = [method for method, worlds in worlds_of.items() if method != "sft" and len(worlds) > 1]
-    if "grpo" not in several:
+        worlds.setdefault(row["method"], {})[row["world"]] = None
+    methods = [method for method in worlds if method != "sft" and len(worlds[method]) > 1]
+    if "grpo" not in methods:
         return []
-    found = []
-    for world in worlds_of["grpo"]:
-        for method in several:
-            if not (mine := [row for row in rows if (row["world"], row["method"]) == (world, method)]):
+    standings = []
+    for world in worlds["grpo"]:
+        for method in methods:
+            if not (results := [row for row in rows if (row["world"], row["method"]) == (world, method)]):
                 continue
-            after = interval([row["accuracy"] for row in mine])
+            after = interval([row["accuracy"] for row in results])
             ahead = paired(rows, world, method, "grpo") if method != "grpo" else interval([])
-            before = float(np.mean([row["before"] for row in mine]))
-            found.append(Standing(world, method, mine[0]["rate"], before, after, ahead))
-    return found
+            before = float(np.mean([row["before"] for row in results]))
+            standings.append(Standing(world, method, results[0]["rate"], before, after, ahead))
+    return standings
 
 
-def world_lines(found: Sequence[Standing]) -> list[list[str]]:
-    """Lines of the table of worlds: world, before, method, after, minus GRPO, which is ahead, rate, seeds."""
+def world_lines(standings: Sequence[Standing]) -> list[list[str]]:
+    """Returns the lines of the table of worlds: world, before, method, after, minus GRPO, verdict, rate, seeds."""
     names = {"reproduced": "ahead", "contradicted": "behind"}
     lines = []
-    for each in found:
-        result = verdict(each.ahead) if each.ahead.pairs else ""
-        cells = [f"{100 * each.before:.1f}", each.method, percent(each.after), signed(each.ahead)]
-        lines.append([each.world, *cells, names.get(result, result), f"{each.rate:g}", str(each.after.pairs)])
+    for standing in standings:
+        result = verdict(standing.ahead) if standing.ahead.pairs else ""
+        cells = [f"{100 * standing.before:.1f}", standing.method, percent(standing.after), signed(standing.ahead)]
+        seeds = str(standing.after.pairs)
+        lines.append([standing.world, *cells, names.get(result, result), f"{standing.rate:g}", seeds])
     return lines

@@ -1,4 +1,4 @@
-"""What the paper reports: Table 1 of arXiv 2606.24064, accuracy in percent, to be printed beside what is measured."""
+"""The results of Table 1 of arXiv 2606.24064, accuracy in percent, to print beside measured results."""
 
 SETS = ("MATH500", "AMC23", "OlympiadBench", "AIME24", "Average")
 MODELS = {"qwen1p5b": "Qwen2.5-1.5B-Instruct", "qwen7b": "Qwen2.5-7B-Instruct", "llama8b": "Llama 8B Instruct"}
@@ -6,7 +6,7 @@ METHODS = {
     "base": "base", "sft": "SFT", "sft_grpo": "SFT+GRPO", "hpt": "HPT", "luffy": "LUFFY", "sgpo": "SGPO",
 }  # fmt: skip
 
-# model -> method -> one number for each of SETS, or the average alone where no more is known of a model.
+# model -> method -> one number for each of SETS, or only the average where the paper gives no more.
 TABLE: dict[str, dict[str, tuple[float, ...]]] = {
     "qwen7b": {
         "base": (75.2, 43.0, 38.8, 11.8, 42.2),
@@ -26,10 +26,10 @@ TABLE: dict[str, dict[str, tuple[float, ...]]] = {
 
 
 def row(name: str) -> tuple[str, dict[str, float]]:
-    """(title, {set: accuracy in percent}) of "model:method", with the cells that are known.
+    """Returns (title, {set: accuracy in percent}) of "model:method", with the sets that the paper reports.
 
     Raises:
-        ValueError: for a name that is not in the table.
+      ValueError: the name is not in the table.
     """
     model, _, method = name.partition(":")
     if method not in TABLE.get(model, {}):

@@ -63,6 +63,11 @@ def test_bootstrap_interval_of_a_known_case():
     assert benchmark.bootstrap(values) == (low, high)
 
 
+def test_contexts():
+    assert benchmark.contexts(False) == ("unguided",) and benchmark.contexts(True) == benchmark.CONTEXTS
+    assert [benchmark.CONTEXTS[guided] for guided in (False, True)] == ["unguided", "guided"]
+
+
 def test_the_paper_s_rows():
     title, cells = paper.row("qwen7b:sgpo")
     assert title == "Qwen2.5-7B-Instruct, SGPO"

@@ -14,28 +14,28 @@ def row(method, seed, accuracy, world="base", rate=1.0, **more):
 
 
 def test_an_interval_by_hand():
-    found = claims.interval([1.0, 2.0, 3.0])
+    difference = claims.interval([1.0, 2.0, 3.0])
     half = 4.302652729911275 / math.sqrt(3)  # Student's t with 2 degrees of freedom; the standard deviation is 1
-    assert found == pytest.approx((2.0, 2.0 - half, 2.0 + half, 3))
+    assert difference == pytest.approx((2.0, 2.0 - half, 2.0 + half, 3))
     assert claims.interval([0.5]) == (0.5, -math.inf, math.inf, 1)
     assert claims.interval([0.5, 0.5]) == (0.5, 0.5, 0.5, 2)
 
 
 def test_intervals_of_five_seeds_hold_the_truth_nineteen_times_in_twenty():
     rng = np.random.default_rng(0)
-    found = [claims.interval(values) for values in rng.normal(0.3, 0.1, size=(4000, 5))]
-    assert 0.94 < np.mean([one.low <= 0.3 <= one.high for one in found]) < 0.96
+    intervals = [claims.interval(values) for values in rng.normal(0.3, 0.1, size=(4000, 5))]
+    assert 0.94 < np.mean([interval.low <= 0.3 <= interval.high for interval in intervals]) < 0.96
 
 
 def test_differences_are_paired_by_seed():
     """Seeds differ by far more than methods do; a seed that one method lacks does not count."""
     rows = [row("sgpo", seed, 0.1 * seed + 0.02 + 0.001 * (seed % 2)) for seed in range(6)]
     rows += [row("grpo", seed, 0.1 * seed) for seed in (4, 3, 2, 1)] + [row("grpo", 5, 9.0, world="other")]
-    found = claims.paired(rows, "base", "sgpo", "grpo")
-    assert found.pairs == 4 and found.mean == pytest.approx(0.0205)
-    assert 0.019 < found.low < found.high < 0.022
-    back = claims.paired(rows, "base", "grpo", "sgpo")
-    assert (back.low, back.high) == pytest.approx((-found.high, -found.low))
+    difference = claims.paired(rows, "base", "sgpo", "grpo")
+    assert difference.pairs == 4 and difference.mean == pytest.approx(0.0205)
+    assert 0.019 < difference.low < difference.high < 0.022
+    reverse = claims.paired(rows, "base", "grpo", "sgpo")
+    assert (reverse.low, reverse.high) == pytest.approx((-difference.high, -difference.low))
 
 
 @pytest.mark.parametrize(
@@ -98,13 +98,13 @@ def test_worlds():
         for method, rate, accuracy in zip(("grpo", "sgpo", "direct_sft"), (1.0, 2.0, 0.5), accuracies, strict=True)
         for seed in (0, 1)
     ] + [row(method, 0, 0.4, before=0.0) for method in ("sft", "hpt")]
-    found = claims.across_worlds(rows)
+    standings = claims.across_worlds(rows)
     shown = ("grpo", "sgpo", "direct_sft")
-    assert [each[:2] for each in found] == [(world, method) for world in ("base", "rare") for method in shown]
-    rare = {each.method: each for each in found if each.world == "rare"}
+    assert [standing[:2] for standing in standings] == [(w, method) for w in ("base", "rare") for method in shown]
+    rare = {standing.method: standing for standing in standings if standing.world == "rare"}
     assert rare["sgpo"].ahead.mean == pytest.approx(-0.3) and rare["sgpo"].after.mean == pytest.approx(0.15)
     assert rare["sgpo"].before == pytest.approx(0.1) and rare["grpo"].ahead.pairs == 0
-    lines = claims.world_lines(found)
+    lines = claims.world_lines(standings)
     assert [line[5] for line in lines] == ["", "not distinguishable", "ahead", "", "behind", "behind"]
     assert lines[4][:2] == ["rare", "10.0"] and lines[4][2] == "sgpo" and lines[4][4:] == [
         "-30.0 [-30.0, -30.0]", "behind", "2", "2",
