@@ -1,7 +1,6 @@
-"""What the commands share: reading the flags, and one line for what is wrong instead of a stack trace."""
+"""Parts that the commands share: flags, and errors as one line instead of a stack trace."""
 
 import argparse
-import json
 import logging as standard_logging
 import os
 import runpy
@@ -20,11 +19,11 @@ from sgpo_jax.runtime.preemption import Preempted
 
 
 def start(run: Callable[..., None], required: Sequence[str]) -> None:
-    """Runs `run(config, flags)` with the flags of the command line, or `run(flags)` where no config is required.
+    """Runs `run(config, flags)` with the flags of the command line, or `run(flags)` if no config is required.
 
     Args:
-      run: the command; the flags that it reads are defined by now, all but --config.
-      required: names of the flags that must be given.
+      run: the command. The flags that it reads, except --config, must be defined before.
+      required: names of the flags that the user must set.
     """
     has_config = "config" in required
     if has_config:
@@ -32,7 +31,7 @@ def start(run: Callable[..., None], required: Sequence[str]) -> None:
     flags.mark_flags_as_required(required)
 
     def main(argv: list[str]) -> None:
-        # JAX and Orbax report every step of theirs, and with a stack trace the errors that they raise as well.
+        # JAX and Orbax log their steps, and log the errors that they raise a second time with a stack trace.
         logging.set_verbosity(logging.FATAL)
         standard_logging.getLogger("asyncio").disabled = True
         if len(argv) > 1:
@@ -50,33 +49,35 @@ def start(run: Callable[..., None], required: Sequence[str]) -> None:
 
 
 def define_processes() -> None:
-    """The flags of the commands that several processes can run together."""
+    """Defines the flags of a command that several processes can run together."""
     flags.DEFINE_bool("distributed", False, "One process of several; TPU pod, SLURM, Open MPI or Kubernetes.")
     flags.DEFINE_string("coordinator", None, "One process of several, anywhere: HOST:PORT of the first.")
-    flags.DEFINE_integer("processes", None, "With --coordinator: how many there are.")
-    flags.DEFINE_integer("process", None, "With --coordinator: which one this is, from 0.")
+    flags.DEFINE_integer("processes", None, "With --coordinator: the number of processes.")
+    flags.DEFINE_integer("process", None, "With --coordinator: the index of this one, from 0.")
 
 
-def join(config: configs.ConfigDict, given: flags.FlagValues) -> None:
-    """Makes this process one of several, if the flags say so.
+def join(config: configs.ConfigDict, flag_values: flags.FlagValues) -> None:
+    """Makes this process one of several if the flags ask for it.
 
     Raises:
-      ValueError: the flags do not go together, the others do not come, or they run something else.
+      ValueError: the flags do not go together, the other processes do not connect, or they run with another config,
+        other packages or another commit.
     """
-    chosen = {name: getattr(given, name) for name in ("coordinator", "processes", "process")}
-    missing = [f"--{name}" for name, value in chosen.items() if value is None]
-    if len(missing) == len(chosen):
-        if not given.distributed:
+    cluster = {name: getattr(flag_values, name) for name in ("coordinator", "processes", "process")}
+    missing = [f"--{name}" for name, value in cluster.items() if value is None]
+    if len(missing) == len(cluster):
+        if not flag_values.distributed:
             return
         distributed.start()
     elif missing:
         raise ValueError(f"{', '.join(missing)}: missing; --coordinator, --processes and --process go together")
     else:
-        _check_processes(**chosen)
-        distributed.start(**chosen)
-    runs = {f"config.{name}": value for name, value in configs.flat(json.loads(configs.to_json(config))).items()}
-    same = {name: value for name, value in environment.describe().items() if name != "system"}
-    distributed.agree(runs | same)
+        _check_processes(**cluster)
+        distributed.start(**cluster)
+    fields = {f"config.{name}": value for name, value in configs.flat(configs.to_dict(config)).items()}
+    # Hosts of one run may have different kernels.
+    versions = {name: value for name, value in environment.describe().items() if name != "system"}
+    distributed.agree(fields | versions)
 
 
 def _check_processes(coordinator: str, processes: int, process: int) -> None:
@@ -90,10 +91,10 @@ def _check_processes(coordinator: str, processes: int, process: int) -> None:
 
 
 def folder(flag: str, value: str) -> Path:
-    """The folder that a flag names, which need not exist; found out now rather than at the first checkpoint.
+    """Returns the folder that a flag names, after checking that it can be written to; it need not exist yet.
 
     Raises:
-      ValueError: it cannot be made, or nothing can be written to it.
+      ValueError: the folder cannot be created or written to.
     """
     path = Path(os.path.expanduser(value))
     if path.parts[:1] and path.parts[0].startswith("~"):
@@ -108,7 +109,7 @@ def folder(flag: str, value: str) -> Path:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser; config_flags alone would answer a wrong file, method or field with a stack trace."""
+    """Parses flags like absl, but explains a wrong config file, method or field in one line without a stack trace."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", default="")
     file = early.parse_known_args(argv)[0].config
@@ -124,7 +125,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def _load(file: str) -> configs.ConfigDict:
-    """The config of `FILE` or `FILE:ARGUMENT`; whatever goes wrong in the file is named with its line."""
+    """Returns the config of `FILE` or `FILE:ARGUMENT`. An error in the file ends the process with its line and text."""
     path, *argument = file.split(":", 1)
     if not Path(path).is_file():
         sys.exit(f"sgpo_jax: --config={file}: there is no such file")

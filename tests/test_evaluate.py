@@ -54,7 +54,7 @@ def test_a_preempted_evaluation_keeps_what_it_has(config, tmp_path, monkeypatch)
     config.eval.batch = 8
     asked = iter([False, True])
     monkeypatch.setattr(preemption, "requested", lambda: next(asked))
-    with pytest.raises(preemption.Preempted, match="the same command goes on"):
+    with pytest.raises(preemption.Preempted, match="the same command resumes"):
         evaluate.run(config, None, str(tmp_path / "out"), "", limit=0)
     (path,) = (tmp_path / "out").glob("*_unguided_*.jsonl")
     assert len({line["id"] for line in read_jsonl(path)}) == 8, "the first batch"

@@ -1,6 +1,6 @@
-"""Checksums of checkpoint folders, beside them: a file that was truncated, changed or lost is found before it is read.
+"""Checksums of checkpoint folders, stored beside them, so that a damaged file is noticed before it is read.
 
-A checkpoint that was finished but not yet sealed when the process died has no checksums; it counts as whole.
+A checkpoint that was finished when the process died, but whose checksums were not written yet, counts as whole.
 """
 
 import hashlib
@@ -9,27 +9,28 @@ import os
 import shutil
 from pathlib import Path
 
+from sgpo_jax.runtime.files import write_text
+
 SUFFIX = ".files.json"
-SMALL = 65_536  # bytes; files up to this size are read by the quick check as well
+SMALL = 65_536  # bytes; the quick check reads files up to this size
 
 
 def write(folder: Path) -> None:
-    """Writes size and SHA-256 of every file of `folder` to FOLDER.files.json."""
+    """Writes the size and SHA-256 of every file in `folder` to FOLDER.files.json."""
     files = {str(path.relative_to(folder)): [path.stat().st_size, _sha256(path)] for path in _files(folder)}
-    unfinished = folder.with_name(folder.name + ".partial")
-    unfinished.write_text(json.dumps(files), encoding="utf-8")
-    os.replace(unfinished, _seal(folder))
+    write_text(_seal(folder), json.dumps(files))
 
 
 def is_written(folder: Path) -> bool:
+    """Returns whether the checksums of a folder have been written."""
     return _seal(folder).is_file()
 
 
 def damage(folder: Path, quick: bool) -> str | None:
-    """What is wrong with the folder: its first file that is missing, new or different, or None.
+    """Returns a description of the first file that is missing, new or different, or None if the folder is whole.
 
     Args:
-      folder: of a checkpoint.
+      folder: a checkpoint's folder.
       quick: compare only the sizes of files larger than SMALL.
     """
     if not is_written(folder):
@@ -39,20 +40,20 @@ def damage(folder: Path, quick: bool) -> str | None:
         recorded = {name: (int(size), str(digest)) for name, (size, digest) in files.items()}
     except (ValueError, TypeError, AttributeError) as error:
         return f"its checksums {_seal(folder).name} cannot be read: {error}"
-    there = {str(path.relative_to(folder)): path for path in _files(folder)}
+    present = {str(path.relative_to(folder)): path for path in _files(folder)}
     for name, (size, digest) in recorded.items():
-        if name not in there:
+        if name not in present:
             return f"{name} is missing"
-        found = there[name].stat().st_size
-        if found != size:
-            return f"{name} has {found} bytes instead of {size}"
-        if (size <= SMALL or not quick) and _sha256(there[name]) != digest:
+        current_size = present[name].stat().st_size
+        if current_size != size:
+            return f"{name} has {current_size} bytes instead of {size}"
+        if (size <= SMALL or not quick) and _sha256(present[name]) != digest:
             return f"{name} has changed since it was saved"
-    return next((f"{name} was not there when it was saved" for name in there if name not in recorded), None)
+    return next((f"{name} was not there when it was saved" for name in present if name not in recorded), None)
 
 
 def set_aside(folder: Path) -> Path:
-    """Renames a damaged folder to NAME.damaged, in place of an earlier one, and returns its new path."""
+    """Renames a damaged folder to NAME.damaged, replacing an earlier one, and returns its new path."""
     aside = folder.with_name(folder.name + ".damaged")
     if aside.exists():
         shutil.rmtree(aside)
@@ -61,7 +62,7 @@ def set_aside(folder: Path) -> Path:
 
 
 def forget_missing(parent: Path) -> None:
-    """Removes the checksums of folders that are no more."""
+    """Removes the checksums of folders that no longer exist."""
     for seal in parent.glob("*" + SUFFIX):
         if not (parent / seal.name.removesuffix(SUFFIX)).is_dir():
             seal.unlink(missing_ok=True)

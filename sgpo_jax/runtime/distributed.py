@@ -1,8 +1,8 @@
 """Several processes that run one program: how they start, share work, decide alike, and end together.
 
-Every process issues the same device computations in the same order. So what only one can know (what a file says, how
-an answer was graded, what the clock did) reaches all of them through `gather`, `first` or `split` before anything
-depends on it. Values travel as JSON; with one process they stay what they are.
+Every process must issue the same device computations in the same order. So a value that only one process knows (the
+content of a file, a verdict, the time) is shared by `gather`, `first` or `split` before anything depends on it. Shared
+values travel as JSON. With one process they are returned unchanged.
 """
 
 import atexit
@@ -17,36 +17,36 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax._src import distributed as detected  # the one place that has what `initialize` found out
+from jax._src import distributed as detected  # no public name has the cluster that `initialize` detected
 from jax.experimental import multihost_utils
 
 from sgpo_jax.runtime import watchdog
 
-HEARTBEAT = 50  # seconds until jaxlib gives up a process that is there but frozen
-_LAG = 90.0  # seconds after which a network file system shows everyone the same file
-_NEWS = 2.0  # seconds in which an error of a collective is explained by the death of another process
+HEARTBEAT = 50  # seconds until jaxlib gives up a process that is alive but frozen
+_LAG = 90.0  # seconds in which a network file system shows every process the same file
+_NEWS = 2.0  # seconds to wait for the news that another process died, which explains the error of a collective
 
 T = TypeVar("T")
 
 
 def start(coordinator: str = "", processes: int = 0, process: int = 0) -> None:
-    """Makes this process one of several; before any device is touched.
+    """Makes this process one of several. Must be called before any device is used.
 
     Args:
-      coordinator: HOST:PORT at which the first process can be reached; "" leaves all three to JAX, which knows TPU
-        pods, SLURM, Open MPI and Kubernetes.
-      processes: how many there are.
-      process: which one this is, from 0.
+      coordinator: HOST:PORT of the first process; "" lets JAX detect all three arguments, which it can on TPU pods,
+        SLURM, Open MPI and Kubernetes.
+      processes: number of processes.
+      process: index of this process, from 0.
 
     Raises:
-      ValueError: JAX finds no cluster, or the others do not come.
+      ValueError: JAX detects no cluster, or the other processes do not connect in time.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is for `preemption`
+    jax.config.update("jax_enable_preemption_service", False)  # `preemption` handles SIGTERM
     if coordinator:
         host, _, port = coordinator.rpartition(":")
         _meet(host.strip("[]"), int(port), process, processes)
-        # The same port again: the connections of those who have met do not keep others from listening at it.
+        # The port of the watchdog can be used again: its open connections do not keep others from listening there.
         jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT)
     else:
         try:
@@ -57,7 +57,7 @@ def start(coordinator: str = "", processes: int = 0, process: int = 0) -> None:
                 "give --coordinator, --processes and --process"
             ) from error
     if jax.default_backend() == "cpu":
-        # What XLA reads back from its cache runs collectives in an order that differs between processes, and fails.
+        # A program from XLA's cache runs collectives in an order that differs between processes, and fails.
         jax.config.update("jax_enable_compilation_cache", False)
     if not coordinator and jax.process_count() > 1:
         _meet_detected()
@@ -73,28 +73,28 @@ def _meet(host: str, port: int, process: int, processes: int) -> None:
 
 
 def _meet_detected() -> None:
-    """As `_meet`, at a port that the first process chooses."""
-    found = detected.global_state
-    listener = None if found.process_id else watchdog.listen()
+    """Like `_meet`, at a port that the first process chooses."""
+    cluster = detected.global_state
+    listener = None if cluster.process_id else watchdog.listen()
     (port,) = (port for port in gather(listener and listener.getsockname()[1]) if port)
     if listener:
-        watchdog.accept(listener, found.num_processes)
+        watchdog.accept(listener, cluster.num_processes)
     else:
-        host = str(found.coordinator_address).rpartition(":")[0].strip("[]")
-        watchdog.connect(host, port, found.process_id, found.num_processes)
+        host = str(cluster.coordinator_address).rpartition(":")[0].strip("[]")
+        watchdog.connect(host, port, cluster.process_id, cluster.num_processes)
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """What is done inside ends in all processes, or fails in all. With one process nothing is different."""
+    """Makes the block inside succeed in all processes or fail in all of them. With one process it changes nothing."""
     try:
         yield
-        if watchdog.are_there():
-            multihost_utils.sync_global_devices("the end")  # nobody leaves while others work
+        if watchdog.has_peers():
+            multihost_utils.sync_global_devices("the end")  # no process leaves while others work
     except BaseException as error:
-        if watchdog.are_there():
-            time.sleep(_NEWS)  # if another has died, this process ends here, with the news of it
-            atexit.register(_leave)  # before JAX's own, which would wait for the others
+        if watchdog.has_peers():
+            time.sleep(_NEWS)  # if another process has died, this one ends here, with the news of it
+            atexit.register(_leave)  # runs before JAX's exit handler, which would wait for the other processes
             watchdog.tell(f"has failed: {error or type(error).__name__}")
         raise
     watchdog.tell("")
@@ -112,23 +112,23 @@ def is_first() -> bool:
 
 
 def gather(value: Any) -> list[Any]:
-    """The values of all processes, in their order, in every process."""
+    """Returns the values of all processes, in process order, in every process."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.array(text.size, np.int32))
-    width = 1 << int(sizes.max() - 1).bit_length()  # few widths, as each is compiled
+    width = 1 << int(sizes.max() - 1).bit_length()  # few different widths, because each one is compiled
     rows = multihost_utils.process_allgather(np.pad(text, (0, width - text.size)))
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
 def first(make: Callable[[], T]) -> T:
-    """What `make()` returns in the first process, the only one that calls it, in every process."""
+    """Calls `make()` in the first process only and returns its result in every process."""
     return gather(make() if is_first() else None)[0]
 
 
 def split(work: Callable[[Sequence[Any]], list[T]], items: Sequence[Any]) -> list[T]:
-    """`work(items)`, a list of one result an item; each process works on its share, and all get the whole list."""
+    """Returns `work(items)`, one result per item; each process works on its share, and all get the whole list."""
     count = jax.process_count()
     results: list[Any] = [None] * len(items)
     for process, part in enumerate(gather(work(items[jax.process_index() :: count]))):
@@ -137,24 +137,32 @@ def split(work: Callable[[Sequence[Any]], list[T]], items: Sequence[Any]) -> lis
 
 
 def wait_for(path: Path) -> None:
-    """Waits until every process sees the file as the first one does, which has just written it.
+    """Waits until every process sees the file that the first process has just written.
 
     Raises:
-      ValueError: one does not, though a network file system has had time to show it.
+      ValueError: a process does not see it even after the time that a network file system may need.
     """
     text, deadline = first(path.read_text), time.monotonic() + _LAG
     while not (path.is_file() and path.read_text() == text):
         if time.monotonic() > deadline:
-            raise ValueError(f"{path.parent}: process {jax.process_index()} does not see there what process 0 wrote; "
-                             "it must be a folder that all of them share")  # fmt: skip
+            raise ValueError(
+                f"{path.parent}: process {jax.process_index()} does not see what process 0 wrote there; "
+                "must be a folder that all processes share"
+            )
         time.sleep(0.2)
 
 
 def agree(values: Mapping[str, Any]) -> None:
-    """Raises ValueError where a value, by its name, is not the same in all processes."""
+    """Checks that every named value is the same in all processes.
+
+    Raises:
+      ValueError: a value differs; the message has its name and both values.
+    """
     all_values = gather(dict(values))
     for process, others in enumerate(all_values):
         for name in {**all_values[0], **others}:
-            ours, theirs = all_values[0].get(name), others.get(name)
-            if ours != theirs:
-                raise ValueError(f"{name} is {ours!r} in process 0 and {theirs!r} in process {process}; must be equal")
+            first_value, value = all_values[0].get(name), others.get(name)
+            if first_value != value:
+                raise ValueError(
+                    f"{name} is {first_value!r} in process 0 and {value!r} in process {process}; must be equal"
+                )

@@ -1,7 +1,6 @@
-"""What a run runs on: versions, devices, the commit of the code; kept in environment.json beside the config."""
+"""The environment of a run, recorded in environment.json: versions, devices and the commit of the code."""
 
 import json
-import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -11,11 +10,13 @@ from typing import Any
 
 import jax
 
+from sgpo_jax.runtime.files import write_text
+
 _PACKAGES = ("sgpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "math-verify", "numpy")
 
 
 def describe() -> dict[str, Any]:
-    """Versions of Python and packages, the system, the devices of all processes, and the commit of a git checkout."""
+    """Returns the versions of Python and packages, the system, the devices of all processes, and the code's commit."""
     device = jax.devices()[0]
     return {
         "python": platform.python_version(),
@@ -28,15 +29,13 @@ def describe() -> dict[str, Any]:
 
 
 def record(folder: Path) -> None:
-    """Adds this start to environment.json in `folder`, if it differs from the one before: [{"started": ..., ...}]."""
+    """Adds this start to the list in environment.json in `folder`, unless it equals the start before."""
     path, now = folder / "environment.json", describe()
     starts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     if starts and {**starts[-1], "started": None} == {**now, "started": None}:
         return
     starts.append({"started": datetime.now(UTC).isoformat(timespec="seconds"), **now})
-    unfinished = path.with_suffix(".partial")
-    unfinished.write_text(json.dumps(starts, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    write_text(path, json.dumps(starts, indent=1) + "\n")
 
 
 def _version(package: str) -> str | None:
@@ -47,9 +46,12 @@ def _version(package: str) -> str | None:
 
 
 def _commit(folder: Path) -> str | None:
-    """Of the checkout that the code belongs to, "-dirty" where it was changed; None for an installed copy."""
+    """Returns the commit of the checkout that holds the code, "-dirty" added if it was changed.
+
+    An installed copy has no commit: None.
+    """
     try:
-        # A copy installed inside some other project's checkout is not that project's code.
+        # A copy that is installed inside another project's checkout is not that project's code.
         _git(folder, "ls-files", "--error-unmatch", "__init__.py")
         return _git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
@@ -57,7 +59,7 @@ def _commit(folder: Path) -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(
+    result = subprocess.run(
         ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=30
     )
-    return done.stdout.strip()
+    return result.stdout.strip()

@@ -1,4 +1,4 @@
-"""Files that a kill leaves whole: written beside their place and moved there, or grown by whole lines."""
+"""Files that stay whole when the process is killed: replaced by a finished copy, or extended by whole lines."""
 
 import contextlib
 import json
@@ -10,13 +10,13 @@ from typing import Any
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a path to write to; at the end that file takes the place of `path`, all of it or nothing.
+    """Yields a path to write to, and moves the file written there to `path` at the end.
 
-    The file reaches the disk before it is moved, so that not even a power cut leaves it half written. The folder is
-    made where it is absent. After an error `path` is as it was.
+    The file reaches the disk before it is moved, so not even a power cut leaves `path` half written. After an error
+    `path` is unchanged. Its folder is created if missing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.stem}.partial{path.suffix}")  # the suffix stays: numpy adds one that is missing
+    unfinished = path.with_name(f"{path.stem}.partial{path.suffix}")  # with the suffix, which numpy would add
     yield unfinished
     with unfinished.open("rb") as file:
         os.fsync(file.fileno())
@@ -24,13 +24,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole text file in UTF-8, or leaves the old one: see `replacing`."""
+    """Writes a whole text file in UTF-8; after an error the old file is unchanged."""
     with replacing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 def append_text(path: Path, text: str) -> None:
-    """Adds text to the end of a file; it is on disk when this returns."""
+    """Appends text to a file; it is on disk when this returns."""
     with path.open("a", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -38,14 +38,12 @@ def append_text(path: Path, text: str) -> None:
 
 
 def jsonl(rows: Iterable[dict[str, Any]]) -> str:
-    """Returns the text of a JSONL file, an object a line, characters as they are."""
+    """Returns the text of a JSONL file: one object a line, without escapes for characters beyond ASCII."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Reads the rows of a JSONL file.
-
-    A last line that a killed process left half written is ignored.
+    """Reads the rows of a JSONL file. A last line that a killed process left half written is ignored.
 
     Raises:
         ValueError: any other line is not a JSON object; the message names file and line.

@@ -1,6 +1,6 @@
-"""An append-only JSONL file of what was paid for or sampled, which a killed process can be resumed from.
+"""An append-only JSONL file of replies that were paid for or sampled, from which a killed process resumes.
 
-Every record is on disk when `append` returns. The first one holds the settings that all others were made with.
+Every record is on disk when `append` returns. The first record has the settings that all others were made with.
 """
 
 import contextlib
@@ -12,21 +12,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-Key = tuple[str, str, int, str]  # of a reply: problem, stage, number, digest of the prompt
+Key = tuple[str, str, int, str]  # a reply's problem, stage, index and digest of the prompt
 
 
 class Journal:
-    """The file, opened by one process at a time; `append` and `reply` may be called from any thread.
+    """An open journal. One process at a time can open it; `append` and `reply` may be called from any thread.
 
-    Records are dicts with the entry `kind`: "settings", "reply" (with id, stage, index, prompt: its `Key`) or "verdict"
-    (with id; the last one of an id counts). Only their places in the file are held in memory.
+    Every record is a dict with the entry `kind`: "settings", "reply" (whose `Key` is id, stage, index and prompt) or
+    "verdict" (with id; the last one of an id counts). Only the records' offsets are held in memory.
 
     Args:
-      path: made when absent, with its folder.
-      settings: name -> plain value, of whatever shapes the records.
+      path: the file; it and its folder are created if missing.
+      settings: name -> plain value of every setting that the records depend on.
 
     Raises:
-      ValueError: other settings made the file, another process has it open, or a line that is not the last is broken.
+      ValueError: the file was made with other settings, another process has it open, or a line before the last is
+        broken.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
@@ -51,12 +52,12 @@ class Journal:
         for start, record, after in _records(self._path):
             before, end = before or record, after
             self._index(record, start)
-        # What a killed process left half written was not used for anything yet.
+        # Nothing has used a record that a killed process left half written.
         os.ftruncate(self._file, end)
         if end and os.pread(self._file, 1, end - 1) != b"\n":
             os.write(self._file, b"\n")
         now = {"kind": "settings", **settings}
-        if before is None or not (self._replies or self._verdicts):  # nothing depends on other settings yet
+        if before is None or not (self._replies or self._verdicts):  # no record depends on earlier settings
             os.ftruncate(self._file, 0)
             self.append(now)
             return
@@ -64,7 +65,7 @@ class Journal:
             if before.get(name) != now.get(name):
                 raise ValueError(
                     f"{name}={now.get(name)!r}: {self._path} was made with {before.get(name)!r}; "
-                    "go on with the same value, or choose another --workdir"
+                    "resume with the same value, or choose another --workdir"
                 )
 
     def __enter__(self) -> Self:
@@ -74,10 +75,10 @@ class Journal:
         os.close(self._file)
 
     def append(self, record: dict[str, Any]) -> None:
-        """Writes a record; it is on disk when this returns.
+        """Appends a record, which is on disk when this returns.
 
         Raises:
-          OSError: the disk is full or gone; the file then ends with the record before.
+          OSError: the disk is full or gone; the file then ends with the previous record.
         """
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
         with self._lock:
@@ -94,17 +95,17 @@ class Journal:
             self._index(record, start)
 
     def reply(self, key: Key) -> dict[str, Any] | None:
-        """The reply that was recorded under `key`, or None."""
+        """Returns the reply recorded under `key`, or None."""
         start = self._replies.get(key)
         return None if start is None else self._read(start)
 
     def verdict(self, id: str) -> dict[str, Any] | None:
-        """The last verdict on a problem, or None."""
+        """Returns the last verdict on a problem, or None."""
         start = self._verdicts.get(id)
         return None if start is None else self._read(start)
 
     def replies(self) -> Iterator[dict[str, Any]]:
-        """Every reply that was ever recorded, in order."""
+        """Returns an iterator over all replies in the order of the file."""
         return (record for _, record, _ in _records(self._path) if record["kind"] == "reply")
 
     def _index(self, record: dict[str, Any], start: int) -> None:
@@ -124,27 +125,27 @@ class Journal:
 
 
 def verdicts(path: Path) -> dict[str, dict[str, Any]]:
-    """id -> last verdict of a journal that another process may be writing to."""
+    """Returns {id: last verdict} of a journal, which another process may be writing to."""
     return {record["id"]: record for _, record, _ in _records(path) if record["kind"] == "verdict"}
 
 
 def settings(path: Path) -> dict[str, Any]:
-    """The settings a journal was made with; empty for an empty file."""
+    """Returns the settings that a journal was made with; empty for an empty file."""
     return next((record for _, record, _ in _records(path)), {})
 
 
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any], int]]:
-    """(start, record, end) of every whole record; a broken last line is left out."""
+    """Yields (start, record, end) of every whole record, without a half-written last line."""
     start = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 record = json.loads(line)
                 if not isinstance(record, dict) or "kind" not in record:
-                    raise ValueError("no record of this file")
+                    raise ValueError("not a record of a journal")
             except ValueError as error:
                 if not line.endswith(b"\n"):
                     return
-                raise ValueError(f"{path}, line {number}: broken ({error}); remove the line to go on") from error
+                raise ValueError(f"{path}, line {number}: broken ({error}); remove that line to resume") from error
             yield start, record, start + len(line)
             start += len(line)

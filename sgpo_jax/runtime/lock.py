@@ -1,4 +1,4 @@
-"""One run in a folder at a time."""
+"""A lock that lets one run at a time use a folder."""
 
 import contextlib
 import fcntl
@@ -14,10 +14,10 @@ FILE = "lock"
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Holds the lock of a folder, which is made when absent. The system frees it when the process ends, in any way.
+    """Holds the lock of a folder, which is created if missing. The system frees it however the process ends.
 
     Raises:
-      ValueError: another process holds it; the message names its host and pid.
+      ValueError: another process holds the lock; the message names its host and pid.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / FILE).open("a+", encoding="utf-8") as file:
@@ -25,10 +25,12 @@ def hold(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            message = f"{folder}: {_holder(file.read())} is running in it; wait for its end, or choose another"
-            raise ValueError(message) from None
+            holder = _holder(file.read())
+            raise ValueError(
+                f"{folder}: already in use by {holder}; wait for it to finish, or choose another --workdir"
+            ) from None
         except OSError as error:  # some network file systems have no locks
-            print(f"{folder}: cannot be locked ({error}); make sure that nothing else runs in it", flush=True)
+            print(f"{folder}: cannot be locked ({error}); make sure that no other process uses it", flush=True)
         file.truncate(0)
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": now}, file)
@@ -38,8 +40,9 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def _holder(text: str) -> str:
+    """Returns a description of the process that wrote the text of a lock file."""
     try:
-        found = json.loads(text)
-        return f"process {found['pid']} on host {found['host']} (since {found['since']})"
-    except (ValueError, KeyError):  # it is just being written
+        holder = json.loads(text)
+        return f"process {holder['pid']} on host {holder['host']} (since {holder['since']})"
+    except (ValueError, KeyError):  # the file is just being written
         return "another process"

@@ -1,14 +1,14 @@
-"""Memory that the compiler leaves behind: on CPU it would stand beside all that is computed afterwards."""
+"""Gives memory freed by XLA compilation back to the operating system; on CPU the arrays of the run need it."""
 
 import ctypes
 
 import jax
 
-LONG = 1.0  # seconds; shorter compilations leave little
+LONG = 1.0  # seconds; shorter compilations leave little behind
 
 
 def trim_after_compiling() -> None:
-    """From now on gives what a compilation has freed back to the system, where the C library is glibc."""
+    """Calls malloc_trim after every long compilation from now on. Does nothing where the C library is not glibc."""
     try:
         trim = ctypes.CDLL("libc.so.6").malloc_trim
     except (OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""The metrics of a training stage: a JSONL file, TensorBoard scalars, the progress line."""
+"""Writes the metrics of a training stage to a JSONL file, TensorBoard and the progress line."""
 
 import json
 import math
@@ -13,23 +13,23 @@ from sgpo_jax.runtime.progress import Progress
 
 
 class Writer:
-    """Writes the metrics of one stage, one row a step; a context manager.
+    """A writer of one stage's metrics, one row a step; a context manager.
 
-    Files: `folder/NAME.jsonl` with one strict JSON object a line (`step` first, then the metrics in the order given,
-    null for a value that is not finite), and `folder/tensorboard/NAME`.
+    It writes `folder/NAME.jsonl` with one strict JSON object a line (`step` first, then the metrics in the order
+    given, null for a value that is not finite), and `folder/tensorboard/NAME`.
 
-    Steps count from 1. A run that resumes after step `resume_step` first drops the later rows, which it is about to
-    write again, so that the file holds each step once.
+    Steps count from 1. A run that resumes after step `resume_step` first drops the later rows, because it will write
+    them again. So the file has each step once.
 
     Args:
-        folder: where the files go; made where it is absent.
+        folder: where the files go; created if missing.
         total_steps: steps of the whole stage, for the progress line.
         name: the stage, such as "sft" or "rl".
         resume_step: last step whose row is kept; 0 starts an empty file.
-        enabled: False on every process but the first; nothing is then read, written or shown.
+        enabled: False on every process but the first; then nothing is read, written or shown.
 
     Raises:
-        ValueError: `total_steps` or `resume_step` is impossible, or the JSONL file is broken.
+        ValueError: `total_steps` or `resume_step` is out of range, or the JSONL file is broken.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Writer:
         """Appends the row of one finished step and updates the progress line.
 
         Args:
-            step: the step just finished, greater than every step written before.
+            step: the finished step, greater than every step written before.
             metrics: name -> scalar (Python, numpy or jax).
 
         Raises:
@@ -97,7 +97,7 @@ class Writer:
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
-    """Rewrites the file with the rows of steps 1..step, whole or not at all."""
+    """Rewrites the file with the rows of steps 1..step only."""
     if path.exists():
         write_text(path, "".join(_line(row) for row in read_jsonl(path) if 1 <= row["step"] <= step))
 

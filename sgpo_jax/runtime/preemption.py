@@ -1,4 +1,4 @@
-"""SIGTERM, as a scheduler sends it before it takes a machine away: save, say so, exit 0 within the grace period."""
+"""Handles SIGTERM, which a scheduler sends before it takes a machine away: save, then exit 0 in the grace period."""
 
 import os
 import signal
@@ -15,15 +15,18 @@ _requested = threading.Event()
 
 
 class Preempted(Exception):
-    """The run was asked to stop, and has saved what it had."""
+    """The run was asked to stop, and its progress is saved."""
 
 
 def watch(grace: float) -> None:
-    """From now on SIGTERM is a request; `grace` seconds later the process exits, even in the middle of a step.
+    """Makes SIGTERM a request to stop from now on.
 
-    If it is one of several, the others exit with it.
+    A thread listens for the signal, because Python's own handlers wait for the main thread, which may be in a long
+    computation.
 
-    A thread listens, because Python's own handlers wait for the main thread, which may be in a long computation.
+    Args:
+      grace: seconds after SIGTERM until the process exits, even in the middle of a step. The other processes of the
+        run exit with it.
     """
     _requested.clear()
     listener, writer = socket.socketpair()
@@ -36,22 +39,25 @@ def watch(grace: float) -> None:
 def _listen(listener: socket.socket, writer: socket.socket, grace: float) -> None:
     while signal.SIGTERM not in listener.recv(64):
         pass
-    print(f"SIGTERM: the run saves and exits after this step, or in {grace:g} s without it", flush=True)
+    print(f"SIGTERM: will save and exit after this step, or exit without saving in {grace:g} s", flush=True)
     _requested.set()
     threading.Event().wait(grace)
-    print("SIGTERM: the step took too long; the next start goes on from the last checkpoint", flush=True)
+    print("SIGTERM: the step took too long; the next start resumes from the last checkpoint", flush=True)
     watchdog.tell("was stopped by SIGTERM in the middle of a step", code=0)
     os._exit(0)
 
 
 def requested() -> bool:
-    """Whether SIGTERM has come to this process, or to any of several: all call this and stop at the same step."""
+    """Returns whether SIGTERM has reached any process of the run.
+
+    All processes call this together, so they stop at the same step.
+    """
     if jax.process_count() == 1:
         return _requested.is_set()
     return bool(np.any(multihost_utils.process_allgather(np.array(_requested.is_set()))))
 
 
 def check() -> None:
-    """Raises Preempted when it is `requested`."""
+    """Raises Preempted if a stop is `requested`."""
     if requested():
-        raise Preempted("stopped by SIGTERM, what was done is saved; the same command goes on")
+        raise Preempted("stopped by SIGTERM; the finished work is saved and the same command resumes it")

@@ -1,4 +1,4 @@
-"""How far long work has come: one line with the time left."""
+"""Progress of long work on one line, with the time left."""
 
 import math
 import time
@@ -26,19 +26,19 @@ _SHOWN = (
     ("tokens_per_second_update", "train tok/s", ".0f"),
     ("seconds", "seconds", ".0f"),
 )
-_RECENT = 20  # calls of `show` whose mean speed gives the ETA: the first step compiles, and responses grow
+_RECENT = 20  # calls of `show` whose mean speed gives the ETA; speed changes, since responses grow in training
 _SECONDS = 5.0  # least time between two printed lines
 
 
 class Progress:
-    """A line that says how far some work has come; a context manager.
+    """A line that shows how far some work has come; a context manager.
 
     Args:
-        name: of the work.
-        total: units of the whole work: steps, problems.
+        name: the work's name.
+        total: units of the whole work, such as steps or problems.
         done: units that an earlier run has finished.
-        live: this is the outermost work. Its line is kept up to date on a terminal, and it shows its start and its end;
-            other work prints nothing in its first seconds.
+        live: True for the outermost work. A terminal shows its line in place, and its start and end are always shown.
+            Other work prints lines, the first one after some seconds.
         seconds: least time between two printed lines.
         enabled: False shows nothing, as on every process but the first.
     """
@@ -48,7 +48,7 @@ class Progress:
     ):
         self._name, self._total, self._live, self._seconds, self._enabled = name, total, live, seconds, enabled
         start = (time.monotonic(), done)
-        # The first step of a training run compiles, which says nothing about the others.
+        # The first step of a training run compiles, so its time says nothing about later steps.
         self._recent: deque[tuple[float, int]] = deque([] if live else [start], maxlen=_RECENT + 1)
         self._done = done
         self._printed = -math.inf if live else time.monotonic()
@@ -72,9 +72,9 @@ class Progress:
 
         Args:
             done: units finished in all.
-            metrics: name -> value; those that have no place on the line are left out.
-            note: more text, at the end of the line.
-            name: takes the place of the work's name on this line.
+            metrics: name -> value; metrics without a place on the line are left out.
+            note: text at the end of the line.
+            name: replaces the work's name on this line.
         """
         now = time.monotonic()
         seconds_left = None
@@ -97,13 +97,14 @@ class Progress:
 def progress_line(
     name: str, done: int, total: int, metrics: Mapping[str, int | float], seconds_left: float | None
 ) -> str:
-    """Returns one line of text: name, position, time left, the telling metrics.
+    """Returns one line of text: name, position, time left and metrics.
 
     Args:
-        name: of the work.
-        done, total: units finished, and in all.
-        metrics: name -> value; those that have no place on the line are left out.
-        seconds_left: None where it is not known yet.
+        name: the work's name.
+        done: units finished.
+        total: units of the whole work.
+        metrics: name -> value; metrics without a place on the line are left out.
+        seconds_left: None while unknown.
     """
     parts = [f"{name} {done}/{total}"]
     if seconds_left is not None:

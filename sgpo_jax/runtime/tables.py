@@ -12,12 +12,12 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     """Prints a table and returns the same text, for a report at the end of a run.
 
     Args:
-        title: printed above.
+        title: printed above the table.
         columns: headings; the first column is aligned left, the others right.
-        rows: as many cells as there are columns, each shown with `str`.
+        rows: one cell for each column, shown with `str`.
 
     Raises:
-        ValueError: when a row has another number of cells than there are columns.
+        ValueError: a row's number of cells is not the number of columns.
     """
     drawn = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):

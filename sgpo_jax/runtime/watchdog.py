@@ -1,8 +1,8 @@
-"""Connections between the processes of a run: how they meet, and how the end of one becomes the end of all.
+"""Connections between the processes of a run, so that all of them exit when one fails or dies.
 
-The first process holds a connection to every other one. Whoever fails says so; whose connection breaks without a word
-has died. The first process passes it on, and all of them exit, whatever they are doing: without that they would wait
-in a collective for one that never comes. They trust each other, as processes of one run on one network.
+The first process holds a connection to every other process. A process that fails reports it; one whose connection
+breaks without a report has died. The first process passes the news on, and every process exits, whatever it is doing.
+Otherwise the rest would wait forever in a collective. The processes of a run trust each other and their network.
 """
 
 import contextlib
@@ -14,17 +14,17 @@ import threading
 import time
 from typing import Any
 
-PATIENCE = 300.0  # seconds in which all processes have to come
+PATIENCE = 300.0  # seconds that all processes have to connect
 DIED = "has died without a word (killed, out of memory, or its host is gone)"
-_HELLO = 10.0  # seconds for a stranger to say who it is
+_HELLO = 10.0  # seconds that a new connection has to identify itself
 _LONGEST = 1_000_000  # bytes of a message
 _REASON = 1_000  # characters of a reason
-# Seconds until the first question whether a silent host is still there, and between two; and how many go unanswered.
+# Seconds of silence before a host is probed, seconds between probes, and unanswered probes after which it is dead.
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 
 
 class _Stream:
-    """Messages, a line of JSON each, over a connection."""
+    """A connection that carries messages, one line of JSON each."""
 
     def __init__(self, connection: socket.socket, seconds: float):
         connection.settimeout(seconds)
@@ -35,16 +35,16 @@ class _Stream:
         self._lines = connection.makefile("rb")
         self._sending = threading.Lock()
 
-    def wait(self, seconds: float | None) -> None:
-        """From now on reading waits so long; None is for ever."""
+    def set_timeout(self, seconds: float | None) -> None:
+        """Sets how long reading waits; None waits forever."""
         self._connection.settimeout(seconds)
 
     def send(self, message: dict[str, Any]) -> None:
-        with self._sending, contextlib.suppress(OSError):  # of one that has died the reader learns
+        with self._sending, contextlib.suppress(OSError):  # the reading thread notices that the other side is dead
             self._connection.sendall(json.dumps(message).encode() + b"\n")
 
     def read(self) -> dict[str, Any] | None:
-        """The next message, or None when there is none and will be none."""
+        """Returns the next message, or None after the last one."""
         try:
             message = json.loads(self._lines.readline(_LONGEST))
         except (OSError, ValueError):
@@ -57,7 +57,7 @@ class _Stream:
 
 
 class _Peers:
-    """This process, and those it is connected with: the first with all, the others with the first."""
+    """The connections of this process: from the first process to all others, from any other to the first."""
 
     def __init__(self, process: int, hosts: list[str], streams: dict[int, _Stream]):
         self.process = process
@@ -66,7 +66,7 @@ class _Peers:
         self.over = False
         self._ending = threading.Lock()
         for other, stream in streams.items():
-            stream.wait(None)
+            stream.set_timeout(None)
             threading.Thread(target=self._listen, args=(other, stream), daemon=True).start()
 
     def _listen(self, other: int, stream: _Stream) -> None:
@@ -75,7 +75,7 @@ class _Peers:
             self._end(message)
 
     def _end(self, message: dict[str, Any]) -> None:
-        with self._ending:  # never released: the first reason is the one that counts
+        with self._ending:  # never released, so only the first reason is reported
             if self.process == 0:
                 self.send(message)
             number = message["process"]
@@ -90,11 +90,11 @@ class _Peers:
                 stream.send(message)
 
 
-_mine: _Peers | None = None
+_peers: _Peers | None = None
 
 
 def listen(port: int = 0) -> socket.socket:
-    """A socket at which the first process waits for the others; port 0 is any that is free."""
+    """Returns the socket at which the first process waits for the others; port 0 takes any free port."""
     both = socket.has_dualstack_ipv6()
     return socket.create_server(
         ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both, backlog=128
@@ -102,10 +102,10 @@ def listen(port: int = 0) -> socket.socket:
 
 
 def accept(listener: socket.socket, count: int) -> None:
-    """The first of `count` processes waits for the others, and watches over them from then on.
+    """Waits, in the first of `count` processes, until all others have connected; then watches them.
 
     Raises:
-      ValueError: some have not come in time.
+      ValueError: a process did not connect in time; the message has its index.
     """
     deadline = time.monotonic() + PATIENCE
     hosts, streams = {0: socket.gethostname()}, {}
@@ -131,7 +131,7 @@ def accept(listener: socket.socket, count: int) -> None:
 
 
 def _refusal(hello: dict[str, Any], hosts: dict[int, str], count: int) -> str:
-    """Why a process cannot be one of the `count`, of which `hosts` are there; "" if it can."""
+    """Returns why a process cannot join the `count` processes, those in `hosts` being connected; "" if it can."""
     match hello:
         case {"process": int(process), "processes": int(processes), "host": str()}:
             if processes != count:
@@ -139,14 +139,14 @@ def _refusal(hello: dict[str, Any], hosts: dict[int, str], count: int) -> str:
             if process in hosts:
                 return f"--process={process}: there is one already, on host {hosts[process]}"
             return "" if 0 < process < count else f"--process={process}: must be from 0 to {count - 1}"
-    return "this is no process of sgpo_jax"
+    return "not a process of sgpo_jax"
 
 
 def connect(host: str, port: int, process: int, count: int) -> None:
-    """Another of `count` processes finds the first one, and is watched over from then on.
+    """Connects this one of `count` processes to the first process; then watches that connection.
 
     Raises:
-      ValueError: it does not answer in time, or refuses.
+      ValueError: the first process does not answer in time, or refuses.
     """
     deadline, address = time.monotonic() + PATIENCE, f"{host}:{port}"
     while True:
@@ -154,9 +154,9 @@ def connect(host: str, port: int, process: int, count: int) -> None:
             connection = socket.create_connection((host, port), timeout=_HELLO)
             if connection.getsockname() != connection.getpeername():
                 break
-            connection.close()  # on one host, a port that nobody listens at may be given to this very connection
+            connection.close()  # on one host, the system may give the free port to this very connection
             raise ConnectionRefusedError("nobody listens there")
-        except OSError as error:  # a name that is not known may become so while machines start
+        except OSError as error:  # also for an unknown host name, which may become known while machines start
             if time.monotonic() > deadline:
                 raise ValueError(f"process 0 does not answer at {address} in {PATIENCE:g} s ({error})") from error
             time.sleep(0.2)
@@ -171,20 +171,25 @@ def connect(host: str, port: int, process: int, count: int) -> None:
             raise ValueError(f"process 0 at {address} has ended, or something else answers there")
 
 
-def _watch(mine: _Peers) -> None:
-    global _mine
-    _mine = mine
+def _watch(peers: _Peers) -> None:
+    global _peers
+    _peers = peers
 
 
-def are_there() -> bool:
-    """Whether this process has met others."""
-    return _mine is not None
+def has_peers() -> bool:
+    """Returns whether this process is connected to others."""
+    return _peers is not None
 
 
 def tell(reason: str, code: int = 1) -> None:
-    """Says to the others that this process ends, and why; they exit with `code`. With "" all have reached the end."""
-    if _mine is not None:
-        _mine.over = True
+    """Tells the other processes that this one ends.
+
+    Args:
+      reason: the cause, with which they exit as well; "" when all processes have reached the end of the program.
+      code: their exit code.
+    """
+    if _peers is not None:
+        _peers.over = True
         reason = " ".join(reason.split())[:_REASON]
-        _mine.send({"process": _mine.process, "reason": reason, "code": code})
+        _peers.send({"process": _peers.process, "reason": reason, "code": code})
         sys.stdout.flush()

@@ -162,8 +162,8 @@ def test_an_old_jax_is_named(results):
 FLAGS = r"""
 import sys
 from absl import app
-from sgpo_jax import command
-command.start(lambda config, flags: None, ["config"])
+from sgpo_jax import cli
+cli.start(lambda config, flags: None, ["config"])
 """
 WRONG_FLAGS = {
     "a value that is no number": ("--config.rl.batch=3.5", r"--config\.rl\.batch=3\.5: invalid literal for int"),

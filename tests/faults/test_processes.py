@@ -111,7 +111,7 @@ def test_sigterm_to_one_stops_all_at_the_same_step():
     results, _ = run(2, "stopped between steps")
     assert [(code, errors) for code, _, errors in results] == [(0, "")] * 2
     assert results[0][1].splitlines()[-1] == (
-        "sgpo_jax: stopped by SIGTERM, what was done is saved; the same command goes on"
+        "sgpo_jax: stopped by SIGTERM; the finished work is saved and the same command resumes it"
     )
 
 
@@ -148,7 +148,7 @@ def test_a_folder_that_is_not_the_same_everywhere_is_refused(monkeypatch, tmp_pa
     monkeypatch.setattr(distributed, "_LAG", 0.5)
     monkeypatch.setattr(distributed, "first", lambda make: "what process 0 wrote")
     path = tmp_path / "lock"
-    with pytest.raises(ValueError, match=rf"^{tmp_path}: process 0 does not see there what process 0 wrote; it must"):
+    with pytest.raises(ValueError, match=rf"^{tmp_path}: process 0 does not see what process 0 wrote there; must"):
         distributed.wait_for(path)
     path.write_text("of another run")
     writer = threading.Timer(0.1, path.write_text, ["what process 0 wrote"])
@@ -188,7 +188,7 @@ def hurry(monkeypatch):
     ended = []
     monkeypatch.setattr(watchdog, "PATIENCE", 1.0)
     monkeypatch.setattr(watchdog, "_HELLO", 0.3)
-    monkeypatch.setattr(watchdog, "_mine", None)
+    monkeypatch.setattr(watchdog, "_peers", None)
     monkeypatch.setattr(watchdog._Peers, "_end", lambda self, message: ended.append(message))
     return ended
 

@@ -37,20 +37,20 @@ TINY = {
 OTHERS = """
 from pathlib import Path
 from absl import flags
-from sgpo_jax import analyze, command, evaluate, export
+from sgpo_jax import analyze, cli, evaluate, export
 
 def main(config, given):
-    command.join(config, given)
+    cli.join(config, given)
     workdir = Path(given.workdir)
     evaluate.run(config, str(workdir), str(workdir / "out"), "", 0)
     export.run(config, workdir, "rl", workdir / "model", "float32")
     analyze.run(config, workdir, 3)
 
 flags.DEFINE_string("workdir", None, "")
-command.define_processes()
-command.start(main, required=["config", "workdir"])
+cli.define_processes()
+cli.start(main, required=["config", "workdir"])
 """
-SAVED = "stopped by SIGTERM, what was done is saved; the same command goes on"
+SAVED = "stopped by SIGTERM; the finished work is saved and the same command resumes it"
 
 
 def start(workdir, processes, devices, program=("-m", "sgpo_jax.main")):
@@ -229,8 +229,8 @@ def test_the_other_commands_in_two_processes_do_what_the_run_did(undisturbed, tm
 def test_a_run_in_a_locked_folder_is_refused_in_every_process(tmp_path):
     with lock.hold(tmp_path):
         refused = end(start(tmp_path, 2, 1))
-    said = f"{tmp_path}: process {os.getpid()} on host {socket.gethostname()} (since"
+    said = f"{tmp_path}: already in use by process {os.getpid()} on host {socket.gethostname()} (since"
     assert [code for code, _, _ in refused] == [1, 1]
     assert refused[0][2].startswith(f"sgpo_jax: {said}")
-    assert f"has failed: {said}" in refused[1][2] and "is running in it" in refused[1][2]
+    assert f"has failed: {said}" in refused[1][2] and "choose another --workdir" in refused[1][2]
     assert all("Traceback" not in errors for _, _, errors in refused) and not (tmp_path / "config.json").exists()

@@ -31,7 +31,8 @@ def holder(tmp_path):
 
 
 def test_the_second_is_refused_with_host_and_pid_until_the_first_is_dead(tmp_path, holder):
-    expected = rf"{tmp_path}: process {holder.pid} on host {socket.gethostname()} \(since 20.*\) is running in it"
+    holder_pattern = rf"process {holder.pid} on host {socket.gethostname()} \(since 20.*\)"
+    expected = f"{tmp_path}: already in use by {holder_pattern}; wait .* another --workdir"
     for _ in range(2):  # to be refused does not disturb the first one's lock
         with pytest.raises(ValueError, match=expected), lock.hold(tmp_path):
             pytest.fail("it is held")

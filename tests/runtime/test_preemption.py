@@ -10,7 +10,7 @@ import pytest
 PROGRAM = """
 import sys, time
 import jax
-from sgpo_jax import preemption
+from sgpo_jax.runtime import preemption
 preemption.watch(float(sys.argv[1]))
 assert not preemption.requested()
 print("ready", flush=True)
@@ -38,7 +38,7 @@ def terminated(grace, work):
 
 def test_between_two_steps_it_is_noticed_at_once():
     code, output, errors, seconds = terminated(50, "steps")
-    assert "SIGTERM: the run saves and exits after this step, or in 50 s" in output and seconds < 20
+    assert "SIGTERM: will save and exit after this step, or exit without saving in 50 s" in output and seconds < 20
     assert "Preempted: stopped by SIGTERM" in errors and code == 1, "a command turns this into a line and exit code 0"
 
 
@@ -46,4 +46,4 @@ def test_between_two_steps_it_is_noticed_at_once():
 def test_a_step_that_outlasts_the_grace_is_abandoned(grace):
     code, output, errors, seconds = terminated(grace, "one long step")
     assert code == 0 and not errors and grace <= seconds < grace + 15
-    assert output.endswith("the next start goes on from the last checkpoint\n")
+    assert output.endswith("the next start resumes from the last checkpoint\n")
