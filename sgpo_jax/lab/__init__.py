@@ -1,8 +1,9 @@
-"""Methods against each other over seeds and worlds: a grid of training runs, its results and page."""
+"""Compares methods over seeds and worlds: a grid of training runs, its results and its page."""
 
 from sgpo_jax.lab.compare import run
 from sgpo_jax.lab.grid import Cell, cell_config, check, digest, grid_cells, tuning_cells
-from sgpo_jax.lab.results import Results, chosen_rates, write_page
+from sgpo_jax.lab.results import Results, chosen_rates
+from sgpo_jax.lab.summary import write_page
 from sgpo_jax.lab.workers import run_cell
 
 __all__ = [

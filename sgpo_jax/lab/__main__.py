@@ -1,15 +1,17 @@
-"""The laboratory: methods against each other over seeds and worlds, with a verdict for each of the paper's claims.
+"""Compares methods over seeds and worlds, with a verdict on each of the paper's claims.
 
     python -m sgpo_jax.lab --config=configs/lab.py --workdir=DIR [--fast]
 
-First the learning rate of each method is tuned in each world, all with the same budget and on seeds of their own; then
-every method is trained in the first world with every seed, and some of them in the other worlds. A finished training
-run is a row of DIR/results.jsonl and is not run again; tables, verdicts and figures are made of these rows and of the
-metrics beside them. docs/lab.md has what came out.
+First the learning rate of each method is tuned in each world, with the same budget for all and on separate seeds. Then
+every method is trained in the first world with every seed, and some methods in the other worlds. A finished training
+run is a row of DIR/results.jsonl and does not run again. Tables, verdicts and figures are made from these rows and from
+the metrics of the runs. docs/lab.md has the results.
 """
 
+from typing import Any
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from sgpo_jax import cli
 from sgpo_jax.lab.compare import run
@@ -17,7 +19,8 @@ from sgpo_jax.lab.grid import check
 from sgpo_jax.runtime import lock
 
 
-def main(config, given) -> None:
+def main(config: ConfigDict, given: Any) -> None:
+    """Runs the lab, or what is left of it, in the folder of --workdir."""
     if given.fast:
         config.update(config.lab.fast)
     check(config)
@@ -27,6 +30,6 @@ def main(config, given) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "Folder of the results; goes on with what is there.")
-    flags.DEFINE_bool("fast", False, "The small lab: the changes of config.lab.fast.")
+    flags.DEFINE_string("workdir", None, "Folder of the results; a lab that was stopped resumes there.")
+    flags.DEFINE_bool("fast", False, "Run the small lab, with the changes of config.lab.fast.")
     cli.start(main, required=["config", "workdir"])

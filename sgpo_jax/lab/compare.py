@@ -1,54 +1,65 @@
-"""The whole lab: tunes the rates, runs the grid, reports."""
+"""Runs a whole lab: tunes the learning rates, trains the grid, and reports."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from sgpo_jax import config as configs
 from sgpo_jax.lab.grid import Cell, grid_cells, tuning_cells, with_warm_ups
-from sgpo_jax.lab.results import Progress, Results, chosen_rates, report, with_before, write_page
-from sgpo_jax.lab.workers import RunAll, worker_pool
+from sgpo_jax.lab.results import Results, chosen_rates, planned_cells
+from sgpo_jax.lab.summary import write_page, write_tables
+from sgpo_jax.lab.workers import RunCells, worker_pool
 from sgpo_jax.report import page
+from sgpo_jax.runtime import files
+from sgpo_jax.runtime.progress import Progress
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    """Runs what is left of the lab, and reports.
+    """Runs the cells that are left, and reports.
 
     Raises:
-      ValueError: cells failed; the others are finished, and the message names one.
+        ValueError: cells failed. The others are finished, and the message names the first that failed.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(configs.to_json(config), encoding="utf-8")
+    files.write_text(workdir / "config.json", configs.to_json(config))
     results = Results(config, workdir / "results.jsonl")
     results.repair()
-    tuning = tuning_cells(config)
-    tuned = all(cell in results for cell in tuning)
-    expected = grid_cells(config, chosen_rates(config, results) if tuned else {})  # as many, whatever the rates
-    progress = Progress(results, [*with_warm_ups(tuning), *with_warm_ups(expected)])
-    with worker_pool(config, workdir) as run_all:
-        _complete(tuning, results, run_all, progress)
-        grid = grid_cells(config, chosen_rates(config, results))
-        _complete(grid, results, run_all, progress)
-    report(config, workdir, results.rows(tuning), with_before(results.rows(with_warm_ups(grid))))
+    planned = planned_cells(results)
+    finished = sum(cell in results for cell in planned)
+    print(f"lab: {len(planned)} cells, {len(planned) - finished} to run", flush=True)
+    with (
+        worker_pool(config, workdir) as run_cells,
+        Progress("lab", len(planned), finished, seconds=0) as progress,  # a line for each cell
+    ):
+
+        def add(row: dict[str, Any]) -> None:
+            results.add(row)
+            finished = sum(cell in results for cell in planned_cells(results))
+            progress.show(finished, row, name=f"lab {Cell.from_row(row)}")
+            if config.report_seconds:
+                page.attempt(write_page, results, running=True)
+
+        _run_missing(tuning_cells(config), results, run_cells, add)
+        _run_missing(grid_cells(config, chosen_rates(results)), results, run_cells, add)
+    write_tables(results)
     write_page(results, running=False)
 
 
-def _complete(cells: Sequence[Cell], results: Results, run_all: RunAll, progress: Progress) -> None:
-    """Runs the cells that have no row yet, warm-ups first."""
-    everything = with_warm_ups(cells)
-    for warm in (True, False):
-        left = [cell for cell in everything if cell not in results and (cell.method == "sft") == warm]
+def _run_missing(
+    cells: Sequence[Cell], results: Results, run_cells: RunCells, add: Callable[[dict[str, Any]], None]
+) -> None:
+    """Runs the cells that have no row yet, all warm-ups before the others, and calls `add` with each row."""
+    for are_warm_ups in (True, False):
+        missing = [c for c in with_warm_ups(cells) if c not in results and (c.method == "sft") == are_warm_ups]
         failures = {}
-        for cell, found in run_all(left):
-            if isinstance(found, Exception):
-                failures[cell] = f"{cell}: {type(found).__name__}: {found}"
+        for cell, outcome in run_cells(missing):
+            if isinstance(outcome, Exception):
+                failures[cell] = f"{cell}: {type(outcome).__name__}: {outcome}"
                 print(f"lab: failed: {failures[cell]}", flush=True)
-                continue
-            results.add(found)
-            progress.show(found)
-            if results.config.report_seconds:
-                page.attempt(write_page, results, running=True)
+            else:
+                add(outcome)
         if failures:
-            first = next(failures[cell] for cell in left if cell in failures)
-            raise ValueError(f"{len(failures)} of {len(left)} cells failed, the first is {first}")
+            first = next(failures[cell] for cell in missing if cell in failures)
+            raise ValueError(f"{len(failures)} of {len(missing)} cells failed, the first is {first}")

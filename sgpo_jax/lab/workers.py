@@ -1,4 +1,4 @@
-"""Cells in processes with a core each; one that fails does not cost the others."""
+"""Runs the cells of a lab in worker processes, with a core each. A cell that fails does not stop the others."""
 
 import contextlib
 import multiprocessing
@@ -19,31 +19,36 @@ from sgpo_jax import config as configs
 from sgpo_jax import sharding
 from sgpo_jax.evaluation import evaluate_sets
 from sgpo_jax.lab.grid import Cell, cell_config, digest
-from sgpo_jax.runtime import environment
-from sgpo_jax.runtime.files import read_jsonl
+from sgpo_jax.policy import Run
+from sgpo_jax.runtime import environment, files
 from sgpo_jax.training import rl, sft, stage
 
-# Averages over training that a row keeps.
+# Metrics of training whose mean over the steps a row has.
 _MEANS = ("reward_auto", "reward_guided", "alpha", "token_kl", "kl_clip_share", "entropy", "response_length")
-# Cells -> each with its row, or with what went wrong, as it finishes.
-RunAll = Callable[[Sequence[Cell]], Iterable[tuple[Cell, dict[str, Any] | Exception]]]
+# Runs cells; yields each one that finishes with its row, or with its error.
+RunCells = Callable[[Sequence[Cell]], Iterable[tuple[Cell, dict[str, Any] | Exception]]]
 
 
 def run_cell(config: ConfigDict, cell: Cell, workdir: Path) -> dict[str, Any]:
-    """Trains and evaluates, or goes on where it stopped; what it prints goes to the cell's log.txt.
+    """Trains and evaluates a cell, or resumes where it stopped. Its output goes to the cell's log.txt.
+
+    Args:
+        config: of the cell: `cell_config`.
+        cell: which one it is.
+        workdir: folder of the lab.
 
     Returns:
-      The row of results.jsonl. Where the gradient stopped being finite, "failed" says so and the accuracy is 0.
+        The row of results.jsonl. Where a gradient was not finite, "failed" has the message and the accuracy is 0.
     """
     started, folder = time.perf_counter(), workdir / str(cell)
     folder.mkdir(parents=True, exist_ok=True)
     mesh = sharding.make_mesh(**config.mesh)
     with (folder / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         configs.check_resume(config, folder / "config.json")
-        (folder / "config.json").write_text(configs.to_json(config), encoding="utf-8")
+        files.write_text(folder / "config.json", configs.to_json(config))
         environment.record(folder)
         policy, load = stage.load_policy(config)
-        warm_up = workdir / str(Cell(cell.world, "sft", 1.0, cell.seed))
+        warm_up = workdir / str(cell.warm_up)
 
         def initial() -> Any:
             return load(jax.random.key(config.seed))
@@ -64,11 +69,12 @@ def run_cell(config: ConfigDict, cell: Cell, workdir: Path) -> dict[str, Any]:
         params = warmed_up() if step is None else stage.params_at(config, folder, "rl", step, policy, mesh)
         for suffix in ("", "_guided") if config.eval.guided else ("",):
             with jax.set_mesh(mesh):
-                sets = evaluate_sets(config, folder / "eval", policy, params, mesh, step or 0, guided=bool(suffix))
+                run = Run(config, folder, policy, mesh)
+                sets = evaluate_sets(run, params, folder / "eval", step or 0, bool(suffix))
             accuracy = {name: 0.0 if "failed" in result else scores["accuracy"] for name, scores in sets.items()}
             result |= {f"accuracy{suffix}": float(np.mean([*accuracy.values()])), f"sets{suffix}": accuracy}
     if step is not None:
-        steps = read_jsonl(folder / "rl.jsonl")
+        steps = files.read_jsonl(folder / "rl.jsonl")
         for name in _MEANS:
             if values := [row[name] for row in steps if row.get(name) is not None]:
                 result[f"mean_{name}"] = float(np.mean(values))
@@ -76,8 +82,8 @@ def run_cell(config: ConfigDict, cell: Cell, workdir: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def worker_pool(config: ConfigDict, workdir: Path) -> Iterator[RunAll]:
-    """Runs cells in `lab.workers` processes with a core each, or in this one for 0."""
+def worker_pool(config: ConfigDict, workdir: Path) -> Iterator[RunCells]:
+    """Yields a function that runs cells in `lab.workers` processes with a core each, or in this process for 0."""
     if not config.lab.workers:
         yield lambda cells: ((cell, _attempt(config, cell, workdir)) for cell in cells)
         return
@@ -89,19 +95,19 @@ def worker_pool(config: ConfigDict, workdir: Path) -> Iterator[RunAll]:
     arguments = cores, str(workdir / "compiled")
     pool = ProcessPoolExecutor(config.lab.workers, spawn, initializer=_begin, initargs=arguments)
 
-    def run_all(cells: Sequence[Cell]) -> Iterator[tuple[Cell, dict[str, Any] | Exception]]:
+    def run_cells(cells: Sequence[Cell]) -> Iterator[tuple[Cell, dict[str, Any] | Exception]]:
         running = {pool.submit(_attempt, config, cell, workdir): cell for cell in cells}
         for future in as_completed(running):
             yield running[future], future.result()
 
     try:
-        yield run_all
+        yield run_cells
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _begin(cores: Any, compiled: str) -> None:
-    """Of a worker: cells have the same shapes, so what one has compiled the others read."""
+    """Prepares a worker process: its core, and the compilation cache, which cells of the same shapes share."""
     os.sched_setaffinity(0, {cores.get()})
     logging.set_verbosity(logging.ERROR)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -110,7 +116,7 @@ def _begin(cores: Any, compiled: str) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would otherwise wait for work for ever."""
+    """Ends this worker when its parent is killed; it would otherwise wait for work for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -118,7 +124,7 @@ def _end_with_parent() -> None:
 
 
 def _attempt(config: ConfigDict, cell: Cell, workdir: Path) -> dict[str, Any] | Exception:
-    """The cell's row, or what went wrong: one cell must not cost the others."""
+    """Returns the row of a cell, or the error that it raised."""
     try:
         return run_cell(cell_config(config, cell), cell, workdir)
     except Exception as error:
