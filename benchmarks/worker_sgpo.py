@@ -20,7 +20,7 @@ from sgpo_jax import logprobs, models, rollout
 from sgpo_jax.losses import kl_divergence
 from sgpo_jax.models import config as model_config
 from sgpo_jax.models import huggingface
-from sgpo_jax.policy.generation import Prompts
+from sgpo_jax.rollout import Prompts
 from sgpo_jax.runtime import environment, memory
 from sgpo_jax.training.batch import Batch, Group, pack_batch
 from sgpo_jax.training.optimizer import adamw, schedule
@@ -51,6 +51,8 @@ def groups(task: dict[str, Any]) -> dict[str, Any]:
     shape = workload.shape(task["shape"])
     params, config = load(task["model"])
     stops, count = workload.stop_ids(shape, task["median"]), task["problems"]
+    model = rollout.LanguageModel(config, tuple(stops), shape.vocab - 1)
+    sampling = rollout.Sampling(task["longest"], slots=task["batch"])
     room = task["strategy"]
     guided = workload.prompts(shape, count, task["prompt"] + room, len(stops), task["seed"])
     real = np.broadcast_to(np.arange(guided.shape[1]) >= room, guided.shape)
@@ -69,10 +71,8 @@ def groups(task: dict[str, Any]) -> dict[str, Any]:
             purpose = jax.random.fold_in(jax.random.key(1000 * task["seed"] + number), i)
             keys = jax.random.split(purpose, 2) if task["at_once"] else purpose
             responses, slot_steps = rollout.generate(
-                params, config, prompts, mask, keys, problems, group=size, max_new_tokens=task["longest"],
-                temperature=1.0, top_p=1.0, top_k=0, stop_ids=tuple(stops), pad_id=shape.vocab - 1,
-                slots=task["batch"],
-            )  # fmt: skip
+                params, model, rollout.Prompts(prompts, mask), keys, problems, sampling=sampling, group=size
+            )
             lengths.append(np.asarray(responses.lengths).reshape(-1))
             steps += int(slot_steps)
         return np.concatenate(lengths), steps
@@ -130,13 +130,14 @@ def prepare_generate(task: dict[str, Any]) -> tuple[Callable[[int], Any], Any]:
     prompts = jnp.asarray(workload.prompts(shape, count, task["prompt"], len(stops), task["seed"]))
     mask, ids = jnp.ones_like(prompts, bool), jnp.arange(count)
     compiled = rollout.generate.lower(
-        params, config, prompts, mask, jax.random.key(0), ids, group=task["group"], max_new_tokens=task["longest"],
-        temperature=1.0, top_p=task["top_p"], top_k=0, stop_ids=tuple(stops), pad_id=shape.vocab - 1,
-        slots=task["batch"],
+        params, rollout.LanguageModel(config, tuple(stops), shape.vocab - 1), rollout.Prompts(prompts, mask),
+        jax.random.key(0), ids, sampling=rollout.Sampling(task["longest"], 1.0, task["top_p"], slots=task["batch"]),
+        group=task["group"],
     ).compile()  # fmt: skip
 
     def call(number):
-        responses, steps = compiled(params, prompts, mask, jax.random.key(1000 * task["seed"] + number), ids)
+        key = jax.random.key(1000 * task["seed"] + number)
+        responses, steps = compiled(params, rollout.Prompts(prompts, mask), key, ids)
         return np.asarray(responses.lengths), int(steps)
 
     return call, compiled

@@ -8,6 +8,7 @@ DIR/analysis.jsonl and the figure DIR/analysis.png. Where the run was evaluated 
 generations that its page shows: DIR/analysis_generations.jsonl. `python -m sgpo_jax.report` shows it all in the page.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -28,9 +29,9 @@ from sgpo_jax import cli, config_checks, data, logprobs, models, rewards, shardi
 from sgpo_jax import config as configs
 from sgpo_jax.policy import Policy
 from sgpo_jax.policy import tokenizer as tokenizers
-from sgpo_jax.policy.generation import Prompts, encode_prompts, grade, noise_key, pad_prompts, respond
+from sgpo_jax.policy.generation import encode_prompts, grade, noise_key, pad_prompts, respond
 from sgpo_jax.report import examples, figures, reasoning_steps
-from sgpo_jax.rollout import STOP
+from sgpo_jax.rollout import STOP, Prompts, Sampling
 from sgpo_jax.runtime import distributed
 from sgpo_jax.training import stage
 
@@ -62,13 +63,13 @@ def run(config: ConfigDict, workdir: Path, problems: int) -> list[dict[str, Any]
 
     ways = sharding.row_ways(mesh)
     filled = [rows[min(i, len(rows) - 1)] for i in range(-(-len(rows) // ways) * ways)]  # a row for every device
-    sampling = {name: config.rl[name] for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
+    sampling = dataclasses.replace(Sampling.from_config(config.rl), slots=0)
     encoded = {guided: encode_prompts(policy, filled, guided) for guided in (False, True)}
     prompts = {guided: pad_prompts(policy, each, max(map(len, each))) for guided, each in encoded.items()}
     with jax.set_mesh(mesh):
         shown = _generations(config, workdir, policy, params, mesh) if part == "rl" else []
         key = noise_key(config.seed, "analysis", step)
-        rollout, _ = respond(policy, params, prompts[True], np.arange(len(filled)), key, mesh, group=1, **sampling)
+        rollout, _ = respond(policy, params, prompts[True], np.arange(len(filled)), key, mesh, sampling, 1)
         tokens, lengths = (np.asarray(x)[:, 0] for x in (rollout.tokens, rollout.lengths))
         kl = response_kl(policy, params, prompts[True], prompts[False], tokens, lengths, mesh)
     graded = grade(policy, rollout, filled, config.rl.reward)
@@ -113,8 +114,8 @@ def _generations(config: ConfigDict, workdir: Path, policy: Policy, params: Any,
     def shown() -> list[tuple[str, str, str, str]]:
         return [
             (name, problem.id, answer.column, answer.text)
-            for name, of_set, _ in examples.of_sets(config.eval.sets, folders)
-            for problem in of_set.problems for answer in problem.answers if answer.column.startswith("after")
+            for name, samples, _ in examples.collect(config.eval.sets, folders)
+            for problem in samples.problems for answer in problem.answers if answer.column.startswith("after")
         ]  # fmt: skip
 
     rows = {

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from sgpo_jax import cli, config_checks, rewards, sharding
 from sgpo_jax import config as configs
 from sgpo_jax.evaluation import evaluate_sets
+from sgpo_jax.policy import Run
 from sgpo_jax.runtime import preemption, tables
 from sgpo_jax.stats import benchmark, paper
 from sgpo_jax.training import stage
@@ -59,7 +60,7 @@ def run(config: ConfigDict, checkpoint: str | None, out: str | None, paper_row: 
     for kind in ("unguided", "guided") if config.eval.guided else ("unguided",):
         with jax.set_mesh(mesh):
             results[kind] = evaluate_sets(
-                config, folder, policy, params, mesh, step, kind == "guided", limit=limit, model=model, restart=False
+                Run(config, folder, policy, mesh), params, folder, step, kind == "guided", limit, model, restart=False
             )
     if jax.process_index() == 0:
         _report(config, folder, model, results, reported, limit)

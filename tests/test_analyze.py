@@ -9,9 +9,10 @@ import pytest
 from helpers.folders import config_of, generations, write_jsonl
 
 from sgpo_jax import analyze, data, models, sharding
-from sgpo_jax.policy.generation import Prompts, encode_prompts
+from sgpo_jax.policy.generation import encode_prompts
 from sgpo_jax.policy.tokenizer import encode_response, pad_left, pad_right
 from sgpo_jax.report import figures
+from sgpo_jax.rollout import Prompts
 from sgpo_jax.runtime.files import read_jsonl
 from sgpo_jax.training import stage, state
 

@@ -13,15 +13,8 @@ from jax.sharding import Mesh
 from sgpo_jax import rewards, sharding
 from sgpo_jax.policy import Policy
 from sgpo_jax.policy import tokenizer as tokenizers
-from sgpo_jax.rollout import LENGTH, STOP, Rollout, generate
+from sgpo_jax.rollout import LENGTH, STOP, Prompts, Rollout, Sampling, generate
 from sgpo_jax.runtime import distributed
-
-
-class Prompts(NamedTuple):
-    """One prompt for each of B problems."""
-
-    tokens: np.ndarray | jax.Array  # [B,P] int32, padded on the left
-    mask: np.ndarray | jax.Array  # [B,P] bool, True on real tokens
 
 
 class Graded(NamedTuple):
@@ -68,14 +61,29 @@ def pad_prompts(policy: Policy, prompts: Sequence[list[int]], length: int) -> Pr
 
 
 def respond(
-    policy: Policy, params: Any, prompts: Prompts, ids: np.ndarray, key: jax.Array, mesh: Mesh, **sampling: Any
+    policy: Policy,
+    params: Any,
+    prompts: Prompts,
+    ids: np.ndarray,
+    key: jax.Array,
+    mesh: Mesh,
+    sampling: Sampling,
+    group: int | tuple[int, ...],
 ) -> tuple[Rollout, int]:
-    """`generate` on the mesh: the rollout in host memory, and its slot-steps. `sampling` is passed on."""
-    tokens, mask = sharding.put_rows(tuple(prompts), mesh)
+    """Runs `rollout.generate` on the mesh.
+
+    Args:
+      policy, params, mesh: the model, and where it is.
+      prompts: `[B,P]` prompts.
+      ids: `[B]` integers that tell the prompts apart; with `key` they fix the noise.
+      key, sampling, group: see `rollout.generate`.
+
+    Returns:
+      (rollout in host memory, slot-steps).
+    """
     rollout, slot_steps = generate(
-        params, policy.config, tokens, mask, key, sharding.put_rows(ids.astype(np.uint32), mesh),
-        stop_ids=policy.stop_ids, pad_id=policy.pad_id, dtype=policy.dtype,
-        shards=sharding.row_ways(mesh), **sampling,
+        params, policy.language_model, Prompts(*sharding.put_rows(tuple(prompts), mesh)), key,
+        sharding.put_rows(ids.astype(np.uint32), mesh), sampling=sampling, group=group, shards=sharding.row_ways(mesh),
     )  # fmt: skip
     return sharding.fetch(rollout), int(slot_steps)
 
@@ -84,30 +92,29 @@ def respond_in_groups(
     policy: Policy,
     params: Any,
     prompts: Sequence[Sequence[list[int]]],
-    length: int,
     keys: Sequence[jax.Array],
     mesh: Mesh,
+    sampling: Sampling,
     groups: Sequence[int],
-    **sampling: Any,
+    length: int,
 ) -> tuple[list[Rollout], int]:
     """Samples for all kinds of prompts at once, so that the last responses of one kind do not decode alone.
 
     Args:
       policy, params, mesh: as in `respond`.
-      prompts: for each kind B prompts' tokens.
-      length: P, tokens to which all of them are padded.
-      keys: for each kind, of its noise; a prompt's place tells those of one kind apart.
-      groups: for each kind G, responses per prompt.
-      sampling: is passed on to `generate`.
+      prompts: token ids of B prompts of each kind.
+      keys: one of each kind, for its noise; a prompt's place tells the prompts of a kind apart.
+      sampling: as in `respond`.
+      groups: G of each kind, responses to a prompt.
+      length: P, tokens to which all prompts are padded.
 
     Returns:
-      (for each kind the rollout `[B,G]`, slot-steps of all).
+      (for each kind the rollout `[B,G]`, slot-steps of all kinds together).
     """
     in_turn = [tokens for turn in zip(*prompts, strict=True) for tokens in turn]
     places = np.repeat(np.arange(len(prompts[0])), len(prompts))
     padded = pad_prompts(policy, in_turn, length)
-    key, group = jnp.stack(keys), tuple(groups)
-    rollout, slot_steps = respond(policy, params, padded, places, key, mesh, group=group, **sampling)
+    rollout, slot_steps = respond(policy, params, padded, places, jnp.stack(keys), mesh, sampling, tuple(groups))
     split = (np.split(field, np.cumsum(groups)[:-1], axis=1) for field in rollout)
     return [Rollout(*fields) for fields in zip(*split, strict=True)], slot_steps
 

@@ -14,6 +14,7 @@ from sgpo_jax import data, models, sharding
 from sgpo_jax.models import gguf, huggingface
 from sgpo_jax.policy import tokenizer as tokenizers
 from sgpo_jax.policy.prompts import user_turn
+from sgpo_jax.rollout import LanguageModel
 
 WORDS = "words:"  # what the name of a tokenizer made of a source of problems begins with
 _WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
@@ -28,6 +29,11 @@ class Policy(NamedTuple):
     pad_id: int
     dtype: Any  # of activations, matrix products and the cache
     instruction: str  # closing line of every prompt
+
+    @property
+    def language_model(self) -> LanguageModel:
+        """What generation needs of the policy."""
+        return LanguageModel(self.config, self.stop_ids, self.pad_id, self.dtype)
 
 
 def load(

@@ -17,18 +17,34 @@ import jax.numpy as jnp
 import numpy as np
 
 from sgpo_jax import models
-from sgpo_jax.rollout.sampling import sample
+from sgpo_jax.rollout.sampling import Sampling, sample
 from sgpo_jax.sharding import BATCH, constrain, path_name, spec_for
 
-Array = jax.Array | np.ndarray
+Array = Any  # JAX's, or numpy's on the host
 
 STOP, LENGTH = 0, 1  # finish reasons: ended by a stop token, or cut at the limit
 NARROW = 4  # when nothing waits, the last responses go on in 1/4 of the slots, and again in 1/4 of these
 LEAST = 8, 2  # slots of a shard that these must be: the first time, which takes memory for a copy, and after it
 
 
+class LanguageModel(NamedTuple):
+    """What generation needs of a model besides its parameters."""
+
+    config: models.ModelConfig
+    stop_ids: tuple[int, ...]  # token ids that end a response
+    pad_id: int  # fills a response after its end
+    dtype: Any = jnp.float32  # of weights, activations and the cache while decoding
+
+
+class Prompts(NamedTuple):
+    """A batch of prompts."""
+
+    tokens: Array  # [B,P] int32, padded on the left
+    mask: Array  # [B,P] bool, True on real tokens
+
+
 class Rollout(NamedTuple):
-    """Responses, G per prompt; where prompts are of C kinds, G is the sum of theirs, and B / C takes the place of B."""
+    """Responses, G to each prompt. With prompts of C kinds, G is the sum over the kinds, and B counts problems."""
 
     tokens: Array  # [B,G,T] int32, the stop token included, padded after it
     logp: Array  # [B,G,T] float32, log-probability of each token at temperature 1 without filter, nats; 0 after
@@ -45,58 +61,42 @@ class _Slots(NamedTuple):
     cache: models.Cache  # of W * R rows, with room for P - 1 + T tokens
 
 
-@partial(
-    jax.jit,
-    static_argnames=(
-        "config", "group", "max_new_tokens", "temperature", "top_p", "top_k", "stop_ids", "pad_id", "slots", "shards",
-        "dtype",
-    ),
-)  # fmt: skip
+@partial(jax.jit, static_argnames=("model", "sampling", "group", "shards"))
 def generate(
     params: Any,
-    config: models.ModelConfig,
-    prompts: jax.Array,
-    mask: jax.Array,
+    model: LanguageModel,
+    prompts: Prompts,
     key: jax.Array,
     problem_ids: jax.Array,
     *,
+    sampling: Sampling,
     group: int | tuple[int, ...],
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    stop_ids: tuple[int, ...],
-    pad_id: int,
-    slots: int = 0,
     shards: int = 1,
-    dtype: Any = jnp.float32,
 ) -> tuple[Rollout, jax.Array]:
     """Samples `group` responses to each prompt.
 
-    The noise of a token depends on (key, problem id, sample, token position) and on nothing else, so a response does
+    The noise of a token depends on (key, problem id, sample, token position) and on nothing else. So a response does
     not change with the batch it is sampled in, nor with the number of slots, nor with prompts of another kind.
 
     Args:
-      params, config: the policy.
-      prompts: `[B,P]` token ids, padded on the left.
-      mask: `[B,P]` bool, True on real tokens.
-      key: PRNG key, or `[C]` one of each kind; the caller folds in the seed, the step and the purpose, and never uses
-        it twice.
+      params, model: the policy.
+      prompts: `[B,P]` prompts.
+      key: PRNG key, or `[C]` one for each kind. The caller folds in the seed, the step and the purpose, and never
+        uses a key twice.
       problem_ids: `[B]` integers that tell the prompts of one key apart.
-      group: G, responses per prompt; or C numbers, if the prompts of C kinds take turns.
-      max_new_tokens: T, tokens; a response without a stop token by then is cut.
-      temperature, top_p, top_k: see `sampling.sample`; temperature 0 is greedy.
-      stop_ids: token ids that end a response.
-      pad_id: fills `tokens` after the end.
-      slots: responses decoded at once, a multiple of `shards`; 0 decodes all.
+      sampling: T, the filters, and the number of slots, which must be a multiple of `shards`.
+      group: G, responses to each prompt; or C numbers, if the prompts of C kinds take turns.
       shards: W, ways in which the prompts are split over devices; W * C divides B. Slots take prompts of their own
         shard.
-      dtype: of weights, activations and cache while decoding.
 
     Returns:
       (rollout, slot-steps `[]` int32: the tokens that could have been decoded in the same time with no slot idle).
+
+    Raises:
+      ValueError: `shards` or the kinds of prompts do not divide the prompts, or `shards` does not divide the slots.
     """
-    count, length = prompts.shape
+    count, length = prompts.tokens.shape
+    config, dtype, slots, max_new_tokens = model.config, model.dtype, sampling.slots, sampling.max_new_tokens
     groups = (group,) if isinstance(group, int) else group
     if count % shards or slots % shards:
         raise ValueError(f"shards={shards}: must divide the {count} prompts and slots={slots}")
@@ -107,13 +107,13 @@ def generate(
     width = min(slots // shards or waiting, waiting)
     params = _resident(params, dtype)
     head = _contiguous_head(params, config)
-    stops = jnp.asarray(stop_ids, jnp.int32)
+    stops = jnp.asarray(model.stop_ids, jnp.int32)
 
     by_shard = partial(jnp.reshape, shape=(shards, count // shards))
-    last, problem_ids = by_shard(prompts[:, -1]), by_shard(problem_ids)
+    last, problem_ids = by_shard(prompts.tokens[:, -1]), by_shard(problem_ids)
     empty = _laid_out(models.init_cache(config, count, length - 1, dtype))
     # All but the last token, which is the first to be decoded.
-    early = _left_aligned(prompts[:, :-1], mask[:, :-1])
+    early = _left_aligned(prompts.tokens[:, :-1], prompts.mask[:, :-1])
     filled = models.apply(params, config, *early, empty, dtype=dtype)[1] if length > 1 else empty
     assert filled is not None  # a cache went in
 
@@ -142,7 +142,7 @@ def generate(
         own_key, sample_id = (of_turn[now.item % together] for of_turn in (keys[kinds], samples))
         noise = [x.reshape(-1) for x in (own_key, of_problem(problem_ids, now.item), sample_id, now.sampled)]
         uniform = jax.vmap(lambda *key_and_ids: jax.random.uniform(_fold(*key_and_ids)))(*noise)
-        token, logp = sample(logits, uniform, temperature=temperature, top_p=top_p, top_k=top_k)
+        token, logp = sample(logits, uniform, sampling)
         token, logp = token.reshape(now.item.shape), logp.reshape(now.item.shape)
         stopped = jnp.isin(token, stops)
         out = _record(out, now, token, logp, stopped)
@@ -164,7 +164,7 @@ def generate(
     cache = _laid_out(models.init_cache(config, shards * width, length - 1 + max_new_tokens, dtype))
     idle = jnp.full((shards, width), waiting, jnp.int32)
     out = Rollout(
-        jnp.full((shards, waiting, max_new_tokens), pad_id, jnp.int32),
+        jnp.full((shards, waiting, max_new_tokens), model.pad_id, jnp.int32),
         jnp.zeros((shards, waiting, max_new_tokens), jnp.float32),
         jnp.zeros((shards, waiting), jnp.int32),
         jnp.full((shards, waiting), LENGTH, jnp.int32),

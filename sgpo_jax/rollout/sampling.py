@@ -29,28 +29,24 @@ class Sampling:
         return cls(fields.max_new_tokens, fields.temperature, fields.top_p, fields.top_k, fields.slots)
 
 
-def sample(
-    logits: jax.Array, uniform: jax.Array, *, temperature: float, top_p: float, top_k: int
-) -> tuple[jax.Array, jax.Array]:
-    """Draws a token from the filtered distribution and reports its probability under the unfiltered one.
+def sample(logits: jax.Array, uniform: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
+    """Draws a token from the filtered distribution and returns its probability under the unfiltered one.
 
-    The filter is applied in the usual order: temperature, then top-k, then top-p over what top-k left.
+    The order is the usual one: temperature, then top-k, then top-p over the tokens that top-k keeps.
 
     Args:
       logits: `[R,V]`.
       uniform: `[R]` in [0, 1).
-      temperature: 0 takes the most likely token and ignores the rest.
-      top_p: keep the fewest most likely tokens whose probability reaches this (more on a tie); 1 keeps all.
-      top_k: keep this many most likely tokens (more on a tie); 0 keeps all.
+      sampling: the temperature and the filters; where tokens tie at the border of a filter, it keeps all of them.
 
     Returns:
       (token `[R]` int32, its log-probability `[R]` float32 at temperature 1 without any filter, nats).
     """
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    if temperature == 0:
+    if sampling.temperature == 0:
         token = jnp.argmax(log_probs, axis=-1)
     else:
-        probs = filtered(log_probs / temperature, top_p=top_p, top_k=top_k)
+        probs = filtered(log_probs / sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
         token = inverse_cdf(probs, uniform)
     token = token.astype(jnp.int32)
     return token, jnp.take_along_axis(log_probs, token[:, None], axis=-1)[:, 0]

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from sgpo_jax.policy import Policy
 from sgpo_jax.policy import tokenizer as tokenizers
 from sgpo_jax.policy.generation import noise_key, pad_prompts, respond
-from sgpo_jax.rollout import STOP
+from sgpo_jax.rollout import STOP, Sampling
 
 MAX_TEXT = 1_000_000  # characters of a reply; the rest is cut off
 MAX_BODY = 64 * 2**20  # bytes of a response of the server; a longer one is given up
@@ -271,8 +271,7 @@ def local(
         padded = pad_prompts(policy, [tokens for _, tokens in filled], max_prompt_tokens)
         ids = np.array([zlib.crc32(request.id.encode()) for request, _ in filled], np.uint32)
         rollout, _ = respond(
-            policy, params, padded, ids, key, mesh, group=first.choices, max_new_tokens=first.max_tokens,
-            temperature=temperature, top_p=top_p, top_k=0,
+            policy, params, padded, ids, key, mesh, Sampling(first.max_tokens, temperature, top_p), first.choices
         )  # fmt: skip
         replies = []
         for i, (_, tokens) in enumerate(requests):

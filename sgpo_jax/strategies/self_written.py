@@ -12,17 +12,15 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from sgpo_jax.policy import Policy
+from sgpo_jax.policy import Policy, Run
 from sgpo_jax.policy import tokenizer as tokenizers
 from sgpo_jax.policy.generation import Graded, encode_prompts, grade, noise_key, pad_prompts, respond
-from sgpo_jax.rollout import STOP, Rollout
+from sgpo_jax.rollout import STOP, Rollout, Sampling
 from sgpo_jax.runtime import distributed, preemption
 from sgpo_jax.runtime.journal import Journal
 from sgpo_jax.runtime.progress import progress_line
@@ -31,42 +29,28 @@ from sgpo_jax.strategies import leakage, parsing, prompts
 _PROGRESS_SECONDS = 5.0  # least time between two lines of progress
 
 
-def write(
-    policy: Policy,
-    params: Any,
-    rows: Sequence[dict],
-    mesh: Mesh,
-    *,
-    path: Path,
-    step: int,
-    seed: int,
-    tries: int,
-    batch: int,
-    max_prompt_tokens: int,
-    bare: bool,
-    reward: str = "",
-    **sampling: Any,
-) -> list[dict]:
-    """The rows, each with the student's own strategy in place of the data's, or None where there is none.
+def write(run: Run, params: Any, rows: Sequence[dict], step: int) -> list[dict]:
+    """Has the student write the strategies of all problems that have no verdict yet.
+
+    The journal rl/strategies.jsonl grows by a batch of problems at a time. A verdict has id, correct (how many of the
+    responses are), response (the one shown), strategy, reason ("kept", or why there is none) and detail.
 
     Args:
-      policy, params: the student that RL begins with.
+      run, params: the student that RL begins with.
       rows: M problems.
-      mesh: where it runs.
-      path: the journal; grows by a batch of problems at a time. A verdict has id, correct (how many of the responses
-        are), response (the one shown), strategy, reason ("kept", or why there is none) and detail.
       step: finished updates of `params`, after which nothing more may be written.
-      seed: of the noise.
-      tries: unguided responses to each problem.
-      batch: problems worked on at once.
-      max_prompt_tokens: of what the student is asked, and of a problem with its strategy; P is never larger.
-      bare: as in `prompts.own_strategy`.
-      reward: as in `rewards.judge`; a response is correct if it is 1.
-      sampling: max_new_tokens, temperature, top_p, top_k, slots; of responses and strategies.
+
+    Returns:
+      The rows, each with the student's own strategy in place of the data's, or None where there is none.
 
     Raises:
       ValueError: strategies are missing after the first step, or the journal was made with other settings.
     """
+    config, policy, mesh, seed = run.config, run.policy, run.mesh, run.config.seed
+    tries, batch, reward = config.rl.self_tries, config.rl.batch, config.rl.reward
+    max_prompt_tokens = config.data.max_prompt_tokens  # of a request, and of a problem with its strategy
+    bare = config.model.tokenizer == "arithmetic"  # the embedded world has no words for a request
+    sampling, path = Sampling.from_config(config.rl), run.workdir / "rl" / "strategies.jsonl"
     settings = {"seed": seed, "tries": tries, "prompts": prompts.PROMPT_VERSION}
     with Journal(path, settings) if jax.process_index() == 0 else contextlib.nullcontext() as journal:
         verdicts: list = distributed.first(lambda: [journal.verdict(row["id"]) for row in rows] if journal else [])
@@ -82,7 +66,7 @@ def write(
             ids = np.array([zlib.crc32(some[i]["id"].encode()) for i in places], np.uint32)
             padded = pad_prompts(policy, [tokens[i] for i in places], length)
             key = noise_key(seed, purpose, 0)
-            rollout, _ = respond(policy, params, padded, ids, key, mesh, group=group, **sampling)
+            rollout, _ = respond(policy, params, padded, ids, key, mesh, sampling, group)
             return Rollout(*(field[: len(some)] for field in rollout))
 
         started = shown = time.monotonic()

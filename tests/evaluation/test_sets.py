@@ -1,5 +1,6 @@
 """Grading of rollouts, intervals, and the evaluation of a set."""
 
+import dataclasses
 import json
 
 import jax
@@ -58,14 +59,11 @@ def test_noise_keys_differ_in_seed_purpose_and_step():
 
 def test_evaluate_reports_what_the_generations_say(small, tmp_path):
     rows = data.load("arithmetic:eval,count=5")
-    settings = {"max_new_tokens": 6, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
 
     def run(batch, step=0, guided=False):
-        return sets.evaluate(
-            *small, rows, mesh, name="set", seed=0, step=step, guided=guided, samples=3, batch=batch,
-            path=tmp_path / f"{batch}_{step}_{guided}.jsonl", **settings,
-        )  # fmt: skip
+        settings = sets.Settings("set", 0, step, guided, 3, rollout.Sampling(6), batch)
+        return sets.evaluate(*small, rows, mesh, settings, tmp_path / f"{batch}_{step}_{guided}.jsonl")
 
     result = run(2)
     lines = read_jsonl(tmp_path / "2_0_False.jsonl")
@@ -86,14 +84,15 @@ def test_evaluate_reports_what_the_generations_say(small, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
-SETTINGS = {"max_new_tokens": 6, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+SETTINGS = sets.Settings("set", seed=0, step=3, guided=False, samples=3, sampling=rollout.Sampling(6), batch=2)
 
 
-def evaluate_five(small, path, **changed):
-    rows = data.load("arithmetic:eval,count=5")
-    arguments = {"name": "set", "seed": 0, "step": 3, "guided": False, "samples": 3, "batch": 2, **SETTINGS, **changed}
+def evaluate_five(small, path, rows=None, restart=False, **changed):
+    rows = rows or data.load("arithmetic:eval,count=5")
+    sampling = {name: changed.pop(name) for name in ("temperature", "top_p", "slots") if name in changed}
+    changed["sampling"] = dataclasses.replace(SETTINGS.sampling, **sampling)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    return sets.evaluate(*small, arguments.pop("rows", rows), mesh, path=path, **arguments)
+    return sets.evaluate(*small, rows, mesh, dataclasses.replace(SETTINGS, **changed), path, restart)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.45, 0.7, 0.9, 1.0])
@@ -175,14 +174,14 @@ def graded(*answers, outcomes, finish=None):
 
 def test_equal_answers_share_a_vote():
     wrong = ["wrong"] * 7
-    votes = majority._votes(graded(r"\frac12", "0.5", "x+1", "1+x", "7", r"\frac{2}{4}", "7.0", outcomes=wrong))
+    votes = majority.votes(graded(r"\frac12", "0.5", "x+1", "1+x", "7", r"\frac{2}{4}", "7.0", outcomes=wrong))
     assert votes == [[0, 0, 1, 1, 2, 0, 2]]
     mixed = ["wrong", "correct", "correct", "no_box", "wrong", "timeout", "timeout"]
-    votes = majority._votes(graded("8", "3", "9/3", None, "08", "9^{9^9}", "9^{9^9}", outcomes=mixed))
+    votes = majority.votes(graded("8", "3", "9/3", None, "08", "9^{9^9}", "9^{9^9}", outcomes=mixed))
     assert votes == [[0, 1, 1, -1, 0, 2, 2]]
-    votes = majority._votes(graded("136", "330", "136", "330", "7", "136", outcomes=wrong[:6]))
+    votes = majority.votes(graded("136", "330", "136", "330", "7", "136", outcomes=wrong[:6]))
     assert votes == [[0, 1, 0, 1, 2, 0]], "an answer given again after another"
-    votes = majority._votes(graded("8", "8", outcomes=wrong[:2], finish=[LENGTH, STOP]))
+    votes = majority.votes(graded("8", "8", outcomes=wrong[:2], finish=[LENGTH, STOP]))
     assert votes == [[-1, 0]]
 
 
@@ -192,7 +191,7 @@ def test_grades_and_votes_are_the_same_when_processes_share_them(small, monkeypa
     whole = Rollout(*(np.concatenate([pad_to(field, 12) for field in fields]) for fields in zip(*parts, strict=True)))
     rows = [{"answer": "352"}] * 5 + [{"answer": "9"}] * 5
     alone = generation.grade(small[0], whole, rows)
-    votes = majority._votes(alone)
+    votes = majority.votes(alone)
     shares = []
 
     def split(work, items):
@@ -208,7 +207,7 @@ def test_grades_and_votes_are_the_same_when_processes_share_them(small, monkeypa
     assert shared.texts == alone.texts and shared.verdicts == alone.verdicts
     np.testing.assert_array_equal(shared.rewards, alone.rewards)
     assert 0 < alone.rewards.mean() < 1 and len({str(vote) for vote in votes}) > 1
-    assert majority._votes(shared) == votes
+    assert majority.votes(shared) == votes
     assert shares == [4, 3, 3] * 2
 
 
@@ -232,10 +231,9 @@ def test_policy_from_a_hugging_face_folder(small, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, initial(jax.random.key(1), sharding.make_mesh()), params)
     prompt = generation.encode_prompts(loaded._replace(instruction=""), data.load("arithmetic:eval,count=1"), False)
     assert prompt == generation.encode_prompts(source, data.load("arithmetic:eval,count=1"), False)
-    tokens, mask = generation.pad_prompts(loaded, prompt, 20)
     out, _ = rollout.generate(
-        params, loaded.config, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(0), jnp.arange(1), group=2,
-        max_new_tokens=3, temperature=1.0, top_p=1.0, top_k=0, stop_ids=loaded.stop_ids, pad_id=loaded.pad_id,
+        params, loaded.language_model, generation.pad_prompts(loaded, prompt, 20), jax.random.key(0), jnp.arange(1),
+        sampling=rollout.Sampling(3), group=2,
     )  # fmt: skip
     assert out.tokens.shape == (1, 2, 3)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sgpo_jax import models
-from sgpo_jax.policy.generation import Prompts
+from sgpo_jax.rollout import Prompts
 from sgpo_jax.training.batch import Batch, Group
 
 CONFIG = models.ModelConfig(

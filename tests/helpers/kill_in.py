@@ -39,7 +39,7 @@ PHASES = {
     "RL update": (rl, "make_update"),
     "checkpoint": (checkpoint.Checkpoints, "save"),
     "evaluation": (sets, "evaluate"),
-    "part of an evaluation": (sets, "_append"),
+    "part of an evaluation": (sets, "append_text"),
     "rollback": (rollback, "_keep_rows"),
     "rolled back": (rollback, "go_back"),
     "extraction": (journal.Journal, "append"),

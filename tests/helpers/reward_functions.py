@@ -1,4 +1,4 @@
-"""Reward functions as a user may write them, good and bad; loaded by name in the workers."""
+"""Reward functions that a user may write, good and bad. The grading workers load them by name."""
 
 import contextlib
 import os
@@ -29,7 +29,7 @@ def by_row(problem, response):
             "one": 1, "third": np.float32(0.25), "text": "1.0", "none": None, "nan": float("nan"), "two": 2.0,
             "minus": -0.1, "list": [1.0], "huge": 10**400,
         }[rest]  # fmt: skip
-    if kind == "reply":  # to every open file, as no function should
+    if kind == "reply":  # forges a reply on every open file
         for file in range(3, 20):
             with contextlib.suppress(OSError):
                 os.write(file, rest.encode() + b"\n")

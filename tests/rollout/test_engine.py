@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis.extra.numpy import arrays
 
 from sgpo_jax import models, policy, sharding
-from sgpo_jax.rollout import LENGTH, STOP, generate, sampling
+from sgpo_jax.rollout import LENGTH, STOP, LanguageModel, Prompts, Sampling, generate, sampling
 from sgpo_jax.training import packing
 from sgpo_jax.training.train_step import response_hidden, response_logprobs
 
 filtered = jax.jit(sampling.filtered, static_argnames=("top_p", "top_k"))
 inverse_cdf = jax.jit(sampling.inverse_cdf)
-sample = jax.jit(sampling.sample, static_argnames=("temperature", "top_p", "top_k"))
+sample = jax.jit(sampling.sample, static_argnums=2)
 
 BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
 
@@ -146,7 +146,7 @@ def test_random_uniforms_give_frequencies_that_pass_a_chi_square_test():
     count, size = 20_000, 200
     logits = jnp.asarray(np.random.default_rng(1).normal(size=size), jnp.float32)
     uniform = jax.random.uniform(jax.random.key(2), count)
-    tokens, _ = sample(jnp.broadcast_to(logits, (count, size)), uniform, temperature=1.0, top_p=1.0, top_k=0)
+    tokens, _ = sample(jnp.broadcast_to(logits, (count, size)), uniform, Sampling(1))
     expected = count * np.asarray(jax.nn.softmax(logits))
     chi_square = ((np.bincount(tokens, minlength=size) - expected) ** 2 / expected).sum()
     # Mean size - 1, variance 2 (size - 1): five deviations on each side.
@@ -176,7 +176,7 @@ def test_tokens_of_probability_zero_are_never_drawn(probs, uniform):
 
 
 def test_a_vocabulary_of_one():
-    tokens, logp = sample(jnp.array([[3.0], [-2.0]]), jnp.array([0.0, BELOW_ONE]), temperature=1.0, top_p=0.9, top_k=1)
+    tokens, logp = sample(jnp.array([[3.0], [-2.0]]), jnp.array([0.0, BELOW_ONE]), Sampling(1, top_p=0.9, top_k=1))
     np.testing.assert_array_equal(tokens, [0, 0])
     np.testing.assert_array_equal(logp, [0.0, 0.0])
 
@@ -184,7 +184,7 @@ def test_a_vocabulary_of_one():
 def drawable(logits, **filters):
     """Tokens that an even grid of uniforms draws from one row of logits."""
     uniform = jnp.linspace(0, BELOW_ONE, 2001)
-    tokens, _ = sample(jnp.broadcast_to(jnp.array(logits), (2001, len(logits))), uniform, **filters)
+    tokens, _ = sample(jnp.broadcast_to(jnp.array(logits), (2001, len(logits))), uniform, Sampling(1, **filters))
     return np.bincount(tokens, minlength=len(logits)) / 2001
 
 
@@ -204,7 +204,7 @@ def test_temperature_comes_before_the_filters():
 def test_greedy_takes_the_most_likely_token_whatever_the_uniform(filters):
     logits = np.random.default_rng(0).normal(size=(64, 150)).astype(np.float32)
     uniform = np.linspace(0, BELOW_ONE, 64, dtype=np.float32)
-    tokens, logp = sample(jnp.array(logits), uniform, temperature=0, **filters)
+    tokens, logp = sample(jnp.array(logits), uniform, Sampling(1, temperature=0, **filters))
     np.testing.assert_array_equal(tokens, logits.argmax(-1))
     np.testing.assert_allclose(logp, logits.max(-1) - np.log(np.exp(logits.astype(np.float64)).sum(-1)), rtol=1e-5)
 
@@ -213,7 +213,7 @@ def test_greedy_takes_the_most_likely_token_whatever_the_uniform(filters):
 def test_the_log_probability_ignores_temperature_and_filters(dtype):
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(64, 150)), dtype)
     uniform = jax.random.uniform(jax.random.key(0), 64)
-    tokens, logp = sample(logits, uniform, temperature=0.3, top_p=0.7, top_k=20)
+    tokens, logp = sample(logits, uniform, Sampling(1, temperature=0.3, top_p=0.7, top_k=20))
     assert (tokens.dtype, logp.dtype) == (jnp.int32, jnp.float32)
     wide = np.asarray(logits, np.float64)
     expected = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
@@ -241,13 +241,12 @@ def run(tiny, tiny_params):
     """`generate` on the tiny model, everything but what a test changes held fixed; numpy arrays."""
 
     def run(prompts=PROMPTS, ids=IDS, *, seed=0, length=6, fill=PAD, params=tiny_params, **changes):
-        settings = {
-            "group": 2, "max_new_tokens": NEW, "temperature": 0.7, "top_p": 0.9, "top_k": 0,
-            "stop_ids": (), "pad_id": PAD, **changes,
-        }  # fmt: skip
-        tokens, mask = padded(prompts, length, fill)
+        model = LanguageModel(tiny, changes.pop("stop_ids", ()), PAD, changes.pop("dtype", jnp.float32))
+        group, shards = changes.pop("group", 2), changes.pop("shards", 1)
+        sampling = Sampling(**{"max_new_tokens": NEW, "temperature": 0.7, "top_p": 0.9, **changes})
+        batch, key, problems = Prompts(*padded(prompts, length, fill)), jax.random.key(seed), np.array(ids, np.uint32)
         return jax.device_get(
-            generate(params, tiny, tokens, mask, jax.random.key(seed), np.array(ids, np.uint32), **settings)[0]
+            generate(params, model, batch, key, problems, sampling=sampling, group=group, shards=shards)[0]
         )
 
     return run
@@ -481,18 +480,11 @@ def equations(jaxpr, within=()):
 
 def test_the_prompt_is_prefilled_once_per_problem(tiny, tiny_params):
     batch, group, length, new = 3, 5, 13, 4  # sizes that tell the axes apart, and from a part of the cache
-    jaxpr = jax.make_jaxpr(
-        partial(
-            generate, config=tiny, group=group, max_new_tokens=new, temperature=1.0, top_p=1.0, top_k=0,
-            stop_ids=(1,), pad_id=0,
-        )
-    )(
-        tiny_params,
-        prompts=jnp.zeros((batch, length), jnp.int32),
-        mask=jnp.ones((batch, length), bool),
-        key=jax.random.key(0),
-        problem_ids=jnp.arange(batch),
-    )  # fmt: skip
+    prompts = Prompts(jnp.zeros((batch, length), jnp.int32), jnp.ones((batch, length), bool))
+    sampled = partial(generate, model=LanguageModel(tiny, (1,), 0), sampling=Sampling(new), group=group)
+    jaxpr = jax.make_jaxpr(sampled)(
+        tiny_params, prompts=prompts, key=jax.random.key(0), problem_ids=jnp.arange(batch)
+    )
     products = [
         (equation.outvars[0].aval.shape, within)
         for equation, within in equations(jaxpr.jaxpr)
@@ -527,14 +519,14 @@ def test_a_mesh_of_eight_devices_samples_the_same_tokens(shape, stopped, tiny, t
     tokens, mask = sharding.put_rows(padded(PROMPTS), mesh)
     with jax.set_mesh(mesh):
         actual, _ = generate(
-            placed, tiny, tokens, mask, jax.random.key(0), sharding.put_rows(np.array(IDS, np.uint32), mesh),
-            group=2, max_new_tokens=NEW, temperature=0.7, top_p=0.9, top_k=0, stop_ids=stops, pad_id=PAD,
+            placed, LanguageModel(tiny, stops, PAD), Prompts(tokens, mask), jax.random.key(0),
+            sharding.put_rows(np.array(IDS, np.uint32), mesh), sampling=Sampling(NEW, 0.7, 0.9), group=2,
         )  # fmt: skip
     assert_same(jax.device_get(actual), expected)
 
 
 def test_nan_never_leaves_the_vocabulary():
     token, _ = sampling.sample(
-        jnp.full((3, 130), jnp.nan), jnp.array([0.0, 0.5, 0.99]), temperature=1.0, top_p=0.9, top_k=0
+        jnp.full((3, 130), jnp.nan), jnp.array([0.0, 0.5, 0.99]), Sampling(1, top_p=0.9)
     )
     assert jnp.all((token >= 0) & (token < 130))

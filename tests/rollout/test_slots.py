@@ -8,33 +8,32 @@ import pytest
 
 from sgpo_jax import policy, sharding
 from sgpo_jax.policy import generation
-from sgpo_jax.rollout import STOP, Rollout, generate
+from sgpo_jax.rollout import STOP, LanguageModel, Prompts, Rollout, Sampling, generate
 from sgpo_jax.rollout.engine import narrowed
 from sgpo_jax.rollout.schedule import schedule
 
 COUNT, GROUP, NEW, LENGTH, PAD = 24, 2, 24, 7, 63
 STOPS = tuple(range(1, 9))  # an eighth of the vocabulary, so that responses end at all lengths
-SETTINGS = {
-    "group": GROUP, "max_new_tokens": NEW, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "stop_ids": STOPS,
-    "pad_id": PAD,
-}  # fmt: skip
+
+
+def sample(params, config, prompts, key, ids, *, group=GROUP, shards=1, slots=0):
+    model, sampling = LanguageModel(config, STOPS, PAD), Sampling(NEW, slots=slots)
+    return generate(params, model, prompts, key, ids, sampling=sampling, group=group, shards=shards)
 
 
 def prompts(seed=0):
-    """Prompts of 1 to 7 tokens, padded on the left: tokens and mask `[B,P]`."""
+    """Prompts of 1 to 7 tokens, padded on the left."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, LENGTH + 1, COUNT)
     mask = np.arange(LENGTH) >= LENGTH - lengths[:, None]
-    return np.where(mask, rng.integers(9, PAD, (COUNT, LENGTH)), PAD).astype(np.int32), mask
+    return Prompts(np.where(mask, rng.integers(9, PAD, (COUNT, LENGTH)), PAD).astype(np.int32), mask)
 
 
 @pytest.fixture(scope="module")
 def run(tiny, tiny_params):
     def run(seed=0, **changes):
         ids = np.arange(COUNT, dtype=np.uint32) * 7
-        rollout, slot_steps = generate(
-            tiny_params, tiny, *prompts(seed), jax.random.key(seed), ids, **(SETTINGS | changes)
-        )
+        rollout, slot_steps = sample(tiny_params, tiny, prompts(seed), jax.random.key(seed), ids, **changes)
         return jax.device_get(rollout), int(slot_steps)
 
     return run
@@ -65,7 +64,7 @@ def test_prompts_of_one_token(tiny, tiny_params):
     tokens, ids = np.arange(9, 15, dtype=np.int32)[:, None], np.arange(6, dtype=np.uint32)
     one, longer = (
         [
-            jax.device_get(generate(tiny_params, tiny, *prompt, jax.random.key(0), ids, slots=slots, **SETTINGS)[0])
+            jax.device_get(sample(tiny_params, tiny, Prompts(*prompt), jax.random.key(0), ids, slots=slots)[0])
             for slots in (0, 4)
         ]
         for prompt in ((tokens, tokens > 0), (np.pad(tokens, ((0, 0), (2, 0))), np.pad(tokens > 0, ((0, 0), (2, 0)))))
@@ -101,10 +100,9 @@ def test_slots_on_a_mesh_of_eight_devices(at_once, tiny, tiny_params):
     mesh = sharding.make_mesh(2, 2, 2)
     ids = sharding.put_rows(np.arange(COUNT, dtype=np.uint32) * 7, mesh)
     with jax.set_mesh(mesh):
-        rollout, _ = generate(
-            policy.place(tiny_params, mesh), tiny, *sharding.put_rows(prompts(), mesh), jax.random.key(0), ids,
-            slots=8, shards=4, **SETTINGS,
-        )  # fmt: skip
+        batch = Prompts(*sharding.put_rows(tuple(prompts()), mesh))
+        params = policy.place(tiny_params, mesh)
+        rollout, _ = sample(params, tiny, batch, jax.random.key(0), ids, slots=8, shards=4)
     assert_same(Rollout(*jax.device_get(rollout)), at_once[0])
 
 
@@ -115,10 +113,9 @@ KINDS = (GROUP, 3)  # responses to a prompt of each kind
 def each_alone(tiny, tiny_params):
     """The responses to some prompts, and to others with a key and a number of their own."""
     ids = np.arange(COUNT, dtype=np.uint32)
-    settings = SETTINGS | {"group": KINDS[1]}
     first, second = (
-        jax.device_get(generate(tiny_params, tiny, *prompts(seed), jax.random.key(seed), ids, **kind)[0])
-        for seed, kind in enumerate((SETTINGS, settings))
+        jax.device_get(sample(tiny_params, tiny, prompts(seed), jax.random.key(seed), ids, group=group)[0])
+        for seed, group in enumerate(KINDS)
     )
     assert (first.tokens != second.tokens[:, :GROUP]).any(axis=2).mean() > 0.9
     return first, second
@@ -131,8 +128,8 @@ def test_groups_sampled_at_once_are_those_sampled_alone(each_alone, tiny, tiny_p
     ours = policy.Policy(tiny, None, STOPS, PAD, np.dtype(np.float32), "")
     with jax.set_mesh(mesh):
         rollouts, slot_steps = generation.respond_in_groups(
-            ours, policy.place(tiny_params, mesh), tokens, LENGTH, [jax.random.key(seed) for seed in range(2)], mesh,
-            KINDS, slots=slots, max_new_tokens=NEW, temperature=1.0, top_p=1.0, top_k=0,
+            ours, policy.place(tiny_params, mesh), tokens, [jax.random.key(seed) for seed in range(2)], mesh,
+            Sampling(NEW, slots=slots), KINDS, LENGTH,
         )  # fmt: skip
     for actual, expected in zip(rollouts, each_alone, strict=True):
         assert_same(actual, expected)

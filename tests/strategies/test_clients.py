@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgpo_jax import policy, sharding
+from sgpo_jax.policy.generation import respond
 from sgpo_jax.strategies import clients
 
 pytest.importorskip("openai", reason="needs the extra 'extract'")
@@ -262,8 +263,7 @@ def test_replies_of_our_own_model_depend_on_seed_and_id_alone(small):
 
 def test_waiting_requests_share_a_batch(small, monkeypatch):
     calls = []
-    monkeypatch.setattr(clients, "respond", lambda *a, **k: calls.append(k["max_new_tokens"]) or respond(*a, **k))
-    respond = __import__("sgpo_jax.respond", fromlist=["respond"]).respond
+    monkeypatch.setattr(clients, "respond", lambda *args: calls.append(args[6].max_new_tokens) or respond(*args))
     ask = local(small, gather=0.5)
     first, *rest = requests(4)
     mixed = [first, clients.Request("long", "Prices at copper market: 1 1", 2, 7), *rest]

@@ -8,14 +8,13 @@ from helpers.configs import load
 from helpers.paths import ROOT
 
 from sgpo_jax import data, main, methods, rewards, sharding
-from sgpo_jax.policy import generation, tokenizer
+from sgpo_jax.policy import Run, generation, tokenizer
 from sgpo_jax.policy.generation import Graded
 from sgpo_jax.rollout import STOP, Rollout
 from sgpo_jax.runtime.files import read_jsonl
-from sgpo_jax.strategies import prompts, self_written
+from sgpo_jax.strategies import parsing, prompts, self_written
 from sgpo_jax.training import stage
 
-SAMPLING = {"max_new_tokens": 24, "temperature": 1.0, "top_p": 0.95, "top_k": 0, "slots": 0}
 STRATEGY = "Problem type: percentages. Strategy: one quantity is split. Steps: (a) find the part (b) find the rest"
 SOLUTION = "30 % of 70 is 21 and 70 - 21 = 49. \\boxed{49}"
 
@@ -91,13 +90,14 @@ def replies(student, monkeypatch):
     policy, _, rows, _ = student
     written = tokenizer.encode_response(policy.tokenizer, rows[0]["strategy"], policy.stop_ids[0])
 
-    def sampled(*arguments, group, **sampling):
+    def sampled(*arguments):
         found.calls += 1
         found.asked.append(tokenizer.decode(policy.tokenizer, arguments[2].tokens[0], arguments[2].tokens.shape[1]))
         if found.left == 0:
             raise Killed
         found.left -= 1
-        rollout, steps = generation.respond(*arguments, group=group, **sampling)
+        rollout, steps = generation.respond(*arguments)
+        group = arguments[-1]
         tokens, lengths, finish = (np.array(x) for x in (rollout.tokens, rollout.lengths, rollout.finish))
         if group == 1:
             wrote = tokens[:, :, 0] % 2 == 0
@@ -120,17 +120,20 @@ def replies(student, monkeypatch):
     return found
 
 
-def write(student, path, step=0, seed=3, **changes):
-    settings = {"tries": 3, "batch": 8, "max_prompt_tokens": 64, "bare": True} | SAMPLING | changes
+def write(student, path, step=0, seed=3, max_prompt_tokens=64):
     policy, params, rows, mesh = student
+    config = load(ROOT / "configs" / "quickstart.py")
+    config.rl.update({"self_tries": 3, "batch": 8, "max_new_tokens": 24})
+    config.seed, config.data.max_prompt_tokens = seed, max_prompt_tokens
+    path.parent.mkdir(parents=True, exist_ok=True)
     with jax.set_mesh(mesh):
-        return self_written.write(policy, params, rows, mesh, path=path, step=step, seed=seed, **settings)
+        return self_written.write(Run(config, path.parents[1], policy, mesh), params, rows, step)
 
 
 def test_every_problem_gets_a_strategy_or_a_reason(student, replies, tmp_path, capsys):
     _, _, rows, _ = student
-    found = write(student, tmp_path / "strategies.jsonl")
-    settings, *verdicts = read_jsonl(tmp_path / "strategies.jsonl")
+    found = write(student, tmp_path / "run/rl/strategies.jsonl")
+    settings, *verdicts = read_jsonl(tmp_path / "run/rl/strategies.jsonl")
     assert settings["seed"] == 3 and [v["id"] for v in verdicts] == [row["id"] for row in rows]
     assert {v["reason"] for v in verdicts} >= {"kept", "no_correct"} and len({v["reason"] for v in verdicts}) > 2
     for row, ours, verdict in zip(rows, found, verdicts, strict=True):
@@ -146,42 +149,42 @@ def test_every_problem_gets_a_strategy_or_a_reason(student, replies, tmp_path, c
     kept = sum(v["reason"] == "kept" for v in verdicts)
     assert "own strategies of 20 problems: " in capsys.readouterr().out and 0 < kept < 20
     # Read back, whatever the engine would say.
-    before, replies.left = (tmp_path / "strategies.jsonl").read_bytes(), 0
-    assert write(student, tmp_path / "strategies.jsonl", step=5) == found
-    assert (tmp_path / "strategies.jsonl").read_bytes() == before
+    before, replies.left = (tmp_path / "run/rl/strategies.jsonl").read_bytes(), 0
+    assert write(student, tmp_path / "run/rl/strategies.jsonl", step=5) == found
+    assert (tmp_path / "run/rl/strategies.jsonl").read_bytes() == before
     with pytest.raises(ValueError, match="seed=4: .*strategies.jsonl was made with 3"):
-        write(student, tmp_path / "strategies.jsonl", seed=4)
+        write(student, tmp_path / "run/rl/strategies.jsonl", seed=4)
 
 
 @pytest.mark.parametrize("calls", range(6))  # three batches, of which each samples twice
 def test_a_kill_changes_nothing(student, replies, tmp_path, calls):
-    whole = write(student, tmp_path / "whole.jsonl")
+    whole = write(student, tmp_path / "whole/rl/strategies.jsonl")
     replies.left = calls
     with pytest.raises(Killed):
-        write(student, tmp_path / "strategies.jsonl")
-    with (tmp_path / "strategies.jsonl").open("a") as file:
+        write(student, tmp_path / "run/rl/strategies.jsonl")
+    with (tmp_path / "run/rl/strategies.jsonl").open("a") as file:
         file.write('{"kind": "verdict", "id": "copp')
     replies.calls, replies.left = 0, -1
-    assert write(student, tmp_path / "strategies.jsonl") == whole
+    assert write(student, tmp_path / "run/rl/strategies.jsonl") == whole
     assert replies.calls == 6 - calls // 2 * 2, "what is there is not sampled again"
-    assert (tmp_path / "strategies.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert (tmp_path / "run/rl/strategies.jsonl").read_bytes() == (tmp_path / "whole/rl/strategies.jsonl").read_bytes()
 
 
 def test_a_kill_between_two_verdicts_of_a_batch_changes_nothing(student, replies, tmp_path):
-    whole = write(student, tmp_path / "strategies.jsonl")
-    content = (tmp_path / "strategies.jsonl").read_bytes()
+    whole = write(student, tmp_path / "run/rl/strategies.jsonl")
+    content = (tmp_path / "run/rl/strategies.jsonl").read_bytes()
     lines = content.splitlines(keepends=True)
-    (tmp_path / "strategies.jsonl").write_bytes(b"".join(lines[:12]) + lines[12][:30])
-    assert write(student, tmp_path / "strategies.jsonl") == whole
-    assert (tmp_path / "strategies.jsonl").read_bytes() == content
+    (tmp_path / "run/rl/strategies.jsonl").write_bytes(b"".join(lines[:12]) + lines[12][:30])
+    assert write(student, tmp_path / "run/rl/strategies.jsonl") == whole
+    assert (tmp_path / "run/rl/strategies.jsonl").read_bytes() == content
 
 
 def test_noise_follows_the_problem_not_its_place(student, replies, tmp_path):
     policy, params, rows, mesh = student
-    whole = write(student, tmp_path / "strategies.jsonl")
-    again = write((policy, params, rows[::-1][:8], mesh), tmp_path / "reversed.jsonl")
+    whole = write(student, tmp_path / "run/rl/strategies.jsonl")
+    again = write((policy, params, rows[::-1][:8], mesh), tmp_path / "reversed/rl/strategies.jsonl")
     assert again == whole[::-1][:8]
-    other = write(student, tmp_path / "other.jsonl", seed=5)
+    other = write(student, tmp_path / "other/rl/strategies.jsonl", seed=5)
     assert other != whole
 
 
@@ -190,15 +193,15 @@ def test_prompts_that_are_too_long_are_not_shown(student, replies, tmp_path, roo
     """Without room for a response the student is not asked; with a little, its strategy does not fit."""
     policy, _, rows, _ = student
     longest = max(len(tokens) for tokens in generation.encode_prompts(policy, rows, guided=False))
-    found = write(student, tmp_path / "strategies.jsonl", max_prompt_tokens=longest + room)
+    found = write(student, tmp_path / "run/rl/strategies.jsonl", max_prompt_tokens=longest + room)
     assert {row["strategy"] for row in found} == {None}
-    reasons = {verdict["reason"] for verdict in read_jsonl(tmp_path / "strategies.jsonl")[1:]}
+    reasons = {verdict["reason"] for verdict in read_jsonl(tmp_path / "run/rl/strategies.jsonl")[1:]}
     assert {"no_correct", "prompt_too_long"} <= reasons and ("truncated" in reasons) == bool(room)
 
 
 def test_nothing_is_written_after_the_first_step(student, replies, tmp_path):
     with pytest.raises(ValueError, match="has no verdict on 20 of 20 problems, but RL is at step 2"):
-        write(student, tmp_path / "strategies.jsonl", step=2)
+        write(student, tmp_path / "run/rl/strategies.jsonl", step=2)
     assert replies.calls == 0
 
 
@@ -216,7 +219,7 @@ def test_a_run_trains_with_what_its_student_wrote(tmp_path, monkeypatch):
 
     def read(reply, finish, problem, answer, solution):
         kept = next(answered) % 2 == 0
-        return self_written.strategy_text.Parsed(rows[0]["strategy"] if kept else None, "" if kept else "structure")
+        return parsing.Parsed(rows[0]["strategy"] if kept else None, "" if kept else "structure")
 
     monkeypatch.setattr(self_written, "read", read)
     prompts = []

@@ -1,5 +1,7 @@
 """The groups of a step: whose prompts, whose noise, and how many."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from sgpo_jax import config as configs
 from sgpo_jax import policy, sharding
 from sgpo_jax.policy import generation
+from sgpo_jax.rollout import Sampling
 from sgpo_jax.training import rl
 
 PROMPTS = {
@@ -36,10 +39,8 @@ def step(tiny, tiny_params, config, position=7):
         padded = generation.pad_prompts(ours, [tokens[row["id"]] for row in ROWS], len(tokens["longest"]))
         key = generation.noise_key(config.seed, name, position)
         with jax.set_mesh(mesh):
-            rollout, _ = generation.respond(
-                ours, params, padded, np.arange(len(ROWS)), key, mesh, group=group, slots=0, max_new_tokens=9,
-                temperature=1.0, top_p=config.rl.top_p, top_k=config.rl.top_k,
-            )  # fmt: skip
+            sampling = dataclasses.replace(Sampling.from_config(config.rl), slots=0)
+            rollout, _ = generation.respond(ours, params, padded, np.arange(len(ROWS)), key, mesh, sampling, group)
         return padded, rollout
 
     return found, slot_steps, alone

@@ -1,0 +1,136 @@
+"""Small models of every supported family, and the logits that transformers computes for them.
+
+`python tests/helpers/golden_logits.py` computes the logits anew and writes them to tests/models/golden_logits.npz. It
+needs torch, in the release of the extra 'parity'. Everything else works without torch.
+"""
+
+import copy
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+FILE = Path(__file__).parents[1] / "models" / "golden_logits.npz"
+VOCABULARY = 13
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def _fields(model_type, hidden_size, heads, kv_heads, head_dim=None, tied=False, **more):
+    fields = dict(
+        model_type=model_type,
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size + 23,
+        num_hidden_layers=3,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim or hidden_size // heads,
+        tie_word_embeddings=tied,
+        max_position_embeddings=40_000,
+        rope_theta=1e4,
+        rms_norm_eps=1e-6,
+    )
+    return fields | more
+
+
+# Fields of config.json without the vocabulary's size. Sizes are odd where they may be. An epsilon of 1e-2 shows in the
+# logits; the products of "smollm2" are longer than those that the decoder sums in one chain.
+CASES = {
+    "qwen2": _fields("qwen2", 64, 4, 2, rope_theta=1e6),
+    "qwen2-tied-multi-query": _fields("qwen2", 42, 7, 1, tied=True, rms_norm_eps=1e-2),
+    "qwen2-wide-heads": _fields("qwen2", 40, 2, 2, head_dim=34),
+    "qwen3": _fields("qwen3", 40, 6, 2, head_dim=16, tied=True, rope_theta=1e6),
+    "qwen3-untied-narrow-heads": _fields("qwen3", 96, 5, 5, head_dim=6, rms_norm_eps=1e-2),
+    "qwen3-llama3-rope": _fields("qwen3", 32, 4, 1, head_dim=24, tied=True, rope_scaling=LLAMA3_ROPE),
+    "llama": _fields("llama", 48, 4, 4),
+    "llama-head-dim": _fields("llama", 36, 6, 3, head_dim=20, rms_norm_eps=1e-2),
+    "llama3": _fields("llama", 64, 8, 2, rope_theta=5e5, rope_scaling=LLAMA3_ROPE),
+    "llama3-tied": _fields("llama", 64, 2, 1, head_dim=64, tied=True, rope_theta=5e5, rope_scaling=LLAMA3_ROPE),
+    "smollm2": _fields("llama", 72, 9, 3, tied=True, rope_theta=1e5, rms_norm_eps=1e-5, intermediate_size=541),
+}
+
+# Token ids, and the position of the first of them: the second sequence stands far beyond the positions that the llama3
+# cases call original.
+SEQUENCES = (
+    (np.array([3, 11, 0, 7, 7, 1, 12, 4, 9, 2, 10]), 0),
+    (np.array([5, 12, 8, 8, 0]), 30_000),
+)
+
+
+def hf_config(case, vocab_size=VOCABULARY):
+    """Returns the contents of a case's config.json."""
+    return {**copy.deepcopy(CASES[case]), "vocab_size": vocab_size}  # transformers writes into what it is given
+
+
+def random_tensor(name, shape):
+    """Returns the float32 tensor of a checkpoint that belongs to a name: neither biases nor norms are trivial.
+
+    The numbers come from the raw output of PCG64, which numpy keeps the same in all releases.
+    """
+    bits = np.random.PCG64(zlib.crc32(name.encode())).random_raw(math.prod(shape))
+    noise = math.sqrt(3) * ((bits >> np.uint64(11)) * 2.0**-52 - 1).reshape(shape)  # uniform, of variance 1
+    if "norm" in name:
+        noise = 1 + 0.5 * noise
+    elif not name.endswith("bias"):
+        noise *= 2 * shape[-1] ** -0.5
+    return noise.astype(np.float32)
+
+
+def torch_model(case, vocab_size=VOCABULARY):
+    """Returns transformers' own model of a case, with the parameters of `random_tensor`."""
+    import torch
+    import transformers
+
+    fields = hf_config(case, vocab_size)
+    config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(random_tensor(name, tuple(parameter.shape))))
+    return model.eval()
+
+
+def torch_logits(model, tokens, positions, mask=None):
+    """Returns the logits `[B,T,V]` of a model of transformers."""
+    import torch
+
+    with torch.no_grad():
+        return model(
+            torch.as_tensor(np.array(tokens)),
+            position_ids=torch.as_tensor(np.array(positions)),
+            attention_mask=None if mask is None else torch.as_tensor(np.array(mask)).long(),
+        ).logits.numpy()
+
+
+def compute(case):
+    """Computes the logits of the sequences, one after another, `[T,V]`, with transformers."""
+    model = torch_model(case)
+    return np.concatenate(
+        [
+            torch_logits(model, tokens[None], first + np.arange(len(tokens))[None])[0]
+            for tokens, first in SEQUENCES
+        ]
+    )
+
+
+def stored(case):
+    """Reads what `compute` gave when the file was written."""
+    with np.load(FILE) as arrays:
+        return arrays[case]
+
+
+def main():
+    """Computes and stores the logits of all cases."""
+    np.savez(FILE, **{case: compute(case) for case in CASES})
+    print(f"{FILE}: {FILE.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main()
