@@ -1,12 +1,11 @@
-"""Gradings per second of the verifier's pool, on gold answers and predictions of your data.
+"""Measures gradings per second of the verifier's pool, on gold answers and predictions from your data.
 
     python benchmarks/grading.py FILE.jsonl [...] [--seconds=20] [--workers=N] [--json=OUT.json]
 
-A row with "gold" and "prediction" is graded as it is; of rows with "answer" each gold is graded against itself, another
-way to write it, and the answer of the next row. The first pass over the pairs parses everything anew; in later ones the
-workers remember what they parsed last, as they do in training, where the responses of a group share a gold answer. The
-share "by mathematics" is what text alone did not decide. Cases that are there to hurt are left out: here ordinary
-answers are measured.
+A row with "gold" and "prediction" is one pair. For a row with "answer" the gold answer is paired with itself, with
+another way to write it, and with the answer of the next row. The first pass parses every pair. In later passes the
+workers remember what they parsed last, as in training, where the responses of a group share a gold answer. The share
+"by mathematics" counts the pairs that text cannot decide. Hostile cases are left out.
 """
 
 import argparse
@@ -23,12 +22,12 @@ from sgpo_jax.rewards import answers
 from sgpo_jax.runtime import tables
 from sgpo_jax.runtime.files import read_jsonl
 
-BATCH = 512  # gradings handed over at once: 128 problems with 4 responses
-BOMBS = ("bomb", "long")  # categories of grading cases that are there to hurt
+BATCH = 512  # gradings per call: 128 problems with 4 responses
+BOMBS = ("bomb", "long")  # categories of hostile grading cases
 
 
 def read(path: str) -> list[tuple[str, str]]:
-    """(gold, response) pairs of a file."""
+    """Returns the (gold, response) pairs of a file."""
     rows = [row for row in read_jsonl(path) if row.get("category") not in BOMBS]
     if "gold" in rows[0]:
         return [(row["gold"], row["prediction"]) for row in rows]
@@ -41,12 +40,12 @@ def read(path: str) -> list[tuple[str, str]]:
 
 
 def measure(pairs: list[tuple[str, str]], seconds: float, workers: int | None) -> dict:
-    """Rates over about `seconds`, the start of the workers and the first pass over the pairs apart from the rest."""
+    """Returns gradings per second over about `seconds`, the first pass separately; starting workers is not counted."""
     undecided = 0
     for gold, response in pairs:
         box = answers.extract_boxed(response)
-        normal = box is not None and (answers.normalize_answer(gold), answers.normalize_answer(box))
-        undecided += bool(normal) and answers.compare_text(*normal) is None
+        pair = box is not None and (answers.normalize_answer(gold), answers.normalize_answer(box))
+        undecided += bool(pair) and answers.compare_text(*pair) is None
     with closing(rewards.Pool(workers=workers)) as pool:
         rewards.score([r"\boxed{x+1}"] * 64, [f"1+x+{i}" for i in range(64)], pool=pool)  # starts the workers
         rates, outcomes = [], {}

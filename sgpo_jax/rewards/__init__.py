@@ -1,4 +1,4 @@
-"""Grading responses: the verifier, a reward function of the user's own, and the processes they run in."""
+"""Rewards of responses: the verifier or a user's reward function, run in separate processes."""
 
 from sgpo_jax.rewards.answers import MAX_ANSWER
 from sgpo_jax.rewards.pool import Outcome, Pool

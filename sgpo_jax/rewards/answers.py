@@ -1,23 +1,23 @@
-r"""The text side of grading: finding an answer in a response, rewriting it into plain LaTeX, comparing it as text.
+r"""Grading by text: finds the answer in a response, rewrites it into plain LaTeX, and compares it as text.
 
-Every rule serves gold answers and predictions alike, unless it says otherwise. What a rule leaves open is for
-mathematics (`worker`), which sees the pairs that `readings` returns.
+Every rule applies to gold answers and predictions alike, unless it says otherwise. Pairs that text cannot decide go to
+math-verify (`worker`), in the forms that `readings` returns.
 """
 
 import re
 from itertools import product
 from typing import Any
 
-MAX_ANSWER = 1000  # characters; a longer answer is wrong unless it is the gold letter by letter
+MAX_ANSWER = 1000  # characters; a longer answer is wrong unless it is identical to the gold answer
 
 # A box, an escaped character (\{ opens no group) or a brace. In `\\boxed` the first \ is a slip.
 _TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\(?:\\(?!boxed|fbox)|[^\\])|[{}]", re.DOTALL)
 
 
 def extract_boxed(text: str) -> str | None:
-    r"""Content of the balanced \boxed{...} that closes last, after the last "</think>", or None.
+    r"""Returns the content of the balanced \boxed{...} that closes last, after the last "</think>"; None without one.
 
-    Takes time linear in the length of the text. Of nested boxes the outermost counts.
+    Of nested boxes the outermost counts. The time is linear in the length of the text.
     """
     text = text.rpartition("</think>")[2]
     if text.lstrip().startswith("<think>"):
@@ -43,7 +43,7 @@ _SYMBOLS: dict[str, str | int | None] = {
 _NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 _MAGNITUDES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _BOX = r"\\(?:text|textbf|textrm|textit|textsf|mbox|hbox|mathrm|mathbf|mathit|mathsf|operatorname)\s*"
-# Units with more than one letter, which nobody takes for variables; those of one letter: see `_without_words`.
+# Units of two or more letters, which cannot be variables. For units of one letter see `_without_words`.
 _UNIT = (
     r"(?:(?:sq(?:uare|\.)?|cu(?:bic|\.)?) ?)?"
     r"(?:[cmkd]m|[km]g|lbs?|oz|ft|in|mi|yd|mph|kmh|km/h|m/s|k?Hz|hrs?|mins?|secs?|"
@@ -54,7 +54,7 @@ _POWER = r"(?:\s*\^\s*\{?-?[0-9]\}?)?"
 _DECIMAL, _DEGREES, _RADIANS = r"([0-9]+(?:\.[0-9]+)?)", r"\^ ?\{? ?\\circ ?\}?", r"\\\1(\\frac{\2 \\pi}{180})"
 _PMATRIX = r"\\begin{pmatrix}\1\\end{pmatrix}"
 _MONTHS = "jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec"
-# Words that change what a number says, so that they are no decoration.
+# Words that change the meaning of a number, so they must not be removed as if they were units.
 _QUALIFIER = re.compile(
     r"\b(?:not|or (?:more|less|fewer|greater)|at (?:least|most)|(?:more|less|greater|fewer|other) than|except)\b"
 )
@@ -67,19 +67,19 @@ _REWRITES = [
     (r"\\(?:mathrm|text)\{([ie])\}", r"\1"),
     (r"(?<=[0-9])i\b", " i"),
     (r"_\{ ?\\(?:max|min) ?\}|^\s*\\approx", ""),
-    # One number: 10,\!080 and 10\,080 and 10{,}080, then 10 080 at the end.
+    # Thousands separators: 10,\!080 and 10\,080 and 10{,}080; further below 10 080.
     (r"(?<=[0-9])(?:,?\\!|\\[,;: ]|\{,\}|~)\s*(?=[0-9]{3}(?![0-9]))", ""),
     (r"\\!", ""),
     (r"(?<!\\)(?:\\[ ,;:]|~|\\q?quad\b)|\s+", " "),
     (r"(?<=[0-9]) (?=[0-9]{3}(?: [0-9]{3}){0,5}$)", ""),
-    # 1e-05, which LaTeX reads as 1*e - 05; "2e - 3" with spaces stays Euler's number.
+    # 1e-05, which LaTeX reads as 1*e - 05. In "2e - 3", with spaces, e stays Euler's number.
     (
         r"(?<![\w.}\\])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE]\+?(-?)0{0,3}([0-9]{1,6})(?![\w.^{/])",
         r"\1 \\times 10^{\2\3}",
     ),
     (r"(?<=[0-9])\.(?= ?(?:$|[-+*/^,;)\]}]))", ""),  # 1./3
     (r"(?<!\\left)(?<!\\right)(?<!\.)\. *$", ""),  # a full stop
-    # Each of the rules above takes linear time, whatever the text. Those below see at most MAX_ANSWER characters.
+    # The rules above take linear time on any text. Those below see at most MAX_ANSWER characters.
 ]
 _READABLE: list[tuple[str, Any]] = [
     (r"(?:\\(?:left|right) ?)?\\langle", "("),
@@ -93,7 +93,7 @@ _READABLE: list[tuple[str, Any]] = [
     (r" ?(?:=|\\approx) ?-?[0-9]*\.[0-9]+ ?(?:\\[lc]?dots|\.\.\.)$", ""),  # \frac13 = 0.333...
     (r"^" + _BOX + r"\{ ?([A-Z](?: ?, ?[A-Z])+) ?\}$", r"\1"),  # \text{A, B}
     (r"^([-+]?[0-9]+) ([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}"),  # 1 4/5
-    # Bases: (52)_8, 52_{\text{base }8}, 52_{\text{eight}} (its word by `_base`).
+    # Bases: (52)_8, 52_{\text{base }8}, 52_{\text{eight}} (`_base` replaces the word).
     (r"\(([0-9]+)\)_", r"\1_"),
     (r"_\{? ?" + _BOX + r"\{ ?(?:base )?([a-z]{2,8}|[0-9]{1,2})? ?\} ?([0-9]{0,2})\}?", lambda match: _base(match)),
     # Prose around an answer.
@@ -102,12 +102,12 @@ _READABLE: list[tuple[str, Any]] = [
     (r",? ?(?:" + _BOX + r"\{[ ,]*for (?:all|any|every|each)\b[^{}<>=]*\}|\\forall\b|\bfor all\b)[^0-9<>=]*$", ""),
     (r" ?\(?" + _BOX + r"\{ ?percent(?:age)? ?\}\)?|(?<=[0-9]) ?percent\b", r"\\%"),
     (r"(?<=[0-9]) ?(?:" + _BOX + r"\{)? ?(thousand|million|billion|trillion)\b ?\}?", lambda match: _magnitude(match)),
-    # Degrees are those of an angle inside a trigonometric function, decoration elsewhere.
+    # Inside a trigonometric function degrees are converted to radians; elsewhere they are dropped.
     (rf"\\(sin|cos|tan|cot|sec|csc) ?(?:\\left ?)?[({{]? ?{_DECIMAL} ?{_DEGREES}(?: ?(?:\\right ?)?[)}}])?", _RADIANS),
     (rf"{_DEGREES}(?: ?(?:[CF]\b|{_BOX}\{{ ?[CF] ?\}}))?", ""),
     (r"(-?)([0-9]*)\.([0-9]*)\\(?:overline|bar|dot) ?(?:\{ ?([0-9]+) ?\}|([0-9]))", lambda match: _repeating(match)),
 ]
-# Any words in \text{}, but no hour of the day and no month; in other fonts, where variables are as well, units.
+# In \text{} any words except an hour of the day or a month. Other fonts are also used for variables: there only units.
 _SET_UNIT = (
     rf"(?:\\(?:text|mbox|hbox) ?\{{(?! ?(?i:[ap]\.? ?m\b|(?:{_MONTHS})[a-z]*))[^{{}}]*\}}"
     rf"|{_BOX}\{{ ?(?:[mghsL]|{_UNIT}){_POWER} ?\}})"
@@ -120,6 +120,7 @@ _TRAILING_UNIT = re.compile(
 
 
 def _base(match: re.Match[str]) -> str:
+    """Returns a number's base as a subscript in digits."""
     name = match[1] or match[2]
     if name in _NUMBERS:
         name = str(_NUMBERS.index(name))
@@ -131,7 +132,7 @@ def _magnitude(match: re.Match[str]) -> str:
 
 
 def _repeating(match: re.Match[str]) -> str:
-    """0.1\\overline{6} as a fraction."""
+    """Returns a repeating decimal such as 0.1\\overline{6} as a fraction."""
     sign, whole, start, period = match[1], match[2] or "0", match[3], match[4] or match[5]
     below = (10 ** len(period) - 1) * 10 ** len(start)
     above = int(whole + start + period) - int(whole + start)
@@ -139,11 +140,10 @@ def _repeating(match: re.Match[str]) -> str:
 
 
 def normalize_answer(text: str) -> str:
-    """Rewrite an answer, gold or predicted, into LaTeX that math-verify reads as it was meant.
+    """Rewrites an answer, gold or predicted, into LaTeX that math-verify reads as intended.
 
-    Removes dollars, thousands separators, spacing commands, units and a final full stop; rewrites
-    e-notation, Python's spelling (`**`, `1./3`, `np.arcsin`), repeating decimals, unions of inequalities and
-    common Unicode symbols.
+    Removes dollars, thousands separators, spacing commands, units and a final full stop. Rewrites e-notation, Python's
+    notation (`**`, `1./3`, `np.arcsin`), repeating decimals, unions of inequalities and common Unicode symbols.
     """
     text = text.translate(str.maketrans(_SYMBOLS))
     for pattern, replacement in _REWRITES:
@@ -165,7 +165,7 @@ def normalize_answer(text: str) -> str:
 
 
 def _without_braces(text: str) -> str:
-    """{5} as 5."""
+    """Removes braces around the whole text: {5} becomes 5."""
     if re.search(r"\\(?:choose|over|atop)\b", text):
         return text
     while text.startswith("{") and text.endswith("}") and not text.endswith(r"\}"):
@@ -185,12 +185,12 @@ _CONNECTIVE = re.compile(
 
 
 def _union(text: str) -> str | None:
-    r"""`x<2 \text{ or } x>3` as a union of intervals, "and" as their intersection; None for any other text."""
+    r"""Returns `x<2 \text{ or } x>3` as a union of intervals and "and" as an intersection; None for any other text."""
     pieces = _CONNECTIVE.split(text)
     words = {word for i, word in enumerate(pieces) if i % 4 and word}
     sides = [_interval(piece) for piece in pieces[::4]]
     if len(sides) == 1 and sides[0] and len(re.findall(">|\\\\g", text)) == 2:
-        return sides[0][1]  # 5 > x > 1, which math-verify reads only the other way round
+        return sides[0][1]  # 5 > x > 1; math-verify only reads 1 < x < 5
     if len(sides) < 2 or None in sides or len({side[0] for side in sides if side}) > 1:
         return None
     if all(side[1].startswith(r"\{") for side in sides if side):
@@ -206,7 +206,7 @@ def _union(text: str) -> str | None:
 
 
 def _interval(piece: str) -> tuple[str, str] | None:
-    r"""(variable, interval) of one relation such as `x \le 3`, `2<x<5` or `x=1`, else None."""
+    r"""Returns (variable, interval) of one relation such as `x \le 3`, `2<x<5` or `x=1`; None for any other text."""
     ends = [end.strip() for end in _RELATION.split(piece)]
     signs = [
         sign if sign[0] in "<=>" else ("<" if sign[1] == "l" else ">") + "=" * ("e" in sign)
@@ -246,7 +246,7 @@ _MONTH = re.compile(rf"\b({_MONTHS})[a-z]*\b\.?", re.IGNORECASE)
 
 
 def _words(text: str) -> list[str] | None:
-    """The sides (one or two, sorted) of an answer in words such as `even` or `MR=MC`, else None."""
+    """Returns the sides (one or two, sorted) of an answer in words such as `even` or `MR=MC`; None for others."""
     wrapped = _WRAPPED.fullmatch(text)
     if not wrapped and not (re.fullmatch(r"[A-Za-z =]+", text) and re.search("[A-Za-z]{4}", text)):
         return None
@@ -258,12 +258,12 @@ def _words(text: str) -> list[str] | None:
 
 
 def _plain(text: str) -> str:
-    r"""The text without \text{...} and its like around parts of it."""
+    r"""Unwraps \text{...} and similar commands."""
     return re.sub(_BOX + r"\{([^{}]*)\}", r"\1", text).replace("{:}", ":").strip()
 
 
 def _clock(text: str) -> tuple[int, int, str] | None:
-    """(hour, minute, "a", "p" or "") of a time of the day, which has minutes or names its half of the day."""
+    """Returns (hour, minute, "a", "p" or "") of a time of day with minutes or with am or pm; None for other texts."""
     match = _CLOCK.fullmatch(_plain(text))
     if not match or not (match[2] or match[3]):
         return None
@@ -271,7 +271,7 @@ def _clock(text: str) -> tuple[int, int, str] | None:
 
 
 def _date(text: str) -> list[str] | None:
-    """The sorted parts of a date that names its month."""
+    """Returns the sorted parts of a date that names its month; None for other texts."""
     month = _MONTH.search(_plain(text))
     if not month or not re.search("[0-9]", text):
         return None
@@ -280,7 +280,7 @@ def _date(text: str) -> list[str] | None:
 
 
 def _choice(gold: str, answer: str) -> bool | None:
-    """Whether the answer names the letter that the gold is, None when the gold is no letter of a choice."""
+    """Returns True if the answer chooses the same letter as the gold answer; None if the gold answer is no choice."""
     letter = _CHOICE.fullmatch(gold)
     if not letter:
         return None
@@ -289,15 +289,15 @@ def _choice(gold: str, answer: str) -> bool | None:
 
 
 def compare_text(gold: str, answer: str) -> bool | None:
-    """Equality of two normalised answers where it is certain without mathematics, else None."""
+    """Returns True if two normalised answers are equal, False if they differ, None if text cannot decide."""
     if gold == answer:
         return bool(gold)
     if not (0 < len(gold) <= MAX_ANSWER and 0 < len(answer) <= MAX_ANSWER):
         return False
-    g, a = _INTEGER.fullmatch(gold), _INTEGER.fullmatch(answer)
-    if g and a:
-        same_base = g[2] == a[2] or not (g[2] and a[2])
-        return same_base and int(g[1].replace(",", "")) == int(a[1].replace(",", ""))
+    left, right = _INTEGER.fullmatch(gold), _INTEGER.fullmatch(answer)
+    if left and right:
+        same_base = left[2] == right[2] or not (left[2] and right[2])
+        return same_base and int(left[1].replace(",", "")) == int(right[1].replace(",", ""))
     if bool(_DOTS.search(gold)) != bool(_DOTS.search(answer)):
         return False
     if (same := _choice(gold, answer)) is not None:
@@ -305,7 +305,7 @@ def compare_text(gold: str, answer: str) -> bool | None:
     times = _clock(gold), _clock(answer)
     if times[0] and times[1]:
         same = times[0][:2] == times[1][:2] and times[0][2] in ("", times[1][2])
-        if same or times[0][2] or times[1][2]:  # else they may be ratios
+        if same or times[0][2] or times[1][2]:  # without am or pm they may be ratios
             return same
     for form in (_words, _date):
         forms = form(gold), form(answer)
@@ -315,9 +315,10 @@ def compare_text(gold: str, answer: str) -> bool | None:
 
 
 def readings(gold: str, answer: str) -> list[tuple[str, str]]:
-    r"""The pairs of texts, each a way to read two normalised answers, of which one must be equal.
+    r"""Returns pairs of texts, each one reading of two normalised answers. The answers match if any pair is equal.
 
-    First the answers as they are; then with every \pm written out, and a column vector as a tuple beside a tuple.
+    The first pair is the answers as they are. In further pairs every \pm is written out, and a column vector is a tuple
+    if the other answer is a tuple.
     """
     answer = _without_words(answer) if not _has_letters(gold) else answer
     golds, answers = [gold, *_signs(gold)], [answer, *_signs(answer)]
@@ -331,7 +332,7 @@ def _has_letters(text: str) -> bool:
 
 
 def _without_words(answer: str) -> str:
-    """An answer without the words after its number, and without units of one letter: `12 hours`, `27 m`."""
+    """Removes words and units of one letter after an answer's number: `12 hours`, `27 m`."""
     if _QUALIFIER.search(answer):
         return answer
     word = "(?!(?:and|or)\\b)[A-Za-z]"
@@ -340,12 +341,16 @@ def _without_words(answer: str) -> str:
 
 
 def _vector(text: str) -> str:
+    """Returns a column vector as a tuple, and any other text unchanged."""
     column = re.fullmatch(r"\\begin\{[pb]?matrix\}([^&]*)\\end\{[pb]?matrix\}", text)
     return "(" + ", ".join(filter(None, map(str.strip, column[1].split(r"\\")))) + ")" if column else text
 
 
 def _signs(text: str) -> list[str]:
-    r"""The list with every \pm written out: signs that change together, then, without a \mp, each on its own."""
+    r"""Returns a list with every \pm written out: with signs that change together, and with independent signs.
+
+    Where an item has a \mp, its signs always change together.
+    """
     count = len(re.findall(r"\\[pm][mp](?![a-z])", text))
     if not 1 <= count <= 4:
         return []
@@ -357,6 +362,7 @@ def _signs(text: str) -> list[str]:
 
 
 def _vary(item: str, linked: bool) -> list[str]:
+    """Returns the item once for each choice of its signs; `linked` signs change together."""
     parts = re.split(r"(\\pm|\\mp)(?![a-z])", item)
     signs = parts[1::2]
     if not signs:
@@ -371,7 +377,7 @@ def _vary(item: str, linked: bool) -> list[str]:
 
 
 def _split(text: str) -> list[str]:
-    """The parts between the commas that stand in no bracket."""
+    """Splits a text at the commas outside brackets."""
     parts, depth = [""], 0
     for character in text:
         depth += (character in "([{") - (character in ")]}")

@@ -1,4 +1,4 @@
-"""Processes that grade, one item at a time, and can be killed."""
+"""Grading processes: each grades one item at a time and can be killed."""
 
 import json
 import os
@@ -18,19 +18,27 @@ Outcome = Literal["correct", "wrong", "no_box", "timeout", "crash", "invalid"]
 
 
 class Worker:
-    """One grading process, used by one thread at a time.
+    """A grading process, used by one thread at a time.
 
-    A plain program on pipes: no fork of a process that runs jax, no second import of the user's
-    __main__, no pickle. Raises RuntimeError if it cannot start.
+    It is a plain program on pipes: that avoids forking a process that runs jax, importing the user's __main__ again,
+    and pickle.
+
+    Args:
+      seconds: wall-clock limit of one grading.
+      megabytes: limit of the process's address space.
+      reward: `module:function` of a user's reward function; "" is the verifier.
+
+    Raises:
+      RuntimeError: the process cannot start.
     """
 
     def __init__(self, seconds: float, megabytes: int, reward: str = ""):
         self.seconds = seconds
         program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "worker.py")
-        # A user's module is found where this program would find it.
+        # The worker searches a user's module in the same folders as this program.
         path = json.dumps([os.path.abspath(folder) for folder in sys.path])
-        # -P keeps this folder off sys.path, the hash seed makes sympy's orderings repeatable, and
-        # in a session of its own Ctrl-C does not reach it: it ends when its stdin closes.
+        # -P keeps this folder off sys.path. The hash seed makes sympy's orderings repeatable. In its own session the
+        # worker gets no Ctrl-C; it ends when its stdin closes.
         self.process = subprocess.Popen(
             [sys.executable, "-P", program, str(0.75 * seconds), str(megabytes), reward, path],
             stdin=subprocess.PIPE,
@@ -52,7 +60,7 @@ class Worker:
             raise RuntimeError(f"a grading worker did not start: {error}")
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The reply to a request, with its "outcome"; the process may be dead afterwards."""
+        """Returns the reply to a request, with its "outcome". The process may be dead afterwards."""
         try:
             self._write(json.dumps(request).encode() + b"\n", self.seconds)
             reply = _checked(self._read(self.seconds))
@@ -76,24 +84,25 @@ class Worker:
             line = line[os.write(self.stdin.fileno(), line) :]
 
     def _read(self, seconds: float) -> Any:
-        poller = select.poll()  # not select(), which fails when the run has over 1024 open files
+        poller = select.poll()  # select() fails when the run has over 1024 open files
         poller.register(self.stdout, select.POLLIN)
         if not poller.poll(1000 * seconds):
             raise TimeoutError
         line = os.read(self.stdout.fileno(), select.PIPE_BUF)  # a reply is written at once
         if not line:
             raise EOFError
-        if line.count(b"\n") != 1:  # an empty line before the reply would count as space in it
+        if line.count(b"\n") != 1:  # json would accept an empty line before the reply
             raise ValueError(f"a grading worker replied {line!r:.100}")
         return json.loads(line)
 
     def kill(self) -> None:
-        with self.process:  # closes the pipes and waits
+        """Ends the process and closes its pipes."""
+        with self.process:  # its exit waits and closes the pipes
             self.process.kill()
 
 
 def _checked(reply: Any) -> dict[str, Any]:
-    """The reply, or a ValueError: a library or function that writes to any file it has open can make it anything."""
+    """Returns a valid reply, else raises ValueError: code that writes to every open file can forge any reply."""
     match reply:
         case {"outcome": str(outcome), "retire": bool()} if outcome in get_args(Outcome):
             reward = reply.get("reward", 0.0)
@@ -103,14 +112,14 @@ def _checked(reply: Any) -> dict[str, Any]:
 
 
 class Pool:
-    """Grading processes, each driven by its own thread and started with that thread's first item.
+    """A pool of grading processes. Each is driven by its own thread and starts with that thread's first item.
 
     Args:
-        workers: number of processes; None for one per CPU, at most 8.
-        seconds: wall-clock limit of one grading. The process ends itself after 75 % of it, so that
-            the start of its successor fits in too; what is stuck even so is killed at the limit.
-        megabytes: limit of each process' address space.
-        reward: `module:function` of a user's own reward; "" is the verifier.
+      workers: number of processes; None is one per CPU, at most 8.
+      seconds: wall-clock limit of one grading. A process ends itself after 75 % of it, which leaves time to start the
+        next one. A process that hangs is killed at the limit.
+      megabytes: limit of each process's address space.
+      reward: `module:function` of a user's reward function; "" is the verifier.
     """
 
     def __init__(self, workers: int | None = None, seconds: float = 6.0, megabytes: int = 1024, reward: str = ""):
@@ -123,11 +132,11 @@ class Pool:
         self._workers: dict[int, Worker] = {}  # by thread
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Outcome]:
-        """Grade (gold, answer) pairs of normalised answers, in order."""
+        """Grades (gold, answer) pairs of normalised answers; the outcomes are in the same order."""
         return [reply["outcome"] for reply in self.ask([{"pairs": readings(*pair)} for pair in pairs])]
 
     def ask(self, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The workers' replies, in order."""
+        """Returns the workers' replies, in the order of the requests."""
         return list(self._threads.map(self._ask, requests))
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -135,12 +144,12 @@ class Pool:
         worker = self._workers.get(thread)
         if worker is None or worker.process.poll() is not None:
             if worker is not None:
-                worker.kill()  # closes its pipes
+                worker.kill()  # closes the pipes of a dead process
             worker = self._workers[thread] = Worker(*self._arguments)
         return worker.ask(request)
 
     def close(self) -> None:
-        """Drop what waits, end the threads and the workers; at most one grading's time."""
+        """Drops waiting items and ends the threads and processes; takes at most the time of one grading."""
         self._threads.shutdown(cancel_futures=True)
         for worker in self._workers.values():
             worker.kill()

@@ -1,8 +1,8 @@
-r"""The outcome reward of a response: the verifier, or a function of the user's own, in processes that can be killed.
+r"""The outcome reward of a response: from the verifier, or from a user's reward function.
 
-`score` takes the last balanced \boxed{...} of each response and compares it with the gold answer: as text where
-certain (`answers`), else by math-verify (`worker`), since answers are hostile. What counts as correct where opinions
-differ: docs/rewards.md. `judge` does the same for rows, or calls `module:function` for each of them.
+`score` compares the last balanced \boxed{...} of each response with the gold answer, as text where that decides
+(`answers`), else by math-verify (`worker`). Answers may be hostile, so math-verify runs in processes that can be
+killed. docs/rewards.md says which answers count as correct. `judge` scores rows, or calls `module:function` for each.
 """
 
 import atexit
@@ -20,14 +20,14 @@ FAILURES: tuple[Outcome, ...] = ("no_box", "timeout", "crash", "invalid")  # way
 
 @dataclass(frozen=True)
 class Verdict:
-    """Grade of one response. `extracted` is the box's content, cut at MAX_ANSWER, None without."""
+    """The grade of one response."""
 
-    reward: float  # 0.0 or 1.0; from a user's function anything between, too
-    outcome: Outcome  # "correct" is a reward of 1; "invalid" is a user's function that returned no number from 0 to 1
-    extracted: str | None
+    reward: float  # 0.0 or 1.0; from a user's function any number from 0 to 1
+    outcome: Outcome  # "correct" is a reward of 1; "invalid": a user's function returned no number from 0 to 1
+    extracted: str | None  # content of the box, cut at MAX_ANSWER characters; None without a box
 
 
-_shared_pool = Pool()  # starts nothing before the first item
+_shared_pool = Pool()  # its processes start with the first items
 _reward_pools: dict[str, Pool] = {}
 _reward_lock = threading.Lock()
 
@@ -42,15 +42,24 @@ def _close_pools() -> None:
         pool.close()
 
 
-os.register_at_fork(after_in_child=_renew_pools)  # a fork has not its parent's threads
+os.register_at_fork(after_in_child=_renew_pools)  # a fork lacks its parent's threads
 atexit.register(_close_pools)
 
 
 def score(responses: list[str], answers: list[str], *, pool: Pool | None = None) -> list[Verdict]:
-    """Grade each response against its gold answer; order kept, from any thread, on hostile text.
+    """Grades each response against its gold answer. Safe with hostile text and from any thread.
 
-    `pool` is where to grade, by default the pool that the whole program shares. ValueError for
-    lists of different length and an entry that is no str, RuntimeError if workers cannot start.
+    Args:
+      responses: texts.
+      answers: gold answers, one for each response.
+      pool: the processes to grade in; None is the pool that the whole program shares.
+
+    Returns:
+      The verdicts, in the order of the responses.
+
+    Raises:
+      ValueError: the lists have different lengths, or an entry is not a str.
+      RuntimeError: the processes cannot start.
     """
     if len(responses) != len(answers):
         raise ValueError(f"{len(responses)} responses for {len(answers)} answers; must be equal")
@@ -72,32 +81,36 @@ def score(responses: list[str], answers: list[str], *, pool: Pool | None = None)
 
 
 def equal(pairs: Sequence[tuple[str, str]]) -> list[bool]:
-    """Whether the answers of each pair are the same, as a gold answer and a response's would be."""
-    normal = [(normalize_answer(first), normalize_answer(second)) for first, second in pairs]
-    outcomes = _compare(normal, _shared_pool)
-    return [outcomes[pair] == "correct" for pair in normal]
+    """Returns True for each pair of answers that `score` would call equal, the first as the gold answer."""
+    normalized = [(normalize_answer(first), normalize_answer(second)) for first, second in pairs]
+    outcomes = _compare(normalized, _shared_pool)
+    return [outcomes[pair] == "correct" for pair in normalized]
 
 
 def _compare(pairs: Sequence[tuple[str, str]], pool: Pool) -> dict[tuple[str, str], Outcome]:
-    """Pair of normalised answers -> "correct", "wrong", "timeout" or "crash"; each pair is compared once."""
-    same = {pair: compare_text(*pair) for pair in pairs}
-    undecided = [pair for pair, certain in same.items() if certain is None]
+    """Returns the outcome of each pair of normalised answers; equal pairs are compared once."""
+    by_text = {pair: compare_text(*pair) for pair in pairs}
+    undecided = [pair for pair, same in by_text.items() if same is None]
     outcomes: dict[tuple[str, str], Outcome] = {
-        pair: "correct" if certain else "wrong" for pair, certain in same.items()
+        pair: "correct" if same else "wrong" for pair, same in by_text.items()
     }
     return outcomes | dict(zip(undecided, pool.grade(undecided), strict=True))
 
 
 def judge(responses: list[str], rows: Sequence[dict], reward: str = "") -> list[Verdict]:
-    """Grade each response to the problem of its row; order kept, from any thread, on hostile text.
+    """Grades each response to the problem of its row. Safe with hostile text and from any thread.
 
     Args:
-        responses: texts.
-        rows: one for each response, with its `answer`, and what else the user's function reads.
-        reward: "" is `score`; else `module:function`, called as `function(row, response)`, whose result is the reward.
+      responses: texts.
+      rows: one for each response, with its `answer` and all other fields that the user's function reads.
+      reward: "" is `score`; else `module:function`, called as `function(row, response)`, which returns the reward.
+
+    Returns:
+      The verdicts, in the order of the responses.
 
     Raises:
-        ValueError: lists of different length, or a function that cannot be loaded.
+      ValueError: the lists have different lengths.
+      RuntimeError: the processes cannot start, or the function cannot be loaded.
     """
     if not reward:
         return score(responses, [row["answer"] for row in rows])
@@ -119,10 +132,10 @@ def judge(responses: list[str], rows: Sequence[dict], reward: str = "") -> list[
 
 
 def check(reward: str) -> None:
-    """Loads a user's reward function in a worker, as grading will; nothing to do for "", the verifier.
+    """Checks that a user's reward function can be loaded in a worker; "", the verifier, always passes.
 
     Raises:
-        ValueError: it cannot be loaded.
+      ValueError: the function cannot be loaded.
     """
     if not reward:
         return

@@ -1,9 +1,10 @@
-"""The program of the grading workers: compares answers by math-verify, or calls a reward function.
+"""The program of the grading workers: compares answers with math-verify, or calls a reward function.
 
     python -P worker.py SECONDS MEGABYTES MODULE:FUNCTION SYS_PATH_AS_JSON
 
-An empty MODULE:FUNCTION is math-verify. It reads requests from stdin, one JSON object a line, and answers each with one
-line; it imports neither jax nor this package. `rewards` starts it, and kills it when need be.
+An empty MODULE:FUNCTION means math-verify. The program reads requests from stdin, one JSON object per line, and answers
+each with one line. It imports neither jax nor this package. `pool` starts it, and kills it when a request takes too
+long.
 """
 
 import contextlib
@@ -22,15 +23,22 @@ from typing import Any
 
 
 def serve(seconds: float, megabytes: int, reward: str, path: list[str]) -> None:
-    """Answers the lines of stdin until it closes, as when the parent dies."""
-    # SIGALRM's default action ends the process even inside C code and with its parent gone.
+    """Answers the lines of stdin until it closes, which also happens when the parent dies.
+
+    Args:
+      seconds: limit of one request, after which the process ends.
+      megabytes: limit of the process's address space.
+      reward: `module:function`; "" is math-verify.
+      path: sys.path for the user's module.
+    """
+    # SIGALRM's default action ends the process even inside C code and after its parent has died.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     memory = megabytes * 2**20
     for kind, limit in [(resource.RLIMIT_CORE, 0), (resource.RLIMIT_AS, memory)]:
-        with contextlib.suppress(ValueError):  # the system allows even less
+        with contextlib.suppress(ValueError):  # the system's limit is lower
             resource.setrlimit(kind, (limit, resource.getrlimit(kind)[1]))
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # what a library prints must not become a reply
+    os.dup2(2, 1)  # output that a library prints must not become a reply
 
     def reply(**fields: object) -> None:
         replies.write(json.dumps(fields).encode() + b"\n")
@@ -38,7 +46,7 @@ def serve(seconds: float, megabytes: int, reward: str, path: list[str]) -> None:
     try:
         answer = _calling(reward, path) if reward else _compare
         if not reward:
-            _equal("1", "2")  # the imports, and the tables of the first parse
+            _equal("1", "2")  # imports the libraries and builds their parsing tables
     except Exception as error:
         return reply(error=f"{type(error).__name__}: {error}"[:500])
     reply(error=None)
@@ -47,14 +55,14 @@ def serve(seconds: float, megabytes: int, reward: str, path: list[str]) -> None:
         signal.setitimer(signal.ITIMER_REAL, seconds)
         fields = answer(json.loads(line))
         signal.setitimer(signal.ITIMER_REAL, 0.0)
-        # math-verify calls a MemoryError wrong: none may come of what earlier answers left behind.
+        # math-verify turns a MemoryError into "wrong", so the memory of earlier answers must not cause one.
         reply(**fields, retire=_peak_bytes() > (at_start + memory) // 2)
 
 
 def _peak_bytes() -> int:
-    """The most memory this process has held."""
+    """Returns the peak memory of this process in bytes."""
     try:
-        # Not ru_maxrss: a child inherits the peak of a large parent there, and would retire after every answer.
+        # In ru_maxrss a child inherits the peak of a large parent, and it would retire after every answer.
         status = Path("/proc/self/status").read_text()
         return int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0]) * 1024
     except (OSError, IndexError):  # not on Linux
@@ -62,7 +70,7 @@ def _peak_bytes() -> int:
 
 
 def _calling(reward: str, path: list[str]) -> Callable[[dict], dict[str, Any]]:
-    """Replies with what the user's `module:function` says of {"problem": row, "response": text}."""
+    """Loads the user's `module:function` and returns a function from {"problem": row, "response": text} to a reply."""
     sys.path[:] = path
     module, _, name = reward.partition(":")
     function = getattr(importlib.import_module(module), name)
@@ -86,74 +94,75 @@ def _calling(reward: str, path: list[str]) -> Callable[[dict], dict[str, Any]]:
 
 
 def _compare(request: dict) -> dict[str, Any]:
-    """Whether one of the pairs (gold, answer) of normalised texts is equal."""
+    """Returns the reply to {"pairs": [(gold, answer), ...]}, normalised texts: "correct" if any pair is equal."""
     try:
         return {"outcome": "correct" if any(_equal(gold, answer) for gold, answer in request["pairs"]) else "wrong"}
-    except Exception:  # of a library, on text that it did not expect
+    except Exception:  # from a library, on unexpected text
         return {"outcome": "crash"}
 
 
 @lru_cache(maxsize=1024)
 def _parse(text: str) -> list[Any]:
-    """What math-verify reads in a normalised answer: a sympy object if any, then the string."""
+    """Returns math-verify's reading of a normalised answer: a sympy object if there is one, then the string."""
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse  # only workers need it
     from sympy import I, Symbol
 
-    # LaTeX only, as plain expressions go through eval; first match only and no unanchored search, which would dig a
-    # number out of what does not parse. Its units are letters too (2t, 5c, 3ab are 2, 5, 3): `answers` has our own.
-    # Its time limits are off: SIGALRM is ours.
+    # LaTeX only, because plain expressions go through eval. Only the first match and no unanchored search, which would
+    # pick a number out of text that does not parse. No units, because math-verify's include single letters (it reads
+    # 2t, 5c, 3ab as 2, 5, 3); `answers` removes units. No time limits, because this program uses SIGALRM itself.
     normal = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all")
     config = [
         LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False, normalization_config=normal)
     ]
     text = rf"\boxed{{{text}}}"
     parsed = parse(text, config, extraction_mode="first_match", parsing_timeout=None)
-    unit = {Symbol("i", real=False): I}  # for math-verify i is any symbol
-    with contextlib.suppress(TypeError):  # and so it is for us in 1 < i
+    unit = {Symbol("i", real=False): I}  # math-verify reads i as a symbol
+    with contextlib.suppress(TypeError):  # in 1 < i it is one
         parsed = [value if isinstance(value, str) else value.xreplace(unit) for value in parsed]
     return parsed
 
 
 def _equal(gold: str, answer: str) -> bool:
-    """Equality of two normalised answers by math-verify, with or without percent signs."""
+    """Returns True if math-verify finds two normalised answers equal, with or without their percent signs."""
     from math_verify import verify
 
-    g, a = _parse(gold), _parse(answer)
-    if not (g and a):
+    expected, predicted = _parse(gold), _parse(answer)
+    if not (expected and predicted):
         return False
-    # First what is quick. verify is not symmetric.
-    if not _far_apart(g[0], a[0]) and verify(g, a, timeout_seconds=None, allow_set_relation_comp=True):
+    # The quick check comes first. verify is not symmetric in its arguments.
+    apart = _far_apart(expected[0], predicted[0])
+    if not apart and verify(expected, predicted, timeout_seconds=None, allow_set_relation_comp=True):
         return True
-    if _same_equation(g[:1], a[:1]):
+    if _same_equation(expected[:1], predicted[:1]):
         return True
     bare = re.sub(r"\\?%", "", gold), re.sub(r"\\?%", "", answer)
     return bare != (gold, answer) and _equal(*bare)
 
 
 def _same_equation(gold: list[Any], answer: list[Any]) -> bool:
-    """Whether two equations are the same one, brought to other sides or multiplied by a number."""
+    """Returns True if two equations differ only by moved terms or a constant factor."""
     from sympy import Eq, Expr, cancel
 
     if not all(isinstance(value, Eq) for value in gold + answer):
         return False
     if not all(isinstance(side, Expr) for value in gold + answer for side in value.args):
         return False
-    g, a = (value.lhs - value.rhs for value in gold + answer)
-    if not (g.free_symbols and a.free_symbols):
+    expected, predicted = (value.lhs - value.rhs for value in gold + answer)
+    if not (expected.free_symbols and predicted.free_symbols):
         return False
-    factor = cancel(g / a)
+    factor = cancel(expected / predicted)
     return bool(factor.is_number and factor.is_finite and factor != 0)
 
 
 def _far_apart(gold: Any, answer: Any) -> bool:
-    """Whether two sympy numbers differ by over 0.1 %: math-verify takes 1e-20 for 1e-19."""
-    g, a = (getattr(value, "rhs", value) for value in (gold, answer))
-    if not (getattr(g, "is_number", False) and getattr(a, "is_number", False)):
+    """Returns True if two sympy numbers differ by more than 0.1 %: math-verify accepts 1e-20 for 1e-19."""
+    expected, predicted = (getattr(value, "rhs", value) for value in (gold, answer))
+    if not (getattr(expected, "is_number", False) and getattr(predicted, "is_number", False)):
         return False
-    g, a = g.doit().evalf(), a.doit().evalf()
+    expected, predicted = expected.doit().evalf(), predicted.doit().evalf()
     try:
-        return g not in (0, a) and bool(abs(g - a) > 1e-3 * abs(g))
+        return expected not in (0, predicted) and bool(abs(expected - predicted) > 1e-3 * abs(expected))
     except TypeError:  # not a number, such as 0 times infinity
         return True
 

@@ -1,4 +1,4 @@
-"""A reward of the user's own: the same pool and limits as the verifier, failures counted and never fatal."""
+"""A user's reward function: it has the verifier's pool and limits, and its failures are counted, never fatal."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ GOOD = "helpers.reward_functions:by_row"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """A pool with a limit of 1.5 s in place of the 6."""
+    """Lowers the pool's limit from 6 s to 1.5 s."""
     with closing(rewards.Pool(workers=2, seconds=1.5, reward=GOOD)) as pool:
         monkeypatch.setitem(_reward_pools, GOOD, pool)
         yield
@@ -45,7 +45,7 @@ def test_the_function_sees_row_and_response_and_its_number_is_the_reward():
     [(f"value:{name}", "invalid") for name in ("text", "none", "nan", "two", "minus", "list", "huge")]
     + [("raise:x", "crash"), ("exit:", "crash"), ("die:", "crash"), ("hang:", "timeout"), ("memory:", "crash")],
 )
-def test_what_is_no_reward_is_counted_and_the_next_response_graded(response, outcome):
+def test_a_failure_is_counted_and_the_next_response_graded(response, outcome):
     verdicts = judge(response, "answer:2")
     assert [v.outcome for v in verdicts] == [outcome, "correct"]
     assert verdicts[0].reward == 0.0

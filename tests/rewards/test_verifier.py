@@ -69,7 +69,7 @@ def wait_until(condition, seconds: float) -> bool:
 
 
 def gone(pid: int) -> bool:
-    """No such process, or one whose new parent has not collected it yet."""
+    """Returns True if the process has ended, even if its new parent has not collected it yet."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
@@ -238,8 +238,8 @@ def test_policy(pool: Pool) -> None:
     golds, answers = zip(*right, *wrong, strict=True)
     outcomes = [v.outcome for v in score(boxed(list(answers)), list(golds), pool=pool)]
     expected = ["correct"] * len(right) + ["wrong"] * len(wrong)
-    found = zip(golds, answers, outcomes, expected, strict=True)
-    assert [case for case in found if case[2] != case[3]] == []
+    cases = zip(golds, answers, outcomes, expected, strict=True)
+    assert [case for case in cases if case[2] != case[3]] == []
 
 
 def test_grading_pairs(pool: Pool) -> None:
@@ -247,11 +247,11 @@ def test_grading_pairs(pool: Pool) -> None:
     pairs = [line[2:].split(" ¦ ") for line in lines]
     golds, answers = zip(*pairs, strict=True)
     verdicts = score(boxed(list(answers)), list(golds), pool=pool)
-    found = [(line, verdict.outcome) for line, verdict in zip(lines, verdicts, strict=True)]
-    assert [case for case in found if {"R": "correct", "W": "wrong"}[case[0][0]] != case[1]] == []
+    cases = [(line, verdict.outcome) for line, verdict in zip(lines, verdicts, strict=True)]
+    assert [case for case in cases if {"R": "correct", "W": "wrong"}[case[0][0]] != case[1]] == []
 
 
-# id -> why our verdict differs on purpose
+# id -> why the verdict differs on purpose
 BY_POLICY = {78: "the answer stands outside a box; the prompt asks for one"}
 
 
@@ -309,7 +309,7 @@ def test_text_comparison_needs_no_worker() -> None:
         assert processes(pool) == []
 
 
-def test_an_answer_that_is_nothing_to_mathematics_is_wrong(pool: Pool) -> None:
+def test_an_answer_that_math_verify_cannot_read_is_wrong(pool: Pool) -> None:
     assert [v.outcome for v in score(boxed(["'", "x+2", r"\infty0"]), ["204", "'", "204"], pool=pool)] == ["wrong"] * 3
 
 
@@ -348,7 +348,7 @@ def test_bombs_cost_their_time_and_nothing_else() -> None:
     assert "timeout" in outcomes
     assert outcomes[len(BOMBS) : -2] == ["no_box", "no_box", "no_box", "wrong"]
     assert outcomes[-2:] == ["correct", "correct"]
-    # Each at most its limit, and a worker's start after it; two at a time.
+    # Each costs at most its limit and the start of another worker; two run at a time.
     assert elapsed < (len(BOMBS) / 2 + 1) * (1.5 + 4.0)
 
 
@@ -394,7 +394,7 @@ def test_killed_worker_costs_one_item() -> None:
         time.sleep(0.3)
         os.kill(processes(pool)[0], signal.SIGKILL)
         assert [v.outcome for v in work.result(timeout=20.0)] == ["crash", "correct"]
-        # Killed while idle: nobody's item.
+        # Killing an idle worker costs no item.
         os.kill(processes(pool)[0], signal.SIGKILL)
         assert wait_until(lambda: gone(processes(pool)[0]), 5.0)
         assert score(boxed(["2+x"]), ["x+2"], pool=pool)[0].outcome == "correct"
@@ -433,7 +433,7 @@ def test_first_calls_from_threads_share_one_pool() -> None:
     assert len(processes(_shared_pool)) <= min(8, os.cpu_count() or 1)
 
 
-# The worker program, with a math_verify of our own in its place
+# The worker program, with a fake math_verify
 
 
 @pytest.fixture
