@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
+from helpers import golden_logits
+from helpers.golden_logits import CASES, torch_logits, torch_model
 from helpers.paths import SHARED
 
 from sgpo_jax.models import apply, gguf, head, huggingface, init_cache, positions_of
@@ -24,73 +26,14 @@ torch = pytest.importorskip("torch", reason="needs the extra 'parity'")
 
 TOLERANCE = 1e-4  # largest absolute difference of two logits
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-# model_type, hidden_size, query heads, key/value heads, head_dim, tied, other fields
-CASES = {
-    "qwen2": ("qwen2", 64, 4, 2, None, False, {"rope_theta": 1e6}),
-    "qwen2-tied-multi-query": ("qwen2", 42, 7, 1, None, True, {}),
-    "qwen2-wide-heads": ("qwen2", 40, 2, 2, 34, False, {}),
-    "qwen3": ("qwen3", 40, 6, 2, 16, True, {"rope_theta": 1e6}),
-    "qwen3-untied-narrow-heads": ("qwen3", 96, 5, 5, 6, False, {"rms_norm_eps": 1e-2}),
-    "qwen3-llama3-rope": ("qwen3", 32, 4, 1, 24, True, {"rope_scaling": LLAMA3_ROPE}),
-    "llama": ("llama", 48, 4, 4, None, False, {}),
-    "llama-head-dim": ("llama", 36, 6, 3, 20, False, {"rms_norm_eps": 1e-5}),
-    "llama3": ("llama", 64, 8, 2, None, False, {"rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE}),
-    "llama3-tied": ("llama", 64, 2, 1, 64, True, {"rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE}),
-    "smollm2": ("llama", 72, 9, 3, None, True, {"rope_theta": 1e5, "rms_norm_eps": 1e-5}),
-}
-
-
-def random_model(model_type, hidden_size, heads, kv_heads, head_dim, tied, other):
-    config = transformers.AutoConfig.for_model(
-        model_type,
-        vocab_size=131,
-        hidden_size=hidden_size,
-        intermediate_size=hidden_size + 23,
-        num_hidden_layers=3,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        tie_word_embeddings=tied,
-        max_position_embeddings=40_000,
-        **({} if head_dim is None else {"head_dim": head_dim}),
-        **other,
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    generator = torch.Generator().manual_seed(hidden_size)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name:
-                parameter.copy_(1 + 0.5 * noise)
-            elif name.endswith("bias"):
-                parameter.copy_(noise)
-            else:
-                parameter.copy_(2 * noise * parameter.shape[-1] ** -0.5)
-    return model.eval()
-
 
 @pytest.fixture(scope="module", params=CASES)
 def pair(request, tmp_path_factory):
     """(transformers' model, our params, our config), by way of a folder that transformers wrote."""
-    model = random_model(*CASES[request.param])
+    model = torch_model(request.param, vocab_size=131)
     folder = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
     return model, *huggingface.load(folder)
-
-
-def theirs(model, tokens, positions, mask=None):
-    with torch.no_grad():
-        return model(
-            torch.as_tensor(np.array(tokens)),
-            position_ids=torch.as_tensor(np.array(positions)),
-            attention_mask=None if mask is None else torch.as_tensor(np.array(mask)).long(),
-        ).logits.numpy()
 
 
 @partial(jax.jit, static_argnames=("config", "dtype"))
@@ -122,7 +65,7 @@ def test_logits_near_and_far(pair, first):
     """One row of 100 tokens: beyond the 32 positions that the llama3 cases call original."""
     model, params, config = pair
     tokens, positions = random_tokens(2, 100), rows_of_positions(2, 100, first)
-    assert_close(ours(params, config, tokens, positions), theirs(model, tokens, positions))
+    assert_close(ours(params, config, tokens, positions), torch_logits(model, tokens, positions))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -135,9 +78,9 @@ def test_padding(pair, side):
     tokens = np.where(mask, random_tokens(4, 17), 0)
     positions = np.asarray(positions_of(jnp.asarray(mask)))
     got = ours(params, config, tokens, positions, mask)
-    assert_close(got[mask], theirs(model, tokens, positions, mask)[mask])
+    assert_close(got[mask], torch_logits(model, tokens, positions, mask)[mask])
     for row, length in enumerate(lengths):
-        alone = theirs(model, tokens[row][mask[row]][None], rows_of_positions(1, length))
+        alone = torch_logits(model, tokens[row][mask[row]][None], rows_of_positions(1, length))
         assert_close(got[row][mask[row]], alone[0])
 
 
@@ -157,7 +100,13 @@ def test_cached_decoding(pair):
     np.testing.assert_array_equal(cache["length"], lengths + new)
     for row, length in enumerate(lengths):
         got = np.concatenate([pieces[0][row, :length], *(piece[row] for piece in pieces[1:])])
-        assert_close(got, theirs(model, tokens[row, : length + new][None], rows_of_positions(1, length + new))[0])
+        alone = torch_logits(model, tokens[row, : length + new][None], rows_of_positions(1, length + new))
+        assert_close(got, alone[0])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_logits_are_those_of_transformers(case):
+    np.testing.assert_allclose(golden_logits.stored(case), golden_logits.compute(case), rtol=0, atol=1e-5)
 
 
 def test_export_loads_in_transformers_bit_for_bit(pair, tmp_path):
@@ -171,12 +120,12 @@ def test_export_loads_in_transformers_bit_for_bit(pair, tmp_path):
     assert all(torch.equal(original[name], copy[name]) for name in original)
     # The config says the same too, so the logits do not move at all.
     tokens, positions = random_tokens(1, 40), rows_of_positions(1, 40)
-    np.testing.assert_array_equal(theirs(again, tokens, positions), theirs(model, tokens, positions))
+    np.testing.assert_array_equal(torch_logits(again, tokens, positions), torch_logits(model, tokens, positions))
     assert again.config.eos_token_id is None and again.config.bos_token_id is None
 
 
 def test_bfloat16_checkpoint_keeps_its_bits(tmp_path):
-    model = random_model(*CASES["qwen3"]).to(torch.bfloat16)
+    model = torch_model("qwen3", vocab_size=131).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "theirs")
     params, config = huggingface.load(tmp_path / "theirs")
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(params))
@@ -228,7 +177,7 @@ def test_smollm2_on_real_text_in_float64(smollm2):
         params = jax.tree.map(lambda leaf: leaf.astype(np.float64), params)
         got = ours(params, config, *inputs, dtype=jnp.float64)
     assert got.dtype == np.float64
-    assert_close(got, theirs(model, *inputs))
+    assert_close(got, torch_logits(model, *inputs))
 
 
 def test_smollm2_on_real_text_in_float32(smollm2):
@@ -242,8 +191,9 @@ def test_smollm2_on_real_text_in_float32(smollm2):
         for dtype in (torch.float64, torch.float32)
     )
     inputs = [(row[real][None], place[real][None]) for row, place, real in zip(tokens, positions, mask, strict=True)]
-    exact = np.concatenate([theirs(exact, *each)[0] for each in inputs])
-    got, expected = ours(params, config, tokens, positions, mask)[mask], theirs(model, tokens, positions, mask)[mask]
+    exact = np.concatenate([torch_logits(exact, *row)[0] for row in inputs])
+    got = ours(params, config, tokens, positions, mask)[mask]
+    expected = torch_logits(model, tokens, positions, mask)[mask]
 
     def distance(logits):
         return np.median(np.abs(logits - exact).max(axis=-1))
