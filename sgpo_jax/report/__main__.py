@@ -2,7 +2,7 @@
 
     python -m sgpo_jax.report --workdir=DIR [--to=FILE]
 
-It only reads DIR, so it can be made while the run goes on. A run writes the same page itself, see docs/report.md.
+It only reads DIR, so it can be used while the run is running. A run also writes this page itself; see docs/report.md.
 """
 
 from pathlib import Path
@@ -15,10 +15,14 @@ from sgpo_jax.report import page
 
 
 def write(workdir: Path, to: Path) -> None:
-    """Writes the page of the run or, where there is a results.jsonl, the lab in `workdir` to the file `to`.
+    """Writes the page of the lab in `workdir`, if it has a results.jsonl, or else of the run there.
+
+    Args:
+      workdir: folder of the lab or run.
+      to: file to write.
 
     Raises:
-      ValueError: there is neither, or a file is broken.
+      ValueError: there is no lab or run in `workdir`, or one of its files is broken.
     """
     results = workdir / "results.jsonl"
     if results.is_file():
@@ -27,9 +31,10 @@ def write(workdir: Path, to: Path) -> None:
         page.write_run(workdir, to=to)
 
 
-def main(given) -> None:
-    workdir = Path(given.workdir).expanduser()
-    to = Path(given.to).expanduser() if given.to else workdir / "report.html"
+def main(flag_values) -> None:
+    """Runs the command."""
+    workdir = Path(flag_values.workdir).expanduser()
+    to = Path(flag_values.to).expanduser() if flag_values.to else workdir / "report.html"
     write(workdir, to)
     print(f"{to}", flush=True)
 

@@ -1,4 +1,4 @@
-"""Generations for the reader: the same problems in several evaluations, side by side, a few of every outcome."""
+"""Example responses: the same problems in several evaluations side by side, a few of every outcome."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sgpo_jax.runtime.files import read_jsonl
+from sgpo_jax.stats.benchmark import CONTEXTS
 
-PER_OUTCOME = 12  # problems shown of each
-MOST_CHARACTERS = 4000  # of a response
+PER_OUTCOME = 12  # problems shown of each outcome
+MOST_CHARACTERS = 4000  # shown of a response
 GAINED, LOST = "newly correct", "no longer correct"
 
 
@@ -18,21 +19,23 @@ class Answer(NamedTuple):
     column: str
     verdict: str
     text: str
-    left_out: int  # characters
+    left_out: int  # characters that are not shown
     tokens: int
-    token_kl: tuple[tuple[str, float], ...] = ()  # (text of a token, nats), where it was analysed
+    token_kl: tuple[tuple[str, float], ...] = ()  # (text of a token, nats) if the response was analysed
 
 
 class Problem(NamedTuple):
+    """A problem with its responses in several evaluations."""
+
     id: str
     problem: str
     gold: str
-    tags: tuple[str, ...]  # the verdict it counts by, and what has become of it
+    tags: tuple[str, ...]  # the verdict that it is counted by, and GAINED or LOST if that verdict has changed
     answers: tuple[Answer, ...]
 
 
 class Samples(NamedTuple):
-    """Problems of a set, and how many of all its problems have each tag."""
+    """Some problems of a set, and the number of all its problems that have each tag."""
 
     problems: tuple[Problem, ...]
     counts: dict[str, int]
@@ -40,64 +43,70 @@ class Samples(NamedTuple):
 
 
 def verdict(line: Mapping[str, Any]) -> str:
-    """What is said of a line of a generations file: its outcome, or "cut" where the token limit ended it."""
+    """Returns the verdict on a line of a generations file: its outcome, or "cut" if the token limit ended it."""
     return "cut" if line["truncated"] else line["outcome"]
 
 
-def of_sets(sets: Iterable[str], folders: Mapping[str, Path]) -> list[tuple[str, Samples, str]]:
-    """(set, samples, column they are counted by) of the latest evaluation in each folder, where there is one.
+def collect(sets: Iterable[str], folders: Mapping[str, Path]) -> list[tuple[str, Samples, str]]:
+    """Returns (set, samples, column they are counted by) of every set that was evaluated.
 
     Args:
-      sets: their names.
-      folders: when it was -> folder of its generations; a column is "when, unguided" or "when, guided".
+      sets: names of the sets.
+      folders: when -> folder of the generations, of which the latest evaluation is read. The columns are
+        "when, unguided" and "when, guided".
     """
-    found = []
+    collected = []
     for name in sets:
         files = {}
         for when, folder in folders.items():
-            for kind in ("unguided", "guided"):
-                if generations := sorted(folder.glob(f"{name}_{kind}_*.jsonl")):
-                    files[f"{when}, {kind}"] = generations[-1]
-        if unguided := [column for column in files if column.endswith(", unguided")]:
-            found.append((name, side_by_side(files, unguided[-1], before=unguided[0]), unguided[-1]))
-    return found
+            for context in CONTEXTS:
+                if generations := sorted(folder.glob(f"{name}_{context}_*.jsonl")):
+                    files[f"{when}, {context}"] = generations[-1]
+        if unguided := [column for column in files if column.endswith(f", {CONTEXTS[False]}")]:
+            collected.append((name, side_by_side(files, unguided[-1], before=unguided[0]), unguided[-1]))
+    return collected
 
 
-def with_token_kl(shown: Samples, lines: Iterable[Mapping[str, Any]]) -> Samples:
-    """The samples with the KL of their tokens, of those responses that lines of `analyze` are about."""
-    known = {
+def with_token_kl(samples: Samples, lines: Iterable[Mapping[str, Any]]) -> Samples:
+    """Returns the samples with the token KL of every response that was analysed.
+
+    Args:
+      samples: of `collect` or `side_by_side`.
+      lines: rows of analysis_generations.jsonl, as `analyze` writes them.
+    """
+    token_kl = {
         (line["column"], line["id"], line["response"]): tuple(zip(line["tokens"], line["token_kl"], strict=True))
         for line in lines
     }
 
-    def coloured(problem: Problem) -> Problem:
-        answers = (a._replace(token_kl=known.get((a.column, problem.id, a.text), ())) for a in problem.answers)
+    def add(problem: Problem) -> Problem:
+        answers = (a._replace(token_kl=token_kl.get((a.column, problem.id, a.text), ())) for a in problem.answers)
         return problem._replace(answers=tuple(answers))
 
-    return shown._replace(problems=tuple(map(coloured, shown.problems)))
+    return samples._replace(problems=tuple(map(add, samples.problems)))
 
 
 def side_by_side(files: Mapping[str, Path], judged: str, before: str | None = None) -> Samples:
-    """The first sample of each problem, for the first problems of each verdict.
+    """Returns the first response to each of the first problems of each verdict.
 
     Args:
-      files: column -> generations, as `evaluation.evaluate` writes them. A problem that a file lacks is left out there.
-      judged: column by whose verdict problems are counted and chosen.
-      before: column that tells which problems are newly correct, or no longer.
+      files: column -> generations, as `evaluation.evaluate` writes them. A column leaves out problems that its file
+        lacks.
+      judged: column by whose verdicts the problems are counted and chosen.
+      before: column to compare with, which tells whether a problem is newly correct or no longer correct.
     """
-    found = {
-        column: {line["id"]: line for line in read_jsonl(path) if line["sample"] == 0}
-        for column, path in files.items()
+    columns = {
+        column: {line["id"]: line for line in read_jsonl(path) if line["sample"] == 0} for column, path in files.items()
     }
-    tags = {id: _tags(line, found.get(before or "", {}).get(id)) for id, line in found[judged].items()}
+    tags = {id: _tags(line, columns.get(before or "", {}).get(id)) for id, line in columns[judged].items()}
     shown: Counter[str] = Counter()
     problems = []
-    for id, line in found[judged].items():
+    for id, line in columns[judged].items():
         if any(shown[tag] < PER_OUTCOME for tag in tags[id]):
             shown.update(tags[id])
-            answers = tuple(_answer(column, lines[id]) for column, lines in found.items() if id in lines)
+            answers = tuple(_answer(column, lines[id]) for column, lines in columns.items() if id in lines)
             problems.append(Problem(str(id), line["problem"], str(line["answer"]), tags[id], answers))
-    counts = Counter(tag for each in tags.values() for tag in each)
+    counts = Counter(tag for problem_tags in tags.values() for tag in problem_tags)
     return Samples(tuple(problems), dict(counts.most_common()), len(tags))
 
 

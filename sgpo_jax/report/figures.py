@@ -1,4 +1,4 @@
-"""Figures of a run, drawn from its metrics rows; files only, no display needed."""
+"""Figures of runs, drawn from their metrics rows into files; no display is needed."""
 
 import io
 import os
@@ -13,33 +13,34 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from sgpo_jax.stats.benchmark import CONTEXTS
 from sgpo_jax.stats.claims import Standing
 
-# Of the palette of Okabe and Ito, which colour-blind readers can tell apart.
+# From the palette of Okabe and Ito, which colour-blind readers can tell apart.
 _BLUE, _ORANGE = "#0072B2", "#D55E00"
-_KINDS = {"unguided": _BLUE, "guided": _ORANGE}
+_CONTEXT_COLOURS = dict(zip(CONTEXTS, (_BLUE, _ORANGE), strict=True))
 _WHISKERS: dict[str, Any] = dict(fmt="none", ecolor="black", elinewidth=1.2, capsize=3)
 _DPI = 150
-_LABELLED = 60  # tokens up to which each has its text beneath
-# Colours as matplotlib writes them -> what they are in a page, which may be light or dark.
-_OF_THE_PAGE = {
+_LABELLED = 60  # most tokens for which each has its text beneath
+# Colour as matplotlib writes it -> CSS variable of the page, which may be light or dark.
+_PAGE_COLOURS = {
     "#000000": "currentColor", "#e6e6e6": "var(--rule)", _BLUE.lower(): "var(--blue)", _ORANGE.lower(): "var(--orange)"
 }  # fmt: skip
-_ROUNDING = 1e-6  # by which a mean may leave its interval when all samples are the same
+_ROUNDING = 1e-6  # by which a mean may lie outside its interval when all samples are equal
 
 
 class _Panel(NamedTuple):
     title: str
     unit: str
     curves: tuple[tuple[str, str, str], ...]  # metric, label, colour
-    top: float | None = None  # upper end of the axis, where the metric has one
+    top: float | None = None  # upper end of the axis, if the metric has a maximum
     percent: bool = False
 
 
 _REWARD = _Panel(
     "Reward",
     "correct answers",
-    (("reward_auto", "unguided", _BLUE), ("reward_guided", "guided", _ORANGE)),
+    (("reward_auto", CONTEXTS[False], _BLUE), ("reward_guided", CONTEXTS[True], _ORANGE)),
     top=1.0,
     percent=True,
 )
@@ -47,9 +48,7 @@ _PANELS = (
     _REWARD,
     _Panel("Distillation weight α", "mean over problems", (("alpha", "", _BLUE),)),
     _Panel("KL(guided ‖ unguided)", "nats per token", (("token_kl", "", _BLUE),)),
-    _Panel(
-        "KL above the clip", "share of target tokens", (("kl_clip_share", "", _BLUE),), percent=True
-    ),
+    _Panel("KL above the clip", "share of target tokens", (("kl_clip_share", "", _BLUE),), percent=True),
     _Panel("Entropy", "nats per token", (("entropy", "", _BLUE),)),
     _Panel("Response length", "tokens", (("response_length", "", _BLUE),)),
     _Panel("Gradient norm", "before clipping", (("grad_norm", "", _BLUE),)),
@@ -58,17 +57,17 @@ _PANELS = (
 
 
 def training_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Draws how an RL run went, one panel a quantity, against the training step.
+    """Draws the metrics of an RL run against the training step, one panel for each quantity.
 
-    Thin lines are the steps, thick ones their running mean over a tenth of the run. A panel whose
-    metrics no row has is left out; steps without a value (null) are gaps.
+    Thin lines are single steps, thick lines their running mean over a tenth of the run. A panel without metrics in any
+    row is left out. Steps without a value (null) are gaps.
 
     Args:
         rows: metrics rows as `files.read_jsonl` returns them.
-        path: file to write; its ending chooses the format (png, pdf, svg).
+        path: file to write; its suffix chooses the format (png, pdf, svg).
 
     Raises:
-        ValueError: when no row has any of the metrics shown.
+        ValueError: no row has any of the metrics shown.
     """
     panels = _present(rows)
     if not panels:
@@ -85,7 +84,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
 
 
 def panels(rows: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
-    """The panels of `training_curves` as small figures of their own: title -> figure; none where no row has metrics."""
+    """Returns {title: figure} of the panels of `training_curves` as separate small figures; empty without metrics."""
     figures = {panel.title: _figure(3.6, 2.5) for panel in _present(rows)}
     for panel in _present(rows):
         _draw_panel(figures[panel.title].add_subplot(), panel, rows)
@@ -93,7 +92,7 @@ def panels(rows: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
 
 
 def loss_panel(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """The loss of the warm-up on training and on held-out responses; None where there are no rows."""
+    """Returns a figure of the warm-up's loss on training and held-out responses, or None without rows."""
     if not rows:
         return None
     figure = _figure(3.6, 2.5)
@@ -103,11 +102,11 @@ def loss_panel(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
 
 
 def svg(figure: Figure, name: str) -> str:
-    """A figure as an element of an HTML page, in the page's colours: CSS decides on --rule, --blue and --orange.
+    """Returns a figure as an <svg> element whose colours are the page's CSS variables --rule, --blue and --orange.
 
     Args:
-        figure: it is drawn without a background.
-        name: of the figure in its page, so that no two share ids.
+        figure: drawn without a background.
+        name: the figure's name in its page; figures with different names share no ids.
     """
     file = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
@@ -117,12 +116,12 @@ def svg(figure: Figure, name: str) -> str:
     text = text[text.index("<svg") :]
     opening, _, rest = text.partition(">")
     opening = re.sub(r' (?:width|height|version|xmlns(?::xlink)?)="[^"]*"', "", opening)
-    rest = re.sub(r' id="[a-zA-Z0-9.]+_\d+"', "", rest)  # figure_1 and the like, which every figure has
+    rest = re.sub(r' id="[a-zA-Z0-9.]+_\d+"', "", rest)  # ids such as figure_1, which every figure has
     rest = rest.replace(' xlink:href="', ' href="')
     rest = re.sub(r" font-family: [^;\"]*;", "", rest)
-    for colour, variable in _OF_THE_PAGE.items():
+    for colour, variable in _PAGE_COLOURS.items():
         rest = rest.replace(colour, variable)
-    return f"{opening} role=\"img\">{rest}"
+    return f'{opening} role="img">{rest}'
 
 
 def summary(
@@ -135,38 +134,36 @@ def summary(
 
     Args:
         rows: metrics rows with `reward_auto` and `reward_guided`.
-        before: "unguided", "guided" or both -> (accuracy, low, high), all in 0..1, where low and
-            high bound the 95% interval.
-        after: the same, after training.
-        path: file to write; its ending chooses the format (png, pdf, svg).
+        before: context ("unguided", "guided" or both) -> (accuracy, low, high), all in 0..1, where low and high are
+            the bounds of the 95 % interval.
+        after: like `before`, after training.
+        path: file to write; its suffix chooses the format (png, pdf, svg).
 
     Raises:
-        ValueError: when a kind is unknown or not in both, or an accuracy outside its interval.
+        ValueError: a context is unknown or not in both, or an accuracy lies outside its interval.
     """
     for when, results in (("before", before), ("after", after)):
-        if not results or not results.keys() <= _KINDS.keys() or results.keys() != before.keys():
-            raise ValueError(f"{when} must hold the same of {[*_KINDS]} as before: {[*results]}")
-    for kind, (accuracy, low, high) in [*before.items(), *after.items()]:
+        if not results or not results.keys() <= _CONTEXT_COLOURS.keys() or results.keys() != before.keys():
+            raise ValueError(f"{when} must hold the same of {[*CONTEXTS]} as before: {[*results]}")
+    for context, (accuracy, low, high) in [*before.items(), *after.items()]:
         if not -_ROUNDING <= low - _ROUNDING <= accuracy <= high + _ROUNDING <= 1 + _ROUNDING:
-            raise ValueError(
-                f"{kind}: accuracy {accuracy} must lie in its interval [{low}, {high}], in 0..1"
-            )
+            raise ValueError(f"{context}: accuracy {accuracy} must lie in its interval [{low}, {high}], in 0..1")
     figure = _figure(9, 3.6)
     curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
     _draw_panel(curves, _REWARD, rows)
     curves.set_xlabel("training step")
 
     ticks: dict[float, str] = {}
-    for index, kind in enumerate(before):
-        accuracy, low, high = np.array([before[kind], after[kind]]).T
+    for index, context in enumerate(before):
+        accuracy, low, high = np.array([before[context], after[context]]).T
         places = 2.3 * index + np.arange(2)
-        drawn = bars.bar(places, accuracy, 0.9, color=_KINDS[kind])
-        drawn[0].set_alpha(0.45)  # the pale bar is the earlier one
+        pair = bars.bar(places, accuracy, 0.9, color=_CONTEXT_COLOURS[context])
+        pair[0].set_alpha(0.45)  # the pale bar is the earlier one
         lengths = np.maximum((accuracy - low, high - accuracy), 0.0)
         bars.errorbar(places, accuracy, lengths, **_WHISKERS)
         for x, value, top in zip(places, accuracy, high, strict=True):
             bars.annotate(f"{value:.0%}", (x, top), (0, 3), textcoords="offset points", ha="center")
-        ticks |= {places[0]: "before", places.mean(): f"\n{kind}", places[1]: "after"}
+        ticks |= {places[0]: "before", places.mean(): f"\n{context}", places[1]: "after"}
     bars.set_xticks(list(ticks), list(ticks.values()))
     bars.tick_params(axis="x", length=0)
     _tidy(bars, "Held-out accuracy, 95% interval", "correct answers", top=1.1, percent=True)
@@ -175,14 +172,14 @@ def summary(
 
 
 def overlay(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: str | os.PathLike[str]) -> None:
-    """Draws the training of several methods over each other: the mean over runs, and a band from the least to the most.
+    """Draws the training of several methods in the same panels: the mean over runs, and a band from minimum to maximum.
 
     Args:
         runs: method -> metrics rows of each of its runs. Running means over a tenth of the run are drawn.
-        path: file to write; its ending chooses the format (png, pdf, svg).
+        path: file to write; its suffix chooses the format (png, pdf, svg).
 
     Raises:
-        ValueError: when no row has any of the metrics shown.
+        ValueError: no row has any of the metrics shown.
     """
     panels = _compared(runs)
     if not panels:
@@ -192,14 +189,14 @@ def overlay(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: str
         axes = figure.add_subplot(2, -(-len(panels) // 2), index + 1)
         _draw_overlay(axes, panel, runs)
         axes.set_xlabel("training step")
-    shown = [pair for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
-    handles = {label: handle for handle, label in shown}
+    entries = [pair for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
+    handles = {label: handle for handle, label in entries}
     figure.legend([*handles.values()], [*handles], loc="outside lower center", ncols=6, frameon=False)
     figure.savefig(path, dpi=_DPI)
 
 
 def overlay_panels(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> dict[str, Figure]:
-    """The panels of `overlay` as small figures of their own, without a legend: title -> figure."""
+    """Returns {title: figure} of the panels of `overlay` as separate small figures without a legend."""
     figures = {panel.title: _figure(3.6, 2.5) for panel in _compared(runs)}
     for panel in _compared(runs):
         _draw_overlay(figures[panel.title].add_subplot(), panel, runs)
@@ -207,21 +204,21 @@ def overlay_panels(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) ->
 
 
 def colour(place: int) -> str:
-    """Of the method at `place` of those drawn over each other, as "#rrggbb": ten strong ones, then their pale ones."""
+    """Returns the colour "#rrggbb" of the method at `place`: ten strong colours, then pale ones."""
     pairs = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
     colours = [*pairs[::2], *pairs[1::2]]
     return to_hex(colours[place % len(colours)])
 
 
 def _compared(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> list[_Panel]:
-    everything = [row for each in runs.values() for rows in each for row in rows]
-    return [p for p in _present(everything, first=True) if p.curves[0][0] != "logp_mismatch"]
+    all_rows = [row for method_runs in runs.values() for rows in method_runs for row in rows]
+    return [p for p in _present(all_rows, first=True) if p.curves[0][0] != "logp_mismatch"]
 
 
 def _draw_overlay(axes: Axes, panel: _Panel, runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> None:
     metric = panel.curves[0][0]
-    for place, (method, each) in enumerate(runs.items()):
-        curves = [c for rows in each if (c := _curve(rows, metric)) is not None]
+    for place, (method, method_runs) in enumerate(runs.items()):
+        curves = [c for rows in method_runs if (c := _curve(rows, metric)) is not None]
         if not curves:
             continue
         shortest = min(len(steps) for steps, _ in curves)
@@ -232,33 +229,33 @@ def _draw_overlay(axes: Axes, panel: _Panel, runs: Mapping[str, Sequence[Sequenc
 
 
 def _present(rows: Sequence[Mapping[str, Any]], first: bool = False) -> list[_Panel]:
-    """The panels of which the rows have a metric, or have the first."""
+    """Returns the panels that have a metric in the rows; with `first`, those whose first metric is in the rows."""
     present = {key for row in rows for key, value in row.items() if value is not None}
     return [p for p in _PANELS if any(metric in present for metric, _, _ in p.curves[: 1 if first else None])]
 
 
 def _curve(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """(steps, running means) of a metric, or None where no row has it."""
+    """Returns (steps, running means) of a metric, or None if no row has it."""
     points = np.array([(row["step"], row[metric]) for row in rows if row.get(metric) is not None], dtype=float)
     return None if not len(points) else (points[:, 0], _running_mean(points[:, 1], len(points) // 20))
 
 
-def worlds(found: Sequence[Standing], overlaid: Iterable[str]) -> Figure:
-    """For each world how far each method is ahead of GRPO, and from where to where each went.
+def worlds(standings: Sequence[Standing], overlaid: Iterable[str]) -> Figure:
+    """Returns a figure of each method's lead over GRPO in each world, and its accuracy before and after.
 
     Args:
-        found: as `claims.across_worlds` returns them.
-        overlaid: methods of `overlay` or `overlay_panels`, which have the same colours here.
+        standings: as `claims.across_worlds` returns them.
+        overlaid: methods of `overlay` or `overlay_panels`; they get the same colours in this figure.
     """
-    names, methods = (list(dict.fromkeys(values)) for values in ((s.world for s in found), (s.method for s in found)))
+    names = list(dict.fromkeys(standing.world for standing in standings))
+    methods = list(dict.fromkeys(standing.method for standing in standings))
     order = list(dict.fromkeys([*overlaid, *methods]))
     figure = _figure(10.5, 1.4 + 0.16 * (len(methods) + 1) * len(names))
     left, right = figure.subplots(1, 2, sharey=True)
     for place, method in enumerate(methods):
-        mine = [standing for standing in found if standing.method == method]
-        heights = np.array([-names.index(s.world) + 0.6 * (0.5 - (place + 0.5) / len(methods)) for s in mine])
-        after, ahead = ([getattr(standing, name) for standing in mine] for name in ("after", "ahead"))
-        for axes, values in ((left, ahead), (right, after)):
+        in_worlds = [standing for standing in standings if standing.method == method]
+        heights = np.array([-names.index(s.world) + 0.6 * (0.5 - (place + 0.5) / len(methods)) for s in in_worlds])
+        for axes, values in ((left, [s.ahead for s in in_worlds]), (right, [s.after for s in in_worlds])):
             if not values[0].pairs:  # GRPO minus GRPO
                 continue
             means = np.array([value.mean for value in values])
@@ -267,7 +264,7 @@ def worlds(found: Sequence[Standing], overlaid: Iterable[str]) -> Figure:
             shade = colour(order.index(method))
             axes.errorbar(means, heights, xerr=whiskers, **_WHISKERS | {"ecolor": shade})
             axes.plot(means, heights, "o", color=shade, label=method if axes is right else None)
-    before = {standing.world: standing.before for standing in found}
+    before = {standing.world: standing.before for standing in standings}
     starts = [before[name] for name in names]
     right.plot(starts, -np.arange(len(names)), "|", color="black", label="before", markersize=14)
     left.axvline(0, color="0.5", linewidth=0.8)
@@ -285,11 +282,11 @@ def worlds(found: Sequence[Standing], overlaid: Iterable[str]) -> Figure:
 
 
 def token_kl(lines: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Draws for each response the mean KL of its steps, and beneath it, in the same places, the KL of its tokens.
+    """Draws the mean KL of each response's steps and, beneath on the same axis, the KL of its tokens.
 
     Args:
         lines: as `analyze.run` returns them.
-        path: file to write; its ending chooses the format (png, pdf, svg).
+        path: file to write; its suffix chooses the format (png, pdf, svg).
     """
     columns = min(2, len(lines))
     figure = _figure(7.0 * columns, 3.4 * -(-len(lines) // columns))
@@ -345,7 +342,7 @@ def _draw_panel(axes: Axes, panel: _Panel, rows: Sequence[Mapping[str, Any]]) ->
 
 
 def _running_mean(values: np.ndarray, reach: int) -> np.ndarray:
-    """Mean of the values at most `reach` places from each of [steps], missing ones left out."""
+    """Returns the mean of the values at most `reach` places from each of `values` [steps], without missing ones."""
     means = np.full(len(values), np.nan)
     for index in range(len(values)):
         near = values[max(0, index - reach) : index + reach + 1]
@@ -361,6 +358,6 @@ def _tidy(axes: Axes, title: str, unit: str, top: float | None, percent: bool) -
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)
-    # Nothing drawn here is negative: axes from zero keep small changes small.
+    # No metric is negative. An axis that starts at zero makes a small change look small.
     axes.set_ylim(0, top or 1.05 * axes.dataLim.ymax or 1.0)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0) if percent else "{x:g}")

@@ -1,14 +1,13 @@
-"""The page of a run or a lab: one HTML file that needs no network, made of what is in the folder.
+"""The page of a run or a lab: one HTML file, made from the files of its folder, that needs no network.
 
-Texts of problems, models and configs are data: Jinja escapes them, and the page's Content-Security-Policy lets no
-script run but its own, and nothing be loaded.
+Texts of problems, models and configs are data: Jinja escapes them. The page's Content-Security-Policy runs only the
+page's own script and loads nothing.
 """
 
 import base64
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -21,37 +20,37 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sgpo_jax import config as configs
 from sgpo_jax.report import examples, figures, reasoning_steps
-from sgpo_jax.runtime.files import read_jsonl
+from sgpo_jax.runtime.files import read_jsonl, write_text
 from sgpo_jax.stats import benchmark, claims
 
-REFRESH = 30  # seconds after which the page of a run that goes on is loaded again
-_RECENT = 10  # steps whose mean reward stands for an accuracy that was not measured
+REFRESH = 30  # seconds after which the page of a running run reloads itself
+_RECENT = 10  # steps whose mean reward is shown while no accuracy has been measured
 
 Row = dict[str, Any]
 
 
 def write_run(workdir: Path, status: str = "", running: bool = False, to: Path | None = None) -> Path:
-    """Writes the page of a run, as far as it has come.
+    """Writes the page of a finished or running run and returns its path.
 
     Args:
       workdir: folder of the run.
-      status: how far it is.
-      running: the page loads itself again.
+      status: how far the run is, shown at the top.
+      running: whether the page reloads itself.
       to: file to write; None is report.html in `workdir`.
 
     Raises:
-      ValueError: there is no run in `workdir`, or a file of it is broken.
+      ValueError: there is no run in `workdir`, or one of its files is broken.
     """
     config = read_config(workdir)
     rl, sft = _rows(workdir / "rl.jsonl"), _rows(workdir / "sft.jsonl")
     results = {
-        when: {kind: _json(path)["results"] for kind in ("unguided", "guided")
-               if (path := workdir / "eval" / f"{when}_{kind}.json").is_file()}
+        when: {context: _json(path)["results"] for context in benchmark.CONTEXTS
+               if (path := workdir / "eval" / f"{when}_{context}.json").is_file()}
         for when in ("before", "after")
     }  # fmt: skip
-    done = [f"{name} {rows[-1]['step']} steps" for name, rows in (("SFT", sft), ("RL", rl)) if rows]
+    steps = [f"{name} {rows[-1]['step']} steps" for name, rows in (("SFT", sft), ("RL", rl)) if rows]
     seconds = sum(row.get("seconds_step") or 0.0 for row in (*sft, *rl))
-    facts = [config["model"]["source"], *done, f"{_duration(seconds)} of training", f"seed {config['seed']}"]
+    facts = [config["model"]["source"], *steps, f"{_duration(seconds)} of training", f"seed {config['seed']}"]
     charts = {name: figures.svg(figure, name) for name, figure in figures.panels(rl).items()}
     if curve := figures.loss_panel(sft):
         charts = {"SFT loss": figures.svg(curve, "SFT loss")} | charts
@@ -73,55 +72,62 @@ def write_lab(
     running: bool = False,
     to: Path | None = None,
 ) -> Path:
-    """Writes the page of a lab, as far as it has come.
+    """Writes the page of a finished or running lab and returns its path.
 
     Args:
       workdir: folder of the lab.
       rows, tuning, home: as in `claims.tables`.
-      runs: folder of the training run that a row is of.
+      runs: row -> folder of its training run.
       status, running, to: as in `write_run`.
 
     Raises:
-      ValueError: there is no lab in `workdir`, or a file of it is broken.
+      ValueError: there is no lab in `workdir`, or one of its files is broken.
     """
     config = read_config(workdir)
-    here = [row for row in rows if row["world"] == home] or [row for row in tuning if row["world"] == home]
-    methods = [name for name in dict.fromkeys(row["method"] for row in here) if name != "sft"]
-    curves = {name: [_rows(runs(row) / "rl.jsonl") for row in here if row["method"] == name] for name in methods}
+    home_rows = [row for row in rows if row["world"] == home] or [row for row in tuning if row["world"] == home]
+    methods = [name for name in dict.fromkeys(row["method"] for row in home_rows) if name != "sft"]
+    curves = {name: [_rows(runs(row) / "rl.jsonl") for row in home_rows if row["method"] == name] for name in methods}
     worlds = claims.across_worlds(rows)
     wide = [("Worlds", figures.svg(figures.worlds(worlds, methods), "worlds"))] if worlds else []
     counts = {name: len(config["lab"][f"{name}s"]) for name in ("method", "seed", "world")}
     facts = [f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items()] + [config["model"]["source"]]
-    shown: list[Any] = []
+    samples: list[Any] = []
     for row in [row for row in rows if (row["world"], row["method"]) == (home, "sgpo")][:1]:
         (warm_up,) = (r for r in rows if (r["world"], r["method"], r["seed"]) == (home, "sft", row["seed"]))
         folders = {"before": runs(warm_up) / "eval", "after": runs(row) / "eval"}
-        of_run = examples.of_sets(config["eval"]["sets"], folders)
-        shown = [(f"{name}: sgpo in {home}, seed {row['seed']}", *rest) for name, *rest in of_run]
+        by_set = examples.collect(config["eval"]["sets"], folders)
+        samples = [(f"{name}: sgpo in {home}, seed {row['seed']}", *rest) for name, *rest in by_set]
     return _write(
         workdir, to, status, running, kind="lab", facts=facts, cards=_lab_cards(rows, home),
         charts={name: figures.svg(figure, name) for name, figure in figures.overlay_panels(curves).items()},
         legend=[(name, figures.colour(place)) for place, name in enumerate(methods)], wide=wide,
-        tables=claims.tables(rows, tuning, home), config=config, samples=shown, analysis=[],
-        starts=_starts(runs(here[0])) if here else [],
+        tables=claims.tables(rows, tuning, home), config=config, samples=samples, analysis=[],
+        starts=_starts(runs(home_rows[0])) if home_rows else [],
     )  # fmt: skip
 
 
 def live(workdir: Path, seconds: float, stage: str, total: int) -> Callable[[int], None]:
-    """`show(step)`, which writes the page of a run that goes on, at most once in so many seconds; 0 is never."""
+    """Returns `show(step)`, which writes the page of a running run.
+
+    Args:
+      workdir: folder of the run.
+      seconds: least time between two pages; 0 never writes one.
+      stage: the stage's name in the page's status.
+      total: steps of the stage.
+    """
     last = -math.inf
 
     def show(step: int) -> None:
         nonlocal last
         if seconds and time.monotonic() - last >= seconds:
             attempt(write_run, workdir, f"{stage} step {step} of {total}", running=True)
-            last = time.monotonic()  # after it, so that a slow page cannot take more than its share
+            last = time.monotonic()  # read after writing, so that a slow page does not slow the run down
 
     return show
 
 
 def attempt(write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Calls `write`; whatever goes wrong with a page is one line, and the run goes on."""
+    """Calls `write`. An error in writing a page is printed as one line and does not stop the run."""
     try:
         write(*args, **kwargs)
     except Exception as error:
@@ -143,18 +149,15 @@ def _write(workdir: Path, to: Path | None, status: str, running: bool, **content
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )  # fmt: skip
     path = to or workdir / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    write_text(path, text)
     return path
 
 
 def read_config(workdir: Path) -> dict[str, Any]:
-    """The config of the run or lab in `workdir`, as JSON has it.
+    """Reads the config of the run or lab in `workdir` as a dict.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is no config.
     """
     if not (workdir / "config.json").is_file():
         raise ValueError(f"workdir={str(workdir)!r}: must be the folder of a run or a lab, which has a config.json")
@@ -173,14 +176,14 @@ def _rows(path: Path) -> list[Row]:
 
 
 def _changed(config: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(field, value, the recipe's value) where the config is not the paper's recipe."""
-    recipe = configs.flat(json.loads(configs.to_json(configs.base())))
+    """Returns (field, value, the recipe's value) of every field that differs from the paper's recipe."""
+    recipe = configs.flat(configs.to_dict(configs.base()))
     return [(name, value, recipe.get(name, "")) for name, value in configs.flat(config).items()
             if name not in recipe or recipe[name] != value]  # fmt: skip
 
 
 def _starts(run: Path) -> list[tuple[str, list[Any]]]:
-    """(name, its value at each start) of the environment of a run."""
+    """Returns (name, its value at each start) of the environment of a run."""
     path = run / "environment.json"
     starts = _json(path) if path.is_file() else []
     names = dict.fromkeys(name for start in starts for name in start)
@@ -205,24 +208,24 @@ def _card(label: str, values: Iterable[str], note: str, bounds: Iterable[str] = 
 
 
 def _cards(results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
-    """Accuracy of each set before and after, guided and not, with 95 % intervals."""
+    """Returns cards with the accuracy of each set and context before and after RL, with 95 % intervals."""
     cards = []
-    kinds = dict.fromkeys(kind for found in results.values() for kind in found)
-    names = dict.fromkeys(name for found in results.values() for sets in found.values() for name in sets)
+    contexts = dict.fromkeys(context for by_context in results.values() for context in by_context)
+    names = dict.fromkeys(name for by_context in results.values() for sets in by_context.values() for name in sets)
     for name in names:
-        for kind in kinds:
-            found = [sets[kind][name] for sets in results.values() if name in sets.get(kind, {})]
-            note = f"{found[0]['problems']} problems, 95 % intervals"
-            if len(found) == 2:
-                mean, low, high = benchmark.gain(found[0]["per_problem"], found[1]["per_problem"])
-                note = f"{100 * mean:+.1f} points {_bounds(low, high, '+')} over {found[0]['problems']} problems"
-            bounds = [_bounds(*result["intervals"]["accuracy"]) for result in found]
-            cards.append(_card(f"{name}, {kind}", [_percent(r["accuracy"]) for r in found], note, bounds))
+        for context in contexts:
+            ends = [sets[context][name] for sets in results.values() if name in sets.get(context, {})]
+            note = f"{ends[0]['problems']} problems, 95 % intervals"
+            if len(ends) == 2:
+                mean, low, high = benchmark.gain(ends[0]["per_problem"], ends[1]["per_problem"])
+                note = f"{100 * mean:+.1f} points {_bounds(low, high, '+')} over {ends[0]['problems']} problems"
+            bounds = [_bounds(*result["intervals"]["accuracy"]) for result in ends]
+            cards.append(_card(f"{name}, {context}", [_percent(r["accuracy"]) for r in ends], note, bounds))
     return cards
 
 
 def _training_cards(rows: Sequence[Row]) -> list[Row]:
-    """Where no evaluation is there yet: the reward during training, at its beginning and now."""
+    """Returns cards for a run without an evaluation: the training reward at its beginning and now."""
     cards = []
     for metric, label in (("reward_auto", "reward, unguided"), ("reward_guided", "reward, guided")):
         values = [row[metric] for row in rows if row.get(metric) is not None]
@@ -234,34 +237,36 @@ def _training_cards(rows: Sequence[Row]) -> list[Row]:
 
 
 def _lab_cards(rows: Sequence[Row], home: str) -> list[Row]:
-    """SGPO against each of the paper's competitors in the first world, and how many of its claims hold."""
+    """Returns cards that compare SGPO with each of the paper's competitors at home and count the claims that hold."""
     cards = []
     for method in ("grpo", "luffy", "hpt"):
-        apart = claims.paired(rows, home, "sgpo", method)
-        if not apart.pairs:
+        difference = claims.paired(rows, home, "sgpo", method)
+        if not difference.pairs:
             continue
         ends = [claims.interval([*claims.by_seed(rows, home, name).values()]) for name in (method, "sgpo")]
-        known = math.isfinite(apart.low)
-        note = f"{100 * apart.mean:+.1f} points {_bounds(apart.low, apart.high, '+') if known else ''}"
-        note += f", paired over {apart.pairs} seeds" if apart.pairs > 1 else ", one seed"
-        bounds = [_bounds(e.low, e.high) for e in ends] if known else []
+        has_interval = math.isfinite(difference.low)
+        note = f"{100 * difference.mean:+.1f} points "
+        note += _bounds(difference.low, difference.high, "+") if has_interval else ""
+        note += f", paired over {difference.pairs} seeds" if difference.pairs > 1 else ", one seed"
+        bounds = [_bounds(end.low, end.high) for end in ends] if has_interval else []
         cards.append(_card(f"{method.upper()} vs SGPO", [_percent(end.mean) for end in ends], note, bounds, "vs"))
-    if found := [verdict for _, _, verdict in claims.claims(rows, home)]:
-        note = ", ".join(f"{found.count(name)} {name}" for name in dict.fromkeys(found))
-        cards.append(_card("the paper's claims", [str(len(found))], note))
+    if verdicts := [verdict for _, _, verdict in claims.claims(rows, home)]:
+        note = ", ".join(f"{verdicts.count(name)} {name}" for name in dict.fromkeys(verdicts))
+        cards.append(_card("the paper's claims", [str(len(verdicts))], note))
     return cards
 
 
 def _evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Returns the table (title, columns, lines) of all evaluation results, in a list that is empty without results."""
     lines = []
-    for when, kinds in results.items():
-        for kind, sets in kinds.items():
+    for when, by_context in results.items():
+        for context, sets in by_context.items():
             for name, result in sets.items():
-                most = max(int(key.partition("@")[2]) for key in result if key.startswith("pass@"))
+                k = max(int(key.partition("@")[2]) for key in result if key.startswith("pass@"))
                 shares = [f"{_percent(result[m])} {_bounds(*result['intervals'][m])}"
-                          for m in ("accuracy", f"pass@{most}", f"maj@{most}")]  # fmt: skip
+                          for m in ("accuracy", f"pass@{k}", f"maj@{k}")]  # fmt: skip
                 numbers = [f"{result['length']:.1f}", _percent(result["truncated"]), _percent(result["no_box"])]
-                lines.append([name, kind, f"{when} RL", str(most), *shares, *numbers])
+                lines.append([name, context, f"{when} RL", str(k), *shares, *numbers])
     columns = ["set", "prompt", "", "k", "avg@k, %", "pass@k, %", "maj@k, %", "tokens", "cut, %", "no box, %"]
     order = {name: i for i, name in enumerate(dict.fromkeys(line[0] for line in lines))}
     lines.sort(key=lambda line: (order[line[0]], line[1] == "guided"))
@@ -269,16 +274,16 @@ def _evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[st
 
 
 def _samples(workdir: Path, config: dict[str, Any]) -> list[tuple[str, examples.Samples, str]]:
-    """(set, samples, column they are counted by): of the last stage, or else of the latest evaluation in training."""
+    """Returns (set, samples, column they are counted by) of the final evaluations, or the latest in training."""
     sets = config["eval"]["sets"]
-    found = examples.of_sets(sets, {when: workdir / "eval" / when for when in ("before", "after")})
+    final = examples.collect(sets, {when: workdir / "eval" / when for when in ("before", "after")})
     analysed = _rows(workdir / "analysis_generations.jsonl")
-    found = [(name, examples.with_token_kl(shown, analysed), judged) for name, shown, judged in found]
-    return found or examples.of_sets(sets, {"during": workdir / "rl" / "generations"})
+    final = [(name, examples.with_token_kl(samples, analysed), column) for name, samples, column in final]
+    return final or examples.collect(sets, {"during": workdir / "rl" / "generations"})
 
 
 def _analysis(path: Path) -> list[Row]:
-    """The lines of analysis.jsonl, their tokens grouped by step: (text, nats, strength of the colour, above delta)."""
+    """Reads analysis.jsonl and adds to each step its tokens as (text, nats, strength of the colour, above delta)."""
     lines = _rows(path)
     for line in lines:
         strongest = max((step["mean_kl"] for step in line["steps"]), default=0.0) or 1.0
@@ -292,6 +297,6 @@ def _analysis(path: Path) -> list[Row]:
 
 
 def _strengths(pairs: Iterable[tuple[str, float]], delta: float) -> list[tuple[str, float, float, bool]]:
-    """(text, nats, strength of the colour, whether it is above delta) of tokens."""
+    """Returns (text, nats, strength of the colour, whether it is above delta) of each token."""
     clip = delta if math.isfinite(delta) else None
     return [(text, kl, reasoning_steps.strength(kl, clip), kl > delta) for text, kl in pairs]

@@ -1,4 +1,4 @@
-"""Folders as a run and a lab leave them, made by hand, with texts that attack the page that shows them."""
+"""Folders of a run and of a lab, made by hand, with texts that attack the page."""
 
 import json
 import runpy
@@ -11,6 +11,8 @@ from sgpo_jax import lab
 from sgpo_jax.evaluation import summarize
 from sgpo_jax.lab.grid import grid_cells, tuning_cells, with_warm_ups
 from sgpo_jax.report import reasoning_steps
+from sgpo_jax.runtime import files
+from sgpo_jax.stats.benchmark import CONTEXTS
 
 HOSTILE = "</script><script>window.owned=1</script><img src=x onerror=\"window.owned=1\">{{ 7 * 7 }}'&lt;" + 200 * "w"
 OUTCOMES = ("correct", "wrong", "no_box", "correct")
@@ -21,8 +23,7 @@ def config_of(file):
 
 
 def write_jsonl(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    files.write_text(path, files.jsonl(rows))
 
 
 def metrics_rows(count, reward=0.5):
@@ -31,7 +32,7 @@ def metrics_rows(count, reward=0.5):
 
 
 def generations(outcomes, step):
-    """Two samples of a problem for each outcome; the first has it, the second is wrong."""
+    """Returns rows with two samples of a problem for each outcome: one with that outcome, one that is wrong."""
     return [
         {"step": step, "id": f"p{i}", "sample": k, "problem": f"problem {i} {HOSTILE}", "answer": "4",
          "response": f"response {i} {HOSTILE}" if k == 0 else "second sample", "extracted": "4",
@@ -50,7 +51,7 @@ def analysis_line(pieces=("(a)", " add", " 2", ".\n", "(b)", HOSTILE), kl=(0.0, 
 
 
 def make_run(folder):
-    """A finished run of six steps: four problems, of which one became correct and none is no longer."""
+    """Makes a finished run of six steps and four problems, one of them newly correct and none newly wrong."""
     folder.mkdir(parents=True, exist_ok=True)
     config = config_of("quickstart.py")
     config.model.source = f"scratch {HOSTILE}"
@@ -59,20 +60,20 @@ def make_run(folder):
     write_jsonl(folder / "sft.jsonl", [{"step": 1, "loss": 2.0, "validation_loss": 1.5, "seconds_step": 60.0}])
     write_jsonl(folder / "rl.jsonl", metrics_rows(6))
     for when, step, outcomes in (("before", 0, ("wrong", "wrong", "no_box", "wrong")), ("after", 6, OUTCOMES)):
-        for kind in ("unguided", "guided"):
+        for context in CONTEXTS:
             rewards = np.array([[o == "correct", 0.0] for o in outcomes], float)
             numbers = np.zeros((4, 2, 5))
             numbers[..., 0] = rewards
             result = summarize(numbers) | {"available": 4}
             (folder / "eval").mkdir(exist_ok=True)
-            (folder / "eval" / f"{when}_{kind}.json").write_text(json.dumps({"results": {"heldout": result}}))
-            write_jsonl(folder / "eval" / when / f"heldout_{kind}_{step:06d}.jsonl", generations(outcomes, step))
+            (folder / "eval" / f"{when}_{context}.json").write_text(json.dumps({"results": {"heldout": result}}))
+            write_jsonl(folder / "eval" / when / f"heldout_{context}_{step:06d}.jsonl", generations(outcomes, step))
     write_jsonl(folder / "analysis.jsonl", [analysis_line()])
     return folder
 
 
 def make_lab(folder, finished=1.0):
-    """A lab of three methods, two seeds, two rates and two worlds; of its training runs the first share is finished."""
+    """Makes a lab of three methods, two seeds, two rates and two worlds, with the first share of its runs finished."""
     config = config_of("lab.py")
     config.lab.update({"methods": ("sft", "grpo", "sgpo"), "seeds": (0, 1), "rates": (1.0, 2.0)})
     config.lab.update({"worlds": ("base", "rare-success"), "world_methods": ("grpo", "sgpo")})

@@ -5,7 +5,7 @@ import shutil
 import pytest
 from helpers.folders import make_lab, make_run
 
-from sgpo_jax import report
+from sgpo_jax.report import __main__ as report_command
 from sgpo_jax.report import page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra 'browser'")
@@ -31,7 +31,7 @@ def browser():
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     lab = make_lab(folder / "lab")
-    report.write(lab, lab / "report.html")
+    report_command.write(lab, lab / "report.html")
     return {"run": page.write_run(make_run(folder / "run")), "lab": lab / "report.html"}
 
 

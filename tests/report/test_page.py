@@ -22,7 +22,8 @@ from helpers.folders import (
 from helpers.paths import ROOT
 from ml_collections import ConfigDict
 
-from sgpo_jax import lab, main, report
+from sgpo_jax import lab, main
+from sgpo_jax.report import __main__ as report_command
 from sgpo_jax.report import examples, figures, page
 
 
@@ -190,7 +191,7 @@ def test_a_figure_for_the_page_has_the_pages_colours_and_ids_of_its_own():
 def test_a_lab_has_tables_claims_worlds_and_samples(tmp_path):
     folder = make_lab(tmp_path / "grid")
     before = (folder / "results.jsonl").read_bytes()
-    report.write(folder, folder / "out" / "page.html")
+    report_command.write(folder, folder / "out" / "page.html")
     text = words(Page(folder / "out" / "page.html"))
     assert "GRPO vs SGPO" in text and "+25.0 points [+25.0, +25.0], paired over 2 seeds" in text
     assert "22 of 22 training runs" in text and "Where distillation helps" in text
@@ -212,7 +213,7 @@ def test_a_row_that_a_changed_config_no_longer_means_is_left_out(tmp_path):
     config = page.read_config(folder)
     config["rl"]["batch"] = 8
     (folder / "config.json").write_text(json.dumps(config))
-    report.write(folder, folder / "page.html")
+    report_command.write(folder, folder / "page.html")
     text = words(Page(folder / "page.html"))
     assert "0 of 22 training runs" in text and "GRPO vs SGPO" not in text
 
