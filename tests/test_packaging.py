@@ -32,17 +32,3 @@ def test_what_is_installed_is_in_the_range(requirement):
 
 def version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
-
-
-def test_a_module_imports_only_from_levels_below_its_own():
-    """The levels are those of CONTRIBUTING.md, which has every module."""
-    rows = re.findall(r"^\| (\d+) \| (.*?) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
-    levels = {name: int(level) for level, names in rows for name in re.findall(r"`(\w+)(?:\.py|/)`", names)}
-    package = ROOT / "sgpo_jax"
-    for file in package.rglob("*.py"):
-        name = file.stem if file.parent == package else file.parent.name
-        imports = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
-        for node in imports if file.stem != "__init__" else []:
-            top, *below = str(node.module).split(".")
-            used = below[:1] or [alias.name for alias in node.names] if top == package.name else []
-            assert all(levels[other] < levels[name] for other in used if other != name), (file, used)

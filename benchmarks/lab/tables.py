@@ -1,4 +1,4 @@
-"""The tables of docs/lab.md, and SmolLM2's of the README, from the rows beside this file. Nothing is trained.
+"""The tables of docs/lab.md and docs/smollm2.md, from the rows beside this file. Nothing is trained.
 
     python benchmarks/lab/tables.py
 """
