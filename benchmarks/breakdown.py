@@ -1,10 +1,10 @@
-"""Where the time of an update and of a rollout goes: a profile of one call each, by part of the program.
+"""Profiles an update and a rollout, and adds up the time of each part of the program.
 
     python benchmarks/breakdown.py
     python benchmarks/breakdown.py --shape=small --remat=none
 
-XLA names each operation after the code that asked for it. Times of operations that run at once are added, so the sum
-is that of the threads that run operations, and shares of it are what counts.
+XLA names each operation after the code that it comes from. Operations can run at the same time, and their times are
+added. So the sum is the busy time of all threads, and only the shares of it are meaningful.
 """
 
 import re
@@ -18,7 +18,7 @@ from common import Side
 
 from sgpo_jax.runtime import tables
 
-# The first pattern that an operation's name has says where it belongs.
+# (pattern, part): the first pattern that matches the name of an operation decides.
 PARTS = {
     "update": [
         (r"rematted_computation", "layers, computed again"),
@@ -40,14 +40,15 @@ PARTS = {
 
 def main() -> None:
     parser = common.arguments(
-        "Where the time of an update and of a rollout goes.",
+        "Time of an update and of a rollout, by part of the program.",
         shape=("smollm2", workload.SHAPE_HELP), problems=(1, "problems of the update"), group=(4, "samples of each"),
-        requests=(32, "responses of the rollout"), batch=(32, "decoded at once"), prompt=(64, "tokens of a prompt"),
-        longest=(128, "tokens of a response"), micro_batch=(0, "rows whose activations are held at once; 0: all"),
+        requests=(32, "responses of the rollout"), batch=(32, "responses decoded at once"),
+        prompt=(64, "tokens of a prompt"), longest=(128, "tokens of a response"),
+        micro_batch=(0, "rows whose activations are held at once; 0: all"),
         remat=("full", "what is recomputed"),
     )  # fmt: skip
     flags = parser.parse_args()
-    everything = {}
+    results = {}
     with tempfile.TemporaryDirectory() as folder:
         task = {**vars(flags), "median": 0, "top_p": 1.0, "calls": 1, "seed": 0, "model": str(Path(folder) / "model")}
         common.run(Side("weights"), {**task, "work": "weights"})
@@ -60,8 +61,8 @@ def main() -> None:
             rows = [[part, f"{seconds:.3g}", f"{seconds / total:.0%}"] for part, seconds in shares.most_common()]
             title = f"{work}, {flags.shape}: {result['seconds'][0]:.3g} s, {result['cpu'][0]:.3g} CPU-s"
             tables.table(title, ["part", "seconds", "share"], rows)
-            everything[work] = result
-    common.save(flags.json, __file__, flags=vars(flags), results=everything)
+            results[work] = result
+    common.save(flags.json, __file__, flags=vars(flags), results=results)
 
 
 if __name__ == "__main__":

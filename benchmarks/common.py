@@ -1,8 +1,8 @@
-"""What the benchmarks share: workers measured from outside, peers in environments of their own, tables and JSON.
+"""Shared parts of the benchmarks: workers measured from outside, environments of the peers, statistics and JSON.
 
-A benchmark alternates short worker processes, ours and the peers', so that a change of the machine's mood meets all of
-them. A worker reads its task from a JSON file and writes its result to another; its peak memory (RSS) and its CPU time
-are those that the kernel counted for the process.
+A benchmark alternates short worker processes of all sides, so that a change in the load of the machine affects all of
+them. A worker reads its task from a JSON file and writes its result to another one. Its peak memory (RSS) and CPU time
+are those that the kernel counts for the process.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sgpo_jax_benchmarks"
-# A plain torch of PyPI is one for CUDA; PIP_EXTRA_INDEX_URL chooses a smaller one.
+# The torch of PyPI is built for CUDA. PIP_EXTRA_INDEX_URL can name an index with a smaller one.
 PEERS = {
     "tunix": ("google-tunix==0.1.7",),
     "torch": ("torch==2.13.0", "trl==1.16.0", "transformers==5.24.0"),
@@ -29,19 +29,20 @@ PEERS = {
 
 
 class Side(NamedTuple):
-    """One of the programs that are compared: a worker script, and who runs it."""
+    """One of the compared programs: a worker script, its environment and its settings."""
 
     name: str
-    peer: str = ""  # environment in PEERS; "": this one
-    settings: dict[str, Any] = {}  # what its task has besides the task of all
+    peer: str = ""  # key of PEERS; "" is the environment of this process
+    settings: dict[str, Any] = {}  # additions to the task that all sides get
 
     @property
     def worker(self) -> Path:
+        """The script that the side runs."""
         return Path(__file__).parent / f"worker_{self.peer or 'sgpo'}.py"
 
 
 def arguments(description: str, **extra: Any) -> argparse.ArgumentParser:
-    """A parser with the flags that every benchmark has."""
+    """Returns a parser with --json and a flag for each `name=(default, help)`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--json", default="", help="file for the figures")
     for name, (default, text) in extra.items():
@@ -50,7 +51,7 @@ def arguments(description: str, **extra: Any) -> argparse.ArgumentParser:
 
 
 def environment(peer: str, cache: Path = CACHE) -> Path:
-    """The Python of a peer's environment, which is made if it is not there: `cache`/peer."""
+    """Returns the Python of a peer's environment, `cache`/peer. The first call creates it."""
     folder = cache / peer
     python, done = folder / "bin" / "python", folder / "requirements.txt"
     wanted = "\n".join(PEERS[peer])
@@ -64,28 +65,29 @@ def environment(peer: str, cache: Path = CACHE) -> Path:
 
 
 def run(side: Side, task: dict[str, Any], cache: Path = CACHE) -> dict[str, Any]:
-    """The result of a worker, with `peak_rss` (bytes), `process_cpu` and `process_wall` (seconds) of its process.
+    """Runs a worker; returns its result with `peak_rss` (bytes), `process_cpu` and `process_wall` (seconds).
 
     Raises:
-      RuntimeError: the worker failed; the message has the end of what it printed.
+        RuntimeError: the worker failed; the message has the end of its output.
     """
     python = environment(side.peer, cache) if side.peer else sys.executable
-    # Threads of OpenMP that spin while they wait take the cores from the others of the same process.
+    # OpenMP threads that spin while they wait would take the cores from other threads of their process.
     variables = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
     variables["PYTHONPATH"] = "" if side.peer else os.pathsep.join([str(ROOT), *sys.path])
     with tempfile.TemporaryDirectory() as folder:
-        ask, answer, log = (Path(folder) / name for name in ("task.json", "result.json", "log"))
-        ask.write_text(json.dumps({**task, **side.settings}))
+        task_file, result_file, log = (Path(folder) / name for name in ("task.json", "result.json", "log"))
+        task_file.write_text(json.dumps({**task, **side.settings}))
         started = time.perf_counter()
         with log.open("w") as output:
             process = subprocess.Popen(
-                [python, side.worker, ask, answer], env=variables, stdout=output, stderr=subprocess.STDOUT, cwd=folder
-            )
+                [python, side.worker, task_file, result_file], env=variables, stdout=output, stderr=subprocess.STDOUT,
+                cwd=folder,
+            )  # fmt: skip
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             raise RuntimeError(f"{side.name} ended with {process.returncode}:\n{log.read_text()[-4000:]}")
-        return json.loads(answer.read_text()) | {
+        return json.loads(result_file.read_text()) | {
             "peak_rss": usage.ru_maxrss * 1024,
             "process_cpu": usage.ru_utime + usage.ru_stime,
             "process_wall": time.perf_counter() - started,
@@ -93,7 +95,7 @@ def run(side: Side, task: dict[str, Any], cache: Path = CACHE) -> dict[str, Any]
 
 
 def alternate(sides: Sequence[Side], task: dict[str, Any], rounds: int, cache: Path) -> dict[str, list[dict]]:
-    """The results of `rounds` rounds, in each of which every side runs once."""
+    """Runs every side once in each round; returns side -> results."""
     results: dict[str, list[dict]] = {side.name: [] for side in sides}
     for number in range(rounds):
         for side in sides:
@@ -104,7 +106,7 @@ def alternate(sides: Sequence[Side], task: dict[str, Any], rounds: int, cache: P
 
 
 def timed(call: Callable[[int], Any], calls: int, warm_up: int = 1) -> tuple[list[Any], dict[str, list[float]]]:
-    """(results of `calls` calls after `warm_up` ones that compile, their seconds of wall and of CPU time)."""
+    """Times calls after `warm_up` calls that compile; returns their results, and all times in seconds by kind."""
     results, wall, cpu = [], [], []
     for number in range(warm_up + calls):
         started = time.perf_counter(), time.process_time()
@@ -116,26 +118,26 @@ def timed(call: Callable[[int], Any], calls: int, warm_up: int = 1) -> tuple[lis
 
 
 def pooled(results: Iterable[dict], field: str) -> list[float]:
-    """The measurements of a field in all rounds; a round has one or a list of them."""
-    found = [result[field] for result in results if field in result]
-    return [x for values in found for x in (values if isinstance(values, list) else [values])]
+    """Returns the measurements of a field in all rounds; a round has one or a list of them."""
+    rounds = [result[field] for result in results if field in result]
+    return [x for values in rounds for x in (values if isinstance(values, list) else [values])]
 
 
 def spread(values: Sequence[float], format: str = ".3g") -> str:
-    """Median and range, such as `1.2 (1.1-1.4)`; `-` for no values."""
+    """Formats median and range, such as `1.2 (1.1-1.4)`; `-` for no values."""
     if not values:
         return "-"
     low, middle, high = (f"{x:{format}}" for x in (min(values), statistics.median(values), max(values)))
     return middle if low == high else f"{middle} ({low}-{high})"
 
 
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
-    """Median of ours over median of theirs."""
-    return statistics.median(ours) / statistics.median(theirs) if ours and theirs else None
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float | None:
+    """Returns the ratio of the medians; None where one side has no values."""
+    return statistics.median(numerator) / statistics.median(denominator) if numerator and denominator else None
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on. It starts no JAX, so that this process stays small."""
+    """Describes the machine, without JAX, so that this process stays small."""
     model = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     memory = [int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")]
     return {
@@ -147,17 +149,17 @@ def machine() -> dict[str, Any]:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Versions of the packages that are installed where it is called."""
-    known = {d.metadata["Name"]: d.version for d in metadata.distributions()}
-    return {name: known[name] for name in packages if name in known}
+    """Returns the versions of those of the packages that are installed in this environment."""
+    installed = {d.metadata["Name"]: d.version for d in metadata.distributions()}
+    return {name: installed[name] for name in packages if name in installed}
 
 
 def save(path: str, script: str, **content: Any) -> None:
-    """Writes the figures with the machine they were measured on, if a path is given."""
+    """Writes the figures to a JSON file, with the benchmark, its flags and the machine. No path writes nothing."""
     if path:
         flags = {name: value for name, value in content.pop("flags").items() if name not in ("json", "cache")}
-        everything = {"benchmark": Path(script).stem, "flags": flags, "machine": machine(), **content}
-        Path(path).write_text(json.dumps(everything, indent=1) + "\n")
+        figures = {"benchmark": Path(script).stem, "flags": flags, "machine": machine(), **content}
+        Path(path).write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def _lines(path: str) -> list[str]:

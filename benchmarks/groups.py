@@ -1,8 +1,9 @@
-"""Both groups of a step sampled at once against one after the other: long-tailed responses, time and slot-steps.
+"""Compares sampling both groups of a step at once with sampling one after the other: time and slot-steps.
 
     python benchmarks/groups.py
 
-16 problems, 8 autonomous and 4 guided responses to each, of the small shape. Lengths are long-tailed as in rollout.py.
+The model has the small shape. Each of 16 problems gets 8 autonomous and 4 guided responses. Their lengths are
+long-tailed, as in rollout.py.
 """
 
 import tempfile
@@ -21,8 +22,8 @@ def main() -> None:
     parser = common.arguments(
         "Sampling two groups at once against one after the other.",
         shape=("small", workload.SHAPE_HELP), problems=(16, "problems"), autonomous=(8, "responses to a problem"),
-        guided=(4, "responses to a problem with its strategy"), batch=(32, "decoded at once; 0: all"),
-        prompt=(64, "tokens of a prompt"), strategy=(32, "tokens more of a guided prompt"),
+        guided=(4, "responses to a problem with its strategy"), batch=(32, "responses decoded at once; 0: all"),
+        prompt=(64, "tokens of a prompt"), strategy=(32, "extra tokens of a guided prompt"),
         longest=(256, "most tokens of a response"), median=(32, "median tokens of a response"),
         calls=(3, "measured rollouts of a worker"), rounds=(2, "workers of each side"),
     )  # fmt: skip

@@ -1,9 +1,9 @@
-"""What a rollout and an update cost as responses, batch, vocabulary or samples per problem grow.
+"""Measures how the cost of a rollout and an update grows with responses, batch, vocabulary or samples per problem.
 
     python benchmarks/scaling.py                      # one size at a time, from a base of the small shape
     python benchmarks/scaling.py --sizes="longest=128,256,512;vocab=8192,32768" --rounds=5
 
-The exponent compares a row with the one before it: 1 says that the cost grew as the size did.
+The exponent compares a row with the row before it. It is 1 where the cost grows in proportion to the size.
 """
 
 import math
@@ -26,7 +26,7 @@ def main() -> None:
         shape=("small", workload.SHAPE_HELP), problems=(4, "problems"), group=(4, "samples of each"),
         prompt=(64, "tokens of a prompt"), longest=(128, "tokens of a response"),
         micro_batch=(16, "rows whose activations are held at once"), remat=("full", "what is recomputed"),
-        sizes=(SIZES, "of longest, problems, vocab, group: the values that each takes"),
+        sizes=(SIZES, "values of longest, problems, vocab and group"),
         calls=(3, "measured calls of a worker"), rounds=(2, "workers of each"),
     )  # fmt: skip
     flags = parser.parse_args()
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def measure(task: dict) -> dict:
-    """Medians of a rollout and an update of the same samples."""
+    """Measures a rollout and an update of the same samples; returns medians, memory and the results of the workers."""
     shape = workload.shape(task["shape"])._replace(**({"vocab": task["vocab"]} if "vocab" in task else {}))
     requests = task["problems"] * task["group"]
     task |= {"shape": "x".join(map(str, shape)), "median": 0, "top_p": 1.0, "requests": requests, "batch": requests}

@@ -1,10 +1,10 @@
-"""The update of SGPO against that of GRPO on as many samples: 8 autonomous and 4 guided against 12 autonomous.
+"""Compares an SGPO update with a GRPO update of as many samples: 8 autonomous and 4 guided with 12 autonomous.
 
     python benchmarks/sgpo.py
     python benchmarks/sgpo.py --shape=small --problems=4
 
-Every response has the same length. Rewards alternate, so that half of the guided responses are candidates of every
-problem and all problems have a target. The strategy makes the guided prompt longer.
+Every response has the same length. Rewards alternate, so that half of the guided responses are candidates and every
+problem has a target. The strategy makes the guided prompt longer.
 """
 
 import tempfile
@@ -16,13 +16,15 @@ from common import Side, pooled, ratio, spread
 
 from sgpo_jax.runtime import tables
 
+UNITS = (1, 1, 2**30, 2**30, 1)  # of the columns of the table
 
 def main() -> None:
     parser = common.arguments(
         "An SGPO update against a GRPO update on as many samples.",
         shape=("smollm2", workload.SHAPE_HELP), problems=(1, "problems"), group=(12, "samples of each"),
-        guided=(4, "of them guided, in SGPO"), prompt=(64, "tokens of a prompt"), strategy=(64, "tokens of a strategy"),
-        longest=(128, "tokens of a response"), micro_batch=(4, "rows whose activations are held at once"),
+        guided=(4, "guided ones of them, in SGPO"), prompt=(64, "tokens of a prompt"),
+        strategy=(64, "tokens of a strategy"), longest=(128, "tokens of a response"),
+        micro_batch=(4, "rows whose activations are held at once"),
         remat=("full", "what is recomputed"), calls=(3, "measured updates of a worker"), rounds=(3, "workers of each"),
     )  # fmt: skip
     flags = parser.parse_args()
@@ -34,8 +36,8 @@ def main() -> None:
     fields = ("seconds", "cpu", "peak_rss", "temporary", "compile_seconds")
     ratios = {field: ratio(pooled(results["SGPO"], field), pooled(results["GRPO"], field)) for field in fields}
     rows = [
-        [name, *(spread([x / unit for x in pooled(found, field)]) for field, unit in zip(fields, UNITS, strict=True))]
-        for name, found in results.items()
+        [name, *(spread([x / unit for x in pooled(side, field)]) for field, unit in zip(fields, UNITS, strict=True))]
+        for name, side in results.items()
     ]
     rows.append(["ratio", *(f"{value:.2f}" for value in ratios.values())])
     columns = ["method", "seconds", "CPU-s", "peak RSS, GiB", "temporary, GiB", "compile, s"]
@@ -43,8 +45,6 @@ def main() -> None:
     tables.table(f"Update of {size}", columns, rows)
     common.save(flags.json, __file__, flags=vars(flags), results=results, ratios=ratios)
 
-
-UNITS = (1, 1, 2**30, 2**30, 1)
 
 if __name__ == "__main__":
     main()

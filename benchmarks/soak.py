@@ -1,12 +1,13 @@
-"""The quickstart world for an hour: memory, file handles and time per step, each with its slope.
+"""Trains in the quickstart world for an hour, and fits slopes to memory, file handles and time per step.
 
     python benchmarks/soak.py [--seconds=3600] [--workdir=DIR] [--json=OUT.json] [--config.FIELD=VALUE ...]
 
-The command trains as a process of its own, with evaluations, checkpoints and the page in between, at a learning rate so
-small that every step is the same work, and gets SIGTERM at the end. Every few seconds /proc is asked about it and its
-grading workers. Slopes are least squares over the means of equal stretches of time, from the second evaluation on, with
-95 % intervals. Time is CPU time, which other work on the machine hardly changes, for as many steps as lie between two
-evaluations; it is also given as a multiple of a fixed piece of work, timed along with it, which suffers as it does.
+The training command runs in a separate process, with evaluations, checkpoints and the page. Its learning rate is so
+small that every step is the same work. At the end it gets SIGTERM. Every few seconds this process reads /proc for the
+run and its grading workers. Slopes are least squares over the means of equal stretches of time, from the second
+evaluation on, with 95 % intervals. Time per step is CPU time, averaged over the steps between two evaluations: other
+work on the machine hardly changes it. It is also given in units of a fixed piece of work that is timed along with the
+run, since a busy machine slows both in the same way.
 """
 
 import argparse
@@ -39,18 +40,22 @@ FIELDS = {
 
 
 class Process(NamedTuple):
-    """What /proc says of a process."""
+    """Resources of a process, from /proc."""
 
     parent: int
     memory: float  # MB resident
     threads: int
     handles: int
-    cpu: float  # seconds, with those of its children that have ended
+    cpu: float  # seconds, including its children that have ended
 
 
 def process(pid: int) -> Process:
-    """Raises OSError when there is no such process any more."""
-    # The name, in parentheses, may hold anything.
+    """Reads the resources of a process.
+
+    Raises:
+        OSError: the process has ended.
+    """
+    # The name, in parentheses, can contain any character.
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     ticks = sum(map(int, fields[11:15]))
     handles = len(os.listdir(f"/proc/{pid}/fd"))
@@ -58,23 +63,24 @@ def process(pid: int) -> Process:
 
 
 def sample(pid: int) -> dict[str, float]:
-    """Of a process and of the sum of its children."""
-    own, children = process(pid), []
+    """Returns the resources of a process, and the sums over its children."""
+    parent, children = process(pid), []
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            found = process(int(path.name))
+            other = process(int(path.name))
         except OSError:
             continue
-        if found.parent == pid:
-            children.append(found)
+        if other.parent == pid:
+            children.append(other)
     return {
-        "memory": own.memory, "memory_children": sum(child.memory for child in children), "handles": own.handles,
-        "threads": own.threads, "children": len(children), "cpu": own.cpu + sum(child.cpu for child in children),
+        "memory": parent.memory, "memory_children": sum(child.memory for child in children),
+        "handles": parent.handles, "threads": parent.threads, "children": len(children),
+        "cpu": parent.cpu + sum(child.cpu for child in children),
     }  # fmt: skip
 
 
 def fixed_work() -> float:
-    """CPU seconds of a fixed piece of work: how much slower than alone this machine is just now."""
+    """Does a fixed piece of work; returns its CPU seconds, which grow with the load of the machine."""
     started = time.process_time()
     hashlib.sha256(bytes(8_000_000)).digest()
     np.linalg.norm(np.ones((300, 300)) @ np.ones((300, 300)))
@@ -82,12 +88,13 @@ def fixed_work() -> float:
 
 
 def slope(times: np.ndarray, values: np.ndarray, stretches: int = STRETCHES) -> dict[str, float]:
-    """Least-squares slope an hour with its 95 % interval, over the means of stretches of time.
+    """Returns the least-squares slope per hour with its 95 % interval, over the means of stretches of time.
 
     Args:
-      times: `[n]` seconds, rising.
-      values: `[n]`.
-      stretches: at most; neighbouring samples are alike, and counting each would make the interval too narrow.
+        times: `[n]` seconds, rising.
+        values: `[n]`.
+        stretches: largest number of points of the fit. Neighbouring samples are correlated, so a point for each of them
+            would make the interval too narrow.
     """
     edges = np.linspace(times[0], times[-1], min(stretches, len(times)) + 1)
     place = np.clip(np.searchsorted(edges, times, side="right") - 1, 0, len(edges) - 2)
@@ -102,23 +109,27 @@ def slope(times: np.ndarray, values: np.ndarray, stretches: int = STRETCHES) -> 
 
 
 def between_evaluations(samples: list[dict[str, float]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(end [n] in seconds, CPU seconds a step [n], the same in pieces of fixed work [n]) of each EVERY steps."""
+    """Returns the CPU time of a step between two evaluations.
+
+    The three arrays `[n]` are: the end of each interval in seconds, CPU seconds per step, and the same in units of the
+    fixed work.
+    """
     marks, rows = range(EVERY, int(samples[-1]["step"]) + 1, EVERY), []
-    steps = [each["step"] for each in samples]
-    cpu = np.interp(marks, steps, [each["cpu"] for each in samples])
-    times = np.interp(marks, steps, [each["time"] for each in samples])
+    steps = [row["step"] for row in samples]
+    cpu = np.interp(marks, steps, [row["cpu"] for row in samples])
+    times = np.interp(marks, steps, [row["time"] for row in samples])
     for start, end, used in zip(times, times[1:], np.diff(cpu) / EVERY, strict=False):
-        pieces = [each["fixed_work"] for each in samples if start <= each["time"] <= end]
+        pieces = [row["fixed_work"] for row in samples if start <= row["time"] <= end]
         rows.append((end, used, used / np.median(pieces or [samples[-1]["fixed_work"]])))
     return tuple(np.array(rows).T) if rows else (np.zeros(0),) * 3
 
 
 def watch(workdir: Path, seconds: float, interval: float, overrides: list[str]) -> tuple[list[dict[str, float]], int]:
-    """(samples, exit code) of a run of `seconds`, start-up included."""
+    """Runs the training command for `seconds`, including its start; returns its samples and its exit code."""
     flags = [f"--config.{name}={value}" for name, value in FIELDS.items()] + overrides
     config = f"--config={ROOT / 'configs' / 'quickstart.py'}"
     command = [sys.executable, "-m", "sgpo_jax.main", config, f"--workdir={workdir}", *flags]
-    samples, rows, started = [], workdir / "rl.jsonl", time.monotonic()
+    samples, metrics, started = [], workdir / "rl.jsonl", time.monotonic()
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / "output.txt").open("w") as output, (workdir / "samples.jsonl").open("w") as file:
         run = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -126,13 +137,13 @@ def watch(workdir: Path, seconds: float, interval: float, overrides: list[str]) 
             while run.poll() is None and time.monotonic() - started < seconds:
                 time.sleep(interval)
                 try:
-                    found = sample(run.pid)
+                    row = sample(run.pid)
                 except OSError:
                     break
-                found |= {"time": time.monotonic() - started, "load": os.getloadavg()[0], "fixed_work": fixed_work()}
-                found["step"] = rows.read_bytes().count(b"\n") if rows.is_file() else 0
-                samples.append(found)
-                file.write(json.dumps(found) + "\n")
+                row |= {"time": time.monotonic() - started, "load": os.getloadavg()[0], "fixed_work": fixed_work()}
+                row["step"] = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+                samples.append(row)
+                file.write(json.dumps(row) + "\n")
                 file.flush()
             run.send_signal(signal.SIGTERM)
             return samples, run.wait(timeout=300)
@@ -141,26 +152,26 @@ def watch(workdir: Path, seconds: float, interval: float, overrides: list[str]) 
 
 
 def summarize(samples: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Quantity -> `slope` from the second evaluation on.
+    """Returns quantity -> `slope` from the second evaluation on.
 
     Raises:
-      ValueError: the run did not come far enough.
+        ValueError: the run has too few steps.
     """
-    steady = [each for each in samples if each["step"] > 2 * EVERY]
+    steady = [row for row in samples if row["step"] > 2 * EVERY]
     ends, cpu, relative = between_evaluations(samples)
     after = ends > (steady[0]["time"] if steady else np.inf)
     if after.sum() < 3:
-        raise ValueError(f"{samples[-1]['step'] if samples else 0} steps are too few, it takes more than {5 * EVERY}")
-    times = np.array([each["time"] for each in steady])
+        raise ValueError(f"{samples[-1]['step'] if samples else 0} steps are too few; more than {5 * EVERY} are needed")
+    times = np.array([row["time"] for row in steady])
     names = ("memory", "memory_children", "handles", "threads", "children")
-    found = {name: slope(times, np.array([each[name] for each in steady])) for name in names}
-    return found | {
+    slopes = {name: slope(times, np.array([row[name] for row in steady])) for name in names}
+    return slopes | {
         "cpu_per_step": slope(ends[after], cpu[after]), "cpu_per_step_relative": slope(ends[after], relative[after])
     }  # fmt: skip
 
 
 def machine(workdir: Path) -> dict:
-    """Processor, memory, and what the run itself wrote about versions and commit."""
+    """Describes the machine, with the versions and the commit that the run has recorded."""
     models = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
               if line.startswith("model name")]  # fmt: skip
     (start, *_) = json.loads((workdir / "environment.json").read_text())
@@ -173,10 +184,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Memory, file handles and time per step of a long run.")
     parser.add_argument("--seconds", type=float, default=3600.0)
     parser.add_argument("--interval", type=float, default=5.0, help="seconds between two samples")
-    parser.add_argument("--workdir", default="", help="empty folder for the run; by default one that is removed")
+    parser.add_argument("--workdir", default="", help="empty folder for the run; by default a temporary one")
     parser.add_argument("--json", default="", help="file for the figures")
     arguments, overrides = parser.parse_known_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))  # and the run with it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))  # stops the run too
     with tempfile.TemporaryDirectory() as temporary:
         workdir = Path(arguments.workdir or temporary).absolute()
         samples, code = watch(workdir, arguments.seconds, arguments.interval, overrides)
@@ -185,22 +196,24 @@ def main() -> None:
         steps = [row["step"] for row in read_jsonl(workdir / "rl.jsonl")]
         if steps != [*range(1, len(steps) + 1)]:
             sys.exit("the metrics rows are not 1, 2, 3, ...")
-        found, about = summarize(samples), machine(workdir)
-    load = float(np.mean([each["load"] for each in samples]))
+        slopes, described = summarize(samples), machine(workdir)
+    load = float(np.mean([row["load"] for row in samples]))
     units = {
         "memory": "MB", "memory_children": "MB", "handles": "", "threads": "", "children": "", "cpu_per_step": "s",
         "cpu_per_step_relative": "pieces of work",
     }  # fmt: skip
     lines = []
-    for name, fit in found.items():
+    for name, fit in slopes.items():
         scale, unit = (100 / fit["mean"], "%") if name.startswith("cpu") else (1.0, units[name])
         low, value, high = (fit[key] * scale for key in ("low", "slope", "high"))
         lines.append((name, f"{fit['first']:.5g}", f"{fit['last']:.5g}", units[name],
                       f"{value:+.3g} [{low:+.3g}, {high:+.3g}] {unit}"))  # fmt: skip
-    title = f"{samples[-1]['time']:.0f} s, {len(steps)} RL steps, load {load:.1f}, {about['processor']}"
-    tables.table(title, ("what", "first", "last", "unit", "slope an hour, 95 %"), lines)
+    title = f"{samples[-1]['time']:.0f} s, {len(steps)} RL steps, load {load:.1f}, {described['processor']}"
+    tables.table(title, ("quantity", "first", "last", "unit", "slope per hour, 95 %"), lines)
     if arguments.json:
-        result = {"seconds": samples[-1]["time"], "steps": len(steps), "load": load, "machine": about, "slopes": found}
+        result = {
+            "seconds": samples[-1]["time"], "steps": len(steps), "load": load, "machine": described, "slopes": slopes,
+        }  # fmt: skip
         Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
 
 

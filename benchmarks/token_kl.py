@@ -1,13 +1,13 @@
-"""KL of tokens and its relatives, with gradients, against the computation that holds all logits: memory and time.
+"""Compares the token KL in chunks, with gradients, with the computation that holds all logits: memory and time.
 
     python benchmarks/token_kl.py
     python benchmarks/token_kl.py --positions=1024,2048,4096,8192 --vocab=49152 --chunk=512,128 --rounds=5
     python benchmarks/token_kl.py --divergence=forward_kl,jensen_shannon,top_k_kl --k=100
 
-`kl_loss` is what the update calls, a loss that is a sum over tokens; `token_kl` gives any loss of the tokens' KL its
-gradient, for which it makes the logits twice. The extra memory is what the process takes at its peak beyond what it
-held before the first call; seen from outside. The gradient of the head, which all give back, is part of it. Each
-divergence has its own dense computation: that of `top_k_kl` takes the k tokens, and SDPO's tail, out of all logits.
+`kl_loss` is what the update calls, a loss that is a sum over tokens. `token_kl` differentiates any loss of the token
+KL, and computes the logits twice for it. The extra memory is the peak of the process minus what it held before the
+first call. It includes the gradient of the head, which every side returns. Each divergence has its own dense
+computation: that of `top_k_kl` takes the k tokens, and SDPO's tail, out of all logits.
 """
 
 import itertools
@@ -33,7 +33,7 @@ def main() -> None:
     for positions, chunk in itertools.product(numbers(flags.positions), numbers(flags.chunk)):
         if positions % chunk:
             parser.error(f"--chunk={chunk}: must divide every one of --positions={flags.positions}")
-    ours = [
+    chunked = [
         Side(f"{how}, {chunk}", "", {"how": how, "chunk": chunk})
         for how, chunk in itertools.product(("kl_loss", "token_kl"), numbers(flags.chunk))
     ]
@@ -44,16 +44,16 @@ def main() -> None:
             "work": "kl", "positions": positions, "hidden": flags.hidden, "vocab": vocab, "calls": flags.calls,
             "divergence": divergence, "k": flags.k,
         }  # fmt: skip
-        results = common.alternate([*ours, DENSE], task, flags.rounds, Path())
+        results = common.alternate([*chunked, DENSE], task, flags.rounds, Path())
         dense = results[DENSE.name]
-        for name, found in results.items():
-            extra = [[result["peak_rss"] - result["resident_before"] for result in side] for side in (found, dense)]
-            seconds, cpu = ([pooled(side, field) for side in (found, dense)] for field in ("seconds", "cpu"))
-            error = abs(found[0]["value"] - dense[0]["value"]) / abs(dense[0]["value"])
+        for name, chunks in results.items():
+            extra = [[result["peak_rss"] - result["resident_before"] for result in side] for side in (chunks, dense)]
+            seconds, cpu = ([pooled(side, field) for side in (chunks, dense)] for field in ("seconds", "cpu"))
+            error = abs(chunks[0]["value"] - dense[0]["value"]) / abs(dense[0]["value"])
             ratios = {"memory": ratio(*extra), "time": ratio(*seconds), "cpu": ratio(*cpu), "error": error}
             cells.append({
                 "positions": positions, "vocab": vocab, "divergence": divergence, "side": name, "ratios": ratios,
-                "results": found,
+                "results": chunks,
             })  # fmt: skip
             rows.append([
                 f"{positions} x {vocab}", divergence, name, spread([x / 2**20 for x in extra[0]], ".0f"),
@@ -65,6 +65,7 @@ def main() -> None:
 
 
 def numbers(text: str) -> list[int]:
+    """Returns the numbers of a list such as 1024,2048."""
     return [int(number) for number in text.split(",")]
 
 

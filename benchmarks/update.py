@@ -1,13 +1,13 @@
-"""One GRPO update, AdamW included, against Tunix and TRL: time, memory, compile time; lengths equal or long-tailed.
+"""Compares a GRPO update, AdamW included, with Tunix and TRL: time, memory, compile time.
 
     python benchmarks/update.py                                          # 4 responses, 64 + 128 tokens, SmolLM2's shape
     python benchmarks/update.py --problems=2 --longest=256 --median=32   # long-tailed
     python benchmarks/update.py --problems=8 --calls=0                   # only the compiler's memory
 
-Every side runs with its own default for recomputing activations (ours and TRL do, Tunix does not); `--stored` adds
-those that hold them, `--one-row` all three with one row at a time. Ours packs responses in rows and leaves out those
-that are not filled, as many at a time as a micro-batch has. Peak memory is that of the process, seen from outside, the
-loading of weights included.
+Every side has its own default for activations: sgpo_jax and TRL recompute them, Tunix holds them. `--stored` adds
+sgpo_jax and TRL with all activations held, `--one-row` all three with one row at a time. sgpo_jax packs responses into
+rows, and leaves out whole micro-batches of rows that stay empty. Peak memory is that of the process, including the
+loading of weights.
 """
 
 import statistics
@@ -24,7 +24,7 @@ GIB = 2**30
 
 
 def sides(stored: bool, one_row: bool) -> list[Side]:
-    """Ours first."""
+    """Returns the compared sides, sgpo_jax first."""
     chosen = [Side("sgpo_jax", "", {"remat": "full"}), Side("Tunix", "tunix", {"remat": False}),
               Side("TRL", "torch", {"remat": True})]  # fmt: skip
     one = [Side(f"{name} (1 row)", peer, {**settings, "micro_batch": 1}) for name, peer, settings in chosen]
@@ -42,8 +42,8 @@ def main() -> None:
         rounds=(3, "workers of each side"), sides=("", "names, separated by commas; all by default"),
         cache=(str(common.CACHE), "folder of the peers' environments"),
     )  # fmt: skip
-    parser.add_argument("--stored", action="store_true", help="also with all activations held")
-    parser.add_argument("--one-row", action="store_true", help="also with one row at a time")
+    parser.add_argument("--stored", action="store_true", help="add sgpo_jax and TRL with all activations held")
+    parser.add_argument("--one-row", action="store_true", help="add all sides with one row at a time")
     flags = parser.parse_args()
     shape = workload.shape(flags.shape)
     chosen = [s for s in sides(flags.stored, flags.one_row) if not flags.sides or s.name in flags.sides.split(",")]
@@ -59,22 +59,23 @@ def main() -> None:
     useful = 3 * shape.forward_flops(tokens.sum(), lengths.sum(), (tokens * (tokens + 1) / 2).sum())
     peak = statistics.median(pooled(results["peak"], "flops"))
     rows, summary = [], {}
-    ours = results[chosen[0].name]
+    first = results[chosen[0].name]
     for side in chosen:
-        found = results[side.name]
-        seconds = pooled(found, "seconds")
+        side_results = results[side.name]
+        seconds = pooled(side_results, "seconds")
         rows.append([
-            side.name, spread(seconds), spread(pooled(found, "cpu")),
-            spread([x / GIB for x in pooled(found, "peak_rss")]), spread([x / GIB for x in pooled(found, "temporary")]),
-            spread(pooled(found, "compile_seconds")),
+            side.name, spread(seconds), spread(pooled(side_results, "cpu")),
+            spread([x / GIB for x in pooled(side_results, "peak_rss")]),
+            spread([x / GIB for x in pooled(side_results, "temporary")]),
+            spread(pooled(side_results, "compile_seconds")),
             f"{useful / statistics.median(seconds) / peak:.0%}" if seconds else "-",
         ])  # fmt: skip
         summary[side.name] = {
-            "time_ratio": ratio(pooled(ours, "seconds"), seconds),
-            "cpu_ratio": ratio(pooled(ours, "cpu"), pooled(found, "cpu")),
-            "rss_ratio": ratio(pooled(ours, "peak_rss"), pooled(found, "peak_rss")),
-            "temporary_ratio": ratio(pooled(ours, "temporary"), pooled(found, "temporary")),
-            "compile_ratio": ratio(pooled(ours, "compile_seconds"), pooled(found, "compile_seconds")),
+            "time_ratio": ratio(pooled(first, "seconds"), seconds),
+            "cpu_ratio": ratio(pooled(first, "cpu"), pooled(side_results, "cpu")),
+            "rss_ratio": ratio(pooled(first, "peak_rss"), pooled(side_results, "peak_rss")),
+            "temporary_ratio": ratio(pooled(first, "temporary"), pooled(side_results, "temporary")),
+            "compile_ratio": ratio(pooled(first, "compile_seconds"), pooled(side_results, "compile_seconds")),
         }
     title = (
         f"Update of {len(lengths)} responses, {flags.prompt} + {lengths.min()} to {lengths.max()} tokens, "

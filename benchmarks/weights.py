@@ -1,14 +1,16 @@
-"""Host memory of importing and exporting a model that is sharded over several processes, on random weights made here.
+"""Measures the host memory of importing and exporting a random model that is sharded over several processes.
 
     python benchmarks/weights.py [--gigabytes=2] [--processes=2] [--devices=2] [--folder=DIR] [--json=OUT.json]
 
-Makes a checkpoint of that many gigabytes in bfloat16 (the shapes of Qwen2.5-1.5B, with as many layers as fit), imports
-it as float32 with several processes of several CPU devices each, exports it as bfloat16, and compares the two folders
-bit by bit. On CPU the devices' memory is the host's, so a process must hold its own shard; what it may hold beside it,
-at the peak, is one tensor as the checkpoint stores it. Measured is the anonymous memory (RssAnon and RssShmem of
-/proc/PID/status, looked at every few ms from outside) above what it was before the import: pages of the checkpoint's
-files, which the system maps and may drop at any time, are not in it; they are in the peak resident memory beside it.
-Linux only. The folder needs space for two copies of the checkpoint, the memory for about three.
+It makes a checkpoint of that many gigabytes in bfloat16, with the shapes of Qwen2.5-1.5B and as many layers as fit.
+Several processes of several CPU devices each import it as float32 and export it as bfloat16. The two folders are then
+compared bit by bit.
+
+On a CPU the memory of the devices is that of the host. So a process holds its shard, and at the peak it may hold one
+more tensor as the checkpoint stores it. The measured memory is anonymous (RssAnon and RssShmem of /proc/PID/status,
+read every few ms from outside), minus its value before the import. It does not contain mapped pages of the checkpoint's
+files, which the system can drop at any time. The peak resident memory contains them. Linux only. The folder needs space
+for two copies of the checkpoint, the memory for about three.
 """
 
 import argparse
@@ -33,17 +35,17 @@ from safetensors.numpy import save_file
 from sgpo_jax import sharding
 from sgpo_jax.models import ModelConfig, huggingface, param_mapping
 from sgpo_jax.models.config import to_hf
-from sgpo_jax.runtime import environment
+from sgpo_jax.runtime import environment, tables
 
 SHARD = 10**9  # bytes of a file
 SIZES = {  # vocabulary, hidden size, query heads, key and value heads, head size, MLP size
     "large": (151_936, 1536, 12, 2, 128, 8960),
-    "small": (16_384, 512, 4, 2, 128, 1536),  # where less than 1.2 gigabytes are asked for
+    "small": (16_384, 512, 4, 2, 128, 1536),  # for less than 1.2 gigabytes
 }
 
 
 def shape(gigabytes: float) -> ModelConfig:
-    """A Qwen2 of about this size in bfloat16, with a head of its own; at least 2 layers."""
+    """Returns the shape of a Qwen2 of about this size in bfloat16, with at least 2 layers and untied embeddings."""
     vocab, hidden, heads, kv_heads, size, mlp = SIZES["large" if gigabytes >= 1.2 else "small"]
     layer = 2 * hidden * (heads + kv_heads) * size + 3 * hidden * mlp
     return ModelConfig(
@@ -54,7 +56,7 @@ def shape(gigabytes: float) -> ModelConfig:
 
 
 def make(folder: Path, config: ModelConfig) -> None:
-    """A checkpoint of random numbers, in files that safetensors' own writer wrote."""
+    """Writes a checkpoint of random numbers with the writer of safetensors."""
     rng, files, room = np.random.default_rng(0), [[]], SHARD
     for name, slot in param_mapping.layout(config).items():
         if 2 * math.prod(slot.shape) > room and files[-1]:
@@ -66,7 +68,7 @@ def make(folder: Path, config: ModelConfig) -> None:
     weight_map = {}
     for i, tensors in enumerate(files):
         weight_map |= {name: f"random-{i}.safetensors" for name, _ in tensors}
-        # Random bits, of which the exponent is set so that the numbers are of size 0.5 to 2.
+        # Random bits, with the exponent set so that the absolute values are from 0.5 to 2.
         bits = {name: rng.integers(0, 2**16, size, np.uint16) & 0x80FF | 0x3F00 for name, size in tensors}
         save_file({name: x.view(ml_dtypes.bfloat16) for name, x in bits.items()}, folder / f"random-{i}.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -74,7 +76,7 @@ def make(folder: Path, config: ModelConfig) -> None:
 
 
 def work(index: int, processes: int, devices: int, port: int, folder: Path, pipe: Connection) -> None:
-    """One process: does a phase when it is told to, and says how long it took."""
+    """Runs in a worker process: waits for the start of each phase, and sends its seconds."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", processes, index, cluster_detection_method="deactivate")
     mesh = sharding.make_mesh(fsdp=-1, tensor=devices)
@@ -93,7 +95,7 @@ def work(index: int, processes: int, devices: int, port: int, folder: Path, pipe
 
 
 def memory(pid: int) -> dict[str, int]:
-    """Bytes of a process: "anonymous" now, and "peak" of what was resident since `forget_peak`."""
+    """Returns the bytes of a process: "anonymous" now, and "peak" resident since the last reset by `measure`."""
     lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     kilobytes = {words[0]: int(words[1]) for words in lines if words[0] in ("RssAnon:", "RssShmem:", "VmHWM:")}
     return {
@@ -102,10 +104,10 @@ def memory(pid: int) -> dict[str, int]:
 
 
 def measure(pids: list[int], pipes: list[Connection]) -> tuple[list[dict[str, int]], list[float]]:
-    """(peaks of `memory`, seconds) of a phase, by process."""
+    """Runs a phase in all processes; returns their peaks of `memory`, and their seconds."""
     peaks = [{"anonymous": 0, "peak": 0} for _ in pids]
     for pid, pipe in zip(pids, pipes, strict=True):
-        Path(f"/proc/{pid}/clear_refs").write_text("5")  # forgets the peak
+        Path(f"/proc/{pid}/clear_refs").write_text("5")  # resets the peak
         pipe.send("go")
     while not all(pipe.poll(0.001) for pipe in pipes):
         for pid, peak in zip(pids, peaks, strict=True):
@@ -114,7 +116,7 @@ def measure(pids: list[int], pipes: list[Connection]) -> tuple[list[dict[str, in
 
 
 def same(left: Path, right: Path) -> bool:
-    """Whether two folders hold the same tensors, bit by bit."""
+    """Returns whether two folders hold the same tensors, bit by bit."""
     with ExitStack() as stack:
         tensors = []
         for folder in (left, right):
@@ -127,13 +129,13 @@ def same(left: Path, right: Path) -> bool:
 
 
 def run(folder: Path, gigabytes: float, processes: int, devices: int) -> dict:
-    """Environment and figures, all sizes in bytes."""
+    """Runs the benchmark; returns environment and figures, with sizes in bytes."""
     config = shape(gigabytes)
     make(folder / "made", config)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # Read when a worker imports jax.
+    # A worker reads these when it imports jax.
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}"}
     context = multiprocessing.get_context("spawn")
@@ -143,7 +145,7 @@ def run(folder: Path, gigabytes: float, processes: int, devices: int) -> dict:
         pipes.append(pipe)
         workers.append(context.Process(target=work, args=(i, processes, devices, port, folder, other), daemon=True))
         workers[-1].start()
-        other.close()  # so that a worker that died is noticed
+        other.close()  # so that recv fails when the worker dies
     pids = [worker.pid for worker in workers]
     described = [pipe.recv() for pipe in pipes][0]
     before = [memory(pid)["anonymous"] for pid in pids]
@@ -170,13 +172,11 @@ def run(folder: Path, gigabytes: float, processes: int, devices: int) -> dict:
 
 
 def main() -> None:
-    from sgpo_jax.runtime import tables  # not in the workers: it imports TensorBoard's writer, which takes its time
-
     parser = argparse.ArgumentParser(description="Host memory of a sharded import and export.")
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of the checkpoint, in bfloat16")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--devices", type=int, default=2, help="of each process")
-    parser.add_argument("--folder", default=None, help="for the checkpoints, in a folder of their own")
+    parser.add_argument("--folder", default=None, help="parent of the temporary folder of the checkpoints")
     parser.add_argument("--json", default="", help="file for the figures")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="weights-", dir=arguments.folder))
@@ -184,7 +184,7 @@ def main() -> None:
         result = run(folder, arguments.gigabytes, arguments.processes, arguments.devices)
     finally:
         shutil.rmtree(folder)
-    columns = ["", "process", "own shard", "largest tensor", "peak above before", "peak resident", "seconds", "within"]
+    columns = ["", "process", "shard", "largest tensor", "peak above before", "peak resident", "seconds", "within"]
 
     def mb(size: int) -> str:
         return f"{size / 1e6:.0f} MB"

@@ -1,6 +1,6 @@
-"""Hugging Face's side of the benchmarks, run in its own environment: `worker_torch.py TASK.json RESULT.json`.
+"""Worker of the Hugging Face side, in its own environment: `worker_torch.py TASK.json RESULT.json`.
 
-Rollouts are transformers' `generate`, updates are the loss of TRL's GRPOTrainer with its backward pass and AdamW.
+Rollouts are transformers' `generate`. Updates are the loss of TRL's GRPOTrainer with its backward pass and AdamW.
 """
 
 import json
@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, set_seed
 
 
 def load(task: dict[str, Any]) -> Any:
+    """Loads the model in float32."""
     return AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32, trust_remote_code=False)
 
 
 def generate(task: dict[str, Any]) -> dict[str, Any]:
-    """Every batch is decoded until the last of its responses has ended, as `generate` does."""
+    """Times rollouts. `generate` decodes every batch until the last of its responses has ended."""
     shape = workload.shape(task["shape"])
     stops = workload.stop_ids(shape, task["median"])
     prompts = workload.prompts(shape, task["requests"] // task["group"], task["prompt"], len(stops), task["seed"])
@@ -42,11 +43,11 @@ def generate(task: dict[str, Any]) -> dict[str, Any]:
         return lengths
 
     lengths, measured = timed(call, task["calls"])
-    return measured | {"tokens": [sum(each) for each in lengths], "median_length": float(np.median(lengths))}
+    return measured | {"tokens": list(map(sum, lengths)), "median_length": float(np.median(lengths))}
 
 
 def update(task: dict[str, Any]) -> dict[str, Any]:
-    """One update, padded to the longest response of the batch, in micro-batches of rows."""
+    """Times updates. Responses are padded to the longest of the batch, and go in micro-batches of rows."""
     from datasets import Dataset
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -57,7 +58,7 @@ def update(task: dict[str, Any]) -> dict[str, Any]:
     data = workload.responses(shape, task)
     rows = data.lengths.size
     micro = task["micro_batch"] or rows
-    # The trainer asks for a tokenizer, with which nothing is tokenized here.
+    # The trainer needs a tokenizer, but this benchmark tokenizes nothing.
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel({"a": 0, "<pad>": 1}, unk_token="a")), pad_token="<pad>", eos_token="<pad>"
     )

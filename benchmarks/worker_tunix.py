@@ -1,4 +1,4 @@
-"""Tunix's side of the benchmarks, run in its own environment: `worker_tunix.py TASK.json RESULT.json`."""
+"""Worker of the Tunix side, in its own environment: `worker_tunix.py TASK.json RESULT.json`."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ from tunix.rl.rollout.base_rollout import RolloutConfig
 
 
 class Numbers:
-    """A tokenizer whose texts are the token ids themselves."""
+    """A tokenizer whose texts are lists of token ids."""
 
     def __init__(self, vocab: int):
         self.vocab = vocab
@@ -37,13 +37,14 @@ class Numbers:
         return None
 
     def eos_id(self) -> int:
-        return self.vocab  # one that is never drawn
+        return self.vocab  # never drawn
 
     def pad_id(self) -> int:
         return self.vocab - 1
 
 
 def load(task: dict[str, Any], mesh: jax.sharding.Mesh) -> llama.Llama3:
+    """Loads the model in float32."""
     shape = workload.shape(task["shape"])
     config = llama.ModelConfig(
         num_layers=shape.layers, vocab_size=shape.vocab, embed_dim=shape.hidden, hidden_dim=shape.mlp,
@@ -55,7 +56,7 @@ def load(task: dict[str, Any], mesh: jax.sharding.Mesh) -> llama.Llama3:
 
 
 def generate(task: dict[str, Any]) -> dict[str, Any]:
-    """Every batch is decoded until the last of its responses has ended, as the sampler does."""
+    """Times rollouts. The sampler decodes every batch until the last of its responses has ended."""
     shape = workload.shape(task["shape"])
     stops = workload.stop_ids(shape, task["median"])
     texts = workload.prompts(shape, task["requests"] // task["group"], task["prompt"], len(stops), task["seed"])
@@ -78,11 +79,11 @@ def generate(task: dict[str, Any]) -> dict[str, Any]:
             return lengths
 
         lengths, measured = timed(call, task["calls"])
-    return measured | {"tokens": [sum(each) for each in lengths], "median_length": float(np.median(lengths))}
+    return measured | {"tokens": list(map(sum, lengths)), "median_length": float(np.median(lengths))}
 
 
 def update(task: dict[str, Any]) -> dict[str, Any]:
-    """The actor's update of GRPOLearner. Its first two steps compile."""
+    """Times the actor's update of GRPOLearner. Its first two steps compile."""
     shape = workload.shape(task["shape"])
     data = workload.responses(shape, task)
     rows, pad = data.lengths.size, shape.vocab - 1
@@ -137,13 +138,13 @@ def update(task: dict[str, Any]) -> dict[str, Any]:
             jax.block_until_ready(nnx.state(trainer.model))
 
         measured = timed(call, task["calls"], warm_up=2)[1]
-        # The second compiles again, for the layout that the first one gave the optimizer's state.
+        # The second step compiles again, for the layout that the first step gave the optimizer state.
         first, *_ = measured["warm_up"]
         return measured | {"compile_seconds": first - float(np.median(measured["seconds"]))}
 
 
 def compiled(trainer: Any, example: Any) -> dict[str, Any]:
-    """The compiler's temporary memory of the train step that `trainer` would run."""
+    """Compiles the train step of `trainer`; returns the time, and the temporary memory that the compiler reports."""
     trainer._shard_optimizer(trainer.model.embedder.input_embedding.value.sharding.mesh)
     step = nnx.jit(trainer.create_train_step_fn(), donate_argnames=("optimizer",))
     started = time.perf_counter(), time.process_time()
@@ -156,6 +157,7 @@ def compiled(trainer: Any, example: Any) -> dict[str, Any]:
 
 
 def mesh() -> jax.sharding.Mesh:
+    """Returns a mesh of one device with Tunix's axes."""
     return jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 

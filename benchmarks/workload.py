@@ -1,6 +1,6 @@
-"""What is measured: shapes of models, prompts, lengths and responses, the same for every side; and its arithmetic.
+"""The workload of the benchmarks, the same for every side: model shapes, prompts, lengths, responses, and their FLOPs.
 
-It needs numpy only, since the peers' environments have no sgpo_jax.
+It needs only numpy, since the environments of the peers have no sgpo_jax.
 """
 
 from typing import Any, NamedTuple
@@ -20,20 +20,22 @@ class Shape(NamedTuple):
 
     @property
     def head_dim(self) -> int:
+        """Size of an attention head."""
         return self.hidden // self.heads
 
     @property
     def layer_parameters(self) -> int:
-        """Those of all layers' matrices, each used once by every token."""
+        """Parameters of the matrices of all layers, each used once by every token."""
         attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
         return self.layers * (attention + 3 * self.hidden * self.mlp)
 
     @property
     def head_parameters(self) -> int:
+        """Parameters of the output head."""
         return self.hidden * self.vocab
 
     def hf_config(self) -> dict[str, Any]:
-        """Its config.json."""
+        """Returns the content of its config.json."""
         return {
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": self.vocab,
             "hidden_size": self.hidden, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
@@ -43,12 +45,23 @@ class Shape(NamedTuple):
         }  # fmt: skip
 
     def forward_flops(self, tokens: int, scored: int, attended: float) -> float:
-        """Of `tokens` tokens, of which `scored` pass the head, attending to `attended` tokens in all."""
+        """Returns the FLOPs of a forward pass.
+
+        Args:
+            tokens: all tokens.
+            scored: those of them that pass the output head.
+            attended: pairs of a token and a token that it attends to.
+        """
         per_pair = 4 * self.layers * self.heads * self.head_dim
         return 2.0 * (tokens * self.layer_parameters + scored * self.head_parameters) + per_pair * attended
 
     def decode_cost(self, batch: int, attended: float) -> tuple[float, float]:
-        """(FLOP for a token, bytes that a step of `batch` tokens reads): float32, `attended` tokens in the cache."""
+        """Returns (FLOPs of a token, bytes that a step of `batch` tokens reads) in float32.
+
+        Args:
+            batch: tokens decoded in a step.
+            attended: tokens in the cache of each.
+        """
         cache = 2 * self.layers * self.kv_heads * self.head_dim * attended
         weights = self.layer_parameters + self.head_parameters
         return self.forward_flops(1, 1, attended), 4.0 * (weights + batch * cache)
@@ -62,7 +75,11 @@ SHAPE_HELP = "small, smollm2, or LAYERSxHIDDENxHEADSxKV_HEADSxMLPxVOCABULARY, su
 
 
 def shape(text: str) -> Shape:
-    """One of SHAPES by name, or one of your own."""
+    """Returns the shape of a --shape flag: a name in SHAPES, or the sizes.
+
+    Raises:
+        ValueError: it is neither.
+    """
     if text in SHAPES:
         return SHAPES[text]
     sizes = text.split("x")
@@ -72,23 +89,24 @@ def shape(text: str) -> Shape:
 
 
 def prompts(model: Shape, count: int, length: int, reserved: int, seed: int) -> np.ndarray:
-    """`[count,length]` random tokens, none of the first `reserved` ids, nor the last one, which is for padding."""
+    """Returns `[count,length]` random tokens. The first `reserved` ids and the last, the padding, are left out."""
     return np.random.default_rng(seed).integers(reserved, model.vocab - 1, (count, length), dtype=np.int32)
 
 
 def stop_ids(model: Shape, median: int) -> list[int]:
-    """Ids that a model with random weights, which knows no token from another, draws first after `median` tokens."""
+    """Returns stop ids, as many as give responses of a random model this median length. It draws all tokens alike."""
     return list(range(round(stop_probability(median) * model.vocab))) if median else []
 
 
 def stop_probability(median: int) -> float:
+    """Returns the probability to stop at a token that gives this median length."""
     return 1 - 0.5 ** (1 / median)
 
 
 def lengths(count: int, longest: int, median: int, seed: int) -> np.ndarray:
-    """`[count]` lengths of responses: all `longest`, or, given a median, of a policy that may stop at every token.
+    """Returns `[count]` lengths of responses: all `longest`, or long-tailed with this median.
 
-    These are the quantiles of a geometric distribution in random order; one response is cut at `longest`.
+    Long-tailed lengths are the quantiles of a geometric distribution in random order. One response is cut at `longest`.
     """
     if not median:
         return np.full(count, longest)
@@ -104,11 +122,11 @@ class Responses(NamedTuple):
     prompts: np.ndarray  # [B,P]
     tokens: np.ndarray  # [B,G,T]
     lengths: np.ndarray  # [B,G]
-    rewards: np.ndarray  # [B,G], in every group of two or more not all the same
+    rewards: np.ndarray  # [B,G], 0 and 1 in turn
 
 
 def responses(model: Shape, task: dict[str, Any]) -> Responses:
-    """What one update is given; the task has problems, group, prompt, longest, median."""
+    """Returns the responses of one update. The task has problems, group, prompt, longest and median."""
     problems, group = task["problems"], task["group"]
     rewards = np.broadcast_to(np.arange(group) % 2, (problems, group))
     return Responses(

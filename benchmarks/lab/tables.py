@@ -1,4 +1,4 @@
-"""The tables of docs/lab.md and docs/smollm2.md, from the rows beside this file. Nothing is trained.
+"""Makes the tables of docs/lab.md and docs/smollm2.md from the rows beside this file, without any training.
 
     python benchmarks/lab/tables.py
 """
@@ -12,9 +12,9 @@ import numpy as np
 from sgpo_jax.stats import claims
 
 Rows = list[dict]
-Table = list[list[str]]  # lines of cells, the first of them the header
+Table = list[list[str]]  # lines of cells; the first line is the header
 
-FIVE, TEN = range(5), range(10)
+FIVE, TEN = range(5), range(10)  # seeds
 WORLDS = ("base", "two-stages", "noisy-strategies", "four-methods", "weak-base", "rare-success")
 HARD = ("four-methods", "weak-base", "rare-success")
 METHODS = {
@@ -29,101 +29,112 @@ IN_WORLDS = {"grpo": "GRPO", "sgpo": "SGPO", "no_kl_clip": "no KL clip", "direct
 
 
 def read(*names: str) -> Rows:
-    """Rows of the named files beside this one."""
-    here = Path(__file__).parent
-    return [json.loads(line) for name in names for line in (here / f"{name}.jsonl").read_text().splitlines()]
+    """Reads the rows of the named files beside this one."""
+    folder = Path(__file__).parent
+    return [json.loads(line) for name in names for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
 
 def tuned(rows: Rows, tuning: Sequence[int]) -> Callable[[str, str], float]:
-    """(world, method) -> its best rate on the seeds `tuning`, as the lab chooses it; 1 for the warm-up."""
-    of_tuning = [row for row in rows if row["seed"] in tuning]
-    return lambda world, method: 1.0 if method == "sft" else claims.best_rate(of_tuning, world, method)
+    """Returns (world, method) -> its best rate on the seeds `tuning`, as the lab chooses it; 1 for the warm-up."""
+    tuning_rows = [row for row in rows if row["seed"] in tuning]
+    return lambda world, method: 1.0 if method == "sft" else claims.best_rate(tuning_rows, world, method)
 
 
 def chosen(rows: Rows, seeds: Iterable[int], rate: Callable[[str, str], float]) -> Rows:
-    """The rows of `seeds` whose rate is the one of their method in their world."""
-    wanted = [row for row in rows if row["seed"] in seeds]
-    return [row for row in wanted if row["rate"] == rate(row["world"], row["method"])]
+    """Returns the rows of `seeds` that have the rate of their method in their world."""
+    candidates = [row for row in rows if row["seed"] in seeds]
+    return [row for row in candidates if row["rate"] == rate(row["world"], row["method"])]
 
 
 def percent(rows: Rows, world: str, method: str, metric: str = "accuracy") -> str:
-    """Mean over seeds in percent, with its interval."""
+    """Formats the mean over seeds in percent, with its interval."""
     return claims.percent(claims.interval(list(claims.by_seed(rows, world, method, metric).values())))
 
 
 def mean(rows: Rows, world: str, method: str, metric: str = "accuracy", scale: float = 100, digits: int = 1) -> str:
-    """Mean over seeds, times `scale`."""
+    """Formats the mean over seeds, times `scale`."""
     return f"{scale * np.mean(list(claims.by_seed(rows, world, method, metric).values())):.{digits}f}"
 
 
 def rate_of(rows: Rows, world: str, method: str) -> str:
+    """Returns the one rate of a method's rows in a world."""
     (rate,) = {row["rate"] for row in rows if (row["world"], row["method"]) == (world, method)}
     return f"{rate:g}"
 
 
-def of_grid() -> Rows:
-    """The rows of the grid: five seeds, each method at the rate that was best on one other seed."""
+def grid_rows() -> Rows:
+    """Returns the rows of the grid: five seeds, each method at the rate that was best on one tuning seed."""
     rows = read("results")
     return chosen(rows, FIVE, tuned(rows, [100]))
 
 
 def grid() -> Table:
-    columns, lines = claims.table(of_grid(), "base", METHODS)
-    once = [index for index, name in enumerate(columns) if name != "heldout"]  # one set: it is the average
-    header = ["accuracy, %" if columns[index] == "average" else columns[index] for index in once]
-    return [header, *([line[index] for index in once] for line in lines)]
+    """Makes the table of all methods in the base world."""
+    columns, lines = claims.table(grid_rows(), "base", METHODS)
+    places = [place for place, name in enumerate(columns) if name != "heldout"]  # the only set: equal to the average
+    header = ["accuracy, %" if columns[place] == "average" else columns[place] for place in places]
+    return [header, *([line[place] for place in places] for line in lines)]
 
 
 def claims_table() -> Table:
-    return [["table", "claim", "paper, 7B", "here", "verdict"], *claims.claim_lines(of_grid(), "base")]
+    """Makes the table of the paper's claims."""
+    return [["table", "claim", "paper, 7B", "here", "verdict"], *claims.claim_lines(grid_rows(), "base")]
 
 
 def claims_of_ten_seeds() -> Table:
+    """Makes the table of the claims with ten seeds and three ways to choose the rates."""
     rows = read("results", "more_seeds")
-    one_rate = {"sft": 1.0, "hpt": 0.5}
-    ways = {
+    fixed_rates = {"sft": 1.0, "hpt": 0.5}
+    choices = {
         "tuned on one seed": tuned(rows, [100]), "tuned on three seeds": tuned(rows, [100, 101, 102]),
-        "at one rate": lambda world, method: one_rate.get(method, 2.0),
+        "at one rate": lambda world, method: fixed_rates.get(method, 2.0),
     }  # fmt: skip
-    columns = [claims.claim_lines(chosen(rows, TEN, rate), "base") for rate in ways.values()]
+    columns = [claims.claim_lines(chosen(rows, TEN, rate), "base") for rate in choices.values()]
     lines = []
-    for same in zip(*columns, strict=True):
-        cells = [f"{found} {verdict}".removesuffix(" not distinguishable") for *_, found, verdict in same]
-        lines.append([same[0][1], *cells])
-    return [["claim, ten seeds", *ways], *lines]
+    for claim in zip(*columns, strict=True):
+        cells = [f"{measured} {verdict}".removesuffix(" not distinguishable") for *_, measured, verdict in claim]
+        lines.append([claim[0][1], *cells])
+    return [["claim, ten seeds", *choices], *lines]
 
 
 def worlds() -> Table:
-    rows = of_grid()
+    """Makes the table of accuracies in all worlds."""
+    rows = grid_rows()
     after = ([world, mean(rows, world, "sft"), *(percent(rows, world, name) for name in IN_WORLDS)] for world in WORLDS)
     return [["world", "before", *IN_WORLDS.values()], *after]
 
 
 def minus_grpo(rows: Rows, world: str) -> list[list[str]]:
-    """[difference, verdict] of each method but GRPO."""
+    """Returns [difference from GRPO, verdict] for each other method."""
     names = {"reproduced": "ahead", "contradicted": "behind"}
-    found = [claims.paired(rows, world, method, "grpo") for method in IN_WORLDS if method != "grpo"]
-    results = [claims.verdict(each) for each in found]
-    return [[claims.signed(each), names.get(told, told)] for each, told in zip(found, results, strict=True)]
+    intervals = [claims.paired(rows, world, method, "grpo") for method in IN_WORLDS if method != "grpo"]
+    verdicts = [claims.verdict(interval) for interval in intervals]
+    return [
+        [claims.signed(interval), names.get(verdict, verdict)]
+        for interval, verdict in zip(intervals, verdicts, strict=True)
+    ]
 
 
 def differences() -> Table:
-    rows = of_grid()
+    """Makes the table of differences from GRPO in all worlds."""
+    rows = grid_rows()
     header = [cell for name in list(IN_WORLDS.values())[1:] for cell in (f"{name} - GRPO", "")]
     return [["world", *header], *([world, *sum(minus_grpo(rows, world), [])] for world in WORLDS)]
 
 
 def hard_worlds() -> Table:
+    """Makes the table of the hard worlds with ten seeds."""
     rows = read("results", "more_seeds")
     rows = chosen(rows, TEN, tuned(rows, [100]))
     lines = []
     for world in HARD:
-        cells = [" ".join(each).removesuffix(" not distinguishable") for each in minus_grpo(rows, world)]
+        cells = [" ".join(pair).removesuffix(" not distinguishable") for pair in minus_grpo(rows, world)]
         lines.append([world, mean(rows, world, "sft"), percent(rows, world, "grpo"), *cells])
     return [["world", "before", "GRPO", *(f"{name} - GRPO" for name in list(IN_WORLDS.values())[1:])], *lines]
 
 
 def distances() -> Table:
+    """Makes the table of SGPO with the forward KL and with SDPO's two distances."""
     rows = [row for row in read("results", "more_seeds") if row["seed"] in TEN and row["rate"] == 2.0]
     lines = []
     for method, name in {
@@ -150,6 +161,7 @@ AFTER_WARM_UP = {"sft": "SFT (the warm-up)", "grpo": "SFT+GRPO", "sgpo": "SGPO"}
 
 
 def self_written() -> Table:
+    """Makes the table of SGPO with strategies that the student writes."""
     rows, world = read("self_written"), "self-written"
     rows = chosen(rows, FIVE, tuned(rows, [100, 101, 102]))
     lines = []
@@ -161,17 +173,17 @@ def self_written() -> Table:
     return [["method", "accuracy, %", "minus SGPO", "guided, after", "mean alpha", "rate"], *lines]
 
 
-def of_tuning(file: str, world: str, names: dict[str, str]) -> Table:
-    """Accuracy of each method at each rate on three tuning seeds."""
+def accuracies_by_rate(file: str, world: str, names: dict[str, str]) -> Table:
+    """Makes the table of accuracies at each rate on three tuning seeds."""
     rows = [row for row in read(file) if row["seed"] >= 100]
     rates = (0.5, 1.0, 2.0, 4.0)
-    at = {rate: [row for row in rows if row["rate"] == rate] for rate in rates}
-    lines = [[name, *(mean(at[rate], world, method) for rate in rates)] for method, name in names.items()]
+    by_rate = {rate: [row for row in rows if row["rate"] == rate] for rate in rates}
+    lines = [[name, *(mean(by_rate[rate], world, method) for rate in rates)] for method, name in names.items()]
     return [["rate, three tuning seeds: accuracy, %", *(f"{rate:g}" for rate in rates)], *lines]
 
 
 def minus_warm_up(rows: Rows, guided: Callable[..., str]) -> Table:
-    """A line for each of SFT, GRPO and SGPO, the latter two with their difference from the first."""
+    """Makes the table of SFT, GRPO and SGPO, the latter two with their difference from SFT."""
     lines = []
     for method, name in AFTER_WARM_UP.items():
         apart = "" if method == "sft" else claims.signed(claims.paired(rows, "base", method, "sft"))
@@ -180,6 +192,7 @@ def minus_warm_up(rows: Rows, guided: Callable[..., str]) -> Table:
 
 
 def logic() -> Table:
+    """Makes the table of the logic world."""
     rows = read("logic")
     rows = chosen(rows, FIVE, tuned(rows, [100, 101, 102]))
     header, *lines = minus_warm_up(rows, percent)
@@ -190,7 +203,7 @@ def logic() -> Table:
 
 
 def smollm2() -> Table:
-    """At the config's rate, and at four times it, from the same warm-ups."""
+    """Makes the table of SmolLM2: the rate of the config, and four times that rate, from the same warm-ups."""
     rows = read("smollm2")
     header, *lines = minus_warm_up(chosen(rows, FIVE, lambda world, method: 1.0), mean)
     _, _, *high = minus_warm_up(chosen(rows, FIVE, lambda world, method: 1.0 if method == "sft" else 4.0), mean)
@@ -200,19 +213,20 @@ def smollm2() -> Table:
 
 
 def tables() -> dict[str, Table]:
-    """Title -> table, in the order of docs/lab.md."""
+    """Returns title -> table, in the order of docs/lab.md."""
     trained = list(SELF_WRITTEN.items())[1:]
     return {
         "The base world": grid(), "The paper's claims": claims_table(), "With ten seeds": claims_of_ten_seeds(),
         "Worlds": worlds(), "Differences in worlds": differences(), "Hard worlds with ten seeds": hard_worlds(),
         "SDPO's distances": distances(), "Strategies that the student writes": self_written(),
-        "Their rates": of_tuning("self_written", "self-written", dict(trained)),
-        "Logic": logic(), "Its rates": of_tuning("logic", "base", dict(list(AFTER_WARM_UP.items())[1:])),
+        "Their rates": accuracies_by_rate("self_written", "self-written", dict(trained)),
+        "Logic": logic(), "Its rates": accuracies_by_rate("logic", "base", dict(list(AFTER_WARM_UP.items())[1:])),
         "SmolLM2": smollm2(),
     }  # fmt: skip
 
 
 def markdown(lines: Table) -> list[str]:
+    """Returns the lines of a table in Markdown, without the line under the header."""
     texts = ["| " + " | ".join(line) + " |" for line in lines]
     return [text.replace("  |", " |").replace("|  ", "| ") for text in texts]
 
