@@ -1,4 +1,4 @@
-"""Problems: reading, checking, filtering and splitting rows, and generating them."""
+"""Problems: reads, checks, filters, splits and generates rows."""
 
 from sgpo_jax.data.filtering import Sieve, sift
 from sgpo_jax.data.rows import load, load_parts

@@ -1,25 +1,25 @@
-"""Problems: reading them, checking them, splitting them, and putting them into batches.
+"""Reads problems from sources and checks them.
 
-A row is a dict of strings: `id`, `problem`, `answer` always; `solution` (the expert's response),
-`strategy`, `source`, `level` where they exist. Other fields are left out.
+A row is a dict of strings. It always has `id`, `problem` and `answer`; it may have `solution` (the expert's response),
+`strategy`, `source` and `level`. Other fields are left out.
 
-A source is a string, several are joined with ";". Data sets take options after "?":
+A source is a string; several are joined with ";". Files and data sets take options after "?":
 
     problems.jsonl, problems.parquet               a file
-    folder?files=train-*                           the .jsonl and .parquet files of a folder, or those of that name
+    folder?files=train-*                           the .jsonl and .parquet files of a folder, or those of the pattern
     owner/name?split=train,name=main               a Hugging Face dataset, its split and configuration
     tfds:name?split=train,data_dir=folder          a TFDS dataset in array_record files; TensorFlow is not needed
     arithmetic:train,count=4096,seed=1             the embedded world (or eval, or pretraining)
     reasoning_gym:gcd,chain_sum,count=500,seed=1   generated text problems; split=eval for others
 
-In a data set the fields may have other names and lie deeper: `problem=question`, `answer=reward_model.ground_truth`,
-`problem=prompt.1.content` (a list's items count from 0, or from -1 backwards). Where a problem or a solution is a list
-of messages, it is the last one of the user, or of the assistant. `schema=luffy` stands for the names of the LUFFY set
-(see SCHEMAS); further options add to it. A number is accepted as id, answer or level, and written out exactly.
-`solution=` (nothing) leaves an optional field unread.
+Options map fields with other names, or nested ones: `problem=question`, `answer=reward_model.ground_truth`,
+`problem=prompt.1.content` (items of a list count from 0, or backwards from -1). If a problem or a solution is a list of
+messages, the last message of the user or of the assistant is taken. `schema=luffy` sets the names of the LUFFY data set
+(see SCHEMAS); further options override it. A number is accepted as id, answer or level, and written out exactly. An
+empty option such as `solution=` leaves an optional field unread.
 
-A source whose first row has no `id` gets numbers for ids: FILE/LINE, or NAME/SPLIT/NUMBER for the hub and TFDS; so does
-one with the option `id=` (nothing).
+Rows get numbers as ids if the first row has no `id`, or with the empty option `id=`: FILE/LINE, or NAME/SPLIT/NUMBER
+for the hub and TFDS.
 """
 
 import re
@@ -31,13 +31,13 @@ from sgpo_jax.data import sources
 
 REQUIRED = ("id", "problem", "answer")
 OPTIONAL = ("solution", "strategy", "source", "level")
-NUMBERS = ("id", "answer", "level")  # fields where a number is as good as its text
+NUMBERS = ("id", "answer", "level")  # fields that may be numbers
 ROLES = {"problem": "user", "solution": "assistant"}
-# Names of fields in well-known sets; fields of ours that they do not have may be absent.
+# Names of fields in well-known data sets.
 SCHEMAS = {
-    # Elliott/Openr1-Math-46k-8192. Of the prompt only the user's message counts, since prompts are made here; a null
-    # target is a problem without solution. The target's leading "<think>\n" stays: whether the model has to write it
-    # depends on its chat template, so the warm-up decides (tokenizer.continuation). Its data_source is always empty.
+    # Elliott/Openr1-Math-46k-8192. Of the prompt only the user's message is read, since prompts are built later. A null
+    # target is a problem without solution. The target's leading "<think>\n" stays, because whether the model has to
+    # write it depends on the chat template: the warm-up decides (tokenizer.continuation). data_source is always empty.
     "luffy": {
         "id": "extra_info.index",
         "problem": "prompt",
@@ -49,17 +49,21 @@ _ABSENT = object()
 
 
 def load(source: str) -> list[dict]:
-    """All rows of a source (see the module's text), in a fixed order.
+    """Reads all rows of a source (see the module's docstring), in a fixed order.
 
     Raises:
-        ValueError: an unknown source or option, or a wrong row: the message names file and line,
-            field, value, and what is allowed.
+      ValueError: an unknown source or option, or a wrong row. The message names file and line, field, value, and what
+        is allowed.
     """
     return [row for rows in load_parts(source).values() for row in rows]
 
 
 def load_parts(source: str) -> dict[str, list[dict]]:
-    """`load`, each of the joined sources by itself."""
+    """Reads the rows of each of the joined sources: {source: rows}.
+
+    Raises:
+      ValueError: as in `load`.
+    """
     parts: dict[str, list[dict]] = {}
     places: dict[str, str] = {}
     for part in map(str.strip, source.split(";")):
@@ -68,7 +72,7 @@ def load_parts(source: str) -> dict[str, list[dict]]:
             if row["id"] in places:
                 raise ValueError(
                     f"{place}: field 'id' is {row['id']!r}, which {places[row['id']]} has too; "
-                    "allowed: a different id for every problem ('id=' in a source's options numbers its rows)"
+                    "allowed: a different id for each row ('id=' in a source's options numbers its rows)"
                 )
             places[row["id"]] = place
             rows.append(row)
@@ -76,7 +80,7 @@ def load_parts(source: str) -> dict[str, list[dict]]:
 
 
 def _read(source: str) -> Iterator[tuple[str, dict]]:
-    """(place, checked row) for every row of one source."""
+    """Yields (place, checked row) for each row of one source."""
     options, rows = sources.read(source, ("schema", *REQUIRED, *OPTIONAL))
     schema = options.pop("schema", None)
     if schema is not None and schema not in SCHEMAS:
@@ -90,14 +94,14 @@ def _read(source: str) -> Iterator[tuple[str, dict]]:
     for i, (place, number, raw) in enumerate(rows):
         if not isinstance(raw, dict):
             raise ValueError(f"{place}: a {type(raw).__name__}; allowed: a JSON object")
-        found = {field: _find(raw, path) for field, path in paths.items() if path}
+        values = {field: _find(raw, path) for field, path in paths.items() if path}
         if i == 0:
             names = ", ".join(raw)
-            numbered = "id" not in options and found["id"] is _ABSENT or not paths["id"]
+            numbered = "id" not in options and values["id"] is _ABSENT or not paths["id"]
         if numbered:
-            found["id"] = number
-        unseen -= {field for field, value in found.items() if value is not _ABSENT}
-        yield place, _checked(found, paths, place, raw)
+            values["id"] = number
+        unseen -= {field for field, value in values.items() if value is not _ABSENT}
+        yield place, _checked(values, paths, place, raw)
     if i < 0:
         raise ValueError(f"source {source!r}: there are no rows in it; allowed: at least one")
     if names and unseen:
@@ -106,8 +110,8 @@ def _read(source: str) -> Iterator[tuple[str, dict]]:
 
 
 def _find(value: Any, path: str) -> Any:
-    """What lies at a dotted path: `_ABSENT` where a step leads nowhere, None from a null on."""
-    if isinstance(value, Mapping) and path in value:  # also a name with dots in it
+    """Returns the value at a dotted path: `_ABSENT` if a step does not exist, None after a null."""
+    if isinstance(value, Mapping) and path in value:  # a name may contain dots
         return value[path]
     step, dot, rest = path.partition(".")
     if value is None:
@@ -121,10 +125,10 @@ def _find(value: Any, path: str) -> Any:
     return _find(inner, rest) if dot else inner
 
 
-def _checked(found: Mapping[str, Any], paths: Mapping[str, str], place: str, raw: Mapping) -> dict:
-    """The fields as strings; one that is null or absent is left out if it is optional."""
+def _checked(values: Mapping[str, Any], paths: Mapping[str, str], place: str, raw: Mapping) -> dict:
+    """Returns the fields as strings, without optional ones that are null or absent."""
     checked = {}
-    for field, value in found.items():
+    for field, value in values.items():
         if field in OPTIONAL and (value is None or value is _ABSENT):
             continue
         text = _text(field, value)
@@ -140,7 +144,7 @@ def _checked(found: Mapping[str, Any], paths: Mapping[str, str], place: str, raw
 
 
 def _allowed(field: str) -> str:
-    """What `_text` accepts, in words."""
+    """Describes what `_text` accepts."""
     allowed = "a non-empty string"
     if field in NUMBERS:
         allowed += " or a number"
@@ -150,7 +154,7 @@ def _allowed(field: str) -> str:
 
 
 def _text(field: str, value: Any) -> str | None:
-    """A field's value as text, or None if it cannot be: see the module's text for numbers and messages."""
+    """Returns a field's value as text, or None if it is no text: see the module's docstring."""
     if field in ROLES and not isinstance(value, str):
         value = _last_message(value, ROLES[field])
     if field in NUMBERS and isinstance(value, int | float | Decimal) and not isinstance(value, bool):
@@ -158,14 +162,14 @@ def _text(field: str, value: Any) -> str | None:
             return str(value)
         number = Decimal(str(value))
         if number.is_finite():
-            # Without an exponent, unless that would be a very long text.
+            # With an exponent only where the digits would be a very long text.
             return format(number, "f") if abs(number.adjusted()) <= 100 else str(number)
     return value if isinstance(value, str) else None
 
 
 def _last_message(value: Any, role: str) -> Any:
-    """The content of the role's last message, or None."""
-    if isinstance(value, Mapping):  # some readers give a list of mappings as a mapping of lists
+    """Returns the content of the role's last message, or None."""
+    if isinstance(value, Mapping):  # some readers turn a list of mappings into a mapping of lists
         contents, roles = value.get("content"), value.get("role")
         if not (isinstance(contents, list) and isinstance(roles, list) and len(contents) == len(roles)):
             return None
@@ -177,5 +181,6 @@ def _last_message(value: Any, role: str) -> Any:
 
 
 def _short(text: str) -> str:
+    """Cuts a text for a message."""
     return text if len(text) <= 200 else f"{text[:200]}..."
 

@@ -1,6 +1,6 @@
-"""Where rows come from: files, folders, the Hugging Face hub, TFDS, and generators of problems.
+"""Reads raw rows from files, folders, the Hugging Face hub, TFDS and generators of problems.
 
-`read` gives the rows as they are there; `sgpo_jax.data` says how a source is written, and turns its rows into problems.
+The docstring of `rows` says how to write a source; that module also turns raw rows into problems.
 """
 
 import json
@@ -20,30 +20,26 @@ ALLOWED = (
     "a .jsonl or .parquet file, a folder of them, tfds:NAME, or a Hugging Face dataset id, each with its options after "
     "'?'; arithmetic:..., reasoning_gym:..."
 )
-_PARQUET_ROWS = 1024  # read at once
+_PARQUET_ROWS = 1024  # rows per read
 
 
 class Raw(NamedTuple):
-    """A row as it is in its source.
+    """A row as it is in its source."""
 
-    place: where it is, for messages.
-    number: an id for it in a source without ids; moving the source to another folder does not change it.
-    """
-
-    place: str
-    number: str
+    place: str  # the row's place, for messages
+    number: str  # an id for a source without ids; it does not change when the source is moved to another folder
     row: Any
 
 
 def read(source: str, fields: Sequence[str]) -> tuple[dict[str, str], Iterator[Raw]]:
-    """(options that name fields, rows) of one source.
+    """Returns (options that name fields, iterator over the rows) of one source.
 
     Args:
-        source: as `sgpo_jax.data` says.
-        fields: names of the options that are not about reading.
+      source: as in `rows`.
+      fields: allowed names of options that name fields.
 
     Raises:
-        ValueError: an unknown source or option; or, while the rows are read, one that cannot be read.
+      ValueError: an unknown source or option; or, from the iterator, a row that cannot be read.
     """
     kind, _, arguments = source.partition(":")
     if kind in _GENERATORS:
@@ -51,14 +47,14 @@ def read(source: str, fields: Sequence[str]) -> tuple[dict[str, str], Iterator[R
         return {}, (Raw(f"{source}, row {i}", str(i), row) for i, row in enumerate(generated))
     name, _, text = source.partition("?")
     if "\0" in name:
-        raise ValueError(f"source {source!r}: no file or data set has a NUL in its name")
+        raise ValueError(f"source {source!r}: a name cannot contain NUL")
     options = _options(source, text)
     rows: Iterator[Raw]
     path = Path(os.path.expanduser(name))
     if kind == "tfds":
         _reject_unknown(source, options, ("split", "data_dir", *fields))
         rows = _tfds(source, arguments.partition("?")[0], options.pop("split", "train"), options.pop("data_dir", None))
-    elif name and os.path.isdir(path):  # pathlib would raise on a name that is too long
+    elif name and os.path.isdir(path):  # pathlib would raise on too long a name
         _reject_unknown(source, options, ("files", *fields))
         rows = _folder(source, path, options.pop("files", "*"))
     elif path.suffix in SUFFIXES:
@@ -73,14 +69,14 @@ def read(source: str, fields: Sequence[str]) -> tuple[dict[str, str], Iterator[R
 
 
 def _options(source: str, text: str) -> dict[str, str]:
-    """The options of "key=value,key=value"."""
+    """Parses the options "key=value,key=value"."""
     options: dict[str, str] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals:
             raise ValueError(f"source {source!r}: {item!r}; allowed: options such as split=train")
         if key in options:
-            raise ValueError(f"source {source!r}: option {key} is there twice; allowed: once")
+            raise ValueError(f"source {source!r}: option {key} is given twice; allowed: once")
         options[key] = value
     return options
 
@@ -119,8 +115,8 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
             if not line.strip():
                 continue
             try:
-                # Not bytes, which json takes in UTF-16 too; "sig" is a byte order mark, which a file may begin with.
-                # Decimal keeps an answer such as 0.10 as it is written.
+                # json would also decode bytes in UTF-16, so decode here; "sig" allows a leading byte order mark.
+                # Decimal keeps an answer such as 0.10 exactly as written.
                 row = json.loads(line.decode("utf-8-sig"), parse_float=Decimal)
             except (ValueError, RecursionError, InvalidOperation) as error:
                 raise ValueError(f"{path}:{number}: not valid JSON in UTF-8 ({error})") from error
@@ -172,15 +168,15 @@ def _tfds(source: str, name: str, split: str, folder: str | None) -> Iterator[Ra
         raise ValueError(f"source {source!r} needs the extra 'tfds'") from error
     try:
         table = tfds.data_source(name, split=split, data_dir=folder)
-    except Exception as error:  # preparing a data set runs that data set's own code
-        reason = str(error).partition("\n")[0]  # followed by all data sets there are
+    except Exception as error:  # preparing a data set runs its code
+        reason = str(error).partition("\n")[0]  # the other lines list all data sets
         raise ValueError(f"source {source!r}: TFDS cannot load it ({reason})") from error
     for number in range(len(table)):
         yield Raw(f"{source}, row {number}", f"{name}/{split}/{number}", _plain(table[number]))
 
 
 def _plain(value: Any) -> Any:
-    """Python's own types for what TFDS gives: UTF-8 text for bytes, lists for arrays, exact decimals for floats."""
+    """Converts values from TFDS to Python types: bytes to UTF-8 text, arrays to lists, floats to exact decimals."""
     match value:
         case Mapping():
             return {key: _plain(inner) for key, inner in value.items()}
@@ -190,7 +186,7 @@ def _plain(value: Any) -> Any:
             try:
                 return value.decode()
             except UnicodeDecodeError:
-                return value  # an image, perhaps; refused if it is asked for as text
+                return value  # for example an image; refused if it is read as text
         case np.floating():
             return Decimal(str(value))
         case np.generic():
@@ -202,7 +198,7 @@ def _plain(value: Any) -> Any:
 
 
 def _arguments(source: str, text: str) -> tuple[list[str], dict[str, Any]]:
-    """(plain words, options) of "word,key=value,..."; values may be numbers, true and false."""
+    """Parses "word,key=value,..." into (words, options); values may be numbers, true and false."""
     items = [item.strip() for item in text.split(",")]
     words = [item for item in items if item and "=" not in item]
     options = _options(source, ",".join(item for item in items if "=" in item))
@@ -214,6 +210,7 @@ def _arguments(source: str, text: str) -> tuple[list[str], dict[str, Any]]:
 
 
 def _value(text: str) -> int | float | bool | str:
+    """Parses an option's value."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):
@@ -225,10 +222,11 @@ def _value(text: str) -> int | float | bool | str:
 
 
 def _arithmetic(source: str, text: str) -> list[dict]:
+    """Generates the rows of the embedded world."""
     words, options = _arguments(source, text)
-    knobs = ["count", "seed", "competing", "stages"]
-    allowed = {split: [*knobs, "noise"] for split in arithmetic.SPLITS}
-    allowed["pretraining"] = [*knobs, "preference", "guided_share", "writing"]
+    common = ["count", "seed", "competing", "stages"]
+    allowed = {split: [*common, "noise"] for split in arithmetic.SPLITS}
+    allowed["pretraining"] = [*common, "preference", "guided_share", "writing"]
     if len(words) != 1 or words[0] not in allowed:
         raise ValueError(f"source {source!r}: {words}; allowed: exactly one of {list(allowed)}")
     _reject_unknown(source, options, allowed[words[0]])
@@ -239,14 +237,14 @@ def _arithmetic(source: str, text: str) -> list[dict]:
 
 
 def _reasoning_gym(source: str, text: str) -> list[dict]:
-    """The families' problems in equal parts; further options go to every family's generator."""
+    """Generates as many problems of each family; further options go to every family's generator."""
     families, options = _arguments(source, text)
     if not families or len(set(families)) < len(families):
         raise ValueError(f"source {source!r}: {families}; allowed: one or more different families")
     count, seed = options.pop("count", 0), options.pop("seed", 0)
     if count < len(families):
         raise ValueError(
-            f"source {source!r}: count is {count}; allowed: at least {len(families)}, one problem a family"
+            f"source {source!r}: count is {count}; allowed: at least {len(families)}, one problem per family"
         )
     share, extra = divmod(count, len(families))
     return [

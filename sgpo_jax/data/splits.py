@@ -1,4 +1,4 @@
-"""Splits that depend on a row's id alone, and batches with random access."""
+"""Splits rows by a hash of their ids, and puts them into batches with random access."""
 
 import hashlib
 from collections.abc import Sequence
@@ -7,12 +7,13 @@ import grain
 
 
 def _share_of(row: dict, salt: str) -> float:
-    """A number in [0, 1) that depends on the row's id and the salt alone."""
+    """Returns a number in [0, 1) that depends only on the row's id and the salt."""
     digest = hashlib.sha256(f"{salt}/{row['id']}".encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def _split(rows: Sequence[dict], share: float, salt: str) -> tuple[list[dict], list[dict]]:
+    """Returns (about `share` of the rows, the others), chosen by id and salt."""
     if not 0 <= share <= 1:
         raise ValueError(f"share is {share!r}; allowed: a number from 0 to 1")
     first = [row for row in rows if _share_of(row, salt) < share]
@@ -21,24 +22,31 @@ def _split(rows: Sequence[dict], share: float, salt: str) -> tuple[list[dict], l
 
 
 def split_sft(rows: Sequence[dict], share: float = 1 / 3) -> tuple[list[dict], list[dict]]:
-    """(rows for the SFT warm-up, rows for RL): about `share` of them go to the warm-up.
+    """Returns (rows for the SFT warm-up, rows for RL), with about `share` of the rows in the warm-up.
 
-    A row's side depends on its id alone, so it stays the same when other rows come or go.
+    A row's part depends only on its id, so it stays the same when other rows are added or removed.
+
+    Raises:
+      ValueError: the share is not from 0 to 1.
     """
     return _split(rows, share, "sft")
 
 
 def split_validation(rows: Sequence[dict], share: float = 0.1) -> tuple[list[dict], list[dict]]:
-    """(rows for training, rows for validation): about `share` of them are held out, by id."""
+    """Returns (rows for training, rows for validation), with about `share` of the rows held out, by id.
+
+    Raises:
+      ValueError: the share is not from 0 to 1.
+    """
     held_out, training = _split(rows, share, "validation")
     return training, held_out
 
 
 def steps_per_epoch(rows: Sequence[dict], batch_size: int) -> int:
-    """Full batches in one pass over the rows; the rest of a pass, under one batch, is left out.
+    """Returns the number of full batches in one pass over the rows. A pass leaves out an incomplete last batch.
 
     Raises:
-        ValueError: there are fewer rows than one batch needs.
+      ValueError: there are fewer rows than one batch needs.
     """
     if not 1 <= batch_size <= len(rows):
         raise ValueError(f"batch_size is {batch_size!r}; allowed: from 1 to the number of rows, {len(rows)}")
@@ -46,13 +54,13 @@ def steps_per_epoch(rows: Sequence[dict], batch_size: int) -> int:
 
 
 def batches(rows: Sequence[dict], batch_size: int, seed: int) -> grain.MapDataset:
-    """An endless sequence of batches with random access: `batches(...)[step]` is a list of rows.
+    """Returns an endless sequence of batches with random access: `batches(...)[step]` is a list of rows.
 
-    The batch of a step is a function of (rows, batch_size, seed, step) alone, so the step is all
-    that a checkpoint has to remember. Every `steps_per_epoch` steps the rows are shuffled anew.
+    A batch depends only on (rows, batch_size, seed, step), so a checkpoint needs to store only the step. Every
+    `steps_per_epoch` steps the rows are shuffled again.
 
     Raises:
-        ValueError: there are fewer rows than one batch needs, or the seed is negative.
+      ValueError: there are fewer rows than one batch needs, or the seed is negative.
     """
     steps_per_epoch(rows, batch_size)
     if seed < 0:

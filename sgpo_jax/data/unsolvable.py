@@ -1,7 +1,7 @@
-"""Benchmark problems that nobody can solve as they are stated: they need a text or a figure that is not there.
+"""Finds benchmark problems that cannot be solved as stated, because they need a text or figure that is missing.
 
-`reason` reads the problem's text alone. The rules were made for OlympiadBench, where they flag 16 of 675 problems; in
-MATH500 they flag one of 500, in AMC23 and AIME24 none (docs/evaluation.md says how this was checked).
+`reason` reads only the problem's text. The rules were made for OlympiadBench, where they flag 16 of 675 problems. They
+flag one of 500 problems in MATH500 and none in AMC23 and AIME24 (docs/evaluation.md says how this was checked).
 """
 
 import re
@@ -17,10 +17,10 @@ _RULES = [
     (re.compile(r"\bas (?:shown|pictured) in the (?:figure|diagram|picture)"), "it needs a figure that is not there"),
 ]
 _PART = re.compile(r"\b(?:in|of|from|see|using|by) part \(?([a-zA-Z])\)?(?!\w)")
-# A figure or table that is in the text.
+# A figure or table inside the text.
 _DRAWN = re.compile(r"\[asy\]|\\begin\{(?:tabular|array|tikzpicture)|^ *\|", re.MULTILINE)
 
-# What reading them showed, by a piece of their text.
+# Verdicts from reading single problems: a piece of the text -> the reason.
 _REVIEWED = {
     # The answer is 0 whatever T is.
     r"2^{\log _{T} 8}-8^{\log _{T} 2}": None,
@@ -30,15 +30,15 @@ _REVIEWED = {
 
 
 def reason(problem: str) -> str | None:
-    """Why a problem cannot be solved as stated, or None."""
-    for piece, why in _REVIEWED.items():
+    """Returns the reason why a problem cannot be solved as stated, or None."""
+    for piece, missing in _REVIEWED.items():
         if piece in problem:
-            return None if why and _DRAWN.search(problem) else why
-    for rule, why in _RULES:
-        if rule.search(problem) and not ("figure" in why and _DRAWN.search(problem)):
-            return why
+            return None if missing and _DRAWN.search(problem) else missing
+    for rule, missing in _RULES:
+        if rule.search(problem) and not ("figure" in missing and _DRAWN.search(problem)):
+            return missing
     for part in _PART.finditer(problem):
-        rest = problem[: part.start()] + problem[part.end() :]
-        if not re.search(rf"\({part[1]}\)", rest):
+        context = problem[: part.start()] + problem[part.end() :]
+        if not re.search(rf"\({part[1]}\)", context):
             return "it needs a part that is not there"
     return None

@@ -37,7 +37,7 @@ def write(path, lines):
         ("İstanbul\n\tis", "i\u0307stanbul is"),
     ],
 )
-def test_layout_does_not_make_another_problem(one, other):
+def test_layout_does_not_change_a_problem(one, other):
     assert filtering.key(one) == filtering.key(other)
     assert filtering.duplicates(rows(one, "else", other)) == {"r2": "r0"}
 
@@ -89,14 +89,14 @@ def test_a_short_problem_must_be_the_same_as_a_whole():
 def test_a_run_of_words_that_many_problems_have_is_a_phrase():
     phrase = "where m and n are relatively prime positive integers what is m plus n"
 
-    def found(count):
+    def hits_of(count):
         training = rows(*(f"Problem {'abcdefghijk'[i]} {phrase}" for i in range(count)), f"Problem z {phrase}")
         hits = filtering.contaminated(training, {"first": [], "set": rows(f"Problem z {phrase}", prefix="e")})
         assert hits["first"] == ({}, {})
         return hits["set"]
 
-    # With the evaluation's own: 10 problems, and 11.
-    few, many = found(8), found(9)
+    # Together with the evaluation problem: 10 problems, and 11.
+    few, many = hits_of(8), hits_of(9)
     assert set(few.same) == {f"r{i}" for i in range(9)} and not few.phrase
     assert many.same == {"r9": "e0"}, "the whole problem is still found"
     assert set(many.phrase) == {f"r{i}" for i in range(9)}
@@ -112,8 +112,8 @@ def test_a_telling_run_counts_beside_a_phrase():
 def test_a_row_is_found_in_the_first_set_that_has_it():
     text = " ".join(WORDS)
     sets = {"none": rows("x"), "one": rows(text, prefix="a"), "two": rows(text, prefix="b")}
-    for found in (text, f"Again: {text}"):
-        hits = filtering.contaminated(rows(found), sets)
+    for problem in (text, f"Again: {text}"):
+        hits = filtering.contaminated(rows(problem), sets)
         assert {name: hit.same for name, hit in hits.items()} == {"none": {}, "one": {"r0": "a0"}, "two": {}}
 
 
@@ -171,7 +171,8 @@ def test_read_is_left_out_plus_kept(sizes, steps):
         why = Counter(expected[row["id"]] for row in parts[source])
         assert count["kept"] == why[None]
         assert {r: n for r, n in count["left_out"].items() if n} == {r: n for r, n in why.items() if r and n}
-    assert {item.id: item.reason for item in sieve.found if not item.kept} == {i: w for i, w in expected.items() if w}
+    left_out = {finding.id: finding.reason for finding in sieve.findings if not finding.kept}
+    assert left_out == {id: why for id, why in expected.items() if why}
 
 
 def test_the_table_names_every_reason_and_an_example():
@@ -209,13 +210,13 @@ def test_the_record_of_one_stage_leaves_the_other_alone(tmp_path):
         ]
 
 
-def test_a_stage_that_has_begun_goes_on_with_the_same_rows_only(tmp_path):
+def test_a_stage_resumes_only_with_the_same_rows(tmp_path):
     begun = Sieve({"s": rows("x", "y")})
     filtering.record(begun, tmp_path, "rl", resuming=True)
     before = (tmp_path / "data.json").read_text()
     for other in (Sieve({"s": rows("x")}), Sieve({"s": rows("y", "x")}), Sieve({"s": rows("x", "y", strategy="s")})):
         with pytest.raises(
-            ValueError, match=rf"the rl stage in .* has begun with other rows: 2 then .*, {len(other.rows)} n"
+            ValueError, match=rf"the rl stage in .* began with different rows: 2 then .*, {len(other.rows)} now"
         ):
             filtering.record(other, tmp_path, "rl", resuming=True)
     assert (tmp_path / "data.json").read_text() == before
@@ -312,5 +313,5 @@ def test_a_stage_with_checkpoints_refuses_other_rows(tmp_path, policy):
     (tmp_path / "rl" / "checkpoints" / "3").mkdir(parents=True)
     rl.load_rows(fields, tmp_path, policy)
     fields.data.train = "arithmetic:train,count=30"
-    with pytest.raises(ValueError, match="the rl stage in .* has begun with other rows"):
+    with pytest.raises(ValueError, match="the rl stage in .* began with different rows"):
         rl.load_rows(fields, tmp_path, policy)

@@ -400,9 +400,9 @@ def test_knights_and_knaves_by_brute_force(rg, people, depth, width):
         assert dataset.score_answer(sentence, item) == 1.0
         hints = family.hints({name: value for name, value in metadata.items() if name != "solution"})
         for line in steps.split(". "):
-            case, found, verdict = re.fullmatch(r"([a-z ]+): (.*); (contradiction|consistent)\.?", line).groups()
+            case, checks, verdict = re.fullmatch(r"([a-z ]+): (.*); (contradiction|consistent)\.?", line).groups()
             supposed = [word == terms["knight"] for word in case.split()]
-            told = [re.fullmatch(r"(\w+) says (?:(.*), )?(true|false)", part).groups() for part in found.split("; ")]
+            told = [re.fullmatch(r"(\w+) says (?:(.*), )?(true|false)", part).groups() for part in checks.split("; ")]
             assert told[0][0] == hints["islander"]
             agree = []
             for name, said, truth in told:
@@ -452,13 +452,13 @@ def mended(string):
 
 def test_binary_alternation_by_brute_force(rg):
     dataset = rg.create_dataset("binary_alternation", size=200, seed=3, min_n=2, max_n=8, p_solvable=0.7)
-    found = Counter()
+    answers = Counter()
     for item in dataset:
         answer, steps = gym.FAMILIES["binary_alternation"].solve(item["metadata"])
         assert int(answer) == mended(item["metadata"]["string"])
         assert dataset.score_answer(answer, item) == 1.0
-        found[answer] += 1
-    assert len(found) >= 4 and found["-1"] > 20
+        answers[answer] += 1
+    assert len(answers) >= 4 and answers["-1"] > 20
     assert logic.binary_alternation({"string": "1100"}) == (
         "1", "2 of 1. 2 of 0. From 1: 1010, 2 wrong, 2 / 2 = 1. From 0: 0101, 2 wrong, 2 / 2 = 1."
     )  # fmt: skip

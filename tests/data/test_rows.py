@@ -125,7 +125,7 @@ def test_arithmetic_sources():
         ("arithmetic:test,count=5", r"\['test'\]; allowed: exactly one of .*'train', 'eval', 'pretraining'"),
         ("arithmetic:train,eval,count=5", "exactly one of"),
         ("arithmetic:train", "count is None; allowed"),
-        ("arithmetic:train,count=5,count=6", "option count is there twice"),
+        ("arithmetic:train,count=5,count=6", "option count is given twice"),
         ("arithmetic:train,count=5.0", "count is 5.0; allowed: an integer"),
         ("arithmetic:train,count=5,seed=one", "seed is 'one'; allowed: an integer"),
         ("arithmetic:train,count=5,preference=0.6", "option 'preference'; allowed: count, seed"),
@@ -238,7 +238,7 @@ def test_fields_by_other_names_and_in_depth(tmp_path, suffix):
         ("problem=question,answer=meta.1.x", r"field 'answer' \(from 'meta.1.x'\) is None"),
         ("problem=question,answer=meta.0,solution=soluton", r"no row has solution=soluton; the first row has question"),
         ("problem=question,answer=", "option answer is empty; allowed: the name of a field"),
-        ("problem=question,answer=meta.0,answer=meta.0", "option answer is there twice"),
+        ("problem=question,answer=meta.0,answer=meta.0", "option answer is given twice"),
         ("question", "'question'; allowed: options such as"),
         ("question=problem", "option 'question'; allowed: schema, id, problem, answer, solution"),
         ("schema=lufy", "schema is 'lufy'; allowed: luffy"),
@@ -494,7 +494,7 @@ def test_a_step_is_a_function_of_seed_and_step():
 @settings(max_examples=20)
 @given(st.integers(1, 30), st.data())
 def test_resuming_at_any_step_gives_the_batches_of_the_whole_run(count, draw):
-    """A checkpoint stores the step only: a fresh sequence, entered anywhere, goes on as the first one did."""
+    """A checkpoint stores only the step: a new sequence, entered at any step, continues like the first one."""
     rows = [row(i) for i in range(count)]
     size, seed = draw.draw(st.integers(1, count)), draw.draw(st.integers(0, 2**32 - 1))
     begun = data.batches(rows, size, seed)

@@ -160,7 +160,7 @@ SOURCES = {
     "an id in two files": ("{place}/a.jsonl;{place}/b.jsonl", r"b\.jsonl:1: field 'id' is 'a', which .*a\.jsonl:1 has"),
     "a file twice": ("{place}/a.jsonl; {place}/a.jsonl", r"field 'id' is 'a', which .*a\.jsonl:1 has too"),
     "a name no file can have": (f"/{'a' * 300}.jsonl", r"there is no such file"),
-    "a name with NUL": ("~\0/a.jsonl", r"source '~\\x00/a\.jsonl': no file or data set has a NUL in its name"),
+    "a name with NUL": ("~\0/a.jsonl", r"source '~\\x00/a\.jsonl': .* NUL"),
     "a user who is none": ("~nosuchuser/a.jsonl", r"source '~nosuchuser/a\.jsonl': there is no such file"),
     "files elsewhere": ("{place}?files=/etc/*", r"files=/etc/\* .*allowed: names in the folder"),
     "no name of files": ("{place}?files=", r"files= .*allowed: names in the folder"),

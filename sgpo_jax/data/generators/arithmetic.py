@@ -1,4 +1,4 @@
-"""The embedded world: digit arithmetic whose methods must be known, not computed.
+"""Generates the embedded world: digit arithmetic whose methods must be known, not computed.
 
 A problem names its type and shows three pairs of digits:
 
@@ -7,17 +7,17 @@ A problem names its type and shows three pairs of digits:
               Steps: (a) sum (b) larger (c) product              (on one line)
     solution  (a) sum 3 4 = 7 (b) larger 5 2 = 5 (c) product 8 6 = 8. \\boxed{758}
 
-There are four families of 16 types. A family fixes which two methods compete at each of the three
-stages; a hidden table, the same for every seed, says which of the two is right for each type. The
-problem does not show it: without a strategy it has to be learnt type by type, with a strategy it
-can be read off. Everything else (digit arithmetic) is easy for a very small model.
+There are four families of 16 types. A family determines which two methods compete at each of the three stages. A hidden
+table, the same for every seed, says which of the two is right for each type. The problem does not show it: without a
+strategy it has to be learnt for each type, with a strategy it can be read. The rest is digit arithmetic, which is easy
+for a very small model.
 
-The competing methods always give different digits, so an answer is right only if all three
-methods were right, and each stage of a type is a fair coin to whoever does not know the table.
-Sums and products are last digits; the first result is never 0, so an answer never starts with 0.
+The competing methods always give different digits, so an answer is right only if all three methods are right. Without
+the table, each stage is a guess between two methods. Sums and products are cut to their last digit. The first result is
+never 0, so an answer never starts with 0.
 
-Three knobs vary the world: up to four methods that compete at a stage, chains of one to three
-stages, and strategies that name a wrong method now and then.
+Three options vary the world: up to four methods that compete at a stage, chains of one to three stages, and strategies
+that sometimes name a wrong method.
 """
 
 import functools
@@ -44,7 +44,7 @@ _EVAL_SHARE = 1 / 8
 
 @dataclass(frozen=True)
 class Family:
-    """Sixteen problem types with the same wording and the same pairs of competing methods."""
+    """A family of sixteen problem types with the same wording and the same pairs of competing methods."""
 
     opening: str
     rules: str
@@ -91,7 +91,7 @@ FAMILIES = {
 
 
 class _Draw(NamedTuple):
-    """One problem: its family, its type within the family, three pairs of digits."""
+    """A problem: its family, its type within the family, and up to three pairs of digits."""
 
     family: str
     kind: str
@@ -108,21 +108,21 @@ class _Draw(NamedTuple):
 
 
 def _hash(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone, on every machine."""
+    """Returns a number in [0, 1) that depends only on the text, the same on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 
 def choices(family: str, competing: int = 2) -> tuple[tuple[str, ...], ...]:
-    """The methods that compete at each stage: the family's two, then others."""
+    """Returns the methods that compete at each stage of a family: its two, then others up to `competing`."""
     pairs = FAMILIES[family].stages
-    return tuple((*pair, *(m for m in METHODS if m not in pair))[:competing] for pair in pairs)
+    return tuple((*pair, *(method for method in METHODS if method not in pair))[:competing] for pair in pairs)
 
 
 @functools.cache
 def right_methods(competing: int = 2) -> dict[tuple[str, str], tuple[str, ...]]:
-    """The hidden table: family and type -> the right method of each stage.
+    """Returns the hidden table: {(family, type): the right method of each stage}.
 
-    Of two methods, every one of the 8 combinations of a family is right for two types; of more, a hash decides.
+    With two competing methods, each of a family's 8 combinations is right for two types. With more, a hash decides.
     """
     table = {}
     for name, family in FAMILIES.items():
@@ -130,33 +130,34 @@ def right_methods(competing: int = 2) -> dict[tuple[str, str], tuple[str, ...]]:
             numbers = [rank >> 2 & 1, rank >> 1 & 1, rank & 1]
             if competing > 2:
                 numbers = [int(_hash(f"{kind} {name} {stage}") * competing) for stage in STAGES]
-            table[name, kind] = tuple(among[i] for among, i in zip(choices(name, competing), numbers, strict=True))
+            table[name, kind] = tuple(methods[i] for methods, i in zip(choices(name, competing), numbers, strict=True))
     return table
 
 
 def strategy_text(family: str, kind: str, methods: tuple[str, ...]) -> str:
-    """The three-part strategy that names one method for each stage."""
-    steps = " ".join(f"{s} {m}" for s, m in zip(STAGES, methods, strict=False))
+    """Returns the three-part strategy that names one method for each stage."""
+    steps = " ".join(f"{stage} {method}" for stage, method in zip(STAGES, methods, strict=False))
     rules = FAMILIES[family].rules
     return f"Problem type: {kind} {family}. Strategy: {rules} rules. Steps: {steps}"
 
 
 def solve(pairs: tuple[tuple[int, int], ...], methods: tuple[str, ...]) -> tuple[str, str]:
-    """(answer, worked solution) of up to three pairs of digits by the given methods."""
-    results = [METHODS[m](a, b) for m, (a, b) in zip(methods, pairs, strict=True)]
+    """Returns (answer, worked solution) of up to three pairs of digits with one method for each."""
+    results = [METHODS[method](a, b) for method, (a, b) in zip(methods, pairs, strict=True)]
     answer = "".join(map(str, results))
     lines = (f"{s} {m} {a} {b} = {r}" for s, m, (a, b), r in zip(STAGES, methods, pairs, results, strict=False))
     return answer, f"{' '.join(lines)}. \\boxed{{{answer}}}"
 
 
 def _pair_allowed(stage: int, methods: tuple[str, ...], a: int, b: int) -> bool:
-    results = {METHODS[m](a, b) for m in methods}
+    """Returns True if all methods give different digits, none of them 0 at the first stage."""
+    results = {METHODS[method](a, b) for method in methods}
     return len(results) == len(methods) and not (stage == 0 and 0 in results)
 
 
 @functools.cache
 def _pairs(competing: int) -> dict[str, list[list[tuple[int, int]]]]:
-    """family -> the pairs of digits that a stage may show."""
+    """Returns {family: the pairs of digits that each stage may show}."""
     return {
         name: [
             [(a, b) for a in range(10) for b in range(10) if _pair_allowed(stage, methods, a, b)]
@@ -167,14 +168,14 @@ def _pairs(competing: int) -> dict[str, list[list[tuple[int, int]]]]:
 
 
 def _draws(count: int, rng: random.Random, split: str, competing: int, stages: int) -> list[_Draw]:
-    """`count` different problems, the 64 types in turn, digits from the split's share."""
+    """Returns `count` different problems of a split, the 64 types in turn."""
     _check_whole(count=(count, 1, MAX_COUNT), competing=(competing, 2, MOST_COMPETING), stages=(stages, 1, len(STAGES)))
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; allowed: {', '.join(SPLITS)}")
     pairs = _pairs(competing)
     share = _EVAL_SHARE if split == "eval" else 1 - _EVAL_SHARE
-    # A quarter of what the smallest family has, so that drawing different ones ends, and soon.
-    least = min(math.prod(map(len, each[:stages])) for each in pairs.values())
+    # At most a quarter of the smallest family's problems, so that drawing different ones ends soon.
+    least = min(math.prod(map(len, by_stage[:stages])) for by_stage in pairs.values())
     most = int(share * least * len(right_methods()) / 4)
     if count > most:
         raise ValueError(f"count is {count}; allowed: at most {most} with competing={competing} and stages={stages}")
@@ -183,8 +184,7 @@ def _draws(count: int, rng: random.Random, split: str, competing: int, stages: i
     while len(draws) < count:
         family, kind = kinds[len(draws) % len(kinds)]
         draw = _Draw(family, kind, tuple(rng.choice(allowed) for allowed in pairs[family][:stages]))
-        # The six digits alone decide the split, so an evaluation problem's digits were never
-        # seen in training under any type.
+        # Only the digits decide the split, so no type shows an evaluation problem's digits in training.
         if (_hash(str(draw.pairs)) < _EVAL_SHARE) == (split == "eval"):
             draws[draw] = None
     return list(draws)
@@ -193,21 +193,21 @@ def _draws(count: int, rng: random.Random, split: str, competing: int, stages: i
 def problems(
     count: int, seed: int, split: str = "train", competing: int = 2, stages: int = 3, noise: float = 0.0
 ) -> list[dict]:
-    """Problems with the right strategy and the expert's solution by the right methods.
+    """Generates problems with the right strategy and the expert's solution.
 
     Args:
-        count: number of rows, all different; types take turns.
-        seed: any integer. The hidden table does not depend on it.
-        split: "train" or "eval"; their problems never coincide, whatever the seeds.
-        competing: methods that compete at each stage, 2 to 4.
-        stages: length of the chain, 1 to 3.
-        noise: probability, at each stage, that the strategy names another method than the right one.
+      count: number of rows, all different; types take turns.
+      seed: any integer. The hidden table does not depend on it.
+      split: "train" or "eval"; they share no problem, whatever the seeds.
+      competing: methods that compete at each stage, 2 to 4.
+      stages: length of the chain, 1 to 3.
+      noise: probability, at each stage, that the strategy names a wrong method.
 
     Returns:
-        Rows with id, problem, answer (three digits), strategy, solution and source (the family).
+      Rows with id, problem, answer (one digit per stage), strategy, solution and source (the family).
 
     Raises:
-        ValueError: count or split outside what is allowed.
+      ValueError: an argument is not allowed.
     """
     _check_shares(noise=noise)
     wrong = random.Random(f"noise/{split}/{seed}")
@@ -215,7 +215,7 @@ def problems(
     for draw in _draws(count, random.Random(f"problems/{split}/{seed}"), split, competing, stages):
         methods = right_methods(competing)[draw.family, draw.kind][:stages]
         answer, solution = solve(draw.pairs, methods)
-        named = _drawn(wrong, methods, choices(draw.family, competing), 1 - noise)
+        named = _sampled(wrong, methods, choices(draw.family, competing), 1 - noise)
         rows.append(
             {
                 "id": draw.id,
@@ -238,29 +238,28 @@ def pretraining(
     stages: int = 3,
     writing: float = 0.0,
 ) -> list[dict]:
-    """Rows that make a base model from scratch: able to calculate and to follow a strategy, with
-    only a weak idea of which method is right.
+    """Generates rows that train a base model from scratch.
+
+    It learns to calculate and to follow a strategy, but only a weak preference for the right methods.
 
     Args:
-        count: number of rows, all different problems of the train split.
-        seed: any integer.
-        preference: probability, at each stage of a row without strategy, that the solution uses
-            the right method (1 / competing knows nothing); the whole answer is then right in
-            preference^stages.
-        guided_share: probability that a row carries a strategy. That strategy is a random choice
-            of one competing method per stage, and the solution follows it: the model learns to
-            follow strategies, and learns nothing from them about types.
-        competing, stages: as in `problems`.
-        writing: probability that a row, guided or not, becomes one that teaches to write strategies: its
-            problem shows a problem with a solution by random methods, as `prompts.own_strategy` does,
-            and its solution is the strategy that names them. The other rows stay as they are without.
+      count: number of rows, all different problems of the train split.
+      seed: any integer.
+      preference: probability, at each stage of a row without strategy, that the solution uses the right method. With
+        1 / competing it knows nothing. The whole answer is right with probability preference^stages.
+      guided_share: probability that a row has a strategy. It names a random competing method at each stage, and the
+        solution follows it. So the model learns to follow strategies, but nothing about types from them.
+      competing, stages: as in `problems`.
+      writing: probability that a row, guided or not, is replaced by one that teaches to write strategies. Its problem
+        shows a problem and a solution by random methods, as `prompts.own_strategy` does. Its solution is the strategy
+        that names these methods. The other rows do not change.
 
     Returns:
-        Rows as `problems` gives them, `strategy` absent in the unguided ones; `answer` is what the
-        row's own solution arrives at, which is often not the problem's true answer.
+      Rows as from `problems`, without `strategy` in the unguided ones. `answer` is the result of the row's solution,
+      which is often not the problem's true answer.
 
     Raises:
-        ValueError: an argument outside what is allowed.
+      ValueError: an argument is not allowed.
     """
     _check_shares(preference=preference, guided_share=guided_share, writing=writing)
     rng, writers = random.Random(f"pretraining/{seed}"), random.Random(f"writing/{seed}")
@@ -268,7 +267,7 @@ def pretraining(
     for draw in _draws(count, rng, "train", competing, stages):
         guided = rng.random() < guided_share
         right = right_methods(competing)[draw.family, draw.kind][:stages]
-        methods = _drawn(rng, right, choices(draw.family, competing), 1 / competing if guided else preference)
+        methods = _sampled(rng, right, choices(draw.family, competing), 1 / competing if guided else preference)
         answer, solution = solve(draw.pairs, methods)
         row = {
             "id": f"pretraining/{draw.id}",
@@ -284,8 +283,8 @@ def pretraining(
 
 
 def _writing_row(row: dict, draw: _Draw, competing: int, rng: random.Random) -> dict:
-    """The row with a problem and a solution by random methods as its problem, their strategy as its solution."""
-    methods = tuple(rng.choice(among) for among in choices(draw.family, competing)[: len(draw.pairs)])
+    """Returns a row that shows a problem and a solution by random methods, and whose solution is their strategy."""
+    methods = tuple(rng.choice(options) for options in choices(draw.family, competing)[: len(draw.pairs)])
     answer, solution = solve(draw.pairs, methods)
     return {
         "id": row["id"],
@@ -308,25 +307,25 @@ def _check_shares(**shares: float) -> None:
             raise ValueError(f"{name} is {value!r}; allowed: a number from 0 to 1")
 
 
-def _drawn(
-    rng: random.Random, right: tuple[str, ...], among: tuple[tuple[str, ...], ...], share: float
+def _sampled(
+    rng: random.Random, right: tuple[str, ...], competing: tuple[tuple[str, ...], ...], share: float
 ) -> tuple[str, ...]:
-    """At each stage the right method with probability `share`, else another of the competing ones."""
-    drawn = []
-    for method, competing in zip(right, among, strict=False):
-        others = [m for m in competing if m != method]
-        drawn.append(method if rng.random() < share else others[0] if len(others) == 1 else rng.choice(others))
-    return tuple(drawn)
+    """Samples a method for each stage: the right one with probability `share`, else another competing one."""
+    methods = []
+    for method, options in zip(right, competing, strict=False):
+        others = [option for option in options if option != method]
+        methods.append(method if rng.random() < share else others[0] if len(others) == 1 else rng.choice(others))
+    return tuple(methods)
 
 
-# A token is a word, a digit or a mark together with the space before it; see `vocabulary`.
+# A token is a word, a digit or a mark, with the space before it; see `vocabulary`.
 TOKEN_PATTERN = r"\n+| ?\\boxed\{| ?\([abc]\)| ?[A-Za-z]+| ?[0-9]| ?[^\sA-Za-z0-9]"
 
 
 def vocabulary() -> list[str]:
-    """Every token that the world's texts and their prompts (without instruction) consist of."""
-    names = [f" {w}" for name, f in FAMILIES.items() for w in (name, f.rules, *f.types)]
-    openings = [f.opening for f in FAMILIES.values()]
+    """Returns every token of the world's texts and their prompts (without instruction)."""
+    names = [f" {word}" for name, family in FAMILIES.items() for word in (name, family.rules, *family.types)]
+    openings = [family.opening for family in FAMILIES.values()]
     starts, seconds = zip(*(opening.split() for opening in openings), strict=True)
     digits = [str(d) for d in range(10)]
     return list(

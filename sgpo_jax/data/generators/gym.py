@@ -1,4 +1,4 @@
-"""Text problems from reasoning-gym, each with a strategy and a short worked solution of our own."""
+"""Generates text problems with reasoning-gym, and adds a strategy and a short worked solution to each."""
 
 import ast
 import dataclasses
@@ -19,14 +19,14 @@ def _as_asked(item: dict) -> tuple[str, str]:
 
 
 class Family(NamedTuple):
-    """One generator of reasoning-gym.
+    """A family of reasoning-gym's problems, and how to solve them.
 
-    strategy: the three-part strategy; names the method, without numbers.
-    solve: metadata of a problem -> (answer, worked solution without the box), or None where the
-        problem has no exact answer.
-    hints: metadata of a problem -> what takes the place of {names} in the strategy.
-    read: item -> (problem, answer), as shown to a model and as graded.
-    limits: least and largest value of options with which the generator comes to an end.
+    strategy: the three-part strategy; it names the method, without numbers.
+    solve: metadata of a problem -> (answer, worked solution without the box), or None if the problem has no exact
+      answer.
+    hints: metadata of a problem -> values for the {names} in the strategy.
+    read: item -> (problem as a model sees it, answer for grading).
+    limits: option -> (least, largest) value with which the generator terminates.
     """
 
     strategy: str
@@ -45,7 +45,7 @@ _OPERATORS: dict[type, tuple[str, Callable[[Fraction, Fraction], Fraction]]] = {
 
 
 def _evaluate(node: ast.expr, steps: list[str]) -> Fraction:
-    """The exact value of an expression; each operation is added to `steps`, innermost first."""
+    """Returns the exact value of an expression and appends its operations to `steps`, innermost first."""
     match node:
         case ast.Constant(value=int(number)):
             return Fraction(number)
@@ -97,7 +97,7 @@ def _legs(metadata: dict) -> tuple[str, str]:
 
 
 def _linear(node: ast.expr) -> tuple[int, int]:
-    """(a, b) of an expression a * variable + b."""
+    """Returns (a, b) of an expression a * variable + b."""
     match node:
         case ast.Name():
             return 1, 0
@@ -234,11 +234,12 @@ FAMILIES = {
 
 
 def _hash(text: str) -> int:
-    """A number below 2^48 that depends on the text alone, on every machine."""
+    """Returns a number below 2^48 that depends only on the text, the same on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
 def _dataset(family: str, size: int, seed: int, options: dict):
+    """Returns reasoning-gym's data set of a family, after checking the options."""
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
@@ -267,27 +268,26 @@ def _dataset(family: str, size: int, seed: int, options: dict):
 def problems(
     family: str, count: int, seed: int, split: str = "train", guided_share: float = 1.0, **options: object
 ) -> list[dict]:
-    """Problems of one reasoning-gym family with strategy and worked solution.
+    """Generates problems of one reasoning-gym family with strategy and worked solution.
 
-    A generated problem is used if its own worked solution arrives at reasoning-gym's answer. That
-    leaves out inexact divisions, which reasoning-gym rounds down, and equations without the unknown
-    ("0 = 0"): under 1 % of basic_arithmetic and simple_equations, none of the others.
+    A generated problem is used only if the worked solution gives reasoning-gym's answer. This leaves out inexact
+    divisions, which reasoning-gym rounds down, and equations without the unknown ("0 = 0"): under 1 % of
+    basic_arithmetic and simple_equations, none of the other families.
 
     Args:
-        family: one of FAMILIES.
-        count: number of rows, all different problems.
-        seed: any integer.
-        split: "train" or "eval"; a problem's text decides which of the two it belongs to, so they
-            never share a problem, whatever the seeds.
-        guided_share: probability that a row has its strategy; a warm-up on both kinds teaches both prompts.
-        options: the family's own options, such as max_value.
+      family: one of FAMILIES.
+      count: number of rows, all different problems.
+      seed: any integer.
+      split: "train" or "eval". A problem's text decides its split, so they share no problem, whatever the seeds.
+      guided_share: probability that a row has its strategy. A warm-up on both kinds of rows teaches both prompts.
+      options: options of the family, such as max_value.
 
     Returns:
-        Rows with id, problem, answer, solution (ends in \\boxed{answer}), source and strategy.
+      Rows with id, problem, answer, solution (ends in \\boxed{answer}), source and strategy.
 
     Raises:
-        ValueError: an argument outside what is allowed, or options that give too few problems.
-        ImportError: reasoning-gym is not installed.
+      ValueError: an argument is not allowed, or the options give too few problems.
+      ImportError: reasoning-gym is not installed.
     """
     if family not in FAMILIES:
         raise ValueError(f"family is {family!r}; allowed: {', '.join(FAMILIES)}")
@@ -300,7 +300,7 @@ def problems(
     kind = FAMILIES[family]
     rows: dict[str, dict] = {}
     for attempt in range(_MAX_ROUNDS):
-        # reasoning-gym seeds item i with seed + i: neighbouring seeds would give the same items.
+        # reasoning-gym seeds item i with seed + i, so neighbouring seeds would share items.
         spread_seed = _hash(f"{seed}/{attempt}")
         for item in _dataset(family, max(2 * count, 100), spread_seed, options):
             text, gold = kind.read(item)
@@ -323,5 +323,5 @@ def problems(
                 return list(rows.values())
     raise ValueError(
         f"count is {count}, but {family} with options {options} gave only {len(rows)} different "
-        f"problems for split {split!r}; ask for fewer or widen the options"
+        f"problems for split {split!r}; ask for fewer, or for a wider range in the options"
     )

@@ -1,18 +1,18 @@
-"""Worked solutions of reasoning-gym's puzzles of logic and of binary strings, with what their strategies say of each.
+"""Solves reasoning-gym's puzzles about logic and binary strings, and fills in the strategies for each puzzle.
 
-A guess is right in 1 of 4 puzzles of two islanders, in 1 of 8 of three.
+A guess is right in 1 of 4 puzzles with two islanders, and in 1 of 8 with three.
 """
 
 import itertools
 import re
 from collections.abc import Iterator, Sequence
 
-# Of the islanders. reasoning-gym draws from 51, which say nothing and are half of what a small model has to learn.
+# Names of the islanders. reasoning-gym uses 51 names, which would be half of a small model's vocabulary to learn.
 NAMES = ("Ann", "Bob", "Cleo")
 
 
 def _holds(statement: tuple, truthful: Sequence[bool]) -> bool:
-    """Whether a statement of reasoning-gym is true where the islanders are as `truthful` says."""
+    """Returns the truth of a statement from reasoning-gym, given which islanders are truthful."""
     match statement:
         case ("telling-truth", int(islander)):
             return truthful[islander]
@@ -32,7 +32,7 @@ def _holds(statement: tuple, truthful: Sequence[bool]) -> bool:
 
 
 def _substituted(statement: tuple, truthful: Sequence[bool]) -> str:
-    """A statement with "true" or "false" in the place of what it says of single islanders."""
+    """Returns a statement as text, with "true" or "false" in place of its claims about single islanders."""
 
     def inner(part: tuple) -> str:
         text = _substituted(part, truthful)
@@ -51,61 +51,67 @@ def _substituted(statement: tuple, truthful: Sequence[bool]) -> str:
 
 
 def _cases(islanders: int) -> Iterator[tuple[bool, ...]]:
+    """Yields every assignment of truthfulness."""
     return itertools.product((True, False), repeat=islanders)
 
 
 def _first(statements: Sequence[tuple]) -> int:
-    """The islander whose statement, true if and only if he is truthful, leaves the fewest cases."""
-    left = [
+    """Returns the islander whose statement leaves the fewest cases, as it is true exactly if he is truthful."""
+    remaining = [
         sum(_holds(statement, case) == case[i] for case in _cases(len(statements)))
         for i, statement in enumerate(statements)
     ]
-    return left.index(min(left))
+    return remaining.index(min(remaining))
 
 
 def islanders(item: dict) -> tuple[str, str]:
-    r"""(problem, answer) of a puzzle about knights and knaves, under whatever names: one word for each islander.
+    r"""Returns (problem, answer) of a puzzle about knights and knaves, whatever it calls them.
 
-    What everybody says is as reasoning-gym has it, the frame around it shorter. Its answer is a sentence. As words in
-    the order of the islanders it is compared as text; without the \text{} a product in another order would pass.
+    The statements are reasoning-gym's; the text around them is shorter. The answer has one word for each islander, in
+    order, where reasoning-gym has a sentence. It is compared as text: without \text{} the verifier would take the words
+    for a product and accept any order.
     """
     terms, count = item["metadata"]["knight_knave_terms"], len(item["metadata"]["names"])
-    asked = re.sub(r"^A very .*?\. | You meet .*?\.| So who is .*", "", item["question"])
-    for name, ours in zip(item["metadata"]["names"], NAMES, strict=False):
-        asked = re.sub(rf"\b{name}\b", ours, asked)
+    problem = re.sub(r"^A very .*?\. | You meet .*?\.| So who is .*", "", item["question"])
+    for name, replacement in zip(item["metadata"]["names"], NAMES, strict=False):
+        problem = re.sub(rf"\b{name}\b", replacement, problem)
     words = re.findall(r" is an? (\w+)", item["answer"])
-    asked += f' Say "{terms["knight"]}" or "{terms["knave"]}" for {" and ".join(NAMES[:count])}, in this order.'
-    return asked, f"\\text{{{' '.join(words)}}}"
+    problem += f' Say "{terms["knight"]}" or "{terms["knave"]}" for {" and ".join(NAMES[:count])}, in this order.'
+    return problem, f"\\text{{{' '.join(words)}}}"
 
 
 def begin(metadata: dict) -> dict[str, str]:
-    """Whom to suppose first, and what: found in the statements, whatever the answer."""
+    """Returns which islander to suppose truthful first, from the statements alone, and the word for it."""
     first = _first(metadata["statements"])
     return {"islander": NAMES[first], "knight": str(metadata["knight_knave_terms"]["a_knight"])}
 
 
 def knights_knaves(metadata: dict) -> tuple[str, str] | None:
-    """Cases, those in which the islander of `begin` is truthful first, until no statement contradicts its speaker."""
+    """Returns (answer, worked solution) of a puzzle, or None if it has no answer.
+
+    The solution goes through cases until no statement contradicts its speaker. The cases in which the islander of
+    `begin` is truthful come first.
+    """
     statements, terms = metadata["statements"], metadata["knight_knave_terms"]
     first, steps = _first(statements), []
     order = sorted(range(len(statements)), key=lambda i: i != first)
     for case in sorted(_cases(len(statements)), key=lambda case: not case[first]):
         words = " ".join(terms["knight" if truthful else "knave"] for truthful in case)
-        found = []
+        checks = []
         for i in order:
             holds = _holds(statements[i], case)
             said, truth = _substituted(statements[i], case), "true" if holds else "false"
-            found.append(f"{NAMES[i]} says {said}" + f", {truth}" * (said != truth))
+            checks.append(f"{NAMES[i]} says {said}" + f", {truth}" * (said != truth))
             if holds != case[i]:
-                steps.append(f"{words}: {'; '.join(found)}; contradiction.")
+                steps.append(f"{words}: {'; '.join(checks)}; contradiction.")
                 break
         else:
-            return f"\\text{{{words}}}", " ".join([*steps, f"{words}: {'; '.join(found)}; consistent."])
+            return f"\\text{{{words}}}", " ".join([*steps, f"{words}: {'; '.join(checks)}; consistent."])
     return None
 
 
 def binary_alternation(metadata: dict) -> tuple[str, str]:
-    """Each swap mends two places, so that half the places that differ from the nearest alternating string count."""
+    """Returns (answer, worked solution): a swap mends two places, so it counts half the places that differ."""
     string = metadata["string"]
     counts = {digit: string.count(digit) for digit in "10"}
     steps = [f"{count} of {digit}." for digit, count in counts.items()]
