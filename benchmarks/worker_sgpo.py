@@ -1,4 +1,4 @@
-"""Our side of the benchmarks: `worker_sgpo.py TASK.json RESULT.json`."""
+"""Worker of the sgpo_jax side: `worker_sgpo.py TASK.json RESULT.json`."""
 
 import json
 import re
@@ -29,25 +29,25 @@ from sgpo_jax.training.train_step import make_update
 
 
 def weights(task: dict[str, Any]) -> dict[str, Any]:
-    """Random weights, which all sides load, in the Hugging Face folder `model`."""
+    """Writes the random weights that all sides load, as the Hugging Face folder `model`."""
     config = model_config.from_hf(workload.shape(task["shape"]).hf_config())
     huggingface.save(task["model"], models.init(jax.random.key(0), config), config)
     return {}
 
 
 def generate(task: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of rollouts of `requests` responses, `group` to a prompt, `batch` at a time; and their tokens."""
+    """Times rollouts of `requests` responses, `group` to a prompt, `batch` at a time; counts their tokens."""
     results, measured = timed(prepare_generate(task)[0], task["calls"])
     lengths, steps = zip(*results, strict=True)
     return measured | {
-        "tokens": [int(each.sum()) for each in lengths],
+        "tokens": [int(call_lengths.sum()) for call_lengths in lengths],
         "median_length": float(np.median(lengths)),
-        "useful": [float(each.sum() / step) for each, step in zip(lengths, steps, strict=True)],
+        "useful": [float(call_lengths.sum() / step) for call_lengths, step in zip(lengths, steps, strict=True)],
     }
 
 
 def groups(task: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of rollouts of an `autonomous` and a `guided` group for each problem, `at_once` or not."""
+    """Times rollouts of an `autonomous` and a `guided` group for each problem, `at_once` or one after the other."""
     shape = workload.shape(task["shape"])
     params, config = load(task["model"])
     stops, count = workload.stop_ids(shape, task["median"]), task["problems"]
@@ -57,7 +57,7 @@ def groups(task: dict[str, Any]) -> dict[str, Any]:
     guided = workload.prompts(shape, count, task["prompt"] + room, len(stops), task["seed"])
     real = np.broadcast_to(np.arange(guided.shape[1]) >= room, guided.shape)
     ids = np.arange(count)
-    # As the run does: each group padded to its own longest prompt, and to that of both.
+    # One after the other, each group is padded to its own longest prompt; at once, both to the longest of all.
     inputs = [(guided[:, room:], real[:, room:], ids), (guided, np.ones_like(real), ids)]
     sizes: list[Any] = [task["autonomous"], task["guided"]]
     if task["at_once"]:
@@ -86,7 +86,7 @@ def groups(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def update(task: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of updates, AdamW included, on the same responses; the compiler's time and temporary memory in bytes."""
+    """Times updates, AdamW included, on the same responses; also the compiler's time and temporary memory in bytes."""
     started = time.perf_counter(), time.process_time()
     call, compiled = prepare_update(task)
     result = {
@@ -98,7 +98,7 @@ def update(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def profile(task: dict[str, Any]) -> dict[str, Any]:
-    """Of one call of the work `profiled`: [name, seconds] of each operation."""
+    """Profiles one call of the work `profiled`; "operations" has [name, seconds] of each operation."""
     call, compiled = {"generate": prepare_generate, "update": prepare_update}[task["profiled"]](task)
     call(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -109,20 +109,20 @@ def profile(task: dict[str, Any]) -> dict[str, Any]:
         seconds: Counter[str] = Counter()
         for event in (event for plane in planes for line in plane.lines for event in line.events):
             operation = dict(event.stats).get("hlo_op")
-            # A loop's time is that of what it runs.
+            # The time of a loop is that of its operations, which are counted already.
             if operation and not operation.startswith(("while", "call", "conditional")):
                 seconds[operation] += event.duration_ns / 1e9
     program = compiled.as_text()
     defined = dict(re.findall(r"^\s*(?:ROOT )?%(\S+) = (.*)$", program, re.MULTILINE))
     operations = []
     for name, spent in seconds.items():
-        named = re.search(r'op_name="([^"]*)"', defined.get(name, ""))
-        operations.append([named[1] if named else "", spent])
+        match = re.search(r'op_name="([^"]*)"', defined.get(name, ""))
+        operations.append([match[1] if match else "", spent])
     return measured | {"operations": operations}
 
 
 def prepare_generate(task: dict[str, Any]) -> tuple[Callable[[int], Any], Any]:
-    """(a call -> lengths `[B,G]` and slot-steps, the compiled program)."""
+    """Returns a call, which returns lengths `[B,G]` and slot-steps, and the compiled program."""
     shape = workload.shape(task["shape"])
     params, config = load(task["model"])
     stops = workload.stop_ids(shape, task["median"])
@@ -144,7 +144,7 @@ def prepare_generate(task: dict[str, Any]) -> tuple[Callable[[int], Any], Any]:
 
 
 def prepare_update(task: dict[str, Any]) -> tuple[Callable[[int], Any], Any]:
-    """(a call -> loss, the compiled program); weights and moments are made at the first call."""
+    """Returns a call, which returns the loss, and the compiled program. The first call makes weights and moments."""
     shape = workload.shape(task["shape"])
     data = workload.responses(shape, task)
     config = model_config.from_hf(shape.hf_config())
@@ -165,12 +165,12 @@ def prepare_update(task: dict[str, Any]) -> tuple[Callable[[int], Any], Any]:
 
 
 def batch(shape: workload.Shape, data: workload.Responses, task: dict[str, Any]) -> Batch:
-    """A batch for GRPO, or, when the task says how many of each group are guided, for SGPO."""
+    """Returns a batch for GRPO; for SGPO where the task says how many samples of a group are `guided`."""
     guided = task.get("guided", 0)
 
-    def group(chosen):
-        tokens = data.tokens[:, chosen]
-        return Group(tokens, data.lengths[:, chosen], np.zeros(tokens.shape, np.float32), data.rewards[:, chosen])
+    def group(samples):
+        tokens = data.tokens[:, samples]
+        return Group(tokens, data.lengths[:, samples], np.zeros(tokens.shape, np.float32), data.rewards[:, samples])
 
     def prompts(tokens):
         return Prompts(tokens, np.ones(tokens.shape, bool))
@@ -183,13 +183,13 @@ def batch(shape: workload.Shape, data: workload.Responses, task: dict[str, Any])
 
 
 def kl(task: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of the value and gradients of a mean divergence of N positions: in chunks, or all logits at once."""
+    """Times the value and gradients of a mean divergence over N positions: in chunks, or with all logits at once."""
     count, hidden, vocab, chunk = task["positions"], task["hidden"], task["vocab"], task["chunk"]
     chosen = {"divergence": task["divergence"], "beta": 0.5, "k": task["k"]}
     rng = np.random.default_rng(0)
 
     def normal(*shape):
-        # Not by jax.random, whose temporary arrays would be the peak.
+        # The temporary arrays of jax.random would be the peak of the memory.
         return jnp.asarray(rng.standard_normal(shape, np.float32))
 
     guided, unguided = normal(count, hidden) * hidden**-0.5, normal(count, hidden) * hidden**-0.5
@@ -203,7 +203,7 @@ def kl(task: dict[str, Any]) -> dict[str, Any]:
         return logprobs.token_divergence(guided, unguided, head, **chosen, chunk=chunk).mean()
 
     def summed(guided, unguided, head):
-        """As in the update: the loss of a token is known when its KL is."""
+        """Returns the mean as the update computes it: the loss of a token depends on its own KL alone."""
         chunks = (x.reshape(-1, chunk, hidden) for x in (guided, unguided))
         weight = jnp.full((count // chunk, chunk), 1 / count)
         return logprobs.kl_loss(lambda kl, weight: weight * kl, *chunks, head, count // chunk, weight, **chosen)[0]
@@ -217,20 +217,24 @@ def kl(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def dense_jensen_shannon(log_t: jax.Array, log_s: jax.Array, k: int) -> jax.Array:
+    """Returns the Jensen-Shannon divergence with beta = 1/2 in nats; `k` is not used."""
     log_m = jnp.logaddexp(log_t, log_s) - np.log(2)
     return (kl_divergence(log_s, log_m) + kl_divergence(log_t, log_m)) / 2
 
 
 def dense_top_k_kl(log_t: jax.Array, log_s: jax.Array, k: int) -> jax.Array:
-    """As in SDPO, with its lower bound of the tail, but for the tokens, which are the likeliest of T."""
+    """Returns SDPO's KL of the top k tokens and a tail, with its lower bound of the tail.
+
+    Here the top tokens are the likeliest of the teacher T. In SDPO they are those of the student.
+    """
     top_t, places = jax.lax.top_k(log_t, k)
     sides = top_t, jnp.take_along_axis(log_s, places, axis=-1)
-    of_top = (jnp.minimum(jax.nn.logsumexp(x, axis=-1, keepdims=True), -1e-7) for x in sides)
-    tails = (jnp.log(-jnp.expm1(x)) for x in of_top)
+    log_masses = (jnp.minimum(jax.nn.logsumexp(x, axis=-1, keepdims=True), -1e-7) for x in sides)
+    tails = (jnp.log(-jnp.expm1(log_mass)) for log_mass in log_masses)
     return kl_divergence(*(jnp.concatenate(pair, axis=-1) for pair in zip(sides, tails, strict=True)))
 
 
-# Divergences of whole arrays of log-probabilities, whose derivatives are JAX's.
+# Divergences of whole arrays of log-probabilities, differentiated by JAX.
 DENSE = {
     "forward_kl": lambda log_t, log_s, k: kl_divergence(log_t, log_s),
     "jensen_shannon": dense_jensen_shannon,
@@ -239,11 +243,11 @@ DENSE = {
 
 
 def peak(task: dict[str, Any]) -> dict[str, Any]:
-    """What the machine can do: float32 matrix products (FLOP/s) and copies in memory (bytes/s)."""
+    """Measures the speed of the machine: float32 matrix products (FLOP/s) and copies in memory (bytes/s)."""
     size = 2048
     x = jax.random.normal(jax.random.key(0), (size, size))
     long = jnp.ones(2**27)
-    # In place: a new array would be one of pages that the kernel has to clear first.
+    # The sum is in place: the kernel has to clear the pages of a new array first.
     product, add = jax.jit(jnp.dot), jax.jit(lambda x: x + 1, donate_argnums=0)
 
     def pass_over(_):
@@ -259,7 +263,7 @@ def peak(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(folder: str) -> tuple[Any, models.ModelConfig]:
-    """Weights on the device, a leaf at a time, so that there are never two copies of all."""
+    """Loads the weights on the device, a leaf at a time, so that there are never two copies of all."""
     params, config = huggingface.load(folder)
     leaves, tree = jax.tree.flatten(params)
     del params
@@ -269,7 +273,7 @@ def load(folder: str) -> tuple[Any, models.ModelConfig]:
 
 
 def resident() -> int:
-    """Bytes that this process holds now."""
+    """Returns the resident bytes of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
 
@@ -277,6 +281,6 @@ def resident() -> int:
 if __name__ == "__main__":
     task = json.loads(Path(sys.argv[1]).read_text())
     memory.trim_after_compiling()  # as the command does
-    known = weights, generate, groups, update, kl, peak, profile
-    work = {function.__name__: function for function in known}[task["work"]]
+    works = weights, generate, groups, update, kl, peak, profile
+    work = {function.__name__: function for function in works}[task["work"]]
     Path(sys.argv[2]).write_text(json.dumps(work(task) | {"versions": environment.describe()}))
