@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the launch scripts share; they source it. It works with the bash 3.2 of macOS.
+# Functions that the launch scripts share. The scripts source this file. It works with the bash 3.2 of macOS.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 dry_run=no
@@ -16,7 +16,7 @@ usage() {
     sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
 }
 
-# Prints the arguments as one line for a shell, quoted where they must be.
+# Prints the arguments as one line for a shell, with quotes where they are needed.
 quoted() {
     local line="" argument
     for argument in "$@"; do
@@ -28,7 +28,7 @@ quoted() {
     printf '%s\n' "$line"
 }
 
-# Prints a text without control characters as a string of JSON, which YAML reads as well.
+# Prints a text without control characters as a JSON string, which is also valid YAML.
 json_string() {
     local text=${1//\\/\\\\}
     printf '"%s"' "${text//\"/\\\"}"
@@ -43,7 +43,7 @@ execute() {
     fi
 }
 
-# execute_with TEXT COMMAND ...: the same, with the text as its standard input.
+# execute_with TEXT COMMAND ...: like execute, with the text as standard input.
 execute_with() {
     local text=$1
     shift
@@ -54,7 +54,7 @@ execute_with() {
     fi
 }
 
-# In a dry run, says what the commands after it depend on.
+# Prints, in a dry run only, the condition of the commands that follow.
 remark() {
     [[ $dry_run == no ]] || echo "# $1"
 }
@@ -65,10 +65,10 @@ check() {
     [[ $2 =~ ^($3)$ ]] || fail "--$1 must be $4, not '$2'"
 }
 
-# parse SUBCOMMAND VALUES FLAGS ARGUMENTS ...: the variables named like the options in VALUES get what was given, those
-# in FLAGS "yes"; what comes after -- goes into `overrides`.
+# parse SUBCOMMAND VALUES FLAGS ARGUMENTS ...: sets a variable for each option. An option in VALUES takes a value, one in
+# FLAGS is "yes". The words after -- go into `overrides`.
 parse() {
-    # The names begin with two underscores because an option's variable may be called like any other.
+    # Two underscores keep these names apart from the variables of the options.
     local __subcommand=$1 __values=" $2 " __flags=" $3 dry-run " __option
     shift 3
     while (($# > 0)); do
@@ -90,7 +90,7 @@ parse() {
     done
 }
 
-# The tools that a subcommand needs, unless it only prints what it would do.
+# Fails where a tool that a subcommand needs is not installed. A dry run needs no tools.
 need() {
     local tool
     for tool in "$@"; do
@@ -115,7 +115,7 @@ no_overrides() {
     ((${#overrides[@]} == 0)) || fail "$1 takes nothing after --"
 }
 
-# Seconds, a whole number.
+# The value must be a whole number of seconds.
 check_seconds() {
     check "$1" "$2" '[0-9]{1,5}' "a whole number of seconds"
 }
@@ -124,7 +124,7 @@ check_share() {
     check share "$1" '[A-Za-z0-9.-]+:/[A-Za-z0-9_./-]*' "an NFS share such as 10.0.0.2:/shared"
 }
 
-# Makes an archive of the committed tree, and nothing that is not committed.
+# Makes an archive of the committed tree, without uncommitted changes.
 archive_tree() {
     archive=$root/build/sgpo_jax.tar.gz
     execute mkdir -p "$root/build"

@@ -11,23 +11,24 @@
 #   launch/kubernetes.sh collect --claim CLAIM --workdir DIR --to LOCAL_DIR
 #   launch/kubernetes.sh delete  --name NAME
 #
-# Every subcommand also takes --context CONTEXT and --namespace NAMESPACE (default: kubectl's own settings) and --dry-run,
-# which prints the commands with all that they read, and runs none of them.
+# Every subcommand also takes --context CONTEXT and --namespace NAMESPACE (default: kubectl's own settings), and --dry-run,
+# which prints the commands with their input, and runs none of them.
 #
 #   image    builds an image of the committed tree with its `tpu` or `gpu` extra, and pushes it.
-#   volume   makes the claim CLAIM to an NFS share that all pods mount. Any claim that many nodes can write to will do.
+#   volume   makes the claim CLAIM for an NFS share that all pods mount. Any other claim that many nodes can write to works
+#            too.
 #   put      copies a local file or folder to the volume.
-#   run      submits the run. The volume is mounted at /shared; DIR is a folder in it, /shared/NAME, and data/ of the config
-#            is /shared/data. --tpu is a slice of one node pool, as v5e:4x4, v6e:8x8, v5p:2x2x4 or v4:2x2x4. --gpus is the number
-#            on each node; TYPE is GKE's name, as nvidia-h100-80gb. --spot: nodes that may be taken away. After a preemption
-#            the JobSet begins again, as often as it takes; after anything else that fails N times (10). A pod that is to
-#            stop has SECONDS (30) to save.
-#   follow   prints the output of the first process, and what comes.
-#   collect  copies the results from DIR, all but the checkpoints, to LOCAL_DIR.
-#   delete   stops the run, which saves, and removes it; the volume stays.
+#   run      submits the run. The volume is mounted at /shared. DIR is a folder in it, such as /shared/NAME, and data/ of the
+#            config is /shared/data. --tpu is a slice of one node pool, such as v5e:4x4, v6e:8x8, v5p:2x2x4 or v4:2x2x4.
+#            --gpus is the number of GPUs of each node, and TYPE their name in GKE, such as nvidia-h100-80gb. --spot uses
+#            nodes that can be preempted. The JobSet restarts after every preemption, and at most N times (10) after other
+#            failures. A pod has SECONDS (30) to save before it is stopped.
+#   follow   prints the output of the first process, and follows it.
+#   collect  copies the results in DIR, without the checkpoints, to LOCAL_DIR.
+#   delete   stops the run, which saves, and removes it. The volume stays.
 #
-# kubectl must be set up for the cluster, which needs JobSet 0.6 or newer; for `image`, docker must be logged in to the
-# registry. Nothing secret is read or stored here.
+# kubectl must be set up for the cluster, which needs JobSet 0.6 or newer. For `image`, docker must be logged in to the
+# registry. This script reads and stores no secrets.
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=common.sh
@@ -80,12 +81,12 @@ check_image() {
     check image "$image" '[a-z0-9][A-Za-z0-9_./:@-]*' "an image such as REGION-docker.pkg.dev/PROJECT/REPOSITORY/sgpo_jax:1"
 }
 
-# A string of YAML in which Kubernetes finds no $(VARIABLE) to put in.
+# Prints a YAML string in which Kubernetes expands no $(VARIABLE).
 word() {
     json_string "${1//\$/\$\$}"
 }
 
-# Sets `nodes`, `resource`, `limit`, `selector` and `processes`, the arguments by which the processes find each other.
+# Sets `nodes`, `resource`, `limit`, `selector`, and `processes`: the arguments by which the processes find each other.
 accelerator() {
     local a b c chips
     if [[ -n $tpu ]]; then
@@ -94,7 +95,7 @@ accelerator() {
             "a slice such as v5e:16x16, v6e:8x8, v5p:2x2x4 or v4:2x2x4"
         IFS=x read -r a b c <<<"${tpu#*:}"
         chips=$((10#$a * 10#$b * 10#${c:-1}))
-        # A slice of up to 8 chips in two dimensions is one machine; others are machines of 4 chips.
+        # A slice of up to 8 chips in two dimensions is one machine. Other slices have machines of 4 chips.
         limit=4
         if [[ -z $c ]] && ((chips <= 8)); then
             limit=$chips
@@ -188,7 +189,7 @@ $([[ $spot == no ]] || echo "            tolerations:
 YAML
 }
 
-# The pod through which files are copied to and from the volume.
+# Prints the pod through which files are copied to and from the volume.
 files_pod() {
     cat <<YAML
 apiVersion: v1
@@ -208,7 +209,7 @@ spec:
 YAML
 }
 
-# What every worker makes must be seen by all others at once, so nothing is cached about names and attributes.
+# Prints the volume and its claim. A worker must see at once what another one writes, so names and attributes are not cached.
 volume() {
     cat <<YAML
 apiVersion: v1
@@ -298,7 +299,7 @@ collect)
     need kubectl tar
     with_files
     execute "${kubectl[@]}" exec "$claim-files" -- sh -c \
-        "tar -czf /tmp/results.tar.gz --exclude=checkpoints -C $workdir . || [ \$? -eq 1 ]" # 1: still written to
+        "tar -czf /tmp/results.tar.gz --exclude=checkpoints -C $workdir . || [ \$? -eq 1 ]" # 1: a file changed while tar read it
     execute mkdir -p "$to"
     execute "${kubectl[@]}" cp "$claim-files:/tmp/results.tar.gz" "$to/results.tar.gz"
     execute tar -xzf "$to/results.tar.gz" -C "$to"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs a command, passes SIGTERM on to it, and tells by its own status whether there is more to do.
+# Runs a command, and passes SIGTERM on to it. The exit status says whether the command must run again.
 #
 #   launch/preemptible.sh [--status FILE] COMMAND [ARGUMENT ...]
 #
-# A run answers SIGTERM by saving, and exits with 0; a scheduler would take that for the end of the job. This exits with
-# 75 (EX_TEMPFAIL) then, and otherwise with the command's status, which FILE gets as well.
+# A run saves on SIGTERM and exits with 0, which a scheduler would take for the end of the job. In that case this script
+# exits with 75 (EX_TEMPFAIL), and otherwise with the status of the command. It also writes its status to FILE.
 set -uo pipefail
 
 file=/dev/null
@@ -15,11 +15,11 @@ fi
 child="" stopped=no again=yes
 trap 'stopped=yes again=yes; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null' TERM
 
-# The command must not keep a lock that its parent holds as file 9.
+# The command must not inherit the lock that the parent holds as file 9.
 "$@" 9>&- &
 child=$!
 [[ $stopped == no ]] || kill -TERM "$child" 2>/dev/null
-while [[ $again == yes ]]; do # the signal ends the waiting, not the command
+while [[ $again == yes ]]; do # a signal ends `wait`, but not the command
     again=no
     wait "$child"
     status=$?

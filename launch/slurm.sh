@@ -5,18 +5,18 @@
 #                   [--name NAME] [--partition NAME] [--account NAME] [--qos NAME] [--python PATH] [--grace SECONDS]
 #                   [--dry-run] [-- --config.field=value ...]
 #
-#   --nodes, --gpus   nodes, which are taken whole, and GPUs of each.
-#   --time            HH:MM:SS or D-HH:MM:SS, the longest that the cluster gives to one go.
-#   --workdir         an absolute path that all nodes see. Submitting the same again after a failure resumes the run.
-#   --python          of the environment in which this is installed with its `gpu` extra; default .venv/bin/python.
-#   --grace           seconds that the run has to save when it is to stop; default 120.
+#   --nodes, --gpus   number of nodes, which the job uses alone, and of GPUs of each node.
+#   --time            time limit of one job, HH:MM:SS or D-HH:MM:SS; the longest that the cluster allows is best.
+#   --workdir         an absolute path that all nodes see. After a failure, the same command resumes the run.
+#   --python          Python of the environment with this package and its `gpu` extra; default .venv/bin/python.
+#   --grace           seconds that the run has to save before it is stopped; default 120.
 #
-# Shortly before the time limit, and where the cluster announces preemptions, the run saves and the job goes back into the
-# queue, until the run has ended by itself. This tree, like DIR, must be on a file system that all nodes see.
+# Before the time limit, and when the cluster announces a preemption, the run saves and the job returns to the queue. This
+# repeats until the run ends by itself. This tree and DIR must be on a file system that all nodes see.
 #
-#   tail -f DIR/slurm.log      its output
-#   squeue --me                its place in the queue
-#   scancel JOB                stops it for good; it saves
+#   tail -f DIR/slurm.log      shows the output
+#   squeue --me                shows the place in the queue
+#   scancel JOB                stops the run for good; it saves
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=common.sh

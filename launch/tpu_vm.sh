@@ -13,29 +13,29 @@
 #   launch/tpu_vm.sh fetch   WHERE --from PATH --to LOCAL_DIR
 #   launch/tpu_vm.sh delete  WHERE [--queued]
 #
-# WHERE is --name NAME --zone ZONE [--project PROJECT]; the project is gcloud's own setting otherwise. Every subcommand
-# takes --dry-run, which prints the commands and runs none of them.
+# WHERE is --name NAME --zone ZONE [--project PROJECT]; the default project is that of gcloud. Every subcommand takes
+# --dry-run, which prints the commands and runs none of them.
 #
-#   create   makes the TPU VM, or all those of a slice. TYPE is v6e-N or v5litepod-N with N chips (1, 4, 8, 16, 32, 64, 128,
-#            256), v5p-N or v4-N with N/2 chips, v3-N or v2-N. --spot: cheaper, may be taken away. --queued: asks for it
-#            with a queued resource of the same name, and waits for it.
+#   create   makes the TPU VM, or all VMs of a slice. TYPE is v6e-N or v5litepod-N with N chips (1, 4, 8, 16, 32, 64, 128,
+#            256), v5p-N or v4-N with N/2 chips, v3-N or v2-N. --spot: cheaper, but can be preempted. --queued: makes a
+#            queued resource of the same name, and waits until it is ready.
 #   install  copies the committed tree to ~/sgpo_jax on every worker and installs it with its `tpu` extra. --share mounts
 #            an NFS share at /shared, and makes data/ a link to /shared/data.
 #   put      copies a local file or folder to worker 0.
-#   exec     runs a command in ~/sgpo_jax, with the virtual environment, on worker N, 0, or `all`.
-#   run      starts training on every worker and follows its output. Losing the connection or pressing Ctrl-C stops only
-#            the following; the same command follows it again, or resumes the run if it has stopped. On more than one
-#            worker, DIR must be on the share: /shared/NAME.
-#   keep     sees the run through: creates and installs the TPU when it is not there or was taken away, asking for as long as
-#            it takes, runs, and begins again until the run has ended by itself. Gives up after N failures (3) on a TPU
-#            that is there, each within an hour. Waits SECONDS (60) before it looks again.
+#   exec     runs a command in ~/sgpo_jax, with the virtual environment, on worker N or on `all`; the default is worker 0.
+#   run      starts training on every worker and follows its output. A lost connection or Ctrl-C does not stop the run: the
+#            same command follows it again. Where the run has stopped, the command resumes it. On more than one worker, DIR
+#            must be on the share: /shared/NAME.
+#   keep     runs until the run ends by itself. Creates the TPU and installs the package where the TPU is missing or was
+#            preempted, and asks again as long as there is no room. Gives up after N failures (3) in a row on a TPU that is
+#            ready, each within an hour. Waits SECONDS (60) before each new attempt.
 #   stop     sends SIGTERM to the run, which saves and ends.
-#   collect  copies the results from DIR, all but the checkpoints, to LOCAL_DIR.
+#   collect  copies the results in DIR, without the checkpoints, to LOCAL_DIR.
 #   fetch    copies any file or folder from worker 0 to LOCAL_DIR.
 #   delete   deletes the TPU with everything on it, without asking.
 #
-# gcloud must be installed and logged in; nothing secret is read or stored here. For more than one worker, gcloud wants its
-# key in the agent: ssh-add ~/.ssh/google_compute_engine
+# gcloud must be installed and logged in. This script reads and stores no secrets. For more than one worker, gcloud needs
+# its key in the SSH agent: ssh-add ~/.ssh/google_compute_engine
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=common.sh
@@ -86,7 +86,7 @@ check_path() {
     check "$1" "$2" '[A-Za-z0-9_./][A-Za-z0-9_./-]*' "a plain path on the VM"
 }
 
-# Sets `version` to the software of the type.
+# Sets `version` to the software version that the type needs.
 check_type() {
     local what="v6e-N or v5litepod-N with N of 1, 4, 8, 16, ... 256, or v5p-N, v4-N, v3-N or v2-N with N a multiple of 8"
     check type "$type" '(v6e|v5litepod)-(1|4|8|16|32|64|128|256)|(v5p|v[234])-[1-9][0-9]{0,4}' "$what"
@@ -133,7 +133,7 @@ look() {
     esac
 }
 
-# What `look` would run.
+# Runs or prints the commands of `look`.
 show_look() {
     [[ $queued == no ]] || execute "${request_state[@]}"
     execute "${node_state[@]}"
@@ -195,9 +195,9 @@ keep() {
         else
             status=$?
         fi
-        sleep "$poll" # a TPU that is being taken away does not say so at once
+        sleep "$poll" # a preemption shows in the state only after a while
         if ((status == 75)); then
-            echo "$(date '+%F %T') $name: stopped by SIGTERM, it goes on"
+            echo "$(date '+%F %T') $name: stopped by SIGTERM; it resumes"
         elif state=$(look) && [[ $state != ready ]]; then
             echo "$(date '+%F %T') $name: status $status, because it is $state"
         else
@@ -240,7 +240,7 @@ install)
     execute "${tpu[@]}" scp "$archive" "$name:sgpo_jax.tar.gz" "${where[@]}" --worker all
     execute "${tpu[@]}" ssh "$name" "${where[@]}" --worker all --command "set -e
 [ ! -e sgpo_jax.run/lock ] || flock --nonblock sgpo_jax.run/lock true || {
-  echo 'a run is going on here; launch/tpu_vm.sh stop ends it' >&2
+  echo 'a run is active here; launch/tpu_vm.sh stop ends it' >&2
   exit 1
 }
 mkdir -p sgpo_jax
@@ -264,7 +264,7 @@ $(quoted "${overrides[@]}")"
 run)
     check_run
     need gcloud
-    # A TPU that is taken away gets 30 seconds.
+    # Preemption leaves a TPU 30 seconds.
     execute "${tpu[@]}" ssh "$name" "${where[@]}" --worker all --command "[ -x sgpo_jax/launch/vm_run.sh ] || exit 69
 exec sgpo_jax/launch/vm_run.sh $(quoted "$workdir" "--config=$config" --config.grace=20 ${overrides[@]+"${overrides[@]}"})"
     ;;
@@ -278,7 +278,7 @@ keep)
     ;;
 stop)
     need gcloud
-    # shellcheck disable=SC2016 # for the shell over there
+    # shellcheck disable=SC2016 # the remote shell expands it
     execute "${tpu[@]}" ssh "$name" "${where[@]}" --worker all --command 'kill -TERM "$(cat sgpo_jax.run/pid)"'
     ;;
 collect)
@@ -286,7 +286,7 @@ collect)
     [[ -n $to ]] || fail "--to is missing"
     need gcloud tar
     execute "${tpu[@]}" ssh "$name" "${where[@]}" --worker 0 \
-        --command "tar -czf sgpo_jax.results.tar.gz --exclude=checkpoints -C $workdir . || [ \$? -eq 1 ]" # 1: still written to
+        --command "tar -czf sgpo_jax.results.tar.gz --exclude=checkpoints -C $workdir . || [ \$? -eq 1 ]" # 1: a file changed while tar read it
     execute mkdir -p "$to"
     execute "${tpu[@]}" scp "$name:sgpo_jax.results.tar.gz" "$to/results.tar.gz" "${where[@]}" --worker 0
     execute tar -xzf "$to/results.tar.gz" -C "$to"

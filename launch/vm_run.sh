@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# On a worker of a TPU VM: starts the run, follows its output, and exits with its status. `tpu_vm.sh run` starts it on
-# every worker.
+# Starts the run on a worker of a TPU VM, follows its output, and exits with its status. `tpu_vm.sh run` calls it on every
+# worker.
 #
 #   launch/vm_run.sh WORKDIR [ARGUMENT ...]
 #
-# The run outlives the connection. While it goes on, the same command again only follows it. Status: the run's; 75 when
-# it was stopped by SIGTERM and can go on; 69 when something is not installed.
+# The run outlives the connection. While it is active, the same command only follows it. The exit status is that of the
+# run. It is 75 when SIGTERM stopped the run, which can then resume, and 69 when something is not installed.
 set -euo pipefail
 
 tree=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -13,14 +13,14 @@ if [[ $1 == /shared/* ]] && ! mountpoint --quiet /shared; then
     echo "/shared is not mounted; launch/tpu_vm.sh install --share mounts it" >&2
     exit 69
 fi
-cd # a folder that is not absolute is in the home folder
+cd # a relative WORKDIR is in the home folder
 mkdir -p "$1" sgpo_jax.run
 workdir=$(cd "$1" && pwd)
 state=$PWD/sgpo_jax.run
 shift
 cd "$tree"
 
-# The last part of a worker's host name is its number.
+# The host name of a worker ends in its number.
 log=$workdir/output.${HOSTNAME##*-}.log
 command=(.venv/bin/python -m sgpo_jax.main --distributed "--workdir=$workdir" "$@")
 text=$(printf '%q ' "${command[@]}")
@@ -36,7 +36,7 @@ if flock --nonblock 9; then
     nohup launch/preemptible.sh --status "$state/status" "${command[@]}" >>"$log" 2>&1 </dev/null &
     echo $! >"$state/pid"
 elif [[ $(<"$state/command") != "$text" ]]; then
-    echo "another run is going on here: $(<"$state/command")" >&2
+    echo "another run is active here: $(<"$state/command")" >&2
     exit 1
 fi
 exec 9>&-

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# On a worker of a TPU VM: mounts the share and installs the package. `tpu_vm.sh install` runs it on every worker.
+# Mounts the share and installs the package on a worker of a TPU VM. `tpu_vm.sh install` calls it on every worker.
 #
 #   launch/vm_setup.sh [SERVER:/SHARE]
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if (($# > 0)) && ! mountpoint --quiet /shared; then
-    # A new VM may be busy with its own updates.
+    # A new VM can be busy with its automatic updates.
     sudo apt-get --yes --quiet -o DPkg::Lock::Timeout=600 install nfs-common
     sudo mkdir -p /shared
-    # Every worker has to see at once what another one has made, so nothing is cached about names and attributes.
+    # A worker must see at once what another one writes, so names and attributes are not cached.
     sudo mount -t nfs -o hard,nfsvers=3,actimeo=0 "$1" /shared
     sudo chmod 777 /shared
 fi
@@ -18,7 +18,7 @@ if mountpoint --quiet /shared; then
     ln -sfn /shared/data data
 fi
 
-# The images come with Python 3.10; uv brings a newer one.
+# The images have Python 3.10. uv installs a newer one.
 python3 -m pip install --quiet --user uv
 [[ -d .venv ]] || python3 -m uv venv --python 3.12 .venv
 python3 -m uv pip install --quiet --python .venv --editable '.[tpu]'

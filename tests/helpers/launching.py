@@ -1,4 +1,4 @@
-"""The launch scripts in a tree of their own, beside programs that only write down what they are called with."""
+"""A copy of the launch scripts, with fake tools that record their calls."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from helpers.paths import ROOT
 
 TOOLS = "gcloud kubectl docker sbatch srun squeue scontrol git tar rm sudo mountpoint python3".split()
 
-# Each call is its words and, where it reads one, its standard input, ended by 0; a call ends with a line of its own.
+# A call is its words, and its standard input where it reads one, each followed by a 0 byte. A line break ends the call.
 RECORD = """#!/bin/bash
 {
     printf '%s\\0' "${0##*/}" "$@"
@@ -26,7 +26,7 @@ done
 
 
 class Bench(NamedTuple):
-    """A copy of the scripts, and what stands for the machines that they reach."""
+    """A copy of the scripts, and fakes of the machines that they reach."""
 
     tree: Path  # with launch/ and configs/
     tools: Path  # the folder of recording programs
@@ -34,37 +34,41 @@ class Bench(NamedTuple):
     calls: Path
 
     def tool(self, name: str, text: str) -> None:
-        """Gives a tool something to do after it has recorded the call."""
+        """Makes a tool run a script after it has recorded the call."""
         (self.tools / name).write_text(RECORD + text)
 
     def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        """Runs a launch script with additional environment variables."""
         return self.bash(str(self.tree / "launch" / script), *arguments, **environment)
 
     def bash(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        """Runs bash with the fake tools."""
         return subprocess.run(
             ["bash", *arguments], capture_output=True, text=True, timeout=60, cwd=self.tree.parent,
             env=self.environment() | environment,
         )  # fmt: skip
 
     def environment(self) -> dict[str, str]:
+        """Returns the environment variables of a script."""
         path = f"{self.tools}:{os.environ['PATH']}"
-        ours = {"PATH": path, "CALLS": str(self.calls), "HOME": str(self.home), "HOSTNAME": "t1v-n-0a1b-w-3"}
-        return os.environ | ours
+        changes = {"PATH": path, "CALLS": str(self.calls), "HOME": str(self.home), "HOSTNAME": "t1v-n-0a1b-w-3"}
+        return os.environ | changes
 
     def recorded(self) -> list[list[str]]:
-        """The calls since the last time this was asked."""
+        """Returns the calls since the last time, each as its words."""
         text = self.calls.read_text() if self.calls.exists() else ""
         self.calls.unlink(missing_ok=True)
         return [call.split("\0")[:-1] for call in text.split("\n\0")[:-1]]
 
 
 def bench(folder: Path) -> Bench:
-    made = Bench(folder / "a tree", folder / "bin", folder / "home", folder / "calls")
+    """Makes a bench in a folder."""
+    result = Bench(folder / "a tree", folder / "bin", folder / "home", folder / "calls")
     for name in ("launch", "configs"):
-        shutil.copytree(ROOT / name, made.tree / name)
-    made.tools.mkdir()
-    made.home.mkdir()
+        shutil.copytree(ROOT / name, result.tree / name)
+    result.tools.mkdir()
+    result.home.mkdir()
     for name in TOOLS:
-        made.tool(name, "")
-        (made.tools / name).chmod(0o755)
-    return made
+        result.tool(name, "")
+        (result.tools / name).chmod(0o755)
+    return result

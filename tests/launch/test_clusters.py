@@ -1,4 +1,4 @@
-"""The JobSet and the batch job: what is submitted, and what comes of a run that was stopped."""
+"""Tests the JobSet and the batch job: what is submitted, and what follows when a run is stopped."""
 
 import re
 import shutil
@@ -21,7 +21,7 @@ def here(tmp_path):
 
 
 def submitted(here, *arguments):
-    """The documents that kubectl was given."""
+    """Returns the documents that kubectl receives."""
     result = here.run("kubernetes.sh", *arguments)
     assert result.returncode == 0, result.stderr
     (call,) = here.recorded()
@@ -37,7 +37,7 @@ def jobset(here, *arguments):
 
 
 def expanded(words, **variables):
-    """The words as Kubernetes hands them on: $(NAME) is put in where NAME is known, $$ is $."""
+    """Expands words as Kubernetes does: known $(NAME) by its value, $$ to $."""
     pattern = re.compile(r"\$\$|\$\((\w+)\)")
     return [pattern.sub(lambda m: "$" if m[0] == "$$" else variables.get(m[1], m[0]), word) for word in words]
 

@@ -1,4 +1,4 @@
-"""The scripts that every launch script uses, and TPU VMs: dry, or with a gcloud that runs the remote commands here."""
+"""Tests the shared launch scripts, and TPU VMs: dry, or with a gcloud that runs remote commands on this machine."""
 
 import os
 import re
@@ -71,7 +71,7 @@ def test_scripts_are_sound(script):
     ids=lambda value: value if isinstance(value, str) else value[0],
 )  # fmt: skip
 def test_a_dry_run_prints_what_would_be_run(script, arguments, here):
-    """What it prints, given to a shell, calls the same programs with the same words and input as the real run."""
+    """A shell that runs the printed text calls the same programs, with the same words and input, as the real run."""
     arguments = [word.replace("WORKDIR", str(here.home / "q")) for word in arguments]
     split = arguments.index("--") if "--" in arguments else len(arguments)
     dry = here.run(script, *arguments[:split], "--dry-run", *arguments[split:])
@@ -101,7 +101,7 @@ def test_create_takes_the_software_of_the_chip(type, version, here):
     ]  # fmt: skip
 
 
-LISTS = {  # what the two kinds of `gcloud ... list` answer, in turn; the last answer for ever
+LISTS = {  # the two kinds of `gcloud ... list`
     "request": gcloud("queued-resources", "list", "--zone", "us-east5-a", "--filter", "name ~ /sgpo$",
                       "--format", "value(state.state)"),
     "node": gcloud("tpu-vm", "list", "--zone", "us-east5-a", "--filter", "name ~ /sgpo$", "--format", "value(state)"),
@@ -109,7 +109,7 @@ LISTS = {  # what the two kinds of `gcloud ... list` answer, in turn; the last a
 
 
 def answers(here, remote=(), creating=(0,), **states):
-    """A gcloud that lists these states, and whose creations and remote runs end so, each the last for ever."""
+    """Installs a gcloud that answers with these states and exit statuses in turn. The last answer repeats."""
     for name, values in {**states, "remote": remote, "creating": creating}.items():
         (here.home / name).write_text("".join(f"{value}\n" for value in values))
     here.tool(
@@ -130,7 +130,7 @@ esac
 
 
 def short(calls):
-    """What was done, without looking."""
+    """Names the calls that changed something."""
     words = []
     for call in calls:
         remote = call[-1] if "ssh" in call else ""
@@ -171,16 +171,16 @@ def test_a_queued_request_that_fails_is_no_node(here):
         ([], {"node": ["", "READY"]}, [0], 0, ["create", "setup", "run"]),
         ([], {"node": ["CREATING", "READY"]}, [0], 0, ["run"]),
         ([], {"node": ["PREEMPTED", "READY"]}, [0], 0, ["delete", "create", "setup", "run"]),
-        # Taken away during the run, which was stopped in time or was not.
+        # The TPU is taken away during the run, which was or was not stopped in time.
         ([], {"node": ["READY", "PREEMPTED", "READY"]}, [75, 0], 0, ["run", "delete", "create", "setup", "run"]),
         ([], {"node": ["READY", "PREEMPTED", "PREEMPTED"]}, [255, 0], 0, ["run", "delete", "create", "setup", "run"]),
-        # Stopped on a node that stays; many times, which is no failure.
+        # The run is stopped many times on a TPU that stays, which is not a failure.
         ([], {"node": ["READY"]}, [75, 75, 75, 75, 0], 0, 5 * ["run"]),
-        # A new VM of which nobody has installed anything.
+        # A new VM without the package.
         ([], {"node": ["READY"]}, [69, 0], 0, ["run", "setup", "run"]),
         (["--queued"], {"request": ["ACTIVE"], "node": ["", "READY"]}, [0], 0,
          ["queued-resources delete", "queued-resources create", "setup", "run"]),
-        # A mistake of the user's.
+        # The run fails by itself.
         ([], {"node": ["READY"]}, [1], 1, 3 * ["run"]),
         (["--retries", "1"], {"node": ["READY"]}, [1], 1, ["run"]),
         (["--queued"], {"request": ["SUSPENDED", "ACTIVE"], "node": ["READY"]}, [0], 0,
@@ -230,7 +230,7 @@ def test_keep_prints_the_commands_of_the_other_subcommands(here):
 
 @pytest.fixture
 def vm(here):
-    """The bench with a gcloud that runs remote commands in `home`, where the package is installed."""
+    """Returns a bench whose gcloud runs remote commands in `home`, where the package is installed."""
     shutil.copytree(here.tree / "launch", here.home / "sgpo_jax" / "launch")
     here.tool("gcloud", '[[ $4 != ssh ]] || { cd "$HOME" && exec bash -c "${!#}"; }')
     (here.tools / "rm").unlink()
@@ -239,7 +239,7 @@ def vm(here):
 
 
 def program(here, text):
-    """What stands for Python on the VM."""
+    """Installs a program in place of Python on the VM."""
     python = here.home / "sgpo_jax/.venv/bin/python"
     python.parent.mkdir(parents=True, exist_ok=True)
     python.write_text("#!/bin/bash\n" + text)
@@ -262,20 +262,20 @@ def test_run_follows_the_output_and_hands_on_the_status(vm):
     assert log.read_text() == expected == result.stdout
     (call,) = vm.recorded()
     assert call[:-1] == gcloud("tpu-vm", "ssh", "sgpo", "--zone", "us-east5-a", "--worker", "all", "--command")
-    # A second run adds to the log; what is followed is the new part alone.
+    # A second run appends to the log, and only the new part is printed.
     assert vm.run("tpu_vm.sh", *RUN).stdout.count("<-m>") == 1
     assert log.read_text().count("<-m>") == 2
 
 
 @needs_flock
-def test_run_follows_a_run_that_goes_on_and_refuses_another(vm):
+def test_run_follows_an_active_run_and_refuses_another(vm):
     program(vm, 'echo begun\nuntil [[ -e "$HOME/end" ]]; do sleep 0.05; done\necho ended\nexit 5')
     command = ["bash", str(vm.tree / "launch/tpu_vm.sh"), *RUN]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=vm.environment()) as lost:
         assert lost.stdout.readline() == "begun\n"
         other = vm.run("tpu_vm.sh", *RUN, "--", "--config.seed=1")
         assert (other.returncode, other.stdout) == (1, "")
-        assert "another run is going on here: .venv/bin/python -m sgpo_jax.main" in other.stderr
+        assert "another run is active here: .venv/bin/python -m sgpo_jax.main" in other.stderr
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=vm.environment()) as second:
             assert second.stdout.readline() == "begun\n"
             (vm.home / "end").touch()
@@ -337,7 +337,7 @@ def test_install_mounts_the_share_once_and_installs_on_every_worker(vm):
     vm.tool("mountpoint", '[[ -e "$HOME/mounted" ]]')
     vm.tool("tar", "")
     program(vm, "")
-    # The folder of the mount is one that this test may make.
+    # The mount point is a folder that this test can create.
     setup = vm.home / "sgpo_jax/launch/vm_setup.sh"
     setup.write_text(setup.read_text().replace("/shared", f"{vm.home}/shared"))
     vm.tool("sudo", f'[[ $1 != mount ]] || {{ touch "$HOME/mounted"; mkdir {vm.home}/shared; }}')
@@ -358,7 +358,7 @@ def test_install_mounts_the_share_once_and_installs_on_every_worker(vm):
 
 
 @needs_flock
-def test_install_leaves_a_run_that_goes_on_alone(vm):
+def test_install_leaves_an_active_run_alone(vm):
     (vm.home / "sgpo_jax.run").mkdir()
     lock = str(vm.home / "sgpo_jax.run/lock")
     with subprocess.Popen(
@@ -368,7 +368,7 @@ def test_install_leaves_a_run_that_goes_on_alone(vm):
         result = vm.run("tpu_vm.sh", "install", *WHERE)
         running.stdin.close()
     assert result.returncode == 1
-    assert "a run is going on here" in result.stderr
+    assert "a run is active here" in result.stderr
     assert "tar" not in [call[0] for call in vm.recorded()]
     program(vm, "")
     assert vm.run("tpu_vm.sh", "install", *WHERE).returncode == 0
@@ -381,7 +381,7 @@ def test_install_leaves_a_run_that_goes_on_alone(vm):
         ("exit 3", 0, 3),
         ("trap 'exit 0' TERM; echo on; while :; do sleep 0.02; done", 1, 75),
         ("trap 'exit 1' TERM; echo on; while :; do sleep 0.02; done", 1, 1),  # it could not save
-        ("echo on; exec sleep 60", 1, 75),  # it was not listening yet
+        ("echo on; exec sleep 60", 1, 75),  # it does not handle SIGTERM yet
         ("trap 'n=$((n + 1)); ((n < 2)) || exit 0' TERM; echo on; while :; do sleep 0.02; done", 2, 75),
     ],
 )
@@ -398,17 +398,18 @@ def test_the_status_tells_whether_there_is_more_to_do(text, signals, status, tmp
 
 
 def test_sigterm_reaches_a_run_of_ours_and_is_no_end():
-    """The listener of `preemption` itself, under the script that the schedulers start."""
+    """Runs the real `preemption` under the script that the schedulers start."""
     text = """
 import time
-from sgpo_jax import command, preemption
-def run(given):
+from sgpo_jax import cli
+from sgpo_jax.runtime import preemption
+def run(flags):
     preemption.watch(20)
     print("begun", flush=True)
     while True:
         preemption.check()
         time.sleep(0.01)
-command.start(run, required=[])
+cli.start(run, required=[])
 """
     command = [str(ROOT / "launch/preemptible.sh"), sys.executable, "-c", text]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -484,6 +485,6 @@ def test_help_names_every_option_that_the_script_reads(script, here):
     assert (result.returncode, result.stderr) == (0, "")
     source = (ROOT / "launch" / script).read_text()
     known = re.findall(r'(?:values\+?|flags)="([\w -]*)"|^parse slurm.sh "([\w -]*)"', source, re.M)
-    options = {word for found in known for text in found for word in text.split()}
+    options = {word for groups in known for text in groups for word in text.split()}
     assert len(options) > 8
     assert {word for word in options if f"--{word}" not in result.stdout} == set()

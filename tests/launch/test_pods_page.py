@@ -1,4 +1,4 @@
-"""docs/pods.md stays true: its commands are run dry, its figures follow from each other, and no file holds a secret."""
+"""Keeps docs/pods.md true: its commands run dry, its figures follow from each other, and no file holds a secret."""
 
 import ast
 import math
@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def commands(text):
-    """The lines of the shell blocks of a page, each as its words."""
+    """Returns the lines of the shell blocks of a page, each as its words."""
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
@@ -54,13 +54,13 @@ def test_the_page_shows_every_subcommand_and_the_readme_leads_to_it():
 
 
 def modules():
-    """Every `python -m sgpo_jax.MODULE ...` on the page, also as part of another command."""
-    found = []
+    """Returns every `python -m sgpo_jax.MODULE ...` on the page, also as part of another command."""
+    invocations = []
     for words in commands(PAGE):
         for text in (words, *(shlex.split(word) for word in words if "python -m" in word)):
             if "python" in text and "-m" in text and text.index("-m") == text.index("python") + 1:
-                found.append(text[text.index("-m") + 1 :])
-    return found
+                invocations.append(text[text.index("-m") + 1 :])
+    return invocations
 
 
 @pytest.mark.parametrize("words", modules(), ids=lambda words: words[0])
@@ -72,8 +72,8 @@ def test_the_python_commands_have_flags_and_fields_that_exist(words):
     sources = [path.read_text() for path in (file, ROOT / "sgpo_jax/cli.py")]
     calls = [node for source in sources for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     flags = {call.args[0].value for call in calls if ast.unparse(call.func).startswith("flags.DEFINE_")}
-    given = [argument.lstrip("-").partition("=")[0] for argument in arguments]
-    assert {name for name in given if not name.startswith("config")} <= flags
+    names = [argument.lstrip("-").partition("=")[0] for argument in arguments]
+    assert {name for name in names if not name.startswith("config")} <= flags
     (config,) = (argument.partition("=")[2] for argument in arguments if argument.startswith("--config="))
     assert configs.unknown_field(runpy.run_path(str(ROOT / config))["get_config"](), arguments) is None
 
@@ -86,7 +86,7 @@ def test_the_launched_runs_change_fields_that_exist(words):
 
 
 def table(heading):
-    """The rows of the page's table that has this text in its first line."""
+    """Returns the rows of the page's table whose first line has this text."""
     lines = PAGE.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("|") and heading in line)
     rows = []
@@ -130,7 +130,7 @@ SECRET = re.compile(
 def test_no_file_of_the_launchers_holds_a_secret():
     files = [file for place in ("launch/*", "docs/**/*.md", "configs/*.py", "README.md") for file in ROOT.glob(place)]
     assert len(files) > 20
-    assert {str(file): found[0] for file in files if (found := SECRET.search(file.read_text()))} == {}
+    assert {str(file): secret[0] for file in files if (secret := SECRET.search(file.read_text()))} == {}
 
 
 @pytest.mark.parametrize(
