@@ -6,10 +6,9 @@ from helpers.paths import SHARED
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgpo_jax import config, data
+from sgpo_jax import data
 from sgpo_jax.data import filtering
 from sgpo_jax.data.filtering import Sieve
-from sgpo_jax.training import rl, sft, stage
 
 WORDS = "a farmer sells nine brown eggs at the market every single morning except on sundays for cash".split()
 
@@ -223,95 +222,3 @@ def test_a_stage_resumes_only_with_the_same_rows(tmp_path):
     filtering.record(Sieve({"elsewhere": rows("x", "y")}), tmp_path, "rl", resuming=True)
     filtering.record(Sieve({"s": rows("x")}), tmp_path, "rl", resuming=False)
     assert json.loads((tmp_path / "data.json").read_text())["rl"]["sources"]["s"]["kept"] == 1
-
-
-# The stages
-
-
-@pytest.fixture(scope="module")
-def policy():
-    fields = small_config()
-    return stage.load_policy(fields)[0]
-
-
-def small_config():
-    fields = config.base()
-    fields.model.source, fields.model.tokenizer, fields.model.dtype = "scratch", "arithmetic", "float32"
-    fields.data.instruction = ""
-    fields.sft.batch = fields.rl.batch = 2
-    return fields
-
-
-def test_both_stages_account_for_every_row(tmp_path, policy, capsys):
-    training = data.load("arithmetic:train,count=60")
-    held_out = data.load("arithmetic:eval,count=3")
-    for row in training[:6]:
-        del row["strategy"], row["solution"]
-    training.append({**training[10], "id": "again", "problem": f" {training[10]['problem']} "})
-    training.append({**held_out[1], "id": "leaked"})
-    training[20]["problem"] += " 1" * 50
-    training[21]["solution"] += " 1" * 50
-    fields = small_config()
-    fields.data.train = write(tmp_path / "train.jsonl", training)
-    fields.data.max_prompt_tokens, fields.sft.max_response_tokens = 60, 60
-    with fields.unlocked():
-        fields.eval.sets.heldout = {"source": write(tmp_path / "heldout.jsonl", held_out), "samples": 1}
-    for share in (0.5, 1.0, 0.0):
-        fields.data.sft_share = share
-        kept = {}
-        if share:
-            first, second, encoded = sft.load_rows(fields, tmp_path / f"{share}", policy)
-            kept["sft"] = first + second
-            assert {row["id"] for row in kept["sft"]} == set(encoded)
-        if share < 1:
-            kept["rl"], prompts = rl.load_rows(fields, tmp_path / f"{share}", policy)
-            assert all(set(prompts[guided]) == {row["id"] for row in kept["rl"]} for guided in (False, True))
-        counts = json.loads((tmp_path / f"{share}" / "data.json").read_text())
-        for name, others in kept.items():
-            (count,) = counts[name]["sources"].values()
-            assert count["read"] == 62 and count["kept"] == len(others) == 62 - sum(count["left_out"].values())
-            assert count["left_out"]["in heldout"] == 1 and count["kept_although"]["duplicate"] == 1
-            assert not {"leaked", training[20]["id"]} & {row["id"] for row in others}
-    sft_count, rl_count = ({}, {})
-    for share, name, count in ((1.0, "sft", sft_count), (0.0, "rl", rl_count)):
-        (part,) = json.loads((tmp_path / f"{share}" / "data.json").read_text())[name]["sources"].values()
-        count |= part["left_out"]
-    assert sft_count == {
-        "in heldout": 1, "for RL": 0, "without solution": 6, "prompt too long": 1, "response too long": 1,
-    }  # fmt: skip
-    assert rl_count == {"in heldout": 1, "for the warm-up": 0, "without strategy": 6, "prompt too long": 1}
-    assert "RL: 54 rows of 62" in capsys.readouterr().out
-    fields.data.remove_duplicates, fields.data.decontaminate = True, False
-    others, _ = rl.load_rows(fields, tmp_path / "removed", policy)
-    assert {"leaked"} == {row["id"] for row in others} & {"leaked", "again"}
-
-
-def test_the_warm_up_leaves_out_what_the_template_has_opened(tmp_path, policy, monkeypatch):
-    """`tokenizer.continuation` has its own test; this one sees that the warm-up asks it, with the row's prompt."""
-    asked = {}
-
-    def continuation(tokenizer, prompt, solution):
-        asked[solution] = prompt
-        return " 7"
-
-    monkeypatch.setattr(sft.tokenizers, "continuation", continuation)
-    fields = small_config()
-    fields.sft.train = "arithmetic:train,count=30"
-    training, validation, encoded = sft.load_rows(fields, tmp_path, policy)
-    for row in training + validation:
-        prompt, response = encoded[row["id"]]
-        assert asked[row["solution"]] == prompt
-        assert response == sft.tokenizers.encode_response(policy.tokenizer, " 7", policy.stop_ids[0])
-
-
-def test_a_stage_with_checkpoints_refuses_other_rows(tmp_path, policy):
-    fields = small_config()
-    fields.data.train = "arithmetic:train,count=30"
-    rl.load_rows(fields, tmp_path, policy)
-    fields.data.train = "arithmetic:train,count=40"
-    rl.load_rows(fields, tmp_path, policy)  # nothing was trained yet
-    (tmp_path / "rl" / "checkpoints" / "3").mkdir(parents=True)
-    rl.load_rows(fields, tmp_path, policy)
-    fields.data.train = "arithmetic:train,count=30"
-    with pytest.raises(ValueError, match="the rl stage in .* began with different rows"):
-        rl.load_rows(fields, tmp_path, policy)

@@ -196,14 +196,14 @@ def test_noisy_strategies(competing):
     noisy = arithmetic.problems(2000, 4, competing=competing, noise=0.25)
     assert [{**row, "strategy": ""} for row in noisy] == [{**row, "strategy": ""} for row in clean]
     pairs = [
-        (told, right)
+        (named, right)
         for row in noisy
-        for told, right in zip(methods_of(row["strategy"]), methods_of(row["solution"]), strict=True)
+        for named, right in zip(methods_of(row["strategy"]), methods_of(row["solution"]), strict=True)
     ]
-    assert 0.22 < sum(told != right for told, right in pairs) / len(pairs) < 0.28
+    assert 0.22 < sum(named != right for named, right in pairs) / len(pairs) < 0.28
     for row in noisy:
         among = arithmetic.choices(row["source"], competing)
-        assert all(told in names for told, names in zip(methods_of(row["strategy"]), among, strict=True))
+        assert all(named in names for named, names in zip(methods_of(row["strategy"]), among, strict=True))
 
 
 def test_pretraining_in_a_world_of_four_methods():
@@ -343,7 +343,7 @@ def test_gym_splits_never_share_a_problem(rg):
 
 
 def claim(statement, kinds):
-    """A statement's truth, by another way than the package's: as an expression of Python."""
+    """Evaluates a statement independently of the package, as an expression of Python."""
 
     def written(part):
         match part:
@@ -364,7 +364,7 @@ def claim(statement, kinds):
 
 
 def value(said):
-    """What a statement comes to whose parts are replaced by true and false."""
+    """Evaluates a statement whose parts are replaced by true and false."""
     text = re.sub("true|false", lambda match: match[0].capitalize(), said)
     text = re.sub(" if and only if ", " == ", text).replace(" then ", " <= ")
     return eval(re.sub(r"not (\w+|\([^()]*\))", r"(not \1)", text.replace("if ", "")))
@@ -390,29 +390,29 @@ def test_knights_and_knaves_by_brute_force(rg, people, depth, width):
         problem, gold = family.read(item)
         assert answer == f"\\text{{{' '.join(words)}}}" == gold
         asked = item["question"]
-        for name, ours in zip(names, logic.NAMES, strict=False):
+        for name, replacement in zip(names, logic.NAMES, strict=False):
             assert not re.search(rf"\b{name}\b", problem)
-            asked = re.sub(rf"\b{name}\b", ours, asked)
-        told = asked[asked.index(f"and {logic.NAMES[people - 1]}. ") :].partition(". ")[2].partition(" So who is ")[0]
+            asked = re.sub(rf"\b{name}\b", replacement, asked)
+        claims = asked[asked.index(f"and {logic.NAMES[people - 1]}. ") :].partition(". ")[2].partition(" So who is ")[0]
         knight, knave = terms["Knight"], terms["knave"]
-        assert problem.startswith(f"{knight}s always tell the truth, and {knave}s always lie. {told} Say ")
+        assert problem.startswith(f"{knight}s always tell the truth, and {knave}s always lie. {claims} Say ")
         sentence = ", and ".join(f"{name} is a {word}" for name, word in zip(names, words, strict=True))
         assert dataset.score_answer(sentence, item) == 1.0
         hints = family.hints({name: value for name, value in metadata.items() if name != "solution"})
         for line in steps.split(". "):
             case, checks, verdict = re.fullmatch(r"([a-z ]+): (.*); (contradiction|consistent)\.?", line).groups()
             supposed = [word == terms["knight"] for word in case.split()]
-            told = [re.fullmatch(r"(\w+) says (?:(.*), )?(true|false)", part).groups() for part in checks.split("; ")]
-            assert told[0][0] == hints["islander"]
+            parts = [re.fullmatch(r"(\w+) says (?:(.*), )?(true|false)", part).groups() for part in checks.split("; ")]
+            assert parts[0][0] == hints["islander"]
             agree = []
-            for name, said, truth in told:
+            for name, said, truth in parts:
                 i = logic.NAMES.index(name)
                 assert claim(statements[i], supposed) == (truth == "true")
                 assert said is None or value(said) == (truth == "true")
                 substituted.update([said])
                 agree.append((truth == "true") == supposed[i])
             assert all(agree[:-1]) and agree[-1] == (verdict == "consistent")
-        assert verdict == "consistent" and supposed == list(kinds) and len(told) == people
+        assert verdict == "consistent" and supposed == list(kinds) and len(parts) == people
         first[logic.NAMES.index(hints["islander"])] += 1
     assert set(first) == set(range(people)), "whom to suppose first depends on the puzzle"
     assert {f"true {word} false" for word in ("and", "or", "if and only if")} < set(substituted)
@@ -438,7 +438,7 @@ def test_knights_and_knaves_by_hand(rg):
 
 
 def mended(string):
-    """The fewest swaps to an alternating string, by trying all of them, or -1."""
+    """Returns the fewest swaps to an alternating string, by trying all of them, or -1."""
     reached, swaps = {string}, 0
     while reached:
         if any("00" not in s and "11" not in s for s in reached):
@@ -470,7 +470,7 @@ def test_binary_alternation_by_brute_force(rg):
 
 @pytest.mark.parametrize("people", [2, 3])
 def test_the_verifier_on_puzzles(rg, people):
-    """Of all 4 or 8 answers one passes, and none in a form that changes the order."""
+    """Exactly one of the 4 or 8 answers passes, and none in a form that changes the order."""
     for row in gym.problems("knights_knaves", 20, 1, n_people=people):
         pair = re.search('Say "(.*)" or "(.*)" for Ann', row["problem"]).groups()
         right = row["answer"].removeprefix("\\text{").removesuffix("}")

@@ -461,7 +461,7 @@ def test_splits_depend_on_the_id_alone():
 
 
 def test_splits_are_pinned():
-    """The same rows on every machine and in every version, whatever PYTHONHASHSEED is."""
+    """Splits are the same on every machine and in every version, whatever PYTHONHASHSEED is."""
     rows = [row(i) for i in range(12)]
     assert [r["id"] for r in data.split_sft(rows)[0]] == ["p2", "p4", "p11"]
     assert [r["id"] for r in data.split_validation(rows, 0.3)[1]] == ["p2", "p8", "p9", "p11"]
