@@ -9,9 +9,7 @@ generations that its page shows: DIR/analysis_generations.jsonl. `python -m sgpo
 """
 
 import dataclasses
-import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,19 +25,19 @@ from rich.text import Text
 
 from sgpo_jax import cli, config_checks, data, logprobs, models, rewards, sharding
 from sgpo_jax import config as configs
-from sgpo_jax.policy import Policy
+from sgpo_jax.policy import Policy, Run
 from sgpo_jax.policy import tokenizer as tokenizers
 from sgpo_jax.policy.generation import encode_prompts, grade, noise_key, pad_prompts, respond
 from sgpo_jax.report import examples, figures, reasoning_steps
 from sgpo_jax.rollout import STOP, Prompts, Sampling
-from sgpo_jax.runtime import distributed
+from sgpo_jax.runtime import distributed, is_first, jsonl, write_text
 from sgpo_jax.training import stage
 
 _FULL = (213, 94, 0)  # colour of a token whose KL is delta or more
 
 
 def run(config: ConfigDict, workdir: Path, problems: int) -> list[dict[str, Any]]:
-    """Analyses guided responses to the first problems that have strategies, those of the evaluation sets first.
+    """Analyzes guided responses to the first problems that have strategies, those of the evaluation sets first.
 
     Returns:
       The lines of analysis.jsonl: id, set, problem, strategy, answer, response, outcome, truncated, stage and step of
@@ -59,15 +57,15 @@ def run(config: ConfigDict, workdir: Path, problems: int) -> list[dict[str, Any]
             break
     else:
         raise ValueError(f"workdir={str(workdir)!r}: there is no checkpoint of stage 'rl' or 'sft'")
-    params = stage.params_at(config, workdir, part, step, policy, mesh)
+    params = stage.params_at(Run(config, workdir, policy, mesh), part, step)
 
     ways = sharding.row_ways(mesh)
     filled = [rows[min(i, len(rows) - 1)] for i in range(-(-len(rows) // ways) * ways)]  # a row for every device
     sampling = dataclasses.replace(Sampling.from_config(config.rl), slots=0)
     encoded = {guided: encode_prompts(policy, filled, guided) for guided in (False, True)}
-    prompts = {guided: pad_prompts(policy, each, max(map(len, each))) for guided, each in encoded.items()}
+    prompts = {guided: pad_prompts(policy, tokens, max(map(len, tokens))) for guided, tokens in encoded.items()}
     with jax.set_mesh(mesh):
-        shown = _generations(config, workdir, policy, params, mesh) if part == "rl" else []
+        generations = _generations(config, workdir, policy, params, mesh) if part == "rl" else []
         key = noise_key(config.seed, "analysis", step)
         rollout, _ = respond(policy, params, prompts[True], np.arange(len(filled)), key, mesh, sampling, 1)
         tokens, lengths = (np.asarray(x)[:, 0] for x in (rollout.tokens, rollout.lengths))
@@ -82,32 +80,33 @@ def run(config: ConfigDict, workdir: Path, problems: int) -> list[dict[str, Any]
         line |= {"response": graded.texts[i][0], "outcome": graded.verdicts[i][0].outcome}
         line |= {"truncated": bool(rollout.finish[i, 0] != STOP), "stage": part, "step": step}
         line |= {"delta": delta, "tokens": pieces, "token_kl": values}
-        lines.append(line | {"steps": [found._asdict() for found in reasoning_steps.steps(pieces, values)]})
-    if jax.process_index() == 0:
-        _write(workdir / "analysis_generations.jsonl", shown)
-        _write(workdir / "analysis.jsonl", lines)
+        lines.append(line | {"steps": [step._asdict() for step in reasoning_steps.steps(pieces, values)]})
+    if is_first():
+        write_text(workdir / "analysis_generations.jsonl", jsonl(generations))
+        write_text(workdir / "analysis.jsonl", jsonl(lines))
         figures.token_kl(lines, workdir / "analysis.png")
         _show(lines)
     return lines
 
 
 def _problems(config: ConfigDict, count: int) -> tuple[list[str], list[dict]]:
-    """(names of the sets, rows) of the first problems that have strategies."""
+    """Returns (names of the sets, rows) of the first problems that have strategies."""
     sources = {name: chosen.source for name, chosen in config.eval.sets.items()} | {"training": config.data.train}
-    found: list[tuple[str, dict]] = []
+    problems: list[tuple[str, dict]] = []
     for name, source in sources.items():
-        if source and len(found) < count:
-            found += [(name, row) for row in data.load(source) if "strategy" in row]
-    if not found:
+        if source and len(problems) < count:
+            problems += [(name, row) for row in data.load(source) if "strategy" in row]
+    if not problems:
         raise ValueError(f"config.data.train={config.data.train!r}: must have problems with strategies")
-    names, rows = zip(*found[:count], strict=True)
+    names, rows = zip(*problems[:count], strict=True)
     return list(names), list(rows)
 
 
 def _generations(config: ConfigDict, workdir: Path, policy: Policy, params: Any, mesh: Mesh) -> list[dict[str, Any]]:
-    """For each response after RL that the page shows: column, id, response, tokens (their texts), token_kl (nats).
+    """Measures the responses after RL that the page shows; of those that it cuts, the part that it shows.
 
-    Of responses that the page cuts, the part that it shows; encoded again from the text.
+    Returns:
+      For each response: column, id, response, tokens (their texts, encoded again), token_kl (nats).
     """
     folders = {when: workdir / "eval" / when for when in ("before", "after")}
 
@@ -123,10 +122,10 @@ def _generations(config: ConfigDict, workdir: Path, policy: Policy, params: Any,
         for name, chosen in config.eval.sets.items() for row in data.load(chosen.source) if "strategy" in row
     }  # fmt: skip
     answers = distributed.first(shown)
-    found = [(rows[name, id], column, text) for name, id, column, text in answers if text and (name, id) in rows]
-    if not found:
+    responses = [(rows[name, id], column, text) for name, id, column, text in answers if text and (name, id) in rows]
+    if not responses:
         return []
-    filled = found + found[-1:] * (-len(found) % sharding.row_ways(mesh))  # a row for every device
+    filled = responses + responses[-1:] * (-len(responses) % sharding.row_ways(mesh))  # a row for every device
     encoded = [tokenizers.encode_response(policy.tokenizer, text, policy.stop_ids[0])[:-1] for _, _, text in filled]
     tokens, lengths = tokenizers.pad_right(encoded, max(map(len, encoded)), policy.pad_id)
     sides = [encode_prompts(policy, [row for row, _, _ in filled], guided) for guided in (True, False)]
@@ -135,14 +134,14 @@ def _generations(config: ConfigDict, workdir: Path, policy: Policy, params: Any,
     return [
         {"column": column, "id": str(row["id"]), "response": text,
          "tokens": tokenizers.pieces(policy.tokenizer, ids), "token_kl": kl[i, : len(ids)].tolist()}
-        for i, ((row, column, text), ids) in enumerate(zip(found, encoded, strict=False))
+        for i, ((row, column, text), ids) in enumerate(zip(responses, encoded, strict=False))
     ]  # fmt: skip
 
 
 def response_kl(
     policy: Policy, params: Any, guided: Prompts, unguided: Prompts, tokens: np.ndarray, lengths: np.ndarray, mesh: Mesh
 ) -> np.ndarray:
-    """d_t of Eq. 3, KL(guided || unguided) of the next token, for each token of responses.
+    """Computes d_t of Eq. 3, KL(guided || unguided) of the next token, for each token of responses.
 
     Args:
       policy, params: the model, with both prompts.
@@ -178,19 +177,13 @@ def response_kl(
 
 
 def coloured(line: dict[str, Any]) -> Text:
-    """A response for the terminal, each token's background the stronger the larger its KL."""
+    """Colours a response for the terminal: the larger a token's KL, the stronger its background."""
     text = Text()
     for piece, kl in zip(line["tokens"], line["token_kl"], strict=True):
         share = reasoning_steps.strength(kl, line["delta"])
         red, green, blue = (round(255 + share * (full - 255)) for full in _FULL)
         text.append(piece, f"black on rgb({red},{green},{blue})")
     return text
-
-
-def _write(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    unfinished = path.with_suffix(".partial")
-    unfinished.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def _show(lines: Sequence[dict[str, Any]]) -> None:
@@ -206,6 +199,7 @@ def _show(lines: Sequence[dict[str, Any]]) -> None:
 
 
 def main(config, given) -> None:
+    """Checks the config, joins the other processes, and analyzes."""
     config_checks.check(config)
     cli.join(config, given)
     run(config, Path(given.workdir).expanduser(), given.problems)

@@ -8,7 +8,6 @@ id, a .gguf file, or "smollm2". Every response goes to DIR with its verdict; the
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from sgpo_jax import cli, config_checks, rewards, sharding
 from sgpo_jax import config as configs
 from sgpo_jax.evaluation import evaluate_sets
 from sgpo_jax.policy import Run
-from sgpo_jax.runtime import preemption, tables
+from sgpo_jax.runtime import is_first, preemption, tables, write_text
 from sgpo_jax.stats import benchmark, paper
 from sgpo_jax.training import stage
 
@@ -45,30 +44,28 @@ def run(config: ConfigDict, checkpoint: str | None, out: str | None, paper_row: 
     reported = paper.row(paper_row) if paper_row else None
     rewards.check(config.rl.reward)
     mesh = sharding.make_mesh(**config.mesh)
-    config_checks.check_mesh(config, mesh.shape["data"] * mesh.shape["fsdp"])
-    workdir, found = _find(config, checkpoint) if checkpoint else (None, None)
+    config_checks.check_mesh(config, sharding.row_ways(mesh))
+    workdir, trained_in, step = _find(config, checkpoint) if checkpoint else (None, "", 0)
     if not (out or workdir):
         raise ValueError("--out: must be given with --model")
     folder = cli.folder("out", out) if out else Path(str(workdir)) / "evaluate"
     policy, load = stage.load_policy(config)
-    if workdir and found:
-        params, step = stage.params_at(config, workdir, *found, policy, mesh), found[1]
-        model = f"{workdir} after {found[0]} step {step}"
+    run = Run(config, workdir or folder, policy, mesh)
+    if workdir:
+        params, model = stage.params_at(run, trained_in, step), f"{workdir} after {trained_in} step {step}"
     else:
-        params, step, model = load(jax.random.key(config.seed)), 0, config.model.source
+        params, model = load(jax.random.key(config.seed)), config.model.source
     results = {}
-    for kind in ("unguided", "guided") if config.eval.guided else ("unguided",):
+    for kind in benchmark.contexts(config.eval.guided):
         with jax.set_mesh(mesh):
-            results[kind] = evaluate_sets(
-                Run(config, folder, policy, mesh), params, folder, step, kind == "guided", limit, model, restart=False
-            )
-    if jax.process_index() == 0:
+            results[kind] = evaluate_sets(run, params, folder, step, kind == "guided", limit, model, restart=False)
+    if is_first():
         _report(config, folder, model, results, reported, limit)
     return results
 
 
-def _find(config: ConfigDict, checkpoint: str) -> tuple[Path, tuple[str, int]]:
-    """(folder of the run, (stage, step)) of a checkpoint: of RL if the run has come so far, else of SFT."""
+def _find(config: ConfigDict, checkpoint: str) -> tuple[Path, str, int]:
+    """Returns (folder of the run, stage, step) of a checkpoint: of RL if the run has one, else of SFT."""
     name, colon, which = checkpoint.rpartition(":")
     if not colon or not (which in ("best", "last") or which.isdigit()):
         name, which = checkpoint, "best"
@@ -77,7 +74,7 @@ def _find(config: ConfigDict, checkpoint: str) -> tuple[Path, tuple[str, int]]:
     for part in ("rl", "sft"):
         step = stage.find_step(config, workdir, part, which)
         if step is not None:
-            return workdir, (part, step)
+            return workdir, part, step
     raise ValueError(f"--checkpoint={checkpoint}: there is no such checkpoint in {workdir}/rl or {workdir}/sft")
 
 
@@ -117,13 +114,13 @@ def _report(
     if reported:
         columns.append(f"paper: {title}")
     table = tables.table(head, columns, [line[: len(columns)] for line in lines])
-    _write(folder / "table.txt", table)
+    write_text(folder / "table.txt", table)
     content = {
         "model": model, "limit": limit, "seed": config.seed, "reward": config.rl.reward,
-        "eval": json.loads(config.eval.to_json()), "results": results,
+        "eval": configs.to_dict(config.eval), "results": results,
         "paper": {"row": title, "percent": reported[1]} if reported else None,
     }  # fmt: skip
-    _write(folder / "results.json", json.dumps(content, indent=1) + "\n")
+    write_text(folder / "results.json", json.dumps(content, indent=1) + "\n")
     print(f"Every response with its verdict: {folder}", flush=True)
 
 
@@ -137,7 +134,7 @@ def _line(label: str, result: dict[str, Any], problems: str, k: int) -> list[str
 
 
 def _average(sets: dict[str, dict[str, Any]]) -> tuple[np.ndarray, float]:
-    """(bootstrapped means, value) of the plain mean of the sets' accuracies, each set resampled on its own."""
+    """Returns (bootstrapped means, value) of the plain mean of the sets' accuracies; each set is resampled alone."""
     means = [
         benchmark.bootstrap_means(np.array(result["per_problem"]), seed) for seed, result in enumerate(sets.values())
     ]
@@ -148,13 +145,8 @@ def _cell(cells: dict[str, float], name: str) -> str:
     return f"{cells[name.lower()]:.1f}" if name.lower() in cells else ""
 
 
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_suffix(".partial")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
-
-
 def main(config, given) -> None:
+    """Checks the config and the flags, joins the other processes, and evaluates."""
     if given.checkpoint and given.model:
         raise ValueError("--checkpoint and --model: give one of them")
     config.stages, config.data.train, config.sft.train = ("eval",), "", ""  # training reads these, this does not

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from sgpo_jax import divergences, output_head
 from sgpo_jax.output_head import Head
-from sgpo_jax.sharding import BATCH, fitting, platform, row_ways
+from sgpo_jax.sharding import BATCH, fit_spec, platform, row_ways
 
 # Positions per step on a device. An accelerator needs many to be kept busy (at V = 152k one float32 logits buffer is
 # 311 MB); a CPU is as fast with few.
@@ -105,7 +105,8 @@ def token_divergence(
     chex.assert_rank([hidden_guided, hidden_unguided, head], 2)
     chex.assert_equal_shape([hidden_guided, hidden_unguided])
     (guided, unguided), join = _split((hidden_guided, hidden_unguided), chunk)
-    return join(chunked_kl(guided, unguided, head, guided.shape[0], divergence, beta, k))
+    selected = divergences.select(divergence, beta, k)
+    return join(chunked_kl(guided, unguided, head, guided.shape[0], selected))
 
 
 def chunked_logprobs(
@@ -129,12 +130,20 @@ def chunked_logprobs(
 
 
 def chunked_kl(
-    guided: jax.Array, unguided: jax.Array, head: jax.Array, chunks: jax.Array | int, divergence: str = "forward_kl",
-    beta: float = 0.5, k: int = 100,
-) -> jax.Array:  # fmt: skip
-    """`token_divergence` of positions in chunks `[S,C,D]` -> `[S,C]`; the others than the first `chunks` give 0."""
-    measure = partial(_kl, divergence=divergences.select(divergence, beta, k))
-    return _measured(measure, False, (unguided, guided), head, chunks)[0]
+    guided: jax.Array, unguided: jax.Array, head: jax.Array, chunks: jax.Array | int,
+    divergence: divergences.Divergence = divergences.forward_kl,
+) -> jax.Array:
+    """Computes `token_divergence` of positions in chunks.
+
+    Args:
+      guided, unguided: `[S,C,D]` hidden states.
+      head, chunks: see `chunked_logprobs`.
+      divergence: see `divergences.select`.
+
+    Returns:
+      `[S,C]` float32, nats; 0 after the first `chunks`.
+    """
+    return _measured(partial(_kl, divergence=divergence), False, (unguided, guided), head, chunks)[0]
 
 
 def logprobs_loss(
@@ -157,12 +166,27 @@ def logprobs_loss(
 
 
 def kl_loss(
-    token_loss: TokenLoss, guided: jax.Array, unguided: jax.Array, head: jax.Array, chunks: jax.Array | int, given: Any,
-    divergence: str = "forward_kl", beta: float = 0.5, k: int = 100, tied: bool = False,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """Sum over tokens of `token_loss(kl, given)`, and KL `[S,C]`: as `logprobs_loss`, in four products of six."""
-    measure = partial(_kl, divergence=divergences.select(divergence, beta, k))
-    loss, (kl,) = _loss(measure, token_loss, tied, (unguided, guided), head, chunks, given)
+    token_loss: TokenLoss,
+    guided: jax.Array,
+    unguided: jax.Array,
+    head: jax.Array,
+    chunks: jax.Array | int,
+    data: Any,
+    divergence: divergences.Divergence = divergences.forward_kl,
+    tied: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Sums `token_loss(kl, data)` over tokens, like `logprobs_loss`; four products with the head in place of six.
+
+    Args:
+      token_loss, head, chunks, data, tied: see `logprobs_loss`.
+      guided, unguided: `[S,C,D]` hidden states; no gradient reaches the guided side.
+      divergence: see `divergences.select`.
+
+    Returns:
+      (loss `[]`, KL `[S,C]`, nats, a constant to a gradient).
+    """
+    measure = partial(_kl, divergence=divergence)
+    loss, (kl,) = _loss(measure, token_loss, tied, (unguided, guided), head, chunks, data)
     return loss, kl
 
 
@@ -325,7 +349,7 @@ def _on_devices(
     across = head.T if tied else head
     placed = [*zip(jax.tree.leaves(arrays), jax.tree.leaves(parts), strict=True), *((across, _SPECS[x]) for x in "vg")]
     alone = jax.sharding.get_abstract_mesh().size == 1
-    if alone or any(fitting(x.shape, tuple(part)) != tuple(part) for x, part in placed):
+    if alone or any(fit_spec(x.shape, tuple(part)) != tuple(part) for x, part in placed):
         return local(arrays, Head(head, tied), chunks)
 
     def on_a_device(arrays, head, chunks):

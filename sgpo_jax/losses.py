@@ -1,8 +1,8 @@
 """The objectives of SGPO as pure functions of arrays: one sequence or one group at a time, `jax.vmap` for more.
 
 Axis key: G group, T response tokens, V vocabulary. Everything is computed in float32; log-probabilities and KL are in
-nats. KL is named by direction: forward KL is KL(guided || unguided). Equations are those of arXiv 2606.24064, but for
-the baselines': LUFFY is arXiv 2504.14945, HPT (a unified view of post-training) arXiv 2509.04419.
+nats. KL is named by direction: forward KL is KL(guided || unguided). Equations are those of arXiv 2606.24064; those of
+the baselines are of LUFFY (arXiv 2504.14945) and HPT (a unified view of post-training, arXiv 2509.04419).
 """
 
 import chex
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 
 def group_advantages(rewards: jax.Array, eps: float = 1e-6, scale: bool = True) -> jax.Array:
-    """Advantages of one group of responses to the same problem.
+    """Computes the advantages of one group of responses to the same problem.
 
     `A_i = (R_i - mean(R)) / (std(R) + eps)`, population std. Eq. 1.
 
@@ -38,7 +38,7 @@ def clipped_surrogate(
     clip_low: float = 0.2,
     clip_high: float = 0.28,
 ) -> jax.Array:
-    """Per-token policy loss of one response: the negated term of Eq. 1.
+    """Computes the policy loss of each token of one response: the negated term of Eq. 1.
 
     `-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)` with `rho = exp(logp - old_logp)`.
 
@@ -63,7 +63,7 @@ def clipped_surrogate(
 
 
 def kl_divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-    """KL(p || q) over the last axis; forward KL is `kl_divergence(guided, unguided)`. Eq. 2, 3.
+    """Computes KL(p || q) over the last axis; forward KL is `kl_divergence(guided, unguided)`. Eq. 2, 3.
 
     `sum_v p_v (log p_v - log q_v)`; an outcome with `p_v = 0` contributes 0.
 
@@ -84,7 +84,7 @@ def kl_divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
 
 
 def kl_clip_mask(token_kl: jax.Array, delta: float) -> jax.Array:
-    """Weights `w_t` of Eq. 5: 1 where the token's KL is at most delta, else 0.
+    """Computes the weights `w_t` of Eq. 5: 1 where the token's KL is at most delta, else 0.
 
     Args:
       token_kl: `[T]` KL per token, nats.
@@ -97,8 +97,23 @@ def kl_clip_mask(token_kl: jax.Array, delta: float) -> jax.Array:
     return jax.lax.stop_gradient((token_kl <= delta).astype(jnp.float32))
 
 
+def clipped_kl(token_kl: jax.Array, delta: float) -> jax.Array:
+    """Computes the distillation loss of each token: `w_t d_t`, the summand of Eq. 5.
+
+    Args:
+      token_kl: `[T]` KL per token `d_t`, nats; from the guided to the unguided distribution for the forward KL.
+      delta: largest KL that is distilled, nats.
+
+    Returns:
+      `[T]` float32: the KL, or 0 where it is above delta or infinite; the gradient flows through the tokens kept.
+    """
+    token_kl = token_kl.astype(jnp.float32)
+    # Selected rather than multiplied, so that an infinite KL is dropped too instead of giving inf * 0.
+    return jnp.where(kl_clip_mask(token_kl, delta) > 0, token_kl, 0.0)
+
+
 def select_target(unguided_logp: jax.Array, correct: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Index of the reachable target o+: the correct guided response the unguided policy finds most likely. Eq. 4.
+    """Selects the reachable target o+: the correct guided response the unguided policy finds most likely. Eq. 4.
 
     Args:
       unguided_logp: `[G]` log-probability of each whole guided response without the strategy: a sum over its tokens,
@@ -125,7 +140,7 @@ def adaptive_weight(
     gamma: float = 0.1,
     alpha_max: float = 0.8,
 ) -> jax.Array:
-    """Weight of the distillation term of one problem: large when the strategy helps, vanishing otherwise. Eq. 6.
+    """Computes a problem's weight of the distillation term: large when the strategy helps, else vanishing. Eq. 6.
 
     `clip(alpha0 (p_guide - p_auto + gamma) / (p_auto + gamma), 0, alpha_max)`.
 
@@ -148,7 +163,7 @@ def adaptive_weight(
 def group_advantage_weight(
     auto_rewards: jax.Array, target_reward: jax.Array, alpha_max: float = 0.8, eps: float = 1e-6
 ) -> jax.Array:
-    """The alternative weight of Eq. 8: the advantage of the target within the group it would join.
+    """Computes the alternative weight of Eq. 8: the advantage of the target within the group it would join.
 
     `clip((R(o+) - mean(G)) / (std(G) + eps), 0, alpha_max)`, G = the autonomous rewards and R(o+), population std.
 
@@ -167,7 +182,7 @@ def group_advantage_weight(
 
 
 def shaped_likelihood(logp: jax.Array, shaping: float = 0.1) -> jax.Array:
-    """LUFFY's per-token loss on a demonstration, before it is multiplied by the demonstration's advantage.
+    """Computes LUFFY's loss of each token of a demonstration, before its product with the demonstration's advantage.
 
     `-f(p)`, `f(p) = p / (p + shaping)`, `p = exp(logp)`: the importance ratio of a demonstration whose own policy is
     taken to be certain, reshaped so that unlikely tokens keep a gradient: `shaping p / (p + shaping)^2` times that of
@@ -184,9 +199,9 @@ def shaped_likelihood(logp: jax.Array, shaping: float = 0.1) -> jax.Array:
 
 
 def hpt_gate(rewards: jax.Array, gate: float = 0.0) -> jax.Array:
-    """HPT's switch for one problem: 1 where its responses are optimised by RL, 0 where the demonstration is imitated.
+    """Computes HPT's switch for one problem: 1 trains on its responses by RL, 0 imitates the demonstration.
 
-    1 when the mean reward is above the gate.
+    It is 1 when the mean reward is above the gate.
 
     Args:
       rewards: `[G]` rewards of the policy's own responses.
@@ -200,7 +215,7 @@ def hpt_gate(rewards: jax.Array, gate: float = 0.0) -> jax.Array:
 
 
 def sequence_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean over the tokens of one response: `sum(x mask) / max(sum(mask), 1)`.
+    """Computes the mean over the tokens of one response: `sum(x mask) / max(sum(mask), 1)`.
 
     Args:
       x: `[T]` values; those outside the mask are ignored, even when not finite.
@@ -216,7 +231,7 @@ def sequence_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def distillation_loss(token_kl: jax.Array, mask: jax.Array, delta: float) -> jax.Array:
-    """Clipped KL of one target: tokens above delta are dropped from the sum, but counted in its length. Eq. 5.
+    """Computes the clipped KL of one target: tokens above delta leave the sum but count in its length. Eq. 5.
 
     `1/|o+| sum_t w_t d_t`, `w_t = 1 if d_t <= delta else 0`.
 
@@ -229,7 +244,4 @@ def distillation_loss(token_kl: jax.Array, mask: jax.Array, delta: float) -> jax
       `[]` float32; 0 for an empty response.
     """
     chex.assert_rank([token_kl, mask], 1)
-    token_kl = token_kl.astype(jnp.float32)
-    # Selected rather than multiplied, so that an infinite KL is dropped too instead of giving inf * 0.
-    kept = jnp.where(kl_clip_mask(token_kl, delta) > 0, token_kl, 0.0)
-    return sequence_mean(kept, mask)
+    return sequence_mean(clipped_kl(token_kl, delta), mask)

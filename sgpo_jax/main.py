@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 
 from sgpo_jax import cli, config_checks, rewards, sharding
 from sgpo_jax import config as configs
+from sgpo_jax.policy import Run
 from sgpo_jax.report import page
-from sgpo_jax.runtime import distributed, environment, lock, memory, preemption
+from sgpo_jax.runtime import distributed, environment, is_first, lock, memory, preemption, write_text
 from sgpo_jax.training import final_eval, rl, sft, stage
 
 
@@ -20,13 +21,13 @@ def run(config, workdir: Path) -> None:
     mesh = sharding.make_mesh(**config.mesh)
     config_checks.check_mesh(config, sharding.row_ways(mesh))
     rewards.check(config.rl.reward)
-    with lock.hold(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
-        if jax.process_index() == 0:
+    with lock.hold(workdir) if is_first() else contextlib.nullcontext():
+        if is_first():
             # A run that was refused over its rows or its model has left a config too, which binds nobody.
             begun = "*/checkpoints/[0-9]*", "eval/*", "rl/rollbacks.json"
             if any(any(workdir.glob(pattern)) for pattern in begun):
                 configs.check_resume(config, workdir / "config.json")
-            (workdir / "config.json").write_text(configs.to_json(config), encoding="utf-8")
+            write_text(workdir / "config.json", configs.to_json(config))
             environment.record(workdir)
         distributed.wait_for(workdir / lock.FILE)
         _run_stages(config, workdir, mesh)
@@ -34,22 +35,23 @@ def run(config, workdir: Path) -> None:
 
 def _run_stages(config, workdir: Path, mesh: Mesh) -> None:
     policy, load = stage.load_policy(config)
-
+    run = Run(config, workdir, policy, mesh)
     initial = partial(load, jax.random.key(config.seed))
-    warmed_up = partial(stage.warmed_up, config, workdir, policy, initial, mesh)
+    warmed_up = partial(stage.warmed_up, run, initial)
     try:
         if "sft" in config.stages:
-            sft.train(config, workdir, policy, initial, mesh)
+            sft.train(run, initial)
         if "rl" in config.stages:
-            rl.train(config, workdir, policy, warmed_up, mesh)
+            rl.train(run, warmed_up)
         if "eval" in config.stages:
-            final_eval.write(config, workdir, policy, warmed_up, mesh)
-    finally:  # also of a run that fails, whose page should not go on to say that it is running
-        if jax.process_index() == 0:
+            final_eval.write(run, warmed_up)
+    finally:  # also after a failure, else the page would say that the run is still running
+        if is_first():
             page.attempt(page.write_run, workdir)
 
 
 def main(config, given) -> None:
+    """Checks the config and the flags, joins the other processes, and runs."""
     config_checks.check(config)
     workdir = cli.folder("workdir", given.workdir)
     cli.join(config, given)

@@ -1,10 +1,10 @@
-"""The update on a batch that a run skipped, once more: where the first number appears that is not finite.
+"""Repeats the update on a batch that a run skipped, and finds the first number that is not finite.
 
     python -m sgpo_jax.replay --config=configs/NAME.py --workdir=DIR --batch=DIR/rl/skipped_batch_STEP.npz [--step=N]
 
 The state is that of the last checkpoint before the batch, or after step N; 0 is the state that the stage began with.
-Numbers that are not finite are counted where they are computed, in that order: the state, what the batch says of each
-response, the forward pass of each response, the metrics, the gradient, the change of the parameters.
+Numbers that are not finite are counted where they are computed, in that order: the state, the rewards, advantages and
+log-probabilities of each response in the batch, the forward pass of each response, the metrics, the gradient.
 
 Axis key: B problems, G responses of a group, T response tokens; packed: K micro-batches, S chunks of response tokens,
 M rows, J response tokens of a row in a chunk, C = M * J.
@@ -20,18 +20,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import cli, config_checks, logprobs, losses, models, sharding
+from sgpo_jax import cli, config_checks, divergences, logprobs, losses, models, sharding
 from sgpo_jax import config as configs
-from sgpo_jax.policy import Policy
+from sgpo_jax.policy import Run
+from sgpo_jax.runtime import is_first
 from sgpo_jax.runtime.tables import table
-from sgpo_jax.training import packing, rl, sft, skipped_batch, stage
+from sgpo_jax.training import packing, sft, skipped_batch, stage
 from sgpo_jax.training.batch import Batch, pack_batch, specs
+from sgpo_jax.training.forward import response_hidden, with_responses
+from sgpo_jax.training.gradients import in_micro_batches
+from sgpo_jax.training.objective import Objective
 from sgpo_jax.training.packing import Packed
 from sgpo_jax.training.state import TrainState
-from sgpo_jax.training.train_step import in_micro_batches, make_update, response_hidden, with_responses
+from sgpo_jax.training.train_step import make_update
+from sgpo_jax.training.weighting import Weighting
 
 # What is computed for a response token, in this order.
 QUANTITIES = ("hidden state", "guided hidden state", "log-probability", "entropy", "KL", "loss")
@@ -50,7 +54,7 @@ class _Group(NamedTuple):
     """Responses of one kind."""
 
     name: str  # "" where there is only one
-    given: dict[str, np.ndarray]  # what the batch says of them, `[B,G,...]`
+    values: dict[str, np.ndarray]  # name -> `[B,G,...]` in the batch itself
     packed: Packed  # a response is number b * G + g
     tokens: np.ndarray  # [K,S,M,J]
     advantages: np.ndarray  # [B,G]
@@ -58,102 +62,86 @@ class _Group(NamedTuple):
 
 
 def run(config: ConfigDict, workdir: Path, file: Path, step: int | None = None) -> list[Finding]:
-    """Prints and returns what is not finite, the first one first.
+    """Finds, prints and returns what is not finite, the first one first.
 
     Args:
       config, workdir: of the run; nothing in it is changed.
       file: the batch, as the run left it.
-      step: after which the state is taken; None is the last one before the batch that has a checkpoint.
+      step: of the state; None is the last step before the batch that has a checkpoint.
 
     Raises:
       ValueError: there is no such file or step, or the run has another config.
     """
     configs.check_resume(config, workdir / "config.json")
-    kept = skipped_batch.read(file)
-    steps = [0, *stage.saved_steps(config, workdir, kept.stage)]
+    skipped = skipped_batch.read(file)
+    steps = [0, *stage.saved_steps(config, workdir, skipped.stage)]
     if step is None:
-        step = max(saved for saved in steps if saved < kept.step)
+        step = max(saved for saved in steps if saved < skipped.step)
     elif step not in steps:
-        raise ValueError(f"--step={step}: must be one of {steps}, the steps of stage {kept.stage!r} that can be had")
-    print(f"stage {kept.stage}, batch of step {kept.step}, state after step {step}", flush=True)
-    if step != kept.step - 1:
+        raise ValueError(f"--step={step}: must be one of {steps}, the steps of stage {skipped.stage!r} that are saved")
+    print(f"stage {skipped.stage}, batch of step {skipped.step}, state after step {step}", flush=True)
+    if step != skipped.step - 1:
         print(
-            f"warning: step {kept.step} may have met another state. If the run stopped there, start it again with "
+            f"warning: step {skipped.step} may have met another state. If the run stopped there, start it again with "
             "--config.checkpoint.every=1: it comes to the same batch, with a checkpoint just before it",
             flush=True,
         )
-    mesh = sharding.make_mesh(**config.mesh)
     policy, load = stage.load_policy(config)
-    tx, _ = stage.optimizer(config, kept.stage, total_steps=1)  # the learning rate is of no account here
-    with jax.set_mesh(mesh):
-        state = _state(config, workdir, kept.stage, step, policy, load, tx, mesh)
-        found = _in_leaves("parameters", state.params) + _in_leaves("optimizer state", state.opt_state)
-        for group in _groups(config, kept):
-            found += _in_responses(config, kept.ids, policy, state.params, group, mesh)
-        found += _in_update(config, kept, policy, tx, state, mesh)
-    if jax.process_index() == 0:
-        _show(found)
-    return found
+    run = Run(config, workdir, policy, sharding.make_mesh(**config.mesh))
+    tx, _ = stage.optimizer(config, skipped.stage, total_steps=1)  # the learning rate does not matter here
+    with jax.set_mesh(run.mesh):
+        state = _state(run, skipped.stage, step, partial(load, jax.random.key(config.seed)), tx)
+        findings = _in_leaves("parameters", state.params) + _in_leaves("optimizer state", state.opt_state)
+        for group in _groups(config, skipped):
+            findings += _in_responses(run, skipped.ids, state.params, group)
+        findings += _in_update(run, skipped, tx, state)
+    if is_first():
+        _show(findings)
+    return findings
 
 
 def _state(
-    config: ConfigDict,
-    workdir: Path,
-    of_stage: str,
-    step: int,
-    policy: Policy,
-    load: Callable[[jax.Array], Any],
-    tx: optax.GradientTransformation,
-    mesh: Mesh,
+    run: Run, stage_name: str, step: int, initial: Callable[[], Any], tx: optax.GradientTransformation
 ) -> TrainState:
     if step:
-        return stage.state_at(config, workdir, of_stage, step, policy, tx, mesh)
-
-    def initial():
-        return load(jax.random.key(config.seed))
-
-    first = initial() if of_stage == "sft" else stage.warmed_up(config, workdir, policy, initial, mesh)
-    return stage.first_state(first, policy, tx, mesh)
+        return stage.state_at(run, stage_name, step, tx)
+    params = initial() if stage_name == "sft" else stage.warmed_up(run, initial)
+    return stage.first_state(params, run.policy, tx, run.mesh)
 
 
-def _groups(config: ConfigDict, kept: skipped_batch.Skipped) -> list[_Group]:
-    if kept.stage == "sft":
-        packed, tokens = kept.batch
-        return [_Group("", {}, packed, tokens, np.zeros((len(kept.ids), 1), np.float32), lambda logp, _: -logp)]
-    batch: Batch = kept.batch
-    fields, (of_batch, of_update) = config.rl, rl.method(config.rl)
-    packed = pack_batch(batch, micro_batch=fields.micro_batch, **of_batch)
+def _groups(config: ConfigDict, skipped: skipped_batch.Skipped) -> list[_Group]:
+    if skipped.stage == "sft":
+        packed, tokens = skipped.batch
+        return [_Group("", {}, packed, tokens, np.zeros((len(skipped.ids), 1), np.float32), lambda logp, _: -logp)]
+    batch: Batch = skipped.batch
+    rl, objective = config.rl, Objective.from_config(config.rl)
+    packed = pack_batch(batch, Weighting.from_config(rl), rl.distillation, micro_batch=rl.micro_batch)
 
-    def given(group, **more):
+    def values(group, **more):
         inside = np.arange(group.logp.shape[-1]) < group.lengths[..., None]
         return {"reward": group.rewards, "sampler's log-probability": np.where(inside, group.logp, 0.0)} | more
 
     def surrogate(logp, advantages):
-        return losses.clipped_surrogate(logp, logp, advantages, of_update["clip_low"], of_update["clip_high"])
+        return losses.clipped_surrogate(logp, logp, advantages, objective.clip_low, objective.clip_high)
 
     def likelihood(logp, _):
-        return losses.shaped_likelihood(logp, fields.shaping) if fields.distillation == "shaped" else -logp
+        return losses.shaped_likelihood(logp, objective.shaping) if objective.distillation == "shaped" else -logp
 
-    ours = packed.autonomous, packed.autonomous_tokens, packed.advantages, surrogate
-    groups = [_Group("autonomous", given(batch.autonomous, advantage=packed.advantages), *ours)]
+    autonomous = packed.autonomous, packed.autonomous_tokens, packed.advantages, surrogate
+    groups = [_Group("autonomous", values(batch.autonomous, advantage=packed.advantages), *autonomous)]
     if batch.guided is not None:
         # As if each guided response were a target, whatever its reward.
-        every = pack_batch(
-            batch, micro_batch=fields.micro_batch, guide="demonstration", target="mean", weight="fixed",
-            distillation=fields.distillation,
-        ).targets  # fmt: skip
-        assert every is not None  # there are guided responses
-        size = batch.guided.rewards.size
-        tokens = packing.of_sequence(batch.guided.tokens.reshape(size, -1), every)
-        theirs = every, tokens, np.zeros_like(batch.guided.rewards), likelihood
-        groups.append(_Group("guided", given(batch.guided), *theirs))
+        all_targets = Weighting(guide="demonstration", target="mean", weight="fixed")
+        targets = pack_batch(batch, all_targets, rl.distillation, micro_batch=rl.micro_batch).targets
+        assert targets is not None  # there are guided responses
+        tokens = packing.of_sequence(batch.guided.tokens.reshape(batch.guided.rewards.size, -1), targets)
+        guided = targets, tokens, np.zeros_like(batch.guided.rewards), likelihood
+        groups.append(_Group("guided", values(batch.guided), *guided))
     return groups
 
 
-def _in_responses(
-    config: ConfigDict, ids: list[str], policy: Policy, params: Any, group: _Group, mesh: Mesh
-) -> list[Finding]:
-    """What is not finite in the batch itself and in the forward pass, by response."""
+def _in_responses(run: Run, ids: list[str], params: Any, group: _Group) -> list[Finding]:
+    """Finds what is not finite in the batch itself and in the forward pass, by response."""
     name = f" ({group.name})" if group.name else ""
     size = group.advantages.shape[1]
 
@@ -164,95 +152,81 @@ def _in_responses(
         problems = tuple(dict.fromkeys(ids[place[0]] for place in places))
         return Finding(what + name, ", ".join(where), len(places), problems)
 
-    found = []
-    for what, values in group.given.items():
+    findings = []
+    for what, values in group.values.items():
         if places := np.argwhere(~np.isfinite(values)).tolist():
-            found.append(finding(what, places))
+            findings.append(finding(what, places))
     packed = group.packed
-    micro = {
-        "rows": [*packed.contexts], "tokens": group.tokens, "chunks": packed.chunks, "owner": packed.owner,
-        "advantage": group.advantages.reshape(-1)[packed.owner].astype(np.float32),
-    }  # fmt: skip
-    of_packed = packing.specs(packed)
-    listed = of_packed.owner
-    placed = sharding.put(
-        (packed.count, micro),
-        (of_packed.count, {"rows": [*of_packed.contexts], "tokens": listed, "chunks": of_packed.chunks, "owner": listed,
-                           "advantage": listed}), mesh,
-    )  # fmt: skip
-    marks = sharding.fetch(jax.jit(_make_marks(config, policy, group.loss))(params, *placed))
+    advantages = group.advantages.reshape(-1)[packed.owner].astype(np.float32)
+    placement = packing.specs(packed)
+    batch = sharding.put(
+        (packed, group.tokens, advantages), (placement, placement.owner, placement.owner), run.mesh
+    )
+    marks = sharding.fetch(jax.jit(_make_marks(run, group.loss))(params, *batch))
     for q, what in enumerate(QUANTITIES):
-        used = (marks[:, q] > 0) & (packed.owner >= 0)
-        owners, tokens = packed.owner[used].tolist(), packed.index[used].tolist()
+        marked = (marks[:, q] > 0) & (packed.owner >= 0)
+        owners, tokens = packed.owner[marked].tolist(), packed.index[marked].tolist()
         if owners:
-            found.append(finding(what, sorted((*divmod(o, size), t) for o, t in zip(owners, tokens, strict=True))))
-    return found
+            findings.append(finding(what, sorted((*divmod(o, size), t) for o, t in zip(owners, tokens, strict=True))))
+    return findings
 
 
-def _make_marks(config: ConfigDict, policy: Policy, loss: Callable) -> Callable[[Any, jax.Array, Any], jax.Array]:
-    """`marks(params, count, micro-batches) -> [K,Q,S,M,J]`: 1 where a quantity of a token is not finite."""
-    fields = config.rl
-    hidden_of = partial(response_hidden, config=policy.config, dtype=policy.dtype, remat=config.model.remat)
+def _make_marks(run: Run, loss: Callable) -> Callable[[Any, Packed, jax.Array, jax.Array], jax.Array]:
+    """Returns `marks(params, packed, tokens, advantages) -> [K,Q,S,M,J]`, 1 where a quantity is not finite."""
+    rl, config, forward = run.config.rl, run.policy.config, stage.forward(run)
 
-    def marks(params, count, micro_batches):
-        head = models.head(params, policy.config)
-        owner, tokens = micro_batches["owner"], micro_batches["tokens"]
-        rows = [with_responses(rows, owner, tokens) for rows in micro_batches["rows"]]
+    def marks(params, packed, tokens, advantages):
+        head = models.head(params, config)
+        contexts = [with_responses(rows, packed.owner, tokens) for rows in packed.contexts]
 
-        def of_micro(micro):
-            tokens, chunks = micro["tokens"], micro["chunks"]
-            hidden, *guided = (hidden_of(params, rows) for rows in micro["rows"])
+        def of_micro_batch(micro):
+            contexts, chunks, tokens, advantages = micro
+            hidden, *guided = (response_hidden(forward, params, rows) for rows in contexts)
             logp, entropy = logprobs.chunked_logprobs(hidden, head, tokens.reshape(hidden.shape[:2]), chunks)
-            kl = [
-                logprobs.chunked_kl(each, hidden, head, chunks, fields.distillation, fields.beta, fields.kl_top_k)
-                for each in guided
-            ]
-            of_loss = loss(logp.reshape(-1), micro["advantage"].reshape(-1))
-            none = jnp.zeros_like(logp)  # where only one context is
-            values = hidden, *(guided or [none]), logp, entropy, *(kl or [none]), of_loss
+            missing = jnp.zeros_like(logp)  # where there is only one context
+            kl = missing
+            if guided:
+                divergence = divergences.select(rl.distillation, rl.beta, rl.kl_top_k)
+                kl = logprobs.chunked_kl(guided[0], hidden, head, chunks, divergence)
+            token_loss = loss(logp.reshape(-1), advantages.reshape(-1))
+            values = hidden, *(guided or [missing]), logp, entropy, kl, token_loss
             return jnp.stack([
                 (~jnp.isfinite(x.reshape(tokens.size, -1)).all(axis=1)).reshape(tokens.shape) for x in values
             ]).astype(jnp.float32)  # fmt: skip
 
-        return in_micro_batches(of_micro, count, micro_batches | {"rows": rows})
+        return in_micro_batches(of_micro_batch, packed.count, (contexts, packed.chunks, tokens, advantages))
 
     return marks
 
 
 def _in_update(
-    config: ConfigDict,
-    kept: skipped_batch.Skipped,
-    policy: Policy,
-    tx: optax.GradientTransformation,
-    state: TrainState,
-    mesh: Mesh,
-) -> list[Finding]:  # fmt: skip
-    """What is not finite in the run's own update: metrics and gradients."""
-    seen: list[Any] = []
+    run: Run, skipped: skipped_batch.Skipped, tx: optax.GradientTransformation, state: TrainState
+) -> list[Finding]:
+    """Finds what is not finite in the run's own update: metrics and gradients."""
+    counts: list[Any] = []
 
     def watch(gradient):
-        jax.debug.callback(seen.append, _bad(gradient), ordered=False)
+        jax.debug.callback(counts.append, _bad(gradient), ordered=False)
 
-    settings = {
-        "dtype": policy.dtype, "remat": config.model.remat, "shardings": stage.state_shardings(policy, tx, mesh)[1],
-        "watch": watch,
-    }  # fmt: skip
-    if kept.stage == "sft":
-        _, metrics = sft.make_update(policy.config, tx, **settings)(state, sft.put(kept.batch, mesh))
+    _, shardings = stage.state_shardings(run.policy, tx, run.mesh)
+    if skipped.stage == "sft":
+        update = sft.make_update(stage.forward(run), tx, shardings=shardings, watch=watch)
+        _, metrics = update(state, sft.put(skipped.batch, run.mesh))
     else:
-        of_batch, of_update = rl.method(config.rl)
-        packed = pack_batch(kept.batch, micro_batch=config.rl.micro_batch, **of_batch)
-        run_update = make_update(policy.config, tx, **of_update, **settings)
-        _, metrics = run_update(state, sharding.put(packed, specs(packed), mesh))
-    values = {name: float(value) for name, value in metrics.items()}
+        rl = run.config.rl
+        packed = pack_batch(skipped.batch, Weighting.from_config(rl), rl.distillation, micro_batch=rl.micro_batch)
+        objective = Objective.from_config(rl)
+        update = make_update(stage.forward(run), tx, objective, shardings=shardings, watch=watch)
+        _, metrics = update(state, sharding.put(packed, specs(packed), run.mesh))
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     jax.effects_barrier()
-    found = [Finding("metric", name, 1) for name, value in values.items() if not np.isfinite(value)]
-    for number, gradient in enumerate(seen, start=1):
-        which = f", optimizer step {number} of {len(seen)}" if len(seen) > 1 else ""
-        found += _findings(f"gradient{which}", gradient)
+    findings = [Finding("metric", name, 1) for name, value in values.items() if not np.isfinite(value)]
+    for number, gradient in enumerate(counts, start=1):
+        which = f", optimizer step {number} of {len(counts)}" if len(counts) > 1 else ""
+        findings += _findings(f"gradient{which}", gradient)
     verdict = "is skipped" if values["skipped"] else "is applied"
     print(f"the update {verdict}; loss {values['loss']:g}, gradient norm {values['grad_norm']:g}", flush=True)
-    return found
+    return findings
 
 
 def _in_leaves(what: str, tree: Any) -> list[Finding]:
@@ -260,7 +234,7 @@ def _in_leaves(what: str, tree: Any) -> list[Finding]:
 
 
 def _bad(tree: Any) -> Any:
-    """How many numbers of each leaf are not finite; float32, as they may be very many."""
+    """Counts the numbers of each leaf that are not finite; float32, as they may be very many."""
     return jax.tree.map(lambda x: jnp.sum(~jnp.isfinite(x), dtype=jnp.float32), tree)
 
 
@@ -269,19 +243,20 @@ def _findings(what: str, counts: Any) -> list[Finding]:
     return [Finding(what, sharding.path_name(path), int(count)) for path, count in leaves if count]
 
 
-def _show(found: list[Finding]) -> None:
-    if not found:
+def _show(findings: list[Finding]) -> None:
+    if not findings:
         print("all numbers are finite", flush=True)
         return
     lines = []
-    for finding in found:
+    for finding in findings:
         more = f" and {len(finding.problems) - 3} more" if len(finding.problems) > 3 else ""
         lines.append((finding.what, finding.first, finding.numbers, ", ".join(finding.problems[:3]) + more))
     table("Not finite, in the order of computation", ("what", "first", "numbers", "problems"), lines)
-    print(f"it begins with: {found[0].what}, {found[0].first}", flush=True)
+    print(f"it begins with: {findings[0].what}, {findings[0].first}", flush=True)
 
 
 def main(config, given) -> None:
+    """Checks the config, and finds what is not finite."""
     config_checks.check(config)
     run(config, Path(given.workdir).expanduser(), Path(given.batch).expanduser(), given.step)
 

@@ -1,6 +1,8 @@
 """Runs the cells of a lab in worker processes, with a core each. A cell that fails does not stop the others."""
 
 import contextlib
+import dataclasses
+import functools
 import multiprocessing
 import os
 import threading
@@ -48,28 +50,22 @@ def run_cell(config: ConfigDict, cell: Cell, workdir: Path) -> dict[str, Any]:
         files.write_text(folder / "config.json", configs.to_json(config))
         environment.record(folder)
         policy, load = stage.load_policy(config)
-        warm_up = workdir / str(cell.warm_up)
-
-        def initial() -> Any:
-            return load(jax.random.key(config.seed))
-
-        def warmed_up() -> Any:
-            params = stage.best_params(config, warm_up, "sft", policy, mesh)
-            return initial() if params is None else params
-
+        run = Run(config, folder, policy, mesh)
+        initial = functools.partial(load, jax.random.key(config.seed))
+        warm_up = dataclasses.replace(run, workdir=workdir / str(cell.warm_up))
+        warmed_up = functools.partial(stage.warmed_up, warm_up, initial)
         result: dict[str, Any] = {}
         try:
             if cell.method == "sft":
-                sft.train(config, folder, policy, initial, mesh)
+                sft.train(run, initial)
             else:
-                rl.train(config, folder, policy, warmed_up, mesh)
+                rl.train(run, warmed_up)
         except FloatingPointError as error:
             result["failed"] = str(error)
         step = None if cell.method == "sft" else stage.find_step(config, folder, "rl", "last")
-        params = warmed_up() if step is None else stage.params_at(config, folder, "rl", step, policy, mesh)
+        params = warmed_up() if step is None else stage.params_at(run, "rl", step)
         for suffix in ("", "_guided") if config.eval.guided else ("",):
             with jax.set_mesh(mesh):
-                run = Run(config, folder, policy, mesh)
                 sets = evaluate_sets(run, params, folder / "eval", step or 0, bool(suffix))
             accuracy = {name: 0.0 if "failed" in result else scores["accuracy"] for name, scores in sets.items()}
             result |= {f"accuracy{suffix}": float(np.mean([*accuracy.values()])), f"sets{suffix}": accuracy}

@@ -1,7 +1,7 @@
-"""The jitted programs of a run, traced with the shapes they are called with; nothing is computed on a device.
+"""The jitted programs of a run, to be traced with the shapes of their arguments. Nothing is computed on a device.
 
-A step's rollouts are made up on the host with the assumed lengths, and the run's own code packs them. That gives the
-shapes of the update and how often its loops run.
+Rollouts with the assumed lengths are made up on the host, and the code of the training packs them. This gives the
+shapes of the update and the trip counts of its loops.
 """
 
 import math
@@ -24,22 +24,24 @@ from sgpo_jax.plan import workload
 from sgpo_jax.plan.phases import Scopes
 from sgpo_jax.plan.workload import Assumed
 from sgpo_jax.policy import Policy
-from sgpo_jax.policy.generation import Prompts
-from sgpo_jax.rollout import generate
+from sgpo_jax.rollout import Prompts, Sampling, generate
 from sgpo_jax.rollout.schedule import Stage, schedule
 from sgpo_jax.sharding import BATCH, row_ways
 from sgpo_jax.training import packing, rl, sft, stage, train_step
-from sgpo_jax.training.batch import Batch, Group, pack_batch, specs
+from sgpo_jax.training.batch import Batch, Contexts, Group, pack_batch, specs
+from sgpo_jax.training.forward import Forward
+from sgpo_jax.training.objective import Objective
 from sgpo_jax.training.packing import Packed
 from sgpo_jax.training.state import TrainState
+from sgpo_jax.training.weighting import Weighting
 
 
 class Setting(NamedTuple):
     """A field of the config that trades the memory of a program for its time, and changes no result."""
 
-    field: str  # as in "rl.slots"
+    field: str  # such as "rl.slots"
     value: int  # rows or slots at once, over all devices
-    bytes: int  # of a device's HBM that grow with the value; no more than a lower bound
+    bytes: int  # lower bound of the HBM of a device that grows with the value
 
 
 class Program(NamedTuple):
@@ -47,25 +49,35 @@ class Program(NamedTuple):
 
     name: str
     stage: str  # "sft", "rl" or "eval"
-    trace: Callable[[], Any]  # to be called, and what it gives to be compiled, inside jax.set_mesh
+    trace: Callable[[], Any]  # traces the program; call it, and compile its result, inside jax.set_mesh
     scopes: Scopes
-    resident: int  # bytes of a device's HBM that the run holds meanwhile, beside what the program itself needs
-    arguments: int  # bytes of them on a device
+    resident: int  # bytes of a device's HBM that the run holds during a call, without the memory of the program
+    arguments: int  # bytes of the arguments on a device
     calls: int  # in the whole run
     tokens: float  # response tokens of a call
     setting: Setting
 
     @property
     def least(self) -> int:
-        """Bytes of HBM that a device needs at least, before anything is compiled."""
+        """Lower bound of the bytes of HBM on a device, which is known before the program is compiled."""
         return self.resident + self.arguments + self.setting.bytes
 
 
+class _Setup(NamedTuple):
+    """The run that programs are made for."""
+
+    config: ConfigDict
+    policy: Policy
+    mesh: Mesh
+    assumed: Assumed
+    calls: workload.Calls
+
+
 def load_shape(config: ConfigDict) -> ModelConfig:
-    """The shape of the config's model, without a network and without its weights, but for those of a GGUF file.
+    """Returns the shape of the config's model. It needs no network, and no weights except those of a GGUF file.
 
     Raises:
-      ValueError: it is a model of the hub whose shape is not known here.
+        ValueError: the model is on the hub, and presets.py does not have its shape.
     """
     source = config.model.source
     if shape := presets.shape(source):
@@ -82,97 +94,98 @@ def load_shape(config: ConfigDict) -> ModelConfig:
 
 
 def programs(config: ConfigDict, shape: ModelConfig, mesh: Mesh, assumed: Assumed) -> list[Program]:
-    """Every jitted program of the run's stages.
+    """Returns every jitted program of the run's stages.
 
     Raises:
-      ValueError: a parameter does not divide over the mesh.
+        ValueError: a parameter does not divide over the mesh.
     """
     policy = Policy(shape, None, (0,), 0, jnp.dtype(config.model.dtype), "")
-    calls = workload.calls(config, assumed)
-    found = []
-    if "sft" in config.stages:
-        found += _of_sft(config, policy, mesh, assumed, calls)
-    if "rl" in config.stages:
-        found += _of_rl(config, policy, mesh, assumed, calls)
+    setup = _Setup(config, policy, mesh, assumed, workload.calls(config, assumed))
+    sft_programs = _sft_programs(setup) if "sft" in config.stages else []
+    rl_programs = _rl_programs(setup) if "rl" in config.stages else []
     state = _state(config, "rl", policy, mesh)
-    resident = _moments(state) if config.rl.eval_every else 0
-    for samples, count in sorted(calls.evaluations.items()):
-        name = f"evaluation, {samples} samples"
-        given = state.params, resident, mesh, assumed
-        found.append(_generation(name, config, "eval", policy, *given, (samples,), count))
-    return found
+    resident = _moments_bytes(state) if config.rl.eval_every else 0
+    evaluations = [
+        _generation(setup, "eval", f"evaluation, {samples} samples", state.params, resident, (samples,), count)
+        for samples, count in sorted(setup.calls.evaluations.items())
+    ]
+    return [*sft_programs, *rl_programs, *evaluations]
 
 
-def _of_sft(config: ConfigDict, policy: Policy, mesh: Mesh, assumed: Assumed, calls: workload.Calls) -> list[Program]:
-    fields, settings = config.sft, {"dtype": policy.dtype, "remat": config.model.remat}
+def _sft_programs(setup: _Setup) -> list[Program]:
+    config, policy, mesh, assumed, calls = setup
+    fields, forward = config.sft, Forward(policy.config, policy.dtype, config.model.remat)
     state = _state(config, "sft", policy, mesh)
     tx, _ = stage.optimizer(config, "sft", 1)
-    update: Any = sft.make_update(policy.config, tx, shardings=_shardings(state), **settings)
-    loss: Any = sft.make_losses(policy.config, **settings)
+    update: Any = sft.make_update(forward, tx, shardings=_shardings(state))
+    loss: Any = sft.make_losses(forward)
 
-    most = config.data.max_prompt_tokens, fields.max_response_tokens
-    responses = workload.lengths(fields.batch, assumed.response_tokens, most[1])
+    longest = config.data.max_prompt_tokens, fields.max_response_tokens
+    responses = workload.lengths(fields.batch, assumed.response_tokens, longest[1])
     encoded = {str(i): ([0] * assumed.prompt_tokens, [0] * int(n)) for i, n in enumerate(responses)}
     rows = [{"id": name} for name in encoded]
-    encoded["longest"] = ([0] * most[0], [0] * most[1])  # in no batch, but it decides the shapes
+    encoded["longest"] = ([0] * longest[0], [0] * longest[1])  # decides the shapes, but is in no batch
     packed, tokens = sft.encode_batch(
         rows, encoded, batch=fields.batch, micro_batch=fields.micro_batch, chunk=logprobs.default_chunk(mesh)
     )
-    placed = packing.specs(packed)
-    batch = _placed((packed, tokens), (placed, placed.owner), mesh)
+    packed_specs = packing.specs(packed)
+    batch = _shapes_on(mesh, (packed, tokens), (packed_specs, packed_specs.owner))
 
     scopes = Scopes("optimizer", (("responses", "responses"),), _trips({"responses": packed}))
     setting = _layer_inputs("sft.micro_batch", packed, policy, mesh)
-    parameters, whole = (device_bytes((part, batch)) for part in (state.params, state))
     total = float(responses.sum())
     return [
         Program(
-            "SFT update", "sft", partial(update.trace, state, batch), scopes, 0, whole, calls.sft_steps, total, setting
+            "SFT update", "sft", partial(update.trace, state, batch), scopes, resident=0,
+            arguments=device_bytes((state, batch)), calls=calls.sft_steps, tokens=total, setting=setting,
         ),
         Program(
-            "SFT validation", "sft", partial(loss.trace, state.params, batch), scopes, _moments(state), parameters,
-            calls.sft_validations, total, setting._replace(bytes=0),
+            "SFT validation", "sft", partial(loss.trace, state.params, batch), scopes, resident=_moments_bytes(state),
+            arguments=device_bytes((state.params, batch)), calls=calls.sft_validations, tokens=total,
+            setting=setting._replace(bytes=0),
         ),
     ]  # fmt: skip
 
 
-def _of_rl(config: ConfigDict, policy: Policy, mesh: Mesh, assumed: Assumed, calls: workload.Calls) -> list[Program]:
+def _rl_programs(setup: _Setup) -> list[Program]:
+    config, policy, mesh, assumed, calls = setup
     fields = config.rl
     state = _state(config, "rl", policy, mesh)
-    groups = tuple(rl.sampled_groups(fields).values())
-    rollout = state.params, _moments(state), mesh, assumed
-    found = [_generation("rollout", config, "rl", policy, *rollout, groups, calls.rl_steps)]
+    generations = {"rollout": (tuple(rl.sampled_groups(fields).values()), calls.rl_steps)}
     if calls.own_strategies:
-        found += [
-            _generation(name, config, "rl", policy, *rollout, (group,), calls.own_strategies)
-            for name, group in {"own responses": fields.self_tries, "own strategies": 1}.items()
-        ]
+        generations["own responses"] = (fields.self_tries,), calls.own_strategies
+        generations["own strategies"] = (1,), calls.own_strategies
+    samplers = [
+        _generation(setup, "rl", name, state.params, _moments_bytes(state), groups, count)
+        for name, (groups, count) in generations.items()
+    ]
 
     tx, _ = stage.optimizer(config, "rl", 1)
-    of_batch, of_update = rl.method(fields)
-    update: Any = train_step.make_update(
-        policy.config, tx, **of_update, dtype=policy.dtype, remat=config.model.remat, shardings=_shardings(state)
-    )
+    forward = Forward(policy.config, policy.dtype, config.model.remat)
+    update: Any = train_step.make_update(forward, tx, Objective.from_config(fields), shardings=_shardings(state))
     chunk = logprobs.default_chunk(mesh)
-    packed = pack_batch(made_up_batch(config, assumed), micro_batch=fields.micro_batch, chunk=chunk, **of_batch)
-    batch = _placed(packed, specs(packed), mesh)
+    packed = pack_batch(
+        made_up_batch(config, assumed), Weighting.from_config(fields), fields.distillation,
+        micro_batch=fields.micro_batch, chunk=chunk,
+    )  # fmt: skip
+    batch = _shapes_on(mesh, packed, specs(packed))
     parts = {"old_logp": packed.autonomous, "candidates": packed.candidates}
     parts |= {"autonomous": packed.autonomous, "targets": packed.targets}
     scopes = Scopes("optimizer", tuple((name, name) for name in parts), _trips(parts))
     setting = _layer_inputs("rl.micro_batch", packed.autonomous, policy, mesh)
     tokens = float(packed.lengths.sum() + (0 if packed.guided_lengths is None else packed.guided_lengths.sum()))
-    trace = partial(update.trace, state, batch)
-    return [
-        *found, Program("update", "rl", trace, scopes, 0, device_bytes((state, batch)), calls.rl_steps, tokens, setting)
-    ]  # fmt: skip
+    planned_update = Program(
+        "update", "rl", partial(update.trace, state, batch), scopes, resident=0,
+        arguments=device_bytes((state, batch)), calls=calls.rl_steps, tokens=tokens, setting=setting,
+    )  # fmt: skip
+    return [*samplers, planned_update]
 
 
 def made_up_batch(config: ConfigDict, assumed: Assumed) -> Batch:
-    """A step's rollouts with the assumed lengths, of which the assumed share is correct."""
+    """Makes up the rollouts of a step, with the assumed lengths and the assumed share of correct responses."""
     fields, random = config.rl, np.random.default_rng(0)
-    most = config.data.max_prompt_tokens
-    mask = np.broadcast_to(np.arange(most) >= most - assumed.prompt_tokens, (fields.batch, most))
-    prompts = Prompts(np.zeros(mask.shape, np.int32), mask)
+    longest = config.data.max_prompt_tokens
+    prompts = Contexts([np.zeros(assumed.prompt_tokens, np.int32)] * fields.batch, longest)
 
     def group(size: int) -> Group:
         shape = fields.batch, size
@@ -183,34 +196,34 @@ def made_up_batch(config: ConfigDict, assumed: Assumed) -> Batch:
 
     guided = group(fields.guided) if fields.guided else None
     sampled = guided is not None and fields.guide != "demonstration"
-    # With other tokens: a guided prompt that is the unguided one would have nothing to distil.
-    guided_prompts = Prompts(prompts.tokens + 1, mask) if sampled else None
+    # The tokens differ from those of the unguided prompts; equal prompts would give nothing to distil.
+    guided_prompts = Contexts([np.asarray(tokens) + 1 for tokens in prompts.tokens], longest) if sampled else None
     return Batch(prompts, guided_prompts, group(fields.autonomous), guided)
 
 
 def _generation(
-    name: str,
-    config: ConfigDict,
-    section: str,
-    policy: Policy,
-    params: Any,
-    resident: int,
-    mesh: Mesh,
-    assumed: Assumed,
-    groups: tuple[int, ...],
-    calls: int,
+    setup: _Setup, section: str, name: str, params: Any, resident: int, groups: tuple[int, ...], calls: int
 ) -> Program:
-    """Sampling groups of these sizes for each problem of a batch, as `generation.respond_in_groups` does."""
-    fields, most = config[section], config.data.max_prompt_tokens
-    shards, asked = row_ways(mesh), fields.batch * len(groups)
+    """Samples groups of these sizes for each problem of a batch, as `generation.respond_in_groups` does.
+
+    Args:
+        setup: the run.
+        section: of the config: "rl" or "eval".
+        name: of the program.
+        params: shapes of the parameters on the mesh.
+        resident, groups, calls: bytes held during a call; responses of each group to a problem; calls in the whole run.
+    """
+    config, policy, mesh, assumed, _ = setup
+    fields, longest = config[section], config.data.max_prompt_tokens
+    shards, prompt_count = row_ways(mesh), fields.batch * len(groups)
     rows, whole = NamedSharding(mesh, P(BATCH)), NamedSharding(mesh, P())
-    prompts = [jax.ShapeDtypeStruct((asked, most), kind, sharding=rows) for kind in (jnp.int32, jnp.bool)]
+    prompts = [jax.ShapeDtypeStruct((prompt_count, longest), kind, sharding=rows) for kind in (jnp.int32, jnp.bool)]
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), len(groups)))
     trace = partial(
-        generate.trace, params, policy.config, *prompts, jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
-        jax.ShapeDtypeStruct((asked,), jnp.uint32, sharding=rows), group=groups, stop_ids=policy.stop_ids,
-        pad_id=policy.pad_id, dtype=policy.dtype, shards=shards,
-        **{name: fields[name] for name in ("slots", "max_new_tokens", "temperature", "top_p", "top_k")},
+        generate.trace, params, policy.language_model, Prompts(*prompts),
+        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
+        jax.ShapeDtypeStruct((prompt_count,), jnp.uint32, sharding=rows), sampling=Sampling.from_config(fields),
+        group=groups, shards=shards,
     )  # fmt: skip
     count = fields.batch * sum(groups)
     responses = workload.lengths(count, assumed.response_tokens, fields.max_new_tokens)
@@ -219,36 +232,37 @@ def _generation(
     split = mesh.shape["tensor"] if policy.config.num_kv_heads % mesh.shape["tensor"] == 0 else 1
     with jax.set_mesh(mesh):
         cache = jax.eval_shape(
-            partial(init_cache, policy.config, slots, most - 1 + fields.max_new_tokens, policy.dtype)
+            partial(init_cache, policy.config, slots, longest - 1 + fields.max_new_tokens, policy.dtype)
         )
     setting = Setting(f"{section}.slots", slots, whole_bytes(cache) // shards // split)
     token_bytes = 2 * policy.config.num_kv_heads // split * policy.config.head_dim * policy.dtype.itemsize
     scopes = _decoding(stages, count // shards, token_bytes)
     return Program(
-        name, section, trace, scopes, resident, device_bytes((params, prompts)), calls, float(responses.sum()), setting
-    )
+        name, section, trace, scopes, resident, arguments=device_bytes((params, prompts)), calls=calls,
+        tokens=float(responses.sum()), setting=setting,
+    )  # fmt: skip
 
 
 def _decoding(stages: list[Stage], responses: int, token_bytes: int) -> Scopes:
-    """How often the loops of the engine run, and what the paged kernel reads of the cache of a layer.
+    """Returns the trip counts of the engine's loops, and the bytes that the paged kernel reads from a layer's cache.
 
     Args:
-      stages: from the engine's schedule.
-      responses: of a shard; the prompt of each is copied once.
-      token_bytes: of a token's keys and values in one layer on a device.
+        stages: from the engine's schedule.
+        responses: of a shard; the prompt of each is copied once.
+        token_bytes: keys and values of a token in one layer on a device.
     """
     refills = float(stages[0].refills)
     trips, reads = [("refill/while$", refills), ("refill/while/body/while$", responses / refills)], []
-    for each in stages:
-        kernel = f"decode_{each.width}/.*paged_attention"
-        blocks = each.cached / each.width / (attention.PAGES_PER_BLOCK * attention.LANES)
-        trips += [(kernel, blocks), (f"decode_{each.width}/while$", each.steps / max(each.refills, 1))]
-        reads.append((kernel, each.cached * token_bytes))
+    for decoding in stages:
+        kernel = f"decode_{decoding.width}/.*paged_attention"
+        blocks = decoding.cached / decoding.width / (attention.PAGES_PER_BLOCK * attention.LANES)
+        trips += [(kernel, blocks), (f"decode_{decoding.width}/while$", decoding.steps / max(decoding.refills, 1))]
+        reads.append((kernel, decoding.cached * token_bytes))
     return Scopes("prefill", (("decode_", "decode"), ("refill", "refill")), tuple(trips), tuple(reads))
 
 
 def _layer_inputs(field: str, packed: Packed, policy: Policy, mesh: Mesh) -> Setting:
-    """What the backward pass keeps at least: the input of every layer."""
+    """Returns the setting of an update. Its backward pass keeps at least the input of every layer."""
     _, rows, length = packed.contexts[0].tokens.shape
     shape = policy.config
     size = shape.num_layers * length * shape.hidden_size * policy.dtype.itemsize
@@ -257,7 +271,7 @@ def _layer_inputs(field: str, packed: Packed, policy: Policy, mesh: Mesh) -> Set
 
 
 def _trips(parts: dict[str, Packed | None]) -> tuple[tuple[str, float], ...]:
-    """Micro-batches of each part, and, in each of them, chunks of response tokens; one optimizer step."""
+    """Returns the trip counts of an update: micro-batches of each part, and the chunks of response tokens in them."""
     chunks, micro_batches = [], [("optimizer/while$", 1.0)]
     for name, packed in parts.items():
         if packed is not None:
@@ -268,7 +282,7 @@ def _trips(parts: dict[str, Packed | None]) -> tuple[tuple[str, float], ...]:
 
 
 def _state(config: ConfigDict, name: str, policy: Policy, mesh: Mesh) -> TrainState:
-    """The training state of a stage as shapes on the mesh."""
+    """Returns the training state of a stage as shapes on the mesh."""
     tx, _ = stage.optimizer(config, name, 1)
     shapes, shardings = stage.state_shardings(policy, tx, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
@@ -278,23 +292,24 @@ def _shardings(state: TrainState) -> TrainState:
     return jax.tree.map(lambda x: x.sharding, state)
 
 
-def _placed(tree: Any, placed: Any, mesh: Mesh) -> Any:
+def _shapes_on(mesh: Mesh, tree: Any, tree_specs: Any) -> Any:
+    """Returns the shapes of the arrays in a tree, with their shardings on the mesh."""
     return jax.tree.map(
         lambda x, spec: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=NamedSharding(mesh, spec)),
-        tree, placed,
+        tree, tree_specs,
     )  # fmt: skip
 
 
 def whole_bytes(tree: Any) -> int:
-    """Bytes that shapes take on all devices together."""
+    """Returns the bytes that shapes take on all devices together."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes that shapes on a mesh take on one device."""
+    """Returns the bytes that shapes on a mesh take on one device."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _moments(state: TrainState) -> int:
-    """Bytes of the training state on a device, without the parameters."""
+def _moments_bytes(state: TrainState) -> int:
+    """Returns the bytes of the training state on a device, without the parameters."""
     return device_bytes(state) - device_bytes(state.params)

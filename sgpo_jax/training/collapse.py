@@ -1,5 +1,6 @@
 """Signs that a policy is collapsing, from the metrics rows of its training."""
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,11 +17,14 @@ LIMITS = {
 
 
 def sound_steps(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any]) -> int:
-    """The last step before the window in which the present signs appeared; 0 is the state before the first step.
+    """Finds the last step before the window in which the present signs appeared.
 
     Args:
       rows: of the training so far; the last one has a sign, as may some before it.
       limits: as in `signs`.
+
+    Returns:
+      The step; 0 is the state before the first step.
     """
     first = len(rows)
     while signs(rows[: first - 1], limits):
@@ -29,17 +33,20 @@ def sound_steps(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any]) ->
 
 
 def signs(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any]) -> dict[str, str]:
-    """Field of each limit that the mean of the last `limits["window"]` rows breaks -> what to say of it.
+    """Finds the limits that the mean of the last `limits["window"]` rows breaks.
 
     Args:
-      rows: of the training so far, the last one last; nothing is said of fewer rows than the window, nor of a metric
-        that is missing or not finite in one of them.
+      rows: of the training so far, the last one last. Fewer rows than the window give no sign, nor does a metric that
+        is missing or not finite in one of them.
       limits: `window` (rows) and the fields of LIMITS.
+
+    Returns:
+      Field of the limit -> a message.
     """
     window = limits["window"]
     if len(rows) < window:
         return {}
-    found = {}
+    messages = {}
     for field, (metric, kind, meaning) in LIMITS.items():
         values = [row.get(metric) for row in rows[-window:]]
         if not all(isinstance(value, int | float) and np.isfinite(value) for value in values):
@@ -47,5 +54,28 @@ def signs(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any]) -> dict[
         mean = float(np.mean(values))  # type: ignore[arg-type]
         if mean < limits[field] if kind == "least" else mean > limits[field]:
             side = "below" if kind == "least" else "above"
-            found[field] = f"{metric} is {mean:.4g}, {side} monitor.{field}={limits[field]:g}: {meaning}"
-    return found
+            messages[field] = f"{metric} is {mean:.4g}, {side} monitor.{field}={limits[field]:g}: {meaning}"
+    return messages
+
+
+class Watch:
+    """Watches the metrics of a training for signs of a collapse.
+
+    Args:
+      limits: `config.monitor`.
+      before: the rows before the first step that is watched; their signs are known already.
+    """
+
+    def __init__(self, limits: Any, before: Sequence[Mapping[str, Any]]):
+        self._limits = limits
+        self._rows: deque[Mapping[str, Any]] = deque(before, maxlen=limits.window)
+        self._known = set(signs(list(before), limits))
+
+    def __call__(self, metrics: Mapping[str, Any]) -> str:
+        """Prints a sign when it appears; returns why to stop or go back, or "" to continue."""
+        self._rows.append(metrics)
+        messages = signs(list(self._rows), self._limits)
+        for field in messages.keys() - self._known:
+            print(f"warning: {messages[field]}", flush=True)
+        self._known = set(messages)
+        return "; ".join(messages.values()) if self._limits.action != "warn" else ""

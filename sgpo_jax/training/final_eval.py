@@ -1,81 +1,77 @@
 """The last stage: the evaluation sets before and after RL, as a table, a figure, and a few answers side by side."""
 
 import json
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from sgpo_jax import config as configs
 from sgpo_jax import policy as policies
 from sgpo_jax.evaluation import evaluate_sets
-from sgpo_jax.policy import Policy
+from sgpo_jax.policy import Run
 from sgpo_jax.report import figures
-from sgpo_jax.runtime import distributed, tables
-from sgpo_jax.runtime.files import read_jsonl
+from sgpo_jax.runtime import distributed, is_first, read_jsonl, tables, write_text
+from sgpo_jax.stats import benchmark
 from sgpo_jax.stats.benchmark import gain
 from sgpo_jax.training import stage
 
 SHOWN = 3  # problems of each set whose answers are printed
 
 
-def write(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[], Any], mesh: Mesh) -> dict[str, Any]:
+def write(run: Run, initial: Callable[[], Any]) -> dict[str, Any]:
     """Evaluates the parameters RL started from and those it ended with; writes `workdir/eval`.
 
-    Each evaluation is kept as it finishes, so a run that is killed goes on with the next one.
+    Each evaluation is kept as it finishes, so a run that is killed resumes with the next one.
+
+    Args:
+      run: the config, the folder, the model and its mesh.
+      initial: returns the parameters that RL started from.
 
     Returns:
       {"before" or "after": {"unguided" or "guided": {set name: result of `evaluate`}}}.
     """
-    folder = workdir / "eval"
+    config, folder = run.config, run.workdir / "eval"
     results: dict[str, Any] = {}
-    for when, step in (("before", 0), ("after", _rl_step(config, workdir))):
+    for when, step in (("before", 0), ("after", _rl_step(run))):
         if step is None:
             continue
         params = None
-        for kind in ("unguided", "guided") if config.eval.guided else ("unguided",):
+        for kind in benchmark.contexts(config.eval.guided):
             path = folder / f"{when}_{kind}.json"
-            wanted = {"config": json.loads(config.eval.to_json()), "seed": config.seed, "step": step}
+            wanted = {"config": configs.to_dict(config.eval), "seed": config.seed, "step": step}
             scores = distributed.first(partial(_finished, path, wanted))
             if scores is None:
                 if params is None:
-                    params = initial() if when == "before" else stage.best_params(config, workdir, "rl", policy, mesh)
-                    params = policies.place(params, mesh)
+                    params = initial() if when == "before" else stage.best_params(run, "rl")
+                    params = policies.place(params, run.mesh)
                 print(f"evaluating {when} RL, {kind}", flush=True)
-                with jax.set_mesh(mesh):
-                    scores = evaluate_sets(config, folder / when, policy, params, mesh, step, guided=kind == "guided")
-                if jax.process_index() == 0:
-                    _write_json(path, {**wanted, "results": scores})
+                with jax.set_mesh(run.mesh):
+                    scores = evaluate_sets(run, params, folder / when, step, guided=kind == "guided")
+                if is_first():
+                    write_text(path, json.dumps({**wanted, "results": scores}) + "\n")
             results.setdefault(when, {})[kind] = scores
-    if jax.process_index() == 0:
-        _show(config, workdir, folder, results)
+    if is_first():
+        _show(config, run.workdir, folder, results)
     return results
 
 
-def _rl_step(config: ConfigDict, workdir: Path) -> int | None:
-    if not distributed.first((workdir / "rl" / "checkpoints").is_dir):
+def _rl_step(run: Run) -> int | None:
+    if not distributed.first((run.workdir / "rl" / "checkpoints").is_dir):
         return None
-    with stage.checkpoints(config, workdir, "rl") as saved:
+    with stage.checkpoints(run.config, run.workdir, "rl") as saved:
         return saved.best_step()
 
 
 def _finished(path: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """The results of an evaluation of the same step with the same settings, if it is there."""
+    """Reads the results of an evaluation of the same step with the same settings; None where there are none."""
     if not path.is_file():
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return found["results"] if {name: found.get(name) for name in wanted} == wanted else None
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".partial")
-    unfinished.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return content["results"] if {name: content.get(name) for name in wanted} == wanted else None
 
 
 def _show(config: ConfigDict, workdir: Path, folder: Path, results: dict[str, Any]) -> None:
@@ -115,13 +111,13 @@ def _interval(result: dict[str, Any]) -> str:
 
 
 def _gain(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Difference in accuracy, with an interval paired over problems."""
+    """Returns the difference in accuracy, with an interval paired over problems."""
     mean, low, high = gain(old["per_problem"], new["per_problem"])
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def _show_answers(folder: Path, name: str) -> None:
-    """What the policy says to the first problems of a set, unguided, before and after."""
+    """Prints the unguided answers to the first problems of a set, before and after."""
     files = {when: sorted((folder / when).glob(f"{name}_unguided_*.jsonl")) for when in ("before", "after")}
     answers = {
         when: [row for row in read_jsonl(paths[-1]) if row["sample"] == 0]

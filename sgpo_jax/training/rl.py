@@ -1,220 +1,140 @@
 """Algorithm 1: sample an autonomous and a guided group for each problem, grade them, update; again.
 
-The methods SGPO is compared with (`methods.py`) are the same loop with another guided group, or none.
+The methods that SGPO is compared with (`methods.py`) are the same loop with another guided group, or none.
+
+Axis key: B problems, G responses of a group, T response tokens.
 """
 
-import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sgpo_jax import data, logprobs, rewards, sharding
 from sgpo_jax.data import filtering
 from sgpo_jax.evaluation import evaluate_sets
-from sgpo_jax.policy import Policy
-from sgpo_jax.policy.generation import (
-    Graded,
-    Prompts,
-    demonstrate,
-    encode_prompts,
-    grade,
-    noise_key,
-    pad_prompts,
-    respond_in_groups,
-)
-from sgpo_jax.report import page
-from sgpo_jax.rollout import STOP, Rollout
-from sgpo_jax.runtime import preemption
-from sgpo_jax.runtime.metric_writer import Writer
+from sgpo_jax.policy import Run
+from sgpo_jax.policy.generation import Graded, demonstrate, encode_prompts, grade, noise_key, respond_in_groups
+from sgpo_jax.rollout import STOP, Rollout, Sampling
 from sgpo_jax.strategies import self_written
-from sgpo_jax.training import collapse, packing, rollback, stage
-from sgpo_jax.training.batch import Batch, Group, pack_batch, specs
+from sgpo_jax.training import packing, stage
+from sgpo_jax.training.batch import Batch, Contexts, Group, pack_batch, specs
+from sgpo_jax.training.loop import Clock, Loop
+from sgpo_jax.training.objective import Objective
 from sgpo_jax.training.train_step import make_update
+from sgpo_jax.training.weighting import Weighting
+
+Tokens = dict[str, list[int]]  # problem's id -> tokens of its prompt
 
 
-def train(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[], Any], mesh: Mesh) -> None:
-    """Runs RL, or what is left of it; checkpoints, metrics and generations go to `workdir/rl`."""
-    while _train_until_rollback(config, workdir, policy, initial, mesh):
-        pass  # what is on disk now is resumed
+def train(run: Run, initial: Callable[[], Any]) -> None:
+    """Runs RL, or what is left of it; checkpoints, metrics and generations go to `workdir/rl`.
 
-
-def _train_until_rollback(
-    config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[], Any], mesh: Mesh
-) -> bool:
-    """Runs RL to its end, or until it has gone back to before a collapse; whether it has."""
-    rl = config.rl
-    rows, prompts = load_rows(config, workdir, policy)
-    batches = data.batches(rows, rl.batch, config.seed)
+    Args:
+      run: the config, the folder, the model and its mesh.
+      initial: returns the parameters to begin with, where there is no checkpoint.
+    """
+    rl = run.config.rl
+    rows, prompts = load_rows(run)
+    batches = data.batches(rows, rl.batch, run.config.seed)
     total = rl.steps or rl.epochs * data.steps_per_epoch(rows, rl.batch)
+    weighting, objective = Weighting.from_config(rl), Objective.from_config(rl)
+    chunk = logprobs.default_chunk(run.mesh)
 
-    tx, rate = stage.optimizer(config, "rl", total * rl.updates_per_batch)
-    _, shardings = stage.state_shardings(policy, tx, mesh)
-    of_batch, of_update = method(rl)
-    chunk = logprobs.default_chunk(mesh)
-    update = make_update(
-        policy.config, tx, **of_update, dtype=policy.dtype, remat=config.model.remat, shardings=shardings
-    )
-
-    rollbacks = rollback.read(workdir)
-    with stage.checkpoints(config, workdir, "rl") as saved, jax.set_mesh(mesh):
-        state = stage.start(saved, initial, policy, tx, mesh)
-        first = int(state.step)
-        if first >= total:
-            return False
-        if rl.guided and rl.guide == "self":
-            written = self_written.write(
-                policy, state.params, rows, mesh, path=workdir / "rl" / "strategies.jsonl", step=first,
-                seed=config.seed, tries=rl.self_tries, batch=rl.batch, reward=rl.reward, **_sampling(rl),
-                max_prompt_tokens=config.data.max_prompt_tokens, bare=config.model.tokenizer == "arithmetic",
-            )  # fmt: skip
-            encoded = encode_prompts(policy, written, guided=True)
-            prompts[True] = {row["id"]: tokens for row, tokens in zip(written, encoded, strict=True)}
-        watch = collapse_watch(config.monitor, rollback.recent_rows(workdir, first, config.monitor.window))
-        show = page.live(workdir, config.report_seconds * (jax.process_index() == 0), "RL", total)
-        with Writer(workdir, total, "rl", resume_step=first, enabled=jax.process_index() == 0) as writer:
-            for step in range(first, total):
-                position = step + rollback.passed(rollbacks)
-                batch_rows = batches[position]
-                times = [time.perf_counter()]
-                sampled, slot_steps = sample_groups(config, policy, state.params, prompts, batch_rows, position, mesh)
-                unguided_prompts, autonomous = sampled["autonomous"]
-                guided_prompts, guided = sampled.get("guided", (None, None))
-                own = [rollout for _, rollout in sampled.values()]
-                if rl.guided and guided is None:
-                    tokens = [prompts[False][row["id"]] for row in batch_rows]
-                    guided = demonstrate(policy, tokens, batch_rows, rl.max_new_tokens)
-                times.append(time.perf_counter())
-                graded_auto = grade(policy, autonomous, batch_rows, rl.reward)
-                graded_guided = grade(policy, guided, batch_rows, rl.reward) if guided else None
-                times.append(time.perf_counter())
-                groups = _group(graded_auto), _group(graded_guided) if graded_guided else None
-                batch = Batch(unguided_prompts, guided_prompts, *groups)
-                packed = pack_batch(batch, micro_batch=rl.micro_batch, chunk=chunk, **of_batch)
-                state, device_metrics = update(state, sharding.put(packed, specs(packed), mesh))
-                metrics = {name: float(value) for name, value in device_metrics.items()}
-                times.append(time.perf_counter())
-
-                done = step + 1
-                stage.watch_skipped(config, workdir, "rl", done, int(metrics["skipped"]), batch_rows, batch)
-                metrics |= _rollout_metrics(graded_auto, graded_guided) | _speed(times, *own)
-                metrics["rows_filled"] = packing.filled(packed.autonomous)
-                if step == first:
-                    stage.advise_packing(config, "rl", metrics["rows_filled"], mesh)
-                metrics["slots_used"] = float(sum(each.lengths.sum() for each in own) / slot_steps)
-                metrics["learning_rate"] = float(rate(step * rl.updates_per_batch))
-                score = None
-                if rl.eval_every and (done % rl.eval_every == 0 or done == total):
-                    scores = evaluate_sets(config, workdir / "rl" / "generations", policy, state.params, mesh, done)
-                    score = float(np.mean([result["accuracy"] for result in scores.values()]))
-                    metrics["accuracy"] = score
-                    metrics |= {f"accuracy_{name}": result["accuracy"] for name, result in scores.items()}
-                writer.write(done, metrics)
-                collapsed = watch(metrics)
-                if collapsed and config.monitor.action == "rollback" and len(rollbacks) < config.monitor.most_rollbacks:
-                    if rollback.go_back(workdir, saved, config.monitor, config.checkpoint.every, done, collapsed):
-                        preemption.check()
-                        return True
-                preempted = preemption.requested()
-                if score is not None or done % config.checkpoint.every == 0 or done == total or preempted or collapsed:
-                    saved.save(done, state, score)
-                if preempted:
-                    preemption.check()
-                if collapsed:
-                    after = f" after {len(rollbacks)} rollbacks" * bool(rollbacks)
-                    raise FloatingPointError(f"step {done}: {collapsed}; stopped{after}, as monitor.action asks")
-                show(done)
-    return False
+    with Loop(run, "rl", total, partial(_evaluate, run), rl.eval_every, rl.updates_per_batch) as loop:
+        update = make_update(stage.forward(run), loop.optimizer, objective, shardings=loop.shardings)
+        state = loop.start(initial)
+        if rl.guided and rl.guide == "self" and loop.first < total:
+            prompts["guided"] = own_prompts(run, state.params, rows, loop.first)
+        for step in loop.steps():
+            clock, position = Clock(), loop.position(step)
+            problems = batches[position]
+            sampled, slot_steps = sample_groups(run, state.params, prompts, problems, position)
+            groups = with_demonstrations(run, sampled, prompts, problems)
+            clock.lap("rollout")
+            graded = {name: grade(run.policy, rollout, problems, rl.reward) for name, rollout in groups.items()}
+            clock.lap("reward")
+            batch = make_batch(graded, prompts, problems)
+            packed = pack_batch(batch, weighting, rl.distillation, micro_batch=rl.micro_batch, chunk=chunk)
+            state, device_metrics = update(state, sharding.put(packed, specs(packed), run.mesh))
+            metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+            clock.lap("update")
+            metrics |= _rollout_metrics(graded["autonomous"], graded.get("guided"))
+            metrics |= _speed(clock, sampled, slot_steps) | {"rows_filled": packing.filled(packed.autonomous)}
+            state = loop.finish(state, metrics, problems, batch)
 
 
 def sampled_groups(rl: ConfigDict) -> dict[str, int]:
-    """The groups that a step samples, and their sizes; a demonstration is none."""
+    """Returns the groups that a step samples, and their sizes; a demonstration is not sampled."""
     guided = {"guided": rl.guided} if rl.guided and rl.guide != "demonstration" else {}
     return {"autonomous": rl.autonomous, **guided}
 
 
 def sample_groups(
-    config: ConfigDict,
-    policy: Policy,
-    params: Any,
-    prompts: dict[bool, dict[str, list[int]]],
-    rows: Sequence[dict],
-    position: int,
-    mesh: Mesh,
-) -> tuple[dict[str, tuple[Prompts, Rollout]], int]:
+    run: Run, params: Any, prompts: Mapping[str, Tokens], problems: Sequence[dict], position: int
+) -> tuple[dict[str, Rollout], int]:
     """Samples every group of a step at once.
 
     Args:
-      config: of the run.
-      policy, params, mesh: what samples, and where.
-      prompts: guided? -> problem's id -> tokens, of all problems.
-      rows: B problems.
-      position: the step's among the batches, which together with the run's seed decides the noise.
+      run, params: the policy that samples, and how.
+      prompts: group -> prompts of all problems.
+      problems: B problems.
+      position: the step's place among the batches, which together with the run's seed fixes the noise.
 
     Returns:
-      (group of `sampled_groups` -> its prompts and its rollout `[B,G]`, slot-steps of all).
+      (group of `sampled_groups` -> its rollout `[B,G]`, slot-steps of all groups).
     """
-    sizes = sampled_groups(config.rl)
-    of_group = [prompts[name == "guided"] for name in sizes]
-    tokens = [[each[row["id"]] for row in rows] for each in of_group]
-    longest = [max(map(len, each.values())) for each in of_group]
+    config, sizes = run.config, sampled_groups(run.config.rl)
+    tokens = [[prompts[name][row["id"]] for row in problems] for name in sizes]
+    longest = max(_longest(prompts[name]) for name in sizes)
     keys = [noise_key(config.seed, name, position) for name in sizes]
     rollouts, slot_steps = respond_in_groups(
-        policy, params, tokens, max(longest), keys, mesh, list(sizes.values()), **_sampling(config.rl)
+        run.policy, params, tokens, keys, run.mesh, Sampling.from_config(config.rl), list(sizes.values()), longest
     )
-    padded = [pad_prompts(policy, *each) for each in zip(tokens, longest, strict=True)]
-    return dict(zip(sizes, zip(padded, rollouts, strict=True), strict=True)), slot_steps
+    return dict(zip(sizes, rollouts, strict=True)), slot_steps
 
 
-def _sampling(rl: ConfigDict) -> dict[str, Any]:
-    return {name: rl[name] for name in ("slots", "max_new_tokens", "temperature", "top_p", "top_k")}
+def with_demonstrations(
+    run: Run, sampled: dict[str, Rollout], prompts: Mapping[str, Tokens], problems: Sequence[dict]
+) -> dict[str, Rollout]:
+    """Adds the expert's solutions as the guided group, where the method has a guided group and does not sample it."""
+    rl = run.config.rl
+    if not rl.guided or "guided" in sampled:
+        return sampled
+    tokens = [prompts["autonomous"][row["id"]] for row in problems]
+    return sampled | {"guided": demonstrate(run.policy, tokens, problems, rl.max_new_tokens)}
 
 
-def method(rl: ConfigDict) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `pack_batch` and `make_update` are told about the method."""
-    weights = ("advantage", "weight", "alpha0", "gamma", "alpha_max", "gate", "sft_weight")
-    terms = (
-        "updates_per_batch", "clip_low", "clip_high", "delta", "distillation", "beta", "kl_top_k", "shaping",
-        "entropy_bonus",
-    )  # fmt: skip
-    of_batch = {name: rl[name] for name in ("guide", "target", "distillation", *weights)}
-    of_update = {name: rl[name] for name in terms}
-    return of_batch, of_update | {"normaliser": rl.max_new_tokens if rl.normaliser == "constant" else 0}
+def make_batch(graded: Mapping[str, Graded], prompts: Mapping[str, Tokens], problems: Sequence[dict]) -> Batch:
+    """Puts the graded groups and their prompts together."""
+    contexts = {
+        name: Contexts([tokens[row["id"]] for row in problems], _longest(tokens)) for name, tokens in prompts.items()
+    }
+    groups = {name: Group(g.rollout.tokens, g.rollout.lengths, g.rollout.logp, g.rewards) for name, g in graded.items()}
+    return Batch(contexts["autonomous"], contexts.get("guided"), groups["autonomous"], groups.get("guided"))
 
 
-def collapse_watch(limits: ConfigDict, before: Sequence[dict[str, Any]]) -> Callable[[dict[str, float]], str]:
-    """A function of each step's metrics that prints a sign of a collapse when it appears, and returns why not to go on.
-
-    `before` are the rows of the steps before, which it knows already.
-    """
-    rows: deque[dict[str, Any]] = deque(before, maxlen=limits.window)
-    known = set(collapse.signs(list(rows), limits))
-
-    def watch(metrics: dict[str, float]) -> str:
-        rows.append(metrics)
-        found = collapse.signs(list(rows), limits)
-        for field in found.keys() - known:
-            print(f"warning: {found[field]}", flush=True)
-        known.clear()
-        known.update(found)
-        return "; ".join(found.values()) if limits.action != "warn" else ""
-
-    return watch
+def own_prompts(run: Run, params: Any, rows: Sequence[dict], step: int) -> Tokens:
+    """Has the student write its own strategies, and returns the guided prompts with them."""
+    written = self_written.write(run, params, rows, step)
+    encoded = encode_prompts(run.policy, written, guided=True)
+    return {row["id"]: tokens for row, tokens in zip(written, encoded, strict=True)}
 
 
-def load_rows(config: ConfigDict, workdir: Path, policy: Policy) -> tuple[list[dict], dict[bool, dict[str, list[int]]]]:
-    """(problems, guided? -> id -> prompt tokens) of RL; an account of those left out goes to `workdir`.
+def load_rows(run: Run) -> tuple[list[dict], dict[str, Tokens]]:
+    """Reads the problems of RL; an account of those left out goes to `workdir`.
 
-    Guided prompts are those with the data's strategies, and are there only where the method shows them.
+    Returns:
+      (problems, group -> prompts). Guided prompts are those with the data's strategies, and are there only where the
+      method shows them.
 
     Raises:
       ValueError: there are fewer problems than a batch needs, or others than the run began with.
     """
+    config, policy = run.config, run.policy
     sieve = stage.sift(config, config.data.train)
     if not config.sft.train:
         warm_up, _ = data.split_sft(sieve.rows, config.data.sft_share)
@@ -223,28 +143,34 @@ def load_rows(config: ConfigDict, workdir: Path, policy: Policy) -> tuple[list[d
     needed = needed if config.rl.guided else "problem"
     sieve.leave_out(f"without {needed}", {row["id"]: "" for row in sieve.rows if needed not in row})
     ids = [row["id"] for row in sieve.rows]
-    kinds = (False, True) if needed == "strategy" else (False,)
-    encoded = {guided: encode_prompts(policy, sieve.rows, guided) for guided in kinds}
+    names = ("autonomous", "guided") if needed == "strategy" else ("autonomous",)
+    encoded = {name: encode_prompts(policy, sieve.rows, guided=name == "guided") for name in names}
     # The guided prompt is the longer one.
-    long = filtering.too_long(sieve.rows, encoded[kinds[-1]], config.data.max_prompt_tokens)
+    long = filtering.too_long(sieve.rows, encoded[names[-1]], config.data.max_prompt_tokens)
     sieve.leave_out("prompt too long", long)
-    stage.account(sieve, workdir, "rl")
+    stage.account(sieve, run.workdir, "rl")
     if len(sieve.rows) < config.rl.batch:
         raise ValueError(f"RL has {len(sieve.rows)} problems, fewer than rl.batch={config.rl.batch}")
     prompts = {
-        guided: {id: tokens for id, tokens in zip(ids, encoded[guided], strict=True) if id not in long}
-        for guided in encoded
+        name: {id: tokens for id, tokens in zip(ids, encoded[name], strict=True) if id not in long} for name in names
     }
     return sieve.rows, prompts
 
 
-def _group(graded: Graded) -> Group:
-    rollout = graded.rollout
-    return Group(rollout.tokens, rollout.lengths, rollout.logp, graded.rewards)
+def _longest(prompts: Tokens) -> int:
+    return max(map(len, prompts.values()))
+
+
+def _evaluate(run: Run, params: Any, step: int) -> tuple[float, dict[str, float]]:
+    """Returns (mean accuracy over the evaluation sets, metrics) after a step."""
+    results = evaluate_sets(run, params, run.workdir / "rl" / "generations", step)
+    accuracies = {f"accuracy_{name}": result["accuracy"] for name, result in results.items()}
+    mean = float(np.mean(list(accuracies.values())))
+    return mean, {"accuracy": mean} | accuracies
 
 
 def _rollout_metrics(autonomous: Graded, guided: Graded | None) -> dict[str, float]:
-    """Rewards of both groups; length and outcomes of the autonomous one, which is the policy that is being trained."""
+    """Returns rewards of both groups; lengths and outcomes of the autonomous one, which is the policy in training."""
     outcomes = [verdict.outcome for group in autonomous.verdicts for verdict in group]
     metrics = {"reward_auto": float(autonomous.rewards.mean())}
     if guided is not None:
@@ -259,15 +185,13 @@ def _rollout_metrics(autonomous: Graded, guided: Graded | None) -> dict[str, flo
     }
 
 
-def _speed(times: list[float], *rollouts: Any) -> dict[str, float]:
-    """Seconds and response tokens per second of each phase."""
-    tokens = int(sum(rollout.lengths.sum() for rollout in rollouts))
-    generating, grading, updating = (end - start for start, end in zip(times, times[1:], strict=False))
+def _speed(clock: Clock, sampled: Mapping[str, Rollout], slot_steps: int) -> dict[str, float]:
+    """Returns seconds and response tokens per second of each phase, and the share of slot-steps that made a token."""
+    tokens = int(sum(rollout.lengths.sum() for rollout in sampled.values()))
     return {
-        "tokens_per_second_rollout": tokens / generating,
-        "tokens_per_second_update": tokens / updating,
-        "seconds_rollout": generating,
-        "seconds_reward": grading,
-        "seconds_update": updating,
-        "seconds_step": times[-1] - times[0],
+        "tokens_per_second_rollout": tokens / clock.seconds["rollout"],
+        "tokens_per_second_update": tokens / clock.seconds["update"],
+        **{f"seconds_{phase}": seconds for phase, seconds in clock.seconds.items()},
+        "seconds_step": clock.total,
+        "slots_used": float(tokens / slot_steps),
     }

@@ -1,15 +1,20 @@
-"""What a skipped update read, as a file: arrays alone, opened without pickle."""
+"""What a skipped update read, as a file of arrays alone, opened without pickle; and when skipping stops a run."""
 
-import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
-from sgpo_jax.policy.generation import Prompts
+from sgpo_jax.policy import Run
+from sgpo_jax.policy.tokenizer import pad_left
+from sgpo_jax.rollout import Prompts
+from sgpo_jax.runtime import is_first
+from sgpo_jax.runtime.files import replacing
 from sgpo_jax.sharding import path_name
-from sgpo_jax.training.batch import Batch, Group
+from sgpo_jax.training.batch import Batch, Contexts, Group
 from sgpo_jax.training.packing import Packed, Rows
 
 
@@ -22,18 +27,44 @@ class Skipped(NamedTuple):
     batch: Any  # in host memory: a `Batch`, or for "sft" (Packed, tokens)
 
 
-def write(path: Path, kept: Skipped) -> None:
+def handle(run: Run, stage: str, step: int, in_a_row: int, rows: Sequence[dict], batch: Any) -> None:
+    """Keeps what a skipped update read; stops the run when `config.max_skipped` in a row were skipped.
+
+    Args:
+      run, stage: where the update was.
+      step: of the update.
+      in_a_row: updates skipped in a row; 0 when the last one was not, and there is nothing to do.
+      rows: its problems.
+      batch: what it read, in host memory.
+
+    Raises:
+      FloatingPointError: at the limit; the message names the saved batch.
+    """
+    if not in_a_row:
+        return
+    path = run.workdir / stage / f"skipped_batch_{step:06d}.npz"
+    if is_first():
+        write(path, Skipped(stage, step, [row["id"] for row in rows], batch))
+    if in_a_row >= run.config.max_skipped:
+        raise FloatingPointError(
+            f"step {step}: {in_a_row} updates in a row were not finite (max_skipped={run.config.max_skipped}); the "
+            "parameters are those before them. To see where it begins: "
+            f"python -m sgpo_jax.replay --config=... --workdir={run.workdir} --batch={path}"
+        )
+    print(f"warning: step {step}: the update was not finite and is skipped; what it read is in {path}", flush=True)
+
+
+def write(path: Path, skipped: Skipped) -> None:
     """Writes an .npz file with the arrays of the batch by their path in it, and stage, step and ids."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(kept.batch)
+    batch = _padded(skipped.batch) if isinstance(skipped.batch, Batch) else skipped.batch
+    leaves, _ = jax.tree_util.tree_flatten_with_path(batch)
     arrays: dict[str, Any] = {f"batch/{path_name(key)}": np.asarray(value) for key, value in leaves}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".partial.npz")
-    np.savez_compressed(unfinished, stage=kept.stage, step=kept.step, ids=np.array(kept.ids), **arrays)
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        np.savez_compressed(unfinished, stage=skipped.stage, step=skipped.step, ids=np.array(skipped.ids), **arrays)
 
 
 def read(path: Path) -> Skipped:
-    """What `write` wrote.
+    """Reads what `write` wrote.
 
     Raises:
       ValueError: the file cannot be read, or is another one.
@@ -42,32 +73,34 @@ def read(path: Path) -> Skipped:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         stage, step, ids = str(arrays.pop("stage")), int(arrays.pop("step")), arrays.pop("ids").tolist()
-        return Skipped(stage, step, ids, {"sft": _of_sft, "rl": _of_rl}[stage](_nested(arrays)["batch"]))
+        make = {"sft": _sft_batch, "rl": _rl_batch}[stage]
+        return Skipped(stage, step, ids, make(unflatten_dict(arrays, sep="/")["batch"]))
     except Exception as error:  # a damaged archive raises many kinds
         raise ValueError(
             f"{path}: must be a skipped_batch_STEP.npz that a run left behind ({type(error).__name__}: {error})"
         ) from error
 
 
-def _nested(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Arrays by their path "a/b/c" as dicts of dicts."""
-    tree: dict[str, Any] = {}
-    for name, value in arrays.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return tree
+def _padded(batch: Batch) -> Batch:
+    """Returns the batch with its prompts as rectangular arrays."""
+
+    def padded(contexts):
+        return contexts and Prompts(*pad_left([list(tokens) for tokens in contexts.tokens], contexts.longest, 0))
+
+    return batch._replace(prompts=padded(batch.prompts), guided_prompts=padded(batch.guided_prompts))
 
 
-def _of_rl(tree: dict[str, Any]) -> Batch:
-    guided_prompts = Prompts(**tree["guided_prompts"]) if "guided_prompts" in tree else None
+def _contexts(tokens: np.ndarray, mask: np.ndarray) -> Contexts:
+    return Contexts([row[real] for row, real in zip(tokens, mask, strict=True)], tokens.shape[1])
+
+
+def _rl_batch(tree: dict[str, Any]) -> Batch:
+    guided_prompts = _contexts(**tree["guided_prompts"]) if "guided_prompts" in tree else None
     guided = Group(**tree["guided"]) if "guided" in tree else None
-    return Batch(Prompts(**tree["prompts"]), guided_prompts, Group(**tree["autonomous"]), guided)
+    return Batch(_contexts(**tree["prompts"]), guided_prompts, Group(**tree["autonomous"]), guided)
 
 
-def _of_sft(tree: dict[str, Any]) -> tuple[Packed, np.ndarray]:
+def _sft_batch(tree: dict[str, Any]) -> tuple[Packed, np.ndarray]:
     packed, tokens = tree["0"], tree["1"]
     contexts = [Rows(**packed["contexts"][str(i)]) for i in range(len(packed["contexts"]))]
     return Packed(**packed | {"contexts": tuple(contexts)}), tokens

@@ -1,6 +1,6 @@
-"""What the SFT and the RL loop share: policy, optimizer and state of a stage, its checkpoints, and skipped updates."""
+"""A stage of a run and its folder: policy, optimizer, state and checkpoints, as the config and the disk have them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from ml_collections import ConfigDict
 from sgpo_jax import data, models, sharding
 from sgpo_jax import policy as policies
 from sgpo_jax.data import filtering
-from sgpo_jax.policy import Policy
+from sgpo_jax.policy import Policy, Run
 from sgpo_jax.policy.prompts import INSTRUCTION
 from sgpo_jax.runtime import distributed
-from sgpo_jax.training import skipped_batch
 from sgpo_jax.training.checkpoint import Checkpoints
+from sgpo_jax.training.forward import Forward
 from sgpo_jax.training.optimizer import adamw, schedule
 from sgpo_jax.training.state import TrainState, init_state
 
@@ -27,7 +27,11 @@ BEST = {"sft": ("validation_loss", False), "rl": ("accuracy", True)}
 
 
 def load_policy(config: ConfigDict) -> tuple[Policy, Callable[[jax.Array], Any]]:
-    """(policy, `initial(key) -> params`) of the model that the config names, on the mesh that it names."""
+    """Loads the model that the config names.
+
+    Returns:
+      (policy, `initial(key) -> params`), which reads or draws the parameters onto the mesh that the config names.
+    """
     model, instruction = config.model, config.data.instruction
     policy, initial = policies.load(
         model.source, model.tokenizer, layers=model.layers, hidden=model.hidden, heads=model.heads, mlp=model.mlp,
@@ -36,82 +40,98 @@ def load_policy(config: ConfigDict) -> tuple[Policy, Callable[[jax.Array], Any]]
     return policy, lambda key: initial(key, sharding.make_mesh(**config.mesh))
 
 
+def forward(run: Run) -> Forward:
+    """Returns how the run's training applies its model."""
+    return Forward(run.policy.config, run.policy.dtype, run.config.model.remat)
+
+
 def sift(config: ConfigDict, source: str) -> filtering.Sieve:
-    """`data.sift` against the evaluation sets of the config."""
+    """Runs `data.sift` against the evaluation sets of the config."""
     sets = {name: chosen.source for name, chosen in config.eval.sets.items()}
     fields = config.data
     return data.sift(source, sets, remove_duplicates=fields.remove_duplicates, decontaminate=fields.decontaminate)
 
 
 def account(sieve: filtering.Sieve, workdir: Path, stage: str) -> None:
-    """Prints what became of the rows of a stage and records it in `workdir`.
+    """Prints what became of the rows of a stage, and records it in `workdir`.
 
     Raises:
       ValueError: the stage has a checkpoint, but began with other rows; or the processes have read different ones.
     """
     rows = f"rows of the {stage} stage"
     distributed.agree({f"the number of {rows}": len(sieve.rows), f"the content of {rows}": sieve.fingerprint()})
-    if jax.process_index() == 0:
+    if distributed.is_first():
         sieve.table(f"{stage.upper()}: {len(sieve.rows)} rows of {sum(sieve.read.values())}")
         started = any((workdir / stage / "checkpoints").glob("[0-9]*"))
         filtering.record(sieve, workdir, stage, resuming=started)
 
 
 def optimizer(config: ConfigDict, stage: str, total_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """(AdamW, its learning rate by optimizer step) of a stage."""
+    """Returns (AdamW, its learning rate by optimizer step) of a stage."""
     fields = config[stage]
     rate = schedule(fields.learning_rate, total_steps, warmup_share=fields.warmup_share, decay=fields.decay)
     return adamw(rate, **config.optimizer), rate
 
 
-def checkpoints(config: ConfigDict, workdir: Path, stage: str, reading: bool = False) -> Checkpoints:
-    """The checkpoints of a stage, to go on with it or only to read."""
-    fields = config.checkpoint
-    folder = workdir / stage / "checkpoints"
-    return Checkpoints(folder, fields.keep, *BEST[stage], config.seed, fields.stop_on_error, reading)
-
-
 def state_shardings(policy: Policy, tx: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, TrainState]:
-    """(shapes, shardings) of the state of a stage."""
+    """Returns (shapes, shardings) of the state of a stage."""
     params = jax.eval_shape(partial(models.init, config=policy.config), jax.random.key(0))
     shapes = jax.eval_shape(partial(init_state, optimizer=tx), params)
     return shapes, sharding.tree_shardings(shapes, mesh)
 
 
-def _placed(shapes: TrainState, shardings: TrainState) -> TrainState:
+def placed_shapes(policy: Policy, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Returns the state of a stage as shapes with their shardings."""
+    shapes, shardings = state_shardings(policy, tx, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def checkpoints(config: ConfigDict, workdir: Path, stage: str, reading: bool = False) -> Checkpoints:
+    """Opens the checkpoints of a stage, to continue it or only to read."""
+    fields = config.checkpoint
+    folder = workdir / stage / "checkpoints"
+    return Checkpoints(folder, fields.keep, *BEST[stage], config.seed, fields.stop_on_error, reading)
 
 
 def start(
     saved: Checkpoints, initial: Callable[[], Any], policy: Policy, tx: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """The state of the latest checkpoint, or the one before the first step, with the parameters of `initial()`."""
-    if (state := saved.restore_latest(_placed(*state_shardings(policy, tx, mesh)))) is not None:
+    """Returns the state of the latest checkpoint, or the first state, with the parameters of `initial()`."""
+    if (state := saved.restore_latest(placed_shapes(policy, tx, mesh))) is not None:
         return state
     return first_state(initial(), policy, tx, mesh)
 
 
 def first_state(params: Any, policy: Policy, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state before the first step of a stage that begins with `params`."""
+    """Returns the state before the first step of a stage that begins with `params`."""
     _, shardings = state_shardings(policy, tx, mesh)
     params = sharding.place(params, shardings.params)
     return jax.jit(partial(init_state, optimizer=tx), out_shardings=shardings)(params)
 
 
-def warmed_up(config: ConfigDict, workdir: Path, policy: Policy, initial: Callable[[], Any], mesh: Mesh) -> Any:
-    """The parameters that RL begins with: the best of the warm-up, or, where there is none, `initial()`."""
-    params = best_params(config, workdir, "sft", policy, mesh)
+def warmed_up(run: Run, initial: Callable[[], Any]) -> Any:
+    """Returns the parameters that RL begins with: the best of the warm-up, or, where there is none, `initial()`."""
+    params = best_params(run, "sft")
     return initial() if params is None else params
 
 
-def best_params(config: ConfigDict, workdir: Path, stage: str, policy: Policy, mesh: Mesh) -> Any | None:
-    """Parameters of the best checkpoint of a stage, or None when the stage has none."""
-    step = find_step(config, workdir, stage, "best")
-    return None if step is None else params_at(config, workdir, stage, step, policy, mesh)
+def best_params(run: Run, stage: str) -> Any | None:
+    """Reads the parameters of the best checkpoint of a stage; None where the stage has none."""
+    step = find_step(run.config, run.workdir, stage, "best")
+    return None if step is None else params_at(run, stage, step)
 
 
 def find_step(config: ConfigDict, workdir: Path, stage: str, which: str) -> int | None:
-    """Step of the "best" or "last" checkpoint of a stage, or `which` itself; None when there is no such checkpoint."""
+    """Finds a checkpoint of a stage.
+
+    Args:
+      config, workdir: of the run.
+      stage: "sft" or "rl".
+      which: "best", "last", or a step.
+
+    Returns:
+      Its step; None where there is no such checkpoint.
+    """
     if not distributed.first((workdir / stage / "checkpoints").is_dir):
         return None
     with checkpoints(config, workdir, stage, reading=True) as saved:
@@ -121,62 +141,21 @@ def find_step(config: ConfigDict, workdir: Path, stage: str, which: str) -> int 
 
 
 def saved_steps(config: ConfigDict, workdir: Path, stage: str) -> list[int]:
-    """Steps of a stage that have a checkpoint."""
+    """Returns the steps of a stage that have a checkpoint."""
     if not (workdir / stage / "checkpoints").is_dir():
         return []
     with checkpoints(config, workdir, stage, reading=True) as saved:
         return saved.all_steps()
 
 
-def params_at(config: ConfigDict, workdir: Path, stage: str, step: int, policy: Policy, mesh: Mesh) -> Any:
-    """Parameters of the checkpoint after `step` of a stage."""
-    tx, _ = optimizer(config, stage, total_steps=1)  # only its state's shape matters here
-    with checkpoints(config, workdir, stage, reading=True) as saved:
-        return saved.restore_params(step, _placed(*state_shardings(policy, tx, mesh)))
+def params_at(run: Run, stage: str, step: int) -> Any:
+    """Reads the parameters of the checkpoint after `step` of a stage."""
+    tx, _ = optimizer(run.config, stage, total_steps=1)  # only the shape of its state matters here
+    with checkpoints(run.config, run.workdir, stage, reading=True) as saved:
+        return saved.restore_params(step, placed_shapes(run.policy, tx, run.mesh))
 
 
-def state_at(
-    config: ConfigDict,
-    workdir: Path,
-    stage: str,
-    step: int,
-    policy: Policy,
-    tx: optax.GradientTransformation,
-    mesh: Mesh,
-) -> TrainState:
-    """The checkpoint after `step` of a stage."""
-    with checkpoints(config, workdir, stage, reading=True) as saved:
-        return saved.restore(step, _placed(*state_shardings(policy, tx, mesh)))
-
-
-def advise_packing(config: ConfigDict, stage: str, filled: float, mesh: Mesh) -> None:
-    """Says how to compute less when many rows of an update are empty."""
-    rows = config[stage].micro_batch
-    if filled < 0.75 and rows > sharding.row_ways(mesh):
-        print(
-            f"{stage}.micro_batch={rows}: {filled:.0%} of the rows that an update computes hold responses; "
-            "a smaller one leaves fewer empty",
-            flush=True,
-        )
-
-
-def watch_skipped(
-    config: ConfigDict, workdir: Path, stage: str, step: int, in_a_row: int, rows: Sequence[dict], batch: Any
-) -> None:
-    """Keeps what a skipped update read, in host memory; stops the run when `config.max_skipped` in a row were skipped.
-
-    Raises:
-      FloatingPointError: at the limit; the message names the saved batch.
-    """
-    if not in_a_row:
-        return
-    path = workdir / stage / f"skipped_batch_{step:06d}.npz"
-    if jax.process_index() == 0:
-        skipped_batch.write(path, skipped_batch.Skipped(stage, step, [row["id"] for row in rows], batch))
-    if in_a_row >= config.max_skipped:
-        raise FloatingPointError(
-            f"step {step}: {in_a_row} updates in a row were not finite (max_skipped={config.max_skipped}); parameters "
-            f"are those before them. Where it begins: python -m sgpo_jax.replay --config=... --workdir={workdir} "
-            f"--batch={path}"
-        )
-    print(f"warning: step {step}: the update was not finite and is skipped; what it read is in {path}", flush=True)
+def state_at(run: Run, stage: str, step: int, tx: optax.GradientTransformation) -> TrainState:
+    """Reads the checkpoint after `step` of a stage."""
+    with checkpoints(run.config, run.workdir, stage, reading=True) as saved:
+        return saved.restore(step, placed_shapes(run.policy, tx, run.mesh))

@@ -1,0 +1,122 @@
+"""Forward passes over packed micro-batches: what the model says of the response tokens in them.
+
+Axis key: K micro-batches, M rows of a micro-batch, S chunks of response tokens, J tokens of a row in a chunk,
+C = M * J tokens of a chunk, D hidden.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sgpo_jax import logprobs, models
+from sgpo_jax.sharding import BATCH, constrain
+from sgpo_jax.training.packing import Packed, Rows
+
+
+@dataclass(frozen=True)
+class Forward:
+    """How training runs the decoder."""
+
+    config: models.ModelConfig
+    dtype: Any = jnp.float32  # of activations and matrix products
+    remat: str = "none"  # what the backward pass computes again: see `models.apply`
+
+
+class Tokens(NamedTuple):
+    """The response tokens of one micro-batch, in chunks. Positions without a token have share and weight 0.
+
+    Stacked micro-batches have a leading axis K.
+    """
+
+    ids: jax.Array  # [S,C] int32
+    share: jax.Array  # [S,C] float32, share of the token in the mean over sequences of their means over tokens
+    weight: jax.Array  # [S,C] float32, factor of the token's loss in the sum that is minimised
+    advantage: Any = None  # [S,C] float32; None for targets, as the two below
+    old_logp: Any = None  # [S,C] float32, nats, before the first update; None: that of the current policy
+    sampler_logp: Any = None  # [S,C] float32, nats, as the sampler computed it
+
+
+class MicroBatch(NamedTuple):
+    """Rows of packed sequences that are computed at once, and their response tokens."""
+
+    rows: Rows
+    chunks: jax.Array  # [] int32, chunks in use
+    tokens: Tokens
+    guided_rows: Rows | None = None  # the same responses after the guided prompts
+
+
+def listed(values: jax.Array) -> jax.Array:
+    """Reshapes values of response tokens `[K,S,M,J]` to `[K,S,C]`."""
+    return values.reshape(*values.shape[:2], -1)
+
+
+def with_responses(rows: Rows, owner: jax.Array, ids: jax.Array) -> Rows:
+    """Writes response tokens into the rows, after the slots that predict them.
+
+    Args:
+      rows: of K micro-batches.
+      owner: `[K,S,M,J]`, -1 where there is no token.
+      ids: `[K,S,M,J]` token ids.
+    """
+
+    def write(row, slots, owner, ids):
+        places = jnp.where(owner >= 0, slots + 1, row.size)
+        return row.at[places.reshape(-1)].set(ids.reshape(-1), mode="drop")
+
+    by_row = jax.vmap(jax.vmap(write, in_axes=(0, 1, 1, 1)))
+    return rows._replace(tokens=by_row(rows.tokens, rows.slots, owner, ids))
+
+
+def response_hidden(forward: Forward, params: Any, rows: Rows) -> jax.Array:
+    """Computes the hidden states `[S,C,D]` that predict the response tokens of one micro-batch."""
+    hidden, _ = models.apply(
+        params, forward.config, rows.tokens, rows.positions, rows.segments, dtype=forward.dtype, remat=forward.remat
+    )
+    chunks, count, _ = rows.slots.shape
+    picked = jnp.take_along_axis(hidden, rows.slots.swapaxes(0, 1).reshape(count, -1, 1), axis=1)
+    picked = picked.reshape(count, chunks, -1, hidden.shape[-1]).swapaxes(0, 1)
+    return constrain(picked.reshape(chunks, -1, hidden.shape[-1]), None, BATCH, None)
+
+
+def response_logprobs(forward: Forward, params: Any, micro: MicroBatch) -> tuple[jax.Array, jax.Array]:
+    """Computes log-probability and entropy `[S,C]` of the response tokens; 0 in unused chunks."""
+    hidden = response_hidden(forward, params, micro.rows)
+    head = models.head_weight(params, forward.config)
+    return logprobs.chunked_logprobs(
+        hidden, head, micro.tokens.ids, micro.chunks, tied=forward.config.tie_embeddings
+    )
+
+
+def response_loss(
+    forward: Forward, params: Any, micro: MicroBatch, token_loss: logprobs.TokenLoss
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sums a loss over the response tokens.
+
+    Args:
+      forward, params, micro: the policy and its micro-batch.
+      token_loss: `token_loss(logp, entropy, tokens) -> [C]` loss of one chunk.
+
+    Returns:
+      (loss `[]`, log-probability `[S,C]`, entropy `[S,C]`); no gradient flows through the latter two.
+    """
+    hidden = response_hidden(forward, params, micro.rows)
+    head, tokens = models.head_weight(params, forward.config), micro.tokens
+    loss, (logp, entropy) = logprobs.logprobs_loss(
+        token_loss, hidden, head, tokens.ids, micro.chunks, tokens, forward.config.tie_embeddings
+    )
+    return loss, logp, entropy
+
+
+def mean_share(packed: Packed, lengths: jax.Array, count: Any) -> jax.Array:
+    """Computes the share `[K,S,M,J]` of each token in the mean of `count` sequence means.
+
+    Args:
+      packed: the sequences.
+      lengths: `[sequences]` tokens of each response.
+      count: sequences whose means are averaged.
+    """
+    length = lengths[packed.owner]
+    inside = (packed.owner >= 0) & (packed.index < length)
+    return jnp.where(inside, 1.0 / (jnp.maximum(length, 1) * count), 0.0)

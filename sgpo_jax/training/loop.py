@@ -1,0 +1,173 @@
+"""What the SFT and the RL loop do around their steps: start or resume, write, show, evaluate, save, go back, stop."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self
+
+import jax
+
+from sgpo_jax.policy import Run
+from sgpo_jax.report import page
+from sgpo_jax.runtime import is_first, preemption
+from sgpo_jax.runtime.metric_writer import Writer
+from sgpo_jax.sharding import row_ways
+from sgpo_jax.training import collapse, rollback, skipped_batch, stage
+from sgpo_jax.training.state import TrainState
+
+# (parameters, finished steps) -> (score that tells the best checkpoint, metrics)
+Evaluate = Callable[[Any, int], tuple[float, dict[str, float]]]
+
+
+class Clock:
+    """Seconds of the phases of one step."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self.seconds: dict[str, float] = {}  # phase -> seconds, in order
+
+    def lap(self, phase: str) -> None:
+        """Ends a phase, which began with the clock or with the end of the phase before."""
+        now = time.perf_counter()
+        self.seconds[phase], self._last = now - self._last, now
+
+    @property
+    def total(self) -> float:
+        """Returns the seconds of all phases."""
+        return self._last - self._start
+
+
+class Loop:
+    """The steps of one stage; a context manager.
+
+        with Loop(run, "rl", total) as loop:
+            state = loop.start(initial)
+            for step in loop.steps():
+                ...
+                state = loop.finish(state, metrics, rows, batch)
+
+    Checkpoints and metrics go to the folder of the run. A run that is killed resumes after its last checkpoint.
+
+    Args:
+      run: the config, the folder, the model and its mesh.
+      name: of the stage, "sft" or "rl".
+      total: steps of the whole stage.
+      evaluate: measures the parameters after every `evaluate_every` steps and after the last one; None never does.
+      evaluate_every: 0 never evaluates.
+      updates: optimizer steps in each step.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        name: str,
+        total: int,
+        evaluate: Evaluate | None = None,
+        evaluate_every: int = 0,
+        updates: int = 1,
+    ):
+        self._run, self._name, self._total, self._updates = run, name, total, updates
+        self._evaluate, self._evaluate_every = evaluate, evaluate_every
+        self.optimizer, self._rate = stage.optimizer(run.config, name, total * updates)
+        _, self.shardings = stage.state_shardings(run.policy, self.optimizer, run.mesh)
+        self._show = page.live(run.workdir, run.config.report_seconds * is_first(), name.upper(), total)
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            self._saved = stack.enter_context(stage.checkpoints(self._run.config, self._run.workdir, self._name))
+            stack.enter_context(jax.set_mesh(self._run.mesh))
+            self._writing = stack.enter_context(contextlib.ExitStack())
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
+
+    def start(self, initial: Callable[[], Any]) -> TrainState:
+        """Returns the state of the latest checkpoint, or the first state, with the parameters of `initial()`."""
+        state = stage.start(self._saved, initial, self._run.policy, self.optimizer, self._run.mesh)
+        self._initial = initial
+        self.first = self._done = int(state.step)
+        workdir, limits = self._run.workdir, self._run.config.monitor
+        self._rollbacks = rollback.read(workdir) if self._name == "rl" else []
+        rows = rollback.recent_rows(workdir, self._done, limits.window) if self._name == "rl" else []
+        self._watch = collapse.Watch(limits, rows) if self._name == "rl" else None
+        if self._done < self._total:
+            writer = Writer(workdir, self._total, self._name, resume_step=self._done, enabled=is_first())
+            self._writer = self._writing.enter_context(writer)
+        return state
+
+    def steps(self) -> Iterator[int]:
+        """Yields the number of finished steps before each step that is left; after a rollback it goes down."""
+        while self._done < self._total:
+            yield self._done
+
+    def position(self, step: int) -> int:
+        """Returns the place of a step among the batches and in the noise: its number, plus the steps taken back."""
+        return step + rollback.passed(self._rollbacks)
+
+    def finish(self, state: TrainState, metrics: dict[str, float], rows: Sequence[dict], batch: Any) -> TrainState:
+        """Ends a step: writes its metrics, evaluates, saves, and acts on a collapse, a skipped update or SIGTERM.
+
+        Args:
+          state: after the step.
+          metrics: name -> number, with "skipped" and "rows_filled".
+          rows, batch: what the update read, in host memory; kept on disk if it was skipped.
+
+        Returns:
+          The state to continue with: `state`, or that of an earlier checkpoint after a rollback.
+
+        Raises:
+          FloatingPointError: too many updates in a row were skipped, or a collapse stops the run.
+          Preempted: SIGTERM has come, and the state is saved.
+        """
+        config, done = self._run.config, self._done + 1
+        skipped_batch.handle(self._run, self._name, done, int(metrics["skipped"]), rows, batch)
+        if done == self.first + 1:
+            advise_packing(self._run, self._name, metrics["rows_filled"])
+        metrics["learning_rate"] = float(self._rate(self._done * self._updates))
+        score, last = None, done == self._total
+        if self._evaluate and self._evaluate_every and (done % self._evaluate_every == 0 or last):
+            score, measured = self._evaluate(state.params, done)
+            metrics |= measured
+        self._writer.write(done, metrics)
+        collapsed = self._watch(metrics) if self._watch else ""
+        if collapsed and self._goes_back(done, collapsed):
+            self._writing.close()
+            preemption.check()
+            jax.tree.map(lambda x: x.delete(), state)  # makes room for the one that is restored
+            return self.start(self._initial)
+        preempted = preemption.requested()
+        if score is not None or done % config.checkpoint.every == 0 or last or preempted or collapsed:
+            self._saved.save(done, state, score)
+        if preempted:
+            preemption.check()
+        if collapsed:
+            after = f" after {len(self._rollbacks)} rollbacks" * bool(self._rollbacks)
+            raise FloatingPointError(f"step {done}: {collapsed}; stopped{after}, as monitor.action asks")
+        self._done = done
+        self._show(done)
+        return state
+
+    def _goes_back(self, done: int, sign: str) -> bool:
+        """Takes the run on disk back to before a collapse, if the config asks for that; returns whether it has."""
+        limits = self._run.config.monitor
+        if limits.action != "rollback" or len(self._rollbacks) >= limits.most_rollbacks:
+            return False
+        return rollback.go_back(self._run.workdir, self._saved, limits, self._run.config.checkpoint.every, done, sign)
+
+
+def advise_packing(run: Run, name: str, filled: float) -> None:
+    """Prints how to compute less when many rows of an update are empty.
+
+    Args:
+      run, name: the run and its stage.
+      filled: share of the computed rows that hold responses.
+    """
+    rows = run.config[name].micro_batch
+    if filled < 0.75 and rows > row_ways(run.mesh):
+        print(
+            f"{name}.micro_batch={rows}: {filled:.0%} of the rows that an update computes hold responses; "
+            "a smaller one leaves fewer empty",
+            flush=True,
+        )
