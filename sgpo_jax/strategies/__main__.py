@@ -1,11 +1,11 @@
-"""Strategies from expert responses (Sec. 3.1, App. B, C, H); docs/strategies.md shows a run.
+"""Extracts strategies from expert responses (Sec. 3.1, App. B, C, H); docs/strategies.md shows a run.
 
 python -m sgpo_jax.strategies --config=configs/strategies.py --workdir=DIR [--to=FILE] [--config.extract.FIELD=..]
 python -m sgpo_jax.strategies --config=configs/strategies.py --workdir=DIR --audit
 
-The first writes every reply and verdict to DIR/extraction.jsonl as it comes, and what was kept to FILE, by default
-DIR/strategies.jsonl, which `data.load` reads. The second has another model rate a sample of it, in DIR/audit.jsonl.
-Kill either at any moment; the same command goes on and pays for nothing twice.
+The first command appends every reply and verdict to DIR/extraction.jsonl and writes the problems with strategies to
+FILE, DIR/strategies.jsonl by default, which `data.load` reads. The second has another model rate a sample of the
+strategies, in DIR/audit.jsonl. Both may be killed at any moment: the same command resumes and pays for nothing twice.
 """
 
 import sys
@@ -14,20 +14,22 @@ from pathlib import Path
 from absl import flags
 
 from sgpo_jax import cli, config_checks
-from sgpo_jax.strategies.runs import audit, run
+from sgpo_jax.strategies.ratings import audit
+from sgpo_jax.strategies.runs import run
 
 
-def main(config, given) -> None:
+def main(config, flag_values) -> None:
+    """Runs the command."""
     config_checks.check_extract(config)
-    workdir = cli.folder("workdir", given.workdir)
-    to = Path(given.to).expanduser() if given.to else workdir / "strategies.jsonl"
+    workdir = cli.folder("workdir", flag_values.workdir)
+    to = Path(flag_values.to).expanduser() if flag_values.to else workdir / "strategies.jsonl"
     cli.folder("to", str(to.parent))
-    if why := audit(config, workdir) if given.audit else run(config, workdir, to):
-        sys.exit(f"sgpo_jax: stopped early: {why}. The same command goes on")
+    if why := audit(config, workdir) if flag_values.audit else run(config, workdir, to):
+        sys.exit(f"sgpo_jax: stopped early: {why}. The same command resumes")
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "Folder of the journal; goes on with what is there.")
+    flags.DEFINE_string("workdir", None, "Folder of the journal; an extraction there is resumed.")
     flags.DEFINE_string("to", "", "JSONL file for the problems with strategies; WORKDIR/strategies.jsonl by default.")
     flags.DEFINE_bool("audit", False, "Rate a sample of the kept strategies instead.")
     cli.start(main, required=["config", "workdir"])

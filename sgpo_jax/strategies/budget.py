@@ -1,4 +1,4 @@
-"""What an extraction has paid for and may still spend, and many problems at once within it."""
+"""The budget of an extraction: counts what it has spent, and works on many problems at once within the limits."""
 
 import hashlib
 import threading
@@ -9,7 +9,7 @@ from sgpo_jax.runtime.journal import Journal
 from sgpo_jax.strategies import prompts
 from sgpo_jax.strategies.clients import Ask, Denied, Refused, Reply, Request, Unavailable
 
-# (stage, number, prompt, choices, max_tokens) -> reply
+# (stage, index, prompt, choices, max_tokens) -> reply, from the journal if it is there
 Paid = Callable[[str, int, str, int, int], Reply]
 _OVERHEAD = 64  # tokens of the chat template around a prompt, at most
 
@@ -19,47 +19,51 @@ class BudgetReached(Exception):
 
 
 class Meter:
-    """Counts calls, retries, tokens and cost; keeps their sum below a budget, from any thread.
+    """A meter of calls, retries, tokens and cost that keeps them within a budget; may be used from any thread.
 
-    A request is let through only when the most it can use still fits, together with those under way. So the budget
-    holds as far as the server counts honestly; what it charges for requests that break off is unknown.
+    A request may start only if its largest possible use still fits, in addition to the requests under way. So the
+    budget holds if the server counts correctly. What it charges for requests that break off is unknown.
 
     Args:
-      price_in, price_out: per million tokens.
-      budget_tokens, budget_cost: 0 is no limit.
+      price_in: price of a million prompt tokens.
+      price_out: price of a million reply tokens.
+      budget_tokens: most tokens; 0 is no limit.
+      budget_cost: highest cost; 0 is no limit.
     """
 
     def __init__(self, price_in: float, price_out: float, budget_tokens: int = 0, budget_cost: float = 0.0):
         self._prices = price_in / 1e6, price_out / 1e6
         self._limits = budget_tokens or float("inf"), budget_cost or float("inf")
         self._changed = threading.Condition()
-        self._reserved = [0, 0]  # tokens in and out of the requests under way, at most
+        self._reserved = [0, 0]  # most tokens in and out of the requests under way
         self.calls = self.retries = self.tokens_in = self.tokens_out = 0
 
     def cost(self, tokens_in: int, tokens_out: int) -> float:
+        """Returns the cost of some tokens."""
         return tokens_in * self._prices[0] + tokens_out * self._prices[1]
 
     @property
     def spent(self) -> float:
-        """Cost of everything counted."""
+        """The cost of everything counted."""
         return self.cost(self.tokens_in, self.tokens_out)
 
     def retried(self, why: str) -> None:
+        """Counts a retry."""
         with self._changed:
             self.retries += 1
 
     def count(self, tokens_in: int, tokens_out: int) -> None:
-        """Adds one call."""
+        """Counts a call with its tokens."""
         with self._changed:
             self.calls += 1
             self.tokens_in += tokens_in
             self.tokens_out += tokens_out
 
     def reserve(self, most: tuple[int, int]) -> None:
-        """Waits until a request that uses at most so many tokens (in, out) fits into the budget.
+        """Waits until a request that uses at most these tokens (in, out) fits into the budget, and reserves them.
 
         Raises:
-          BudgetReached: it does not fit, and no other request is under way.
+          BudgetReached: it does not fit although no other request is under way.
         """
         with self._changed:
             while not self._fits(most):
@@ -85,14 +89,22 @@ class Meter:
 
 
 def digest(*parts: str | None) -> str:
-    """A short name for texts that must be the same again."""
+    """Returns a short digest by which equal texts are recognised later."""
     return hashlib.sha256(repr(parts).encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
 
 def payer(id: str, ask: Ask, journal: Journal, meter: Meter, model: str, stop: threading.Event) -> Paid:
-    """`paid` for one problem: the journal's reply to a request, or a new one, in the journal before it is used.
+    """Returns `paid` for one problem: it returns the journal's reply to a request, or else sends the request.
 
-    Nothing new is asked for once `stop` is set.
+    A new reply is in the journal before it is returned.
+
+    Args:
+      id: the problem's id.
+      ask: sends a request.
+      journal: where replies are kept.
+      meter: counts new replies and holds the budget.
+      model: the model's name, for the records.
+      stop: no new request is sent once it is set.
     """
 
     def paid(stage: str, index: int, prompt: str, choices: int, max_tokens: int) -> Reply:
@@ -105,10 +117,10 @@ def payer(id: str, ask: Ask, journal: Journal, meter: Meter, model: str, stop: t
             meter.reserve(most)
             try:
                 reply = ask(Request(f"{id}/{stage}/{index}", prompt, choices, max_tokens))
-                names = dict(zip(("id", "stage", "index", "prompt"), key, strict=True))
-                made_by = {"model": model, "version": prompts.PROMPT_VERSION}
+                named_key = dict(zip(("id", "stage", "index", "prompt"), key, strict=True))
+                origin = {"model": model, "version": prompts.PROMPT_VERSION}
                 cost = meter.cost(reply.prompt_tokens, reply.completion_tokens)
-                record = {"kind": "reply", **names, **reply._asdict(), "cost": cost, **made_by}
+                record = {"kind": "reply", **named_key, **reply._asdict(), "cost": cost, **origin}
                 meter.count(reply.prompt_tokens, reply.completion_tokens)
                 journal.append(record)
             finally:
@@ -127,18 +139,18 @@ def work_through(
     stop: threading.Event,
     done: Callable[[str], None],
 ) -> str:
-    """Runs `work` on every row in threads; requests under way when it stops are finished first.
+    """Runs `work` on every row in threads. When it stops early, the requests under way are finished first.
 
     Args:
       rows: problems.
       work: row -> reason of its verdict.
       concurrency: rows worked on at once.
-      max_failures: rows in a row left open by requests that fail, which end it.
-      stop: set when it ends early; `work` heeds it before each request, and waiting for a retry ends.
-      done: called after each row with the reason, or with "left_open".
+      max_failures: consecutive rows with failed requests after which it stops.
+      stop: set when it stops; `work` must check it before each request and while it waits for a retry.
+      done: called after each row with the reason of its verdict, or with "left_open".
 
     Returns:
-      Why it ended early, or "".
+      Why it stopped early, or "".
     """
 
     def guarded(row: dict[str, str]) -> str | None:
@@ -147,7 +159,7 @@ def work_through(
         try:
             return work(row)
         except (Denied, BudgetReached):
-            stop.set()  # here, so that no other thread starts anything more
+            stop.set()  # at once, so that no other thread starts a request
             raise
 
     why, failures = "", 0

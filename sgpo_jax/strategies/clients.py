@@ -1,8 +1,7 @@
-"""Text in, text out: any model behind an OpenAI-compatible endpoint, or one of ours in process.
+"""Models that answer requests in text: one behind an OpenAI-compatible endpoint, or one in this process.
 
-Both are a function `ask(request) -> reply` that may be called from many threads. What an endpoint sends is never
-trusted: a reply is cut to size and made of plain strings and numbers before anybody sees it, and the key is struck out
-of every text.
+Both are a function `ask(request) -> reply` that may be called from many threads. Nothing that an endpoint sends is
+trusted: every reply is cut to size, turned into plain strings and numbers, and cleared of the key.
 """
 
 import json
@@ -11,6 +10,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -24,22 +24,22 @@ from sgpo_jax.policy.generation import noise_key, pad_prompts, respond
 from sgpo_jax.rollout import STOP, Sampling
 
 MAX_TEXT = 1_000_000  # characters of a reply; the rest is cut off
-MAX_BODY = 64 * 2**20  # bytes of a response of the server; a longer one is given up
-LONGEST_WAIT = 300.0  # seconds that a server may ask to be left alone before a retry
-SHORTEST_SECRET = 12  # characters; servers without keys are given words such as "EMPTY", which texts may well contain
+MAX_BODY = 64 * 2**20  # bytes of a response from the server; a longer one is dropped
+LONGEST_WAIT = 300.0  # seconds; most that a server can delay a retry
+SHORTEST_SECRET = 12  # characters; a shorter key, such as "EMPTY" for a server without keys, may be a word of a text
 
 
 class Request(NamedTuple):
-    """One question."""
+    """A request for replies to one prompt."""
 
-    id: str  # different for every request of an extraction; with our own model, the noise derives from it
+    id: str  # different for every request of an extraction; the noise of a local model derives from it
     prompt: str  # the user's turn
-    choices: int  # replies wanted
+    choices: int  # replies requested
     max_tokens: int  # of each reply
 
 
 class Reply(NamedTuple):
-    """What came back: at least one text, at most as many as were wanted."""
+    """The reply to a request: from one text to as many as were requested."""
 
     texts: list[str]
     finish: list[str]  # "stop", "length" (cut at the limit) or "refused" (by the server's own filter), for each text
@@ -52,7 +52,7 @@ class Denied(Exception):
 
 
 class Refused(Exception):
-    """The server does not take this request, or it is too long for our own model."""
+    """The server rejects this request, or it is too long for a local model."""
 
 
 class TooLong(Refused):
@@ -66,62 +66,75 @@ class Unavailable(Exception):
 Ask = Callable[[Request], Reply]
 
 
-def endpoint(
-    model: str,
-    *,
-    base_url: str,
-    key: str,
-    temperature: float,
-    top_p: float,
-    limit_field: str = "max_tokens",
-    timeout: float = 600.0,
-    retries: int = 6,
-    backoff: float = 1.0,
-    stop: threading.Event | None = None,
-    retried: Callable[[str], None] = lambda why: None,
-) -> Ask:
-    """A model behind an OpenAI-compatible endpoint.
+@dataclass(frozen=True)
+class Endpoint:
+    """A model behind an OpenAI-compatible endpoint, and how it is asked."""
 
-    Rate limits, server errors, timeouts, broken connections and replies that are no replies are tried again, after a
-    wait that doubles every time and is at least as long as the server asks for.
+    model: str  # the model's name at the endpoint
+    base_url: str  # up to and including the version, as in "https://api.example.com/v1"
+    key: str = field(repr=False)  # goes into the request's header and nowhere else; "" for a server without keys
+    temperature: float
+    top_p: float
+    limit_field: str = "max_tokens"  # the server's name for the limit of new tokens
+    timeout: float = 600.0  # seconds for a whole request
+    retries: int = 6  # most times that one request is sent again
+    backoff: float = 1.0  # seconds before the first retry
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A model in this process, and how it is asked."""
+
+    policy: Policy
+    params: Any  # on the mesh
+    mesh: Mesh
+    seed: int  # of the noise
+    temperature: float
+    top_p: float
+    max_prompt_tokens: int  # P; a longer prompt is refused
+    batch: int  # B, requests answered at once
+
+
+def endpoint(
+    server: Endpoint, stop: threading.Event | None = None, retried: Callable[[str], None] = lambda why: None
+) -> Ask:
+    """Returns `ask` for a model behind an endpoint.
+
+    Rate limits, server errors, timeouts, broken connections and malformed replies are retried after a wait, which
+    doubles every time and is at least as long as the server requests.
 
     Args:
-      model: its name there.
-      base_url: up to and with the version, as in "https://api.example.com/v1".
-      key: goes into the request's header and nowhere else; "" for a server without keys.
-      temperature, top_p: of the sampling.
-      limit_field: how the server calls the limit of new tokens.
-      timeout: seconds for a whole request.
-      retries: most times that one request is sent again.
-      backoff: seconds before the first retry.
+      server: the endpoint.
       stop: ends all waiting for a retry when it is set.
       retried: called with the reason before every retry, from any thread.
 
     Raises:
-      ValueError: a base URL that is none, or that has a password in it.
+      ValueError: the base URL is not one, or has a password in it.
       ImportError: the package openai is missing.
     """
     try:
         import openai
     except ImportError as error:
         raise ImportError("a model behind an endpoint needs the extra 'extract': pip install -e .[extract]") from error
-    check_base_url(base_url)
-    client = openai.OpenAI(base_url=base_url, api_key=key or "none", max_retries=0, timeout=timeout)
+    check_base_url(server.base_url)
+    client = openai.OpenAI(
+        base_url=server.base_url, api_key=server.key or "none", max_retries=0, timeout=server.timeout
+    )
     stop = stop or threading.Event()
 
     def clean(text: str) -> str:
         text = text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be written to a file
-        text = text.replace(key, "[key]") if len(key) >= SHORTEST_SECRET else text
-        return text[:MAX_TEXT]  # not before: half a key is too much as well
+        text = text.replace(server.key, "[key]") if len(server.key) >= SHORTEST_SECRET else text
+        return text[:MAX_TEXT]  # cut last, because a cut could leave a part of the key
 
     def send(request: Request) -> bytes:
-        deadline = time.monotonic() + timeout
-        # One choice is what every server knows without being told.
+        deadline = time.monotonic() + server.timeout
+        # One choice is the default of every server, even of one that does not know "n".
         several = {"n": request.choices} if request.choices > 1 else {}
-        body: dict[str, Any] = {limit_field: request.max_tokens, **several}
+        body: dict[str, Any] = {server.limit_field: request.max_tokens, **several}
         with client.chat.completions.with_streaming_response.create(
-            model=model, messages=[{"role": "user", "content": request.prompt}],
-            temperature=temperature, top_p=top_p, extra_body=body,
+            model=server.model, messages=[{"role": "user", "content": request.prompt}],
+            temperature=server.temperature, top_p=server.top_p, extra_body=body,
         ) as response:  # fmt: skip
             parts, size = [], 0
             for part in response.iter_bytes():
@@ -130,13 +143,14 @@ def endpoint(
                 if size > MAX_BODY:
                     raise ValueError(f"a body of over {MAX_BODY} bytes")
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"no whole reply in {timeout:g} s")
+                    raise TimeoutError(f"no whole reply in {server.timeout:g} s")
             return b"".join(parts)
 
     def ask(request: Request) -> Reply:
         lost = (0, 0)  # tokens of replies without a text, which are paid for too
-        for attempt in range(retries + 1):
-            wait = min(60.0, backoff * 2**attempt) * random.uniform(0.75, 1.25)  # not all at the same moment
+        for attempt in range(server.retries + 1):
+            wait = min(60.0, server.backoff * 2**attempt)
+            wait *= random.uniform(0.75, 1.25)  # so that the threads do not retry at the same moment
             try:
                 reply = read_reply(send(request), request, clean)
                 reply = reply._replace(
@@ -157,20 +171,24 @@ def endpoint(
                 if error.status_code not in (408, 409, 425, 429) and error.status_code < 500:
                     raise Refused(why) from None
                 wait = max(wait, retry_after(error.response.headers.get("retry-after", "")))
-            # The HTTP library has exceptions of its own for a connection that breaks off; RecursionError: nested JSON.
+            # Anything else: the HTTP library's own exceptions for a broken connection, RecursionError for nested JSON.
             except Exception as error:
                 why = clean(f"{type(error).__name__}: {error}")[:500]
-            if attempt < retries:
+            if attempt < server.retries:
                 retried(why)
                 if stop.wait(wait):
                     raise Unavailable(f"stopped while waiting after {why}")
-        raise Unavailable(f"{retries + 1} tries, the last one: {why}")
+        raise Unavailable(f"{server.retries + 1} tries, the last one: {why}")
 
     return ask
 
 
 def check_base_url(base_url: str) -> None:
-    """Raises ValueError, which does not repeat a password, unless this is the URL of an endpoint."""
+    """Checks the URL of an endpoint.
+
+    Raises:
+      ValueError: it is not an HTTP URL, or has a password in it, which the message does not repeat.
+    """
     parts = urlsplit(base_url)
     if parts.username or parts.password or "@" in parts.netloc:
         raise ValueError("the base URL has a user or password in it; a key goes into an environment variable")
@@ -179,7 +197,7 @@ def check_base_url(base_url: str) -> None:
 
 
 def retry_after(value: str) -> float:
-    """Seconds that a Retry-After header asks for, as a number or a date; 0 for anything else."""
+    """Returns the seconds that a Retry-After header (a number or a date) requests; 0 for any other value."""
     try:
         seconds = float(value)
     except ValueError:
@@ -187,11 +205,16 @@ def retry_after(value: str) -> float:
             seconds = parsedate_to_datetime(value).timestamp() - time.time()
         except (ValueError, TypeError, OverflowError, IndexError):
             return 0.0
-    return min(LONGEST_WAIT, seconds) if seconds > 0 else 0.0  # NaN is not above 0
+    return min(LONGEST_WAIT, seconds) if seconds > 0 else 0.0  # NaN gives 0 too
 
 
 def read_reply(body: bytes, request: Request, clean: Callable[[str], str]) -> Reply:
-    """The reply in a response's body, without texts when it has no choices.
+    """Reads the reply in a response's body; it has no texts if the body has no choices.
+
+    Args:
+      body: the response's body, which may be anything.
+      request: the request that it answers.
+      clean: applied to every text.
 
     Raises:
       ValueError: the body is not a JSON object.
@@ -221,9 +244,9 @@ def read_reply(body: bytes, request: Request, clean: Callable[[str], str]) -> Re
 
 
 def _text(message: dict[str, Any]) -> str:
-    """A message's text, after its thought when the server sends that apart."""
+    """Returns a message's text, after its thought if the server sends that separately."""
     content, thought = message.get("content"), message.get("reasoning_content")
-    if isinstance(content, list):  # of parts
+    if isinstance(content, list):  # a list of parts
         parts = [part.get("text") for part in content if isinstance(part, dict)]
         content = "".join(part for part in parts if isinstance(part, str))
     text = content if isinstance(content, str) else ""
@@ -231,48 +254,32 @@ def _text(message: dict[str, Any]) -> str:
 
 
 def _count(value: Any, otherwise: int) -> int:
-    """A token count as the server gives it; the most it can be when it gives none that makes sense."""
+    """Returns a token count from the server, or `otherwise` if the value cannot be a count."""
     return value if type(value) is int and 0 <= value < 10**9 else otherwise
 
 
-def local(
-    policy: Policy,
-    params: Any,
-    mesh: Mesh,
-    *,
-    seed: int,
-    temperature: float,
-    top_p: float,
-    max_prompt_tokens: int,
-    batch: int,
-    gather: float = 0.5,
-) -> Ask:
-    """A model of ours in process. Requests that wait at the same time are answered as one batch.
+def local(model: LocalModel, gather: float = 0.5) -> Ask:
+    """Returns `ask` for a model in this process. Requests that wait at the same time are answered as one batch.
 
-    Every batch has the same shape, and the noise of a request depends on the seed and its id alone, so a reply does not
-    depend on what else is asked.
+    Every batch has the same shape, and the noise of a request depends on the seed and its id only. So a reply does not
+    depend on the other requests.
 
     Args:
-      policy, params: the model, its parameters on the mesh.
-      mesh: where it runs.
-      seed: of the noise.
-      temperature, top_p: of the sampling.
-      max_prompt_tokens: P, tokens; a longer prompt is refused.
-      batch: B, requests answered at once.
+      model: the model.
       gather: seconds to wait for more requests before a batch starts.
     """
+    policy = model.policy
     lock, waiting = threading.Lock(), dict[str, tuple[Request, list[int]]]()
     answered: dict[str, Reply | BaseException] = {}
-    key = noise_key(seed, "llm", 0)
+    key = noise_key(model.seed, "llm", 0)
 
     def run(requests: list[tuple[Request, list[int]]]) -> list[Reply]:
         first = requests[0][0]
-        filled = [requests[min(i, len(requests) - 1)] for i in range(batch)]
-        padded = pad_prompts(policy, [tokens for _, tokens in filled], max_prompt_tokens)
+        sampling = Sampling(first.max_tokens, model.temperature, model.top_p)
+        filled = [requests[min(i, len(requests) - 1)] for i in range(model.batch)]
+        padded = pad_prompts(policy, [tokens for _, tokens in filled], model.max_prompt_tokens)
         ids = np.array([zlib.crc32(request.id.encode()) for request, _ in filled], np.uint32)
-        rollout, _ = respond(
-            policy, params, padded, ids, key, mesh, Sampling(first.max_tokens, temperature, top_p), first.choices
-        )  # fmt: skip
+        rollout, _ = respond(policy, model.params, padded, ids, key, model.mesh, sampling, first.choices)
         replies = []
         for i, (_, tokens) in enumerate(requests):
             lengths = rollout.lengths[i]
@@ -284,11 +291,11 @@ def local(
 
     def ask(request: Request) -> Reply:
         tokens = tokenizers.encode_turn(policy.tokenizer, request.prompt)
-        if len(tokens) > max_prompt_tokens:
-            raise TooLong(f"a prompt of {len(tokens)} tokens; at most {max_prompt_tokens} fit")
-        if max_prompt_tokens + request.max_tokens > policy.config.max_positions:
+        if len(tokens) > model.max_prompt_tokens:
+            raise TooLong(f"a prompt of {len(tokens)} tokens; at most {model.max_prompt_tokens} fit")
+        if model.max_prompt_tokens + request.max_tokens > policy.config.max_positions:
             raise Denied(
-                f"{max_prompt_tokens} tokens of prompt and {request.max_tokens} of reply: "
+                f"{model.max_prompt_tokens} tokens of prompt and {request.max_tokens} of reply: "
                 f"the model has {policy.config.max_positions} positions"
             )
         waiting[request.id] = request, tokens
@@ -296,16 +303,16 @@ def local(
             if request.id not in answered:
                 time.sleep(gather)
                 shape = request[2:]
-                same = [pair for pair in list(waiting.values()) if pair[0][2:] == shape and pair[0].id != request.id]
-                chosen = [(request, tokens), *same][:batch]
+                others = [pair for pair in list(waiting.values()) if pair[0][2:] == shape and pair[0].id != request.id]
+                requests = [(request, tokens), *others][: model.batch]
                 results: list[Any]
                 try:
-                    results = list(run(chosen))
+                    results = list(run(requests))
                 except Exception as error:
-                    results = [error] * len(chosen)
-                for (one, _), result in zip(chosen, results, strict=True):
-                    answered[one.id] = result
-                    del waiting[one.id]
+                    results = [error] * len(requests)
+                for (answered_request, _), result in zip(requests, results, strict=True):
+                    answered[answered_request.id] = result
+                    del waiting[answered_request.id]
             reply = answered.pop(request.id)
         if isinstance(reply, BaseException):
             raise reply

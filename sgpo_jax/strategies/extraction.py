@@ -1,10 +1,13 @@
-"""One problem's way to a strategy, and many problems at once: every reply is written down before it is used.
+"""Extracts the strategy of one problem, and rates one strategy.
 
-`extract` and `rate` are plain functions that ask their questions through `paid`. It looks for the reply in the journal
-first, so running a function again from the start is how a killed extraction goes on.
+`extract` and `rate` send their requests through `paid`, which looks for the reply in the journal first. So a killed
+extraction resumes by calling the function again from the start.
 """
 
+from dataclasses import dataclass
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from sgpo_jax import rewards
 from sgpo_jax.strategies import leakage, parsing, prompts
@@ -12,50 +15,53 @@ from sgpo_jax.strategies.budget import Paid
 from sgpo_jax.strategies.clients import TooLong
 
 
-def extract(
-    row: dict[str, str],
-    paid: Paid,
-    *,
-    expert_tries: int,
-    candidates: int,
-    choices: int,
-    score_tries: int,
-    max_expert_tokens: int,
-    max_strategy_tokens: int,
-    max_score_tokens: int,
-) -> dict[str, Any]:
-    """The verdict on one problem: its strategy, or why there is none (Sec. 3.1, App. B, C).
+@dataclass(frozen=True)
+class Limits:
+    """How many replies an extraction requests for a problem, and how long they may be."""
+
+    expert_tries: int  # responses to a problem without a solution, until one has the right answer
+    candidates: int  # K, candidate strategies
+    choices: int  # candidates of one request
+    score_tries: int  # requests for scores, until they can be parsed
+    max_expert_tokens: int  # tokens of a solution
+    max_strategy_tokens: int  # tokens of a candidate
+    max_score_tokens: int  # tokens of a reply with scores or ratings
+
+    @classmethod
+    def from_config(cls, fields: ConfigDict) -> "Limits":
+        """Reads the section `extract` of a config."""
+        return cls(**{name: fields[name] for name in cls.__dataclass_fields__})
+
+
+def extract(row: dict[str, str], paid: Paid, limits: Limits) -> dict[str, Any]:
+    """Returns the verdict on one problem: its strategy, or why there is none (Sec. 3.1, App. B, C).
 
     Args:
       row: id, problem, answer, and the solution if there is one.
-      paid: how to ask.
-      expert_tries: responses asked for until one has the right answer, without a solution.
-      candidates: K.
-      choices: candidates asked for in one request.
-      score_tries: scorings asked for until one can be read.
-      max_expert_tokens, max_strategy_tokens, max_score_tokens: of one reply.
+      paid: sends a request, or finds its reply in the journal.
+      limits: number and length of the replies.
 
     Returns:
-      A dict of strategy and score (None when nothing is kept), reason ("kept" or why not), detail, candidates (a list
-      of strategy, reason, detail, score), and solution if the strong model wrote it.
+      A dict of strategy and score (None if no candidate is kept), reason ("kept", or why no candidate is), detail,
+      candidates (a list of dicts of strategy, reason, detail and score), and solution if the strong model wrote it.
     """
     verdict: dict[str, Any] = {"strategy": None, "score": None, "reason": "", "detail": "", "candidates": []}
     try:
         solution = row.get("solution")
         if solution is None:
-            solution = _expert(row, paid, expert_tries, max_expert_tokens)
+            solution = _expert(row, paid, limits)
             if solution is None:
-                return verdict | {"reason": "no_expert", "detail": f"none of {expert_tries} tries was right"}
+                return verdict | {"reason": "no_expert", "detail": f"none of {limits.expert_tries} tries was right"}
             verdict["solution"] = solution
-        # A long thought says no more about the way than the solution after it.
+        # The solution after a long thought has all that a strategy needs.
         shown = parsing.visible(solution) or solution
-        checked = _candidates(row, shown, paid, candidates, choices, max_strategy_tokens)
+        checked = _candidates(row, shown, paid, limits)
         verdict["candidates"] = checked
         passed = [candidate for candidate in checked if not candidate["reason"]]
         if not passed:
             return verdict | {"reason": "no_candidate", "detail": f"all {len(checked)} rejected"}
         prompt = prompts.scoring(row["problem"], shown, [candidate["strategy"] for candidate in passed])
-        values, why = _numbers(paid, "score", prompt, len(passed), score_tries, max_score_tokens)
+        values, why = _numbers(paid, "score", prompt, len(passed), limits.score_tries, limits.max_score_tokens)
     except TooLong as error:
         return verdict | {"reason": "prompt_too_long", "detail": str(error)}
     if values is None:
@@ -64,28 +70,27 @@ def extract(
         candidate["score"] = score
     best = parsing.best([candidate["score"] for candidate in checked])
     assert best is not None  # `passed` is not empty
-    chosen = checked[best]
-    return verdict | {"strategy": chosen["strategy"], "score": chosen["score"], "reason": "kept"}
+    winner = checked[best]
+    return verdict | {"strategy": winner["strategy"], "score": winner["score"], "reason": "kept"}
 
 
-def _expert(row: dict[str, str], paid: Paid, tries: int, max_tokens: int) -> str | None:
-    """The first response of the strong model that has the right answer and an end."""
-    for index in range(tries):
-        reply = paid("expert", index, prompts.expert(row["problem"]), 1, max_tokens)
+def _expert(row: dict[str, str], paid: Paid, limits: Limits) -> str | None:
+    """Returns the strong model's first response that has the right answer and is not cut."""
+    for index in range(limits.expert_tries):
+        reply = paid("expert", index, prompts.expert(row["problem"]), 1, limits.max_expert_tokens)
         (verdict,) = rewards.score(reply.texts[:1], [row["answer"]])
         if reply.finish[0] == "stop" and verdict.outcome == "correct":
             return reply.texts[0]
     return None
 
 
-def _candidates(
-    row: dict[str, str], solution: str, paid: Paid, count: int, choices: int, max_tokens: int
-) -> list[dict[str, Any]]:
-    """All candidates, each with its strategy or the reason of its rejection."""
+def _candidates(row: dict[str, str], solution: str, paid: Paid, limits: Limits) -> list[dict[str, Any]]:
+    """Returns all candidates, each with its strategy or the reason for its rejection."""
     checked: list[dict[str, Any]] = []
     prompt = prompts.extraction(row["problem"], solution)
-    while len(checked) < count:
-        reply = paid("strategy", len(checked), prompt, min(choices, count - len(checked)), max_tokens)
+    while len(checked) < limits.candidates:
+        choices = min(limits.choices, limits.candidates - len(checked))
+        reply = paid("strategy", len(checked), prompt, choices, limits.max_strategy_tokens)
         for text, finish in zip(reply.texts, reply.finish, strict=True):
             strategy, reason, detail = parsing.parse(text, finish)
             if strategy is not None:
@@ -97,7 +102,17 @@ def _candidates(
 
 
 def rate(row: dict[str, str], paid: Paid, *, tries: int, max_tokens: int) -> dict[str, Any]:
-    """A judge's ratings of a kept strategy by the four criteria, and their mean; None when it gives none (App. H)."""
+    """Returns a judge's ratings of a kept strategy (App. H).
+
+    Args:
+      row: problem, solution, strategy.
+      paid: sends a request, or finds its reply in the journal.
+      tries: requests until the ratings can be parsed.
+      max_tokens: tokens of a reply.
+
+    Returns:
+      A dict of ratings (by the four criteria), their mean (both None if no reply can be parsed), and reason.
+    """
     solution = parsing.visible(row["solution"]) or row["solution"]
     try:
         prompt = prompts.audit(row["problem"], solution, row["strategy"])
@@ -112,7 +127,7 @@ def rate(row: dict[str, str], paid: Paid, *, tries: int, max_tokens: int) -> dic
 def _numbers(
     paid: Paid, stage: str, prompt: str, count: int, tries: int, max_tokens: int
 ) -> tuple[list[float] | None, str]:
-    """The first readable list of `count` numbers, or what was wrong with the last."""
+    """Returns (the first list of `count` numbers that can be parsed, or None; what is wrong with the last reply)."""
     why = ""
     for index in range(tries):
         reply = paid(stage, index, prompt, 1, max_tokens)
@@ -120,4 +135,3 @@ def _numbers(
         if values is not None:
             return values, ""
     return None, why
-

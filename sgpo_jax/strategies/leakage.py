@@ -1,15 +1,16 @@
-r"""Does a strategy give away the answer, or a value that the expert calculated on the way to it?
+r"""Checks whether a strategy gives away the answer, or a value that the expert calculated.
 
 Values are compared as numbers: 1/2, \frac12, 0.5, 50 % and "half" are one value, and so are 5 and -5 (a sign is easily
-put into words). An answer that is no plain number is compared by `rewards.score` with every formula of the strategy.
-What small numbers may stand where is a matter of judgement. A strategy refused without need costs one of several
-candidates, one that leaks teaches the wrong thing: doubt goes against the strategy. docs/strategies.md says more:
+put into words). An answer that is not a plain number is compared by `rewards.score` with every formula of the strategy.
+In doubt a strategy is refused: a refusal costs one of several candidates, but a leak teaches the wrong thing.
+docs/strategies.md has the reasons for these rules:
 
-  * The answer must not stand anywhere. If it is 0, 1 or 2, or if the problem shows it too, it must only not be stated
-    as the answer.
-  * No other number of the expert's solution may stand anywhere unless the problem shows it. Whole numbers up to 12 and
-    everyday ones (60 minutes, 100 %, 360 degrees) must only not be stated as a result, "= 4"; 0, 1, 2 may even be that.
-  * Exponents, indices, ordinals and counts of the text itself ("degree 3", "4 cases", "2nd") are not values.
+  * The answer must not appear anywhere. If it is 0, 1 or 2, or appears in the problem, it only must not be stated as
+    the answer.
+  * No other number of the expert's solution may appear unless it appears in the problem. Whole numbers up to 12 and
+    everyday numbers (60 minutes, 100 %, 360 degrees) only must not be stated as a result, as in "= 4". 0, 1 and 2 are
+    always allowed.
+  * Exponents, indices, ordinals and numbers that structure the text ("degree 3", "4 cases", "2nd") are not values.
 """
 
 import re
@@ -21,10 +22,10 @@ from typing import NamedTuple
 
 from sgpo_jax import rewards
 
-RULES_VERSION = "1"  # of the checks here and in strategy_text; verdicts of another version are made anew
-MAX_FORMULAS = 40  # of one strategy
-MAX_TEXT = 100_000  # characters of a problem or solution whose numbers are looked at
-SMALL = 12
+RULES_VERSION = "1"  # version of the checks in this module and in `parsing`; an older verdict is made anew
+MAX_FORMULAS = 40  # formulas of one strategy that are checked
+MAX_TEXT = 100_000  # characters of a problem or solution that are searched for numbers
+SMALL = 12  # largest whole number that the expert may have calculated and a strategy may mention
 TRIVIAL = (0, 1, 2)
 EVERYDAY = (24, 30, 52, 60, 90, 100, 180, 360, 365, 1000, 3600)
 
@@ -54,26 +55,29 @@ _STATED = re.compile(
 _AS_ANSWER = re.compile(r"\b(?:answer|result|solution)s?\b[^.;\n]{0,24}$", re.IGNORECASE)
 
 
-class Found(NamedTuple):
+class Number(NamedTuple):
     """A number in a text."""
 
     value: Fraction  # its magnitude
-    shown: str
-    before: str  # the text that leads to it
+    shown: str  # as the text has it
+    before: str  # the text before it
 
     @property
     def stated(self) -> bool:
-        """Whether the text says that something equals it."""
+        """True if the text says that something equals the number."""
         return _STATED.search(self.before) is not None
 
     @property
     def as_answer(self) -> bool:
-        """Whether the text calls it the answer or the result."""
+        """True if the text calls the number the answer or the result."""
         return _AS_ANSWER.search(self.before) is not None
 
 
-def numbers(text: str) -> Iterator[Found]:
-    """Every number of a text, alone and as part of a fraction, power or percentage; see the module's text."""
+def numbers(text: str) -> Iterator[Number]:
+    """Yields every number of a text, alone and as part of a fraction, power or percentage.
+
+    Exponents, indices, ordinals and numbers that structure the text are left out.
+    """
     text = _tidy(text[:MAX_TEXT])
     previous: tuple[Fraction, int, int] | None = None
     for match in _NUMBER.finditer(text):
@@ -85,19 +89,19 @@ def numbers(text: str) -> Iterator[Found]:
         pair = _pair(previous, value, text, start)
         if pair is not None and previous is not None:
             lead = text[max(0, previous[1] - 48) : previous[1]]
-            yield Found(pair, text[previous[1] : end], re.sub(r"\\[dt]?frac ?\{?$", "", lead))
+            yield Number(pair, text[previous[1] : end], re.sub(r"\\[dt]?frac ?\{?$", "", lead))
         if percent := _PERCENT.match(after):
-            yield Found(value / 100, match[0] + percent[0], before)
+            yield Number(value / 100, match[0] + percent[0], before)
         previous = value, start, end
-        found = Found(value, match[0], before)
+        number = Number(value, match[0], before)
         index = before.rstrip(" {").endswith(("^", "_"))
-        counted = value <= SMALL and bool(_COUNTED.match(after) or _NAMED.search(before)) and not found.stated
+        counted = value <= SMALL and bool(_COUNTED.match(after) or _NAMED.search(before)) and not number.stated
         if not (index or counted or _ORDINAL.match(after)):
-            yield found
+            yield number
 
 
 def _tidy(text: str) -> str:
-    """Numbers without separators of thousands, and braces around the digits of a fraction."""
+    """Removes separators of thousands and puts braces around the digits of a fraction."""
     text = re.sub(r"(?<=[0-9])(?:\{,\}|\\[,!]|,\\!)(?=[0-9]{3})", "", text)
     return re.sub(r"\\[dt]?frac ?([0-9])([0-9])", r"\\frac{\1}{\2}", text)
 
@@ -109,12 +113,12 @@ def _value(text: str) -> Fraction | None:
         return _WORDS[tens] + (_WORDS[unit] if unit else 0)
     text = text.replace(",", "")
     if len(text) > 40:
-        return None  # no answer has more digits
+        return None  # no answer has that many digits
     return Fraction(int(text)) if text.isdigit() else Fraction(text)
 
 
 def _pair(first: tuple[Fraction, int, int] | None, second: Fraction, text: str, start: int) -> Fraction | None:
-    """The value of two neighbouring numbers that are a fraction or a power."""
+    """Returns the value of two neighbouring numbers that form a fraction or a power, or None."""
     if first is None or start - first[2] > 6:
         return None
     value, _, end = first
@@ -128,36 +132,36 @@ def _pair(first: tuple[Fraction, int, int] | None, second: Fraction, text: str, 
 
 
 def find(strategy: str, problem: str, answer: str, solution: str) -> tuple[str, str]:
-    """What a strategy gives away, as (reason, detail), or ("", "").
+    """Returns what a strategy gives away as (reason, detail), or ("", "").
 
-    The reasons: "leak_answer"; "leak_value", a value that the expert calculated; "leak_unchecked", formulas that are
-    too many, or cannot be compared with the answer in the time there is.
+    The reasons are "leak_answer"; "leak_value" for a value that the expert calculated; and "leak_unchecked" if there
+    are too many formulas, or comparing one with the answer takes too long.
     """
     if "\\boxed" in strategy or "\\fbox" in strategy:
         return "leak_answer", "a box"
-    given = {found.value for found in numbers(problem)}
+    in_problem = {number.value for number in numbers(problem)}
     final = plain_value(answer)
     by_expert = [*numbers(solution), *numbers(answer)]
-    of_expert = {found.value for found in by_expert} - given
-    everyday = set(EVERYDAY) - {found.value for found in by_expert if found.value in EVERYDAY and found.stated}
-    near = sorted(float(value) for value in of_expert if value.denominator > 1)
-    for found in numbers(strategy):
-        value = found.value
-        if final is not None and (value == final or (value not in given and _close(value, [float(final)]))):
-            weak = found.as_answer if value in TRIVIAL else found.stated or found.as_answer
-            if weak or not (value in TRIVIAL or value in given):
-                return "leak_answer", found.shown.replace("}{", "/")
-        elif value not in given and value not in TRIVIAL and (value in of_expert or _close(value, near)):
+    calculated = {number.value for number in by_expert} - in_problem
+    everyday = set(EVERYDAY) - {number.value for number in by_expert if number.value in EVERYDAY and number.stated}
+    not_whole = sorted(float(value) for value in calculated if value.denominator > 1)
+    for number in numbers(strategy):
+        value = number.value
+        if final is not None and (value == final or (value not in in_problem and _close(value, [float(final)]))):
+            told = number.as_answer if value in TRIVIAL else number.stated or number.as_answer
+            if told or not (value in TRIVIAL or value in in_problem):
+                return "leak_answer", number.shown.replace("}{", "/")
+        elif value not in in_problem and value not in TRIVIAL and (value in calculated or _close(value, not_whole)):
             common = value.denominator == 1 and (value <= SMALL or value in everyday)
-            if found.stated or not common:
-                return "leak_value", found.shown.replace("}{", "/")
+            if number.stated or not common:
+                return "leak_value", number.shown.replace("}{", "/")
     if final is not None and final in TRIVIAL:
         return "", ""
     return _formula_leak(strategy, problem, answer, final)
 
 
 def _close(value: Fraction, ordered: list[float]) -> bool:
-    """Whether a value that is not whole is one of `ordered` (ascending), rounded to two decimals or more."""
+    """Returns whether a value that is not whole is one of `ordered` (ascending) rounded to two or more decimals."""
     if value.denominator == 1:
         return False
     margin = min(0.005, 0.02 * float(value)) * (1 + 1e-9)
@@ -171,12 +175,12 @@ _DECORATION = re.compile(
 
 
 def plain_value(answer: str) -> Fraction | None:
-    """The magnitude of an answer that is one number, perhaps with a unit; None for any other."""
+    """Returns the magnitude of an answer that is one number, with or without a unit; None for any other answer."""
     answer = _tidy(answer.strip()[: rewards.MAX_ANSWER])
-    found = sorted(numbers(answer), key=lambda found: -len(found.shown))
-    if not found:
+    longest_first = sorted(numbers(answer), key=lambda number: -len(number.shown))
+    if not longest_first:
         return None
-    value, shown = found[0].value, found[0].shown
+    value, shown, _ = longest_first[0]
     rest = answer.replace(",", "").replace(shown.replace(",", ""), "", 1)
     rest = re.sub(r"\\[dt]?frac", "", rest)
     return None if _DECORATION.sub("", rest) else value
@@ -188,7 +192,7 @@ _LETTERS = re.compile(r"\\(?:text|mathrm|mbox|textbf) ?\{([A-Za-z .'()-]{1,60})\
 
 
 def _formula_leak(strategy: str, problem: str, answer: str, final: Fraction | None) -> tuple[str, str]:
-    """The answer in words or as a formula of the strategy that the problem does not show too."""
+    """Finds the answer in the strategy, in words or as a formula, unless the problem has it too; returns as `find`."""
     if words := _LETTERS.fullmatch(answer.strip()):
         return _word_leak(strategy, problem, (words[1] or words[2]).strip("() "))
     shown, tight = _squeeze(problem), _squeeze(answer)
@@ -207,7 +211,7 @@ def _formula_leak(strategy: str, problem: str, answer: str, final: Fraction | No
 
 
 def _word_leak(strategy: str, problem: str, word: str) -> tuple[str, str]:
-    """An answer in words must not stand in the strategy unless the problem offers it; a letter, not as the answer."""
+    """Finds an answer in words. If it is one letter or the problem has it too, only stating it as the answer counts."""
     if len(word) < 2 or re.search(rf"\b{re.escape(word)}\b", problem, re.IGNORECASE):
         pattern = rf"\b(?:answer|result|option|choice)\b[^.;\n]{{0,16}}\b{re.escape(word)}\b"
     else:
@@ -217,7 +221,7 @@ def _word_leak(strategy: str, problem: str, word: str) -> tuple[str, str]:
 
 
 def _formulas(strategy: str) -> Iterator[str]:
-    """Whatever could be a formula: between dollars, the sides of a relation, and words with mathematics in them."""
+    """Yields texts that may be formulas: between dollars, the sides of a relation, and words with mathematics."""
     spans = [next(filter(None, match.groups())) for match in _MATH.finditer(strategy)]
     words = [word.strip(".;:!?$") for word in _MATH.sub(" ", strategy).split()]
     runs = [" ".join(run) for mathematical, run in groupby(words, key=_in_formula) if mathematical]
@@ -233,7 +237,7 @@ def _in_formula(word: str) -> bool:
 
 
 def _is_formula(text: str) -> bool:
-    """Has a sign of mathematics; is no bare number, which `numbers` finds, and no ordinal, "and/or" or "\\sin"."""
+    """Returns whether a text has a sign of mathematics and is not only a number, an ordinal, "and/or" or "\\sin"."""
     bare = r"[0-9.,%]+|[0-9]+(?:st|nd|rd|th|d)|\(?[a-z]\)|[a-z]+(?:/[a-z]+)+|\\[a-z]+"
     return bool(re.search(r"[\\^/√π+*0-9]", text)) and not re.fullmatch(bare, text, re.IGNORECASE)
 

@@ -1,30 +1,30 @@
-r"""Strategies as text: reading replies that may be anything, and the checks that a strategy must pass.
+r"""Parses strategies and scores from replies, which may be any text, and checks their form.
 
-Pure functions of strings. Every pattern here runs in time linear in the text, and no reply makes a function raise: what
-is wrong with it is returned as a reason. docs/strategies.md has the rules as a table.
+Pure functions of strings. Every pattern runs in time linear in the text. No reply makes a function raise: the fault of
+a reply is returned as a reason. docs/strategies.md has the rules as a table.
 """
 
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-MAX_REPLY = 20_000  # characters of a reply without its thought; nothing longer is a strategy or a list of scores
+MAX_REPLY = 20_000  # characters of a reply without its thought; no strategy or list of scores is longer
 MAX_STRATEGY = 2_000  # characters of a strategy
 MAX_PART = 1_000  # characters of the problem type, the strategy line, or one step
 STEPS = range(2, 13)  # how many steps a strategy may have
-FOREIGN = 0.2  # share of letters beyond Latin and Greek from which a text is in another language
+FOREIGN = 0.2  # share of letters that are neither Latin nor Greek, above which a text is in another language
 
 
 class Parsed(NamedTuple):
-    """A strategy in its one form, or the reason why there is none."""
+    """A strategy in its canonical form, or the reason why a reply has none."""
 
     strategy: str | None
     reason: str  # "" or one of the reasons in docs/strategies.md
-    detail: str = ""  # what exactly was found
+    detail: str = ""  # the part of the reply that the reason is about
 
 
 def visible(text: str) -> str | None:
-    """The text after a model's thought, stripped; None when the thought has no end."""
+    """Returns the text after a model's thought, stripped; None if the thought has no end."""
     if "</think>" in text:
         text = text.rpartition("</think>")[2]
     elif text.lstrip().startswith("<think>"):
@@ -32,14 +32,14 @@ def visible(text: str) -> str | None:
     return text.strip()
 
 
-# Invisible characters that have no business in a strategy: controls, zero-width marks, changes of direction.
+# Invisible characters, which a strategy never needs: controls, zero-width marks, changes of direction.
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufffd]"
 )
 _REFUSAL = re.compile(
     r"\b(?:sorry|apologi[sz]e|cannot|can[’']t|won[’']t|unable to|not able to|as an ai|decline)\b", re.IGNORECASE
 )
-# A label opens a line or follows the end of a sentence, whatever markdown is around it.
+# A label begins a line or follows the end of a sentence, with or without markdown around it.
 _LABEL = re.compile(
     r"(?:^[ \t>*#_\-0-9.]{0,12}|(?<=[.;!?] )[*_]{0,3})(problem type|strategy|steps)[ \t*_]{0,6}[:：][ \t*_]{0,6}",
     re.IGNORECASE | re.MULTILINE,
@@ -50,13 +50,13 @@ _MARKER = re.compile(
 
 
 def parse(reply: str, finish: str = "stop") -> Parsed:
-    """The strategy in a reply, as three lines: problem type, strategy, steps (a), (b), ...
+    """Returns the strategy of a reply as three lines: problem type, strategy, steps (a), (b), ...
 
     Prose before the first part and paragraphs after the last step are left out.
 
     Args:
-      reply: what the model said.
-      finish: why it stopped: "stop", "length" or anything else.
+      reply: the model's text.
+      finish: why the model stopped: "stop", "length" or "refused".
     """
     text, wrong = _readable(reply, finish)
     if wrong:
@@ -88,7 +88,7 @@ def parse(reply: str, finish: str = "stop") -> Parsed:
 
 
 def _readable(reply: str, finish: str) -> tuple[str, Parsed | None]:
-    """(text to parse, what is wrong already)."""
+    """Returns (text to parse, None), or ("", the reason why there is none)."""
     if finish == "refused":
         return "", Parsed(None, "refusal", "the server says so")
     text = visible(reply)
@@ -102,7 +102,7 @@ def _readable(reply: str, finish: str) -> tuple[str, Parsed | None]:
 
 
 def _steps(text: str) -> list[str]:
-    """The steps of a list: by letters in their order, or by lines that open with a number or a bullet."""
+    """Returns the steps of a list, marked by letters in their order or by lines that begin with a number or bullet."""
     paragraphs = re.split(r"\n[ \t]*\n", text)
     listed = [paragraphs[0]]
     for paragraph in paragraphs[1:]:
@@ -112,11 +112,11 @@ def _steps(text: str) -> list[str]:
     text = "\n".join(listed)
     starts, position = [], 0
     for letter in "abcdefghijklmnopqrstuvwxyz":
-        found = text.find(f"({letter})", position)
-        if found < 0:
+        start = text.find(f"({letter})", position)
+        if start < 0:
             break
-        starts.append(found)
-        position = found + 3
+        starts.append(start)
+        position = start + 3
     if starts:
         ends = [*starts[1:], len(text)]
         return [text[start + 3 : end] for start, end in zip(starts, ends, strict=True)]
@@ -135,9 +135,9 @@ def _line(text: str) -> str:
 
 
 def foreign_share(text: str) -> float:
-    """Share of a text's letters that are neither Latin nor Greek."""
+    """Returns the share of a text's letters that are neither Latin nor Greek."""
     letters = [ord(c) for c in text if c.isalpha()]
-    # Up to Greek and its extensions, and the letterlike and mathematical symbols.
+    # Latin, Greek and their extensions, and the letterlike and mathematical symbols, are not foreign.
     foreign = [c for c in letters if not (c < 0x400 or 0x1E00 <= c < 0x2000 or 0x2100 <= c < 0x2200 or c >= 0x1D400)]
     foreign += [c for c in letters if c >= 0x1D800]
     return len(foreign) / len(letters) if letters else 0.0
@@ -148,12 +148,12 @@ _SCORE = re.compile(r"(?:[01](?:\.[0-9]{0,12})?|\.[0-9]{1,12})")
 
 
 def scores(reply: str, count: int, finish: str = "stop") -> tuple[list[float] | None, str]:
-    """The last list "[s1, ..., sN]" of a reply as numbers, or None and what is wrong with it.
+    """Returns (the last list "[s1, ..., sN]" of a reply as numbers, ""), or (None, what is wrong with the reply).
 
     Args:
-      reply: what the model said.
-      count: how many numbers there must be.
-      finish: why it stopped.
+      reply: the model's text.
+      count: N, required number of scores.
+      finish: why the model stopped, as in `parse`.
     """
     text, wrong = _readable(reply, finish)
     if wrong:
@@ -171,12 +171,16 @@ def scores(reply: str, count: int, finish: str = "stop") -> tuple[list[float] | 
 
 
 def best(candidate_scores: Sequence[float | None]) -> int | None:
-    """Index of the highest score, the first of equals; None stands for a candidate without one."""
+    """Returns the index of the highest score, the first of equals, or None without scores.
+
+    Args:
+      candidate_scores: score of each candidate; None for a candidate that was rejected.
+    """
     scored = [(score, -i) for i, score in enumerate(candidate_scores) if score is not None]
     return -max(scored)[1] if scored else None
 
 
 def band(rating: float) -> str:
-    """Quality band of a mean rating in [0, 1] (App. H)."""
-    rating = round(rating, 9)  # 0.8 four times does not add up to 3.2 in every order
+    """Returns the quality band of a mean rating in [0, 1] (App. H)."""
+    rating = round(rating, 9)  # the mean of four 0.8 may be slightly below 0.8
     return "high" if rating >= 0.8 else "medium" if rating >= 0.5 else "low"

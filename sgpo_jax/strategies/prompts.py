@@ -1,15 +1,15 @@
-"""The texts that ask a strong model, or the student, for a solution, a strategy, scores and ratings."""
+"""The prompts that ask a strong model or the student for a solution, a strategy, scores or ratings."""
 
 from collections.abc import Sequence
 
 from sgpo_jax.policy.prompts import user_turn
 
-# Of the four texts below. It is written beside every reply, and an extraction goes on only with the same one.
+# Version of the prompts below. It is stored with every reply, and an extraction resumes only with the same version.
 PROMPT_VERSION = "1"
 
 
 def expert(problem: str) -> str:
-    """Asks the strong model for a whole solution, where the data has none."""
+    """Returns the prompt for a whole solution, for a problem whose data has none."""
     return (
         f"Problem:\n{problem}\n\n"
         "Solve this problem. Write the solution so that a student can follow it: every step and the reason for it, "
@@ -18,7 +18,7 @@ def expert(problem: str) -> str:
 
 
 def extraction(problem: str, solution: str) -> str:
-    """Asks the strong model for the strategy behind a solution (App. B)."""
+    """Returns the prompt for the strategy behind a solution (App. B)."""
     return (
         "Below are a problem and a correct solution. Distil the strategy behind the solution: advice that would help "
         "somebody to solve this problem and others of its kind, without doing any of the work for them.\n\n"
@@ -39,11 +39,12 @@ def extraction(problem: str, solution: str) -> str:
 
 
 def own_strategy(problem: str, solution: str, bare: bool = False) -> str:
-    """Asks the student for the strategy behind its own solution, as the strong model is asked.
+    """Returns the prompt that asks the student for the strategy behind its own solution.
 
     Args:
-      problem, solution: what it answered, and how.
-      bare: without instructions, as the embedded world shows them: its model has learnt what to write after them.
+      problem: the problem.
+      solution: the student's solution.
+      bare: leave out the instructions. The model of the embedded world has learnt what follows such a prompt.
     """
     if bare:
         return user_turn(f"{problem}\n\n{solution}\n\nStrategy:", instruction="")
@@ -51,7 +52,7 @@ def own_strategy(problem: str, solution: str, bare: bool = False) -> str:
 
 
 def scoring(problem: str, solution: str, candidates: Sequence[str]) -> str:
-    """Asks the strong model for one score per candidate strategy (App. C)."""
+    """Returns the prompt for one score per candidate strategy (App. C)."""
     shown = "\n\n".join(f"Candidate {i}:\n{text}" for i, text in enumerate(candidates, start=1))
     form = ", ".join(f"s{i}" for i in range(1, len(candidates) + 1))
     return (
@@ -69,7 +70,7 @@ def scoring(problem: str, solution: str, candidates: Sequence[str]) -> str:
 
 
 def audit(problem: str, solution: str, strategy: str) -> str:
-    """Asks a judge for one rating per criterion of a strategy that was kept (App. H)."""
+    """Returns the prompt that asks a judge for one rating of a kept strategy per criterion (App. H)."""
     return (
         "Below are a problem, a correct solution, and a strategy: advice to somebody who has yet to solve the problem. "
         "Rate the strategy strictly.\n\n"
@@ -80,6 +81,8 @@ def audit(problem: str, solution: str, strategy: str) -> str:
         "End with this line, the four numbers in the order of the questions:\n"
         "Ratings: [r1, r2, r3, r4]"
     )
+
+
 CRITERIA = ("problem type", "strategy", "steps", "no results")  # short names, in the order of the questions
 _CRITERIA = (
     "1. Problem type: is it right, and specific rather than a label that fits anything?\n"

@@ -1,20 +1,18 @@
 """Strategies that the student writes itself, before the first step of RL, from its own correct responses.
 
-Each problem is answered a few times without guidance. Where a response is correct, the student is shown the shortest
-one and asked for the strategy behind it; the text must pass the checks of an extracted strategy. A journal has one
-verdict for each problem, and problems that it has are not sampled again. Noise depends on seed and problem alone, so it
-does not matter how often the writing was killed.
+The student answers each problem a few times without guidance. If a response is correct, it is shown the shortest
+correct one and asked for the strategy behind it, which must pass the checks of an extracted strategy. A journal has one
+verdict for each problem, and problems with a verdict are not sampled again. The noise depends only on the seed and the
+problem, so a killed and resumed run gives the same strategies.
 """
 
 import contextlib
-import time
 import zlib
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
 
 from sgpo_jax.policy import Policy, Run
@@ -23,36 +21,35 @@ from sgpo_jax.policy.generation import Graded, encode_prompts, grade, noise_key,
 from sgpo_jax.rollout import STOP, Rollout, Sampling
 from sgpo_jax.runtime import distributed, preemption
 from sgpo_jax.runtime.journal import Journal
-from sgpo_jax.runtime.progress import progress_line
+from sgpo_jax.runtime.progress import Progress
 from sgpo_jax.strategies import leakage, parsing, prompts
-
-_PROGRESS_SECONDS = 5.0  # least time between two lines of progress
 
 
 def write(run: Run, params: Any, rows: Sequence[dict], step: int) -> list[dict]:
-    """Has the student write the strategies of all problems that have no verdict yet.
+    """Has the student write strategies for all problems that have no verdict yet.
 
-    The journal rl/strategies.jsonl grows by a batch of problems at a time. A verdict has id, correct (how many of the
-    responses are), response (the one shown), strategy, reason ("kept", or why there is none) and detail.
+    The verdicts of each batch of problems are appended to the journal rl/strategies.jsonl. A verdict has id, correct
+    (number of correct responses), response (the one shown), strategy, reason ("kept", or why there is none) and detail.
 
     Args:
-      run, params: the student that RL begins with.
+      run: the run, with the policy.
+      params: parameters of the student with which RL begins.
       rows: M problems.
-      step: finished updates of `params`, after which nothing more may be written.
+      step: finished updates of `params`; after the first one no strategy may be written.
 
     Returns:
-      The rows, each with the student's own strategy in place of the data's, or None where there is none.
+      The rows, each with the student's own strategy in place of the data's, or None if it has none.
 
     Raises:
       ValueError: strategies are missing after the first step, or the journal was made with other settings.
     """
     config, policy, mesh, seed = run.config, run.policy, run.mesh, run.config.seed
     tries, batch, reward = config.rl.self_tries, config.rl.batch, config.rl.reward
-    max_prompt_tokens = config.data.max_prompt_tokens  # of a request, and of a problem with its strategy
-    bare = config.model.tokenizer == "arithmetic"  # the embedded world has no words for a request
+    max_prompt_tokens = config.data.max_prompt_tokens  # for a request, and for a problem with its strategy
+    bare = config.model.tokenizer == "arithmetic"  # the vocabulary of the embedded world has no words for a request
     sampling, path = Sampling.from_config(config.rl), run.workdir / "rl" / "strategies.jsonl"
     settings = {"seed": seed, "tries": tries, "prompts": prompts.PROMPT_VERSION}
-    with Journal(path, settings) if jax.process_index() == 0 else contextlib.nullcontext() as journal:
+    with Journal(path, settings) if distributed.is_first() else contextlib.nullcontext() as journal:
         verdicts: list = distributed.first(lambda: [journal.verdict(row["id"]) for row in rows] if journal else [])
         missing = verdicts.count(None)
         if missing and step:
@@ -60,45 +57,45 @@ def write(run: Run, params: Any, rows: Sequence[dict], step: int) -> list[dict]:
         unguided = encode_prompts(policy, rows, guided=False)
         length = max(map(len, unguided))
 
-        def sample(some: Sequence[dict], tokens: list[list[int]], length: int, purpose: str, group: int) -> Rollout:
-            """`group` responses to each problem of a batch, which is filled up so that every batch has one shape."""
-            places = np.minimum(np.arange(batch), len(some) - 1)
-            ids = np.array([zlib.crc32(some[i]["id"].encode()) for i in places], np.uint32)
+        def sample(problems: Sequence[dict], tokens: list[list[int]], length: int, purpose: str, group: int) -> Rollout:
+            """Samples `group` responses to each problem; the batch is filled up, so that all batches have one shape."""
+            places = np.minimum(np.arange(batch), len(problems) - 1)
+            ids = np.array([zlib.crc32(problems[i]["id"].encode()) for i in places], np.uint32)
             padded = pad_prompts(policy, [tokens[i] for i in places], length)
             key = noise_key(seed, purpose, 0)
             rollout, _ = respond(policy, params, padded, ids, key, mesh, sampling, group)
-            return Rollout(*(field[: len(some)] for field in rollout))
+            return Rollout(*(field[: len(problems)] for field in rollout))
 
-        started = shown = time.monotonic()
+        progress = Progress("own strategies", len(rows), len(rows) - missing, enabled=distributed.is_first())
         for start in range(0, len(rows), batch):
-            part = slice(start, min(start + batch, len(rows)))
+            part = slice(start, start + batch)
             if None not in verdicts[part]:
                 continue
             preemption.check()
-            some, own = rows[part], unguided[part]
-            graded = grade(policy, sample(some, own, length, "own responses", tries), some, reward)
-            drafts = [_draft(policy, row, graded, b, bare, max_prompt_tokens) for b, row in enumerate(some)]
-            # What has no request keeps its place in the batch; the reply to it is not read.
-            asked = [request or tokens for (_, request), tokens in zip(drafts, own, strict=True)]
-            replies = sample(some, asked, max_prompt_tokens, "own strategies", 1)
-            work = partial(_finish, policy, some, drafts, replies, max_prompt_tokens)
-            for i, verdict in zip(range(part.start, part.stop), distributed.split(work, range(len(some))), strict=True):
+            problems, prompt_tokens = rows[part], unguided[part]
+            responses = sample(problems, prompt_tokens, length, "own responses", tries)
+            graded = grade(policy, responses, problems, reward)
+            drafts = [_draft(policy, row, graded, b, bare, max_prompt_tokens) for b, row in enumerate(problems)]
+            # A problem without a request keeps its place in the batch; the reply to it is not read.
+            requests = [request or tokens for (_, request), tokens in zip(drafts, prompt_tokens, strict=True)]
+            replies = sample(problems, requests, max_prompt_tokens, "own strategies", 1)
+            finish = partial(_finish, policy, problems, drafts, replies, max_prompt_tokens)
+            for i, verdict in enumerate(distributed.split(finish, range(len(problems))), start):
                 if verdicts[i] is None:
                     verdicts[i] = verdict
                     if journal:
                         journal.append(verdict)
-            now, done = time.monotonic(), missing - verdicts.count(None)
-            if now - shown >= _PROGRESS_SECONDS:
-                seconds = (now - started) / done * (missing - done)
-                print(progress_line("own strategies", part.stop, len(rows), {}, seconds), flush=True)
-                shown = now
+            progress.show(len(rows) - verdicts.count(None))
     counts = Counter(verdict["reason"] for verdict in verdicts).most_common()
     print(f"own strategies of {len(rows)} problems: {', '.join(f'{why} {n}' for why, n in counts)}", flush=True)
     return [row | {"strategy": verdict["strategy"]} for row, verdict in zip(rows, verdicts, strict=True)]
 
 
 def shortest_correct(graded: Graded, b: int) -> str | None:
-    """The text of problem b's shortest response (in tokens) with reward 1, the first of equals; None without one."""
+    """Returns the text of problem b's shortest response with reward 1, the first of equals; None without one.
+
+    Length is counted in tokens.
+    """
     correct = np.flatnonzero(graded.rewards[b] >= 1)
     if not correct.size:
         return None
@@ -108,12 +105,12 @@ def shortest_correct(graded: Graded, b: int) -> str | None:
 def _draft(
     policy: Policy, row: dict, graded: Graded, b: int, bare: bool, max_prompt_tokens: int
 ) -> tuple[dict[str, Any], list[int]]:
-    """(problem b's verdict as far as it stands, tokens of what the student is asked; none where it is not asked)."""
+    """Returns (the unfinished verdict on problem b, tokens of the request to the student; empty without a request)."""
     verdict = {"kind": "verdict", "id": row["id"], "correct": int((graded.rewards[b] >= 1).sum())}
     response = shortest_correct(graded, b)
     if response is None:
         return verdict | {"response": None, "strategy": None, "reason": "no_correct", "detail": ""}, []
-    # A long thought says no more about the way than the solution after it.
+    # The solution after a long thought has all that a strategy needs.
     verdict["response"] = parsing.visible(response) or response
     request = prompts.own_strategy(row["problem"], verdict["response"], bare)
     tokens = tokenizers.encode_turn(policy.tokenizer, request)
@@ -128,26 +125,32 @@ def _finish(
     drafts: Sequence[tuple[dict[str, Any], list[int]]],
     replies: Rollout,
     max_prompt_tokens: int,
-    problems: Sequence[int],
+    places: Sequence[int],
 ) -> list[dict[str, Any]]:
-    """The verdicts on some problems of a batch, from the drafts of all and the student's replies `[B,1]`."""
+    """Returns the verdicts on the problems at these places of a batch, from the drafts and the replies `[B,1]`."""
     verdicts = []
-    for b in problems:
+    for b in places:
         verdict, request = drafts[b]
         if request:
             reply = tokenizers.decode(policy.tokenizer, np.asarray(replies.tokens)[b, 0], int(replies.lengths[b, 0]))
             finish = "stop" if replies.finish[b, 0] == STOP else "length"
-            found = read(reply, finish, rows[b]["problem"], rows[b]["answer"], verdict["response"])
-            (guided,) = encode_prompts(policy, [rows[b] | {"strategy": found.strategy}], guided=True)
+            parsed = read(reply, finish, rows[b]["problem"], rows[b]["answer"], verdict["response"])
+            (guided,) = encode_prompts(policy, [rows[b] | {"strategy": parsed.strategy}], guided=True)
             if len(guided) > max_prompt_tokens:
-                found = parsing.Parsed(None, "prompt_too_long", f"{len(guided)} tokens")
-            verdict |= found._asdict() | {"reason": found.reason or "kept"}
+                parsed = parsing.Parsed(None, "prompt_too_long", f"{len(guided)} tokens")
+            verdict |= parsed._asdict() | {"reason": parsed.reason or "kept"}
         verdicts.append(verdict)
     return verdicts
 
 
 def read(reply: str, finish: str, problem: str, answer: str, solution: str) -> parsing.Parsed:
-    """The strategy in a reply, on one line if the reply is; or why there is none, a leak being one of the reasons."""
+    """Returns the strategy of a student's reply, or why there is none, for example because it leaks the answer.
+
+    Args:
+      reply: the student's text; the strategy is on one line if the reply is.
+      finish: why the student stopped, as in `parsing.parse`.
+      problem, answer, solution: as in `leakage.find`; the solution is the response that was shown.
+    """
     parsed = parsing.parse(reply, finish)
     if parsed.strategy is None:
         return parsed

@@ -34,9 +34,9 @@ class Clock(threading.Event):
         return self.is_set()
 
 
-def client(url, **options):
-    chosen = {"key": KEY, "temperature": 0.6, "top_p": 0.95, "timeout": 5.0, **options}
-    return clients.endpoint("big-model", base_url=url, **chosen)
+def client(url, stop, retried=lambda why: None, **options):
+    fields = {"key": KEY, "temperature": 0.6, "top_p": 0.95, "timeout": 5.0, **options}
+    return clients.endpoint(clients.Endpoint("big-model", url, **fields), stop, retried)
 
 
 def config_for(tmp_path, url, **fields) -> ConfigDict:

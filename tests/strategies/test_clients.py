@@ -23,15 +23,15 @@ KEY = "sk-canary-0123456789abcdef"
 REQUEST = clients.Request("1", "What is 2 + 3?", 1, 50)
 
 
-def client(server, **options):
-    """(ask, reasons of its retries)."""
+def client(server, stop=None, **options):
+    """Returns (ask, list of the reasons for its retries)."""
     reasons: list[str] = []
-    chosen = {"key": KEY, "temperature": 0.6, "top_p": 0.95, "backoff": 0.01, "timeout": 5.0, "retries": 3, **options}
-    return clients.endpoint("big-model", base_url=server.url, retried=reasons.append, **chosen), reasons
+    fields = {"key": KEY, "temperature": 0.6, "top_p": 0.95, "backoff": 0.01, "timeout": 5.0, "retries": 3, **options}
+    return clients.endpoint(clients.Endpoint("big-model", server.url, **fields), stop, reasons.append), reasons
 
 
 def scripted(*answers):
-    """The answers in order, the last one from then on."""
+    """Returns a server that gives the answers in order and then repeats the last one."""
     return ChatServer(lambda prompt, body, headers, number: answers[min(number, len(answers) - 1)])
 
 
@@ -223,7 +223,11 @@ def test_a_url_that_is_none_is_refused(url):
 def test_without_the_package_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "openai", None)
     with pytest.raises(ImportError, match="extra 'extract'"):
-        clients.endpoint("m", base_url="http://x/v1", key="", temperature=1.0, top_p=1.0)
+        clients.endpoint(clients.Endpoint("m", "http://x/v1", "", temperature=1.0, top_p=1.0))
+
+
+def test_the_key_is_not_shown_with_its_endpoint():
+    assert KEY not in repr(clients.Endpoint("m", "http://x/v1", KEY, temperature=1.0, top_p=1.0))
 
 
 # ---- our own model
@@ -231,17 +235,17 @@ def test_without_the_package_the_extra_is_named(monkeypatch):
 
 @pytest.fixture(scope="module")
 def small():
-    """(policy, params on a mesh of one device, mesh) of a random decoder for the embedded world."""
-    chosen, initial = policy.load(
+    """Returns (policy, params on a mesh of one device, mesh) of a random decoder for the embedded world."""
+    loaded, initial = policy.load(
         "scratch", "arithmetic", layers=1, hidden=16, heads=2, mlp=16, dtype=jnp.float32, instruction=""
     )
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    return chosen, initial(jax.random.key(0), mesh), mesh
+    return loaded, initial(jax.random.key(0), mesh), mesh
 
 
-def local(small, **options):
-    chosen = {"seed": 0, "temperature": 1.0, "top_p": 1.0, "max_prompt_tokens": 24, "batch": 4, "gather": 0.05}
-    return clients.local(*small, **(chosen | options))
+def local(small, seed=0, gather=0.05):
+    model = clients.LocalModel(*small, seed=seed, temperature=1.0, top_p=1.0, max_prompt_tokens=24, batch=4)
+    return clients.local(model, gather)
 
 
 def requests(count):

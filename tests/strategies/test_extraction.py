@@ -19,7 +19,7 @@ from sgpo_jax import config as configs
 from sgpo_jax import config_checks, data, strategies
 from sgpo_jax.runtime import journal
 from sgpo_jax.runtime.files import read_jsonl
-from sgpo_jax.strategies import budget, extraction, leakage, prompts
+from sgpo_jax.strategies import budget, clients, leakage, prompts
 
 pytest.importorskip("openai", reason="needs the extra 'extract'")
 
@@ -308,14 +308,14 @@ def test_failures_count_in_a_row(tmp_path, rows):
 
 def test_nothing_new_is_asked_for_once_it_stops(tmp_path):
     stop, asked = threading.Event(), []
-    reply = extraction.Reply(["x"], ["stop"], 1, 1)
+    reply = clients.Reply(["x"], ["stop"], 1, 1)
     with journal.Journal(tmp_path / "j.jsonl", {}) as log:
         meter = budget.Meter(0.0, 0.0)
         paid = budget.payer("p", lambda request: asked.append(request) or reply, log, meter, "m", stop)
         assert paid("score", 0, "prompt", 1, 5) == reply
         stop.set()
         assert paid("score", 0, "prompt", 1, 5) == reply, "what is paid for can be used"
-        with pytest.raises(extraction.Unavailable, match="stopped"):
+        with pytest.raises(clients.Unavailable, match="stopped"):
             paid("score", 1, "prompt", 1, 5)
     assert [request.id for request in asked] == ["p/score/0"]
 
