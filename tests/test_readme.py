@@ -1,5 +1,6 @@
 """The pages: the README's blocks run as they stand, links lead somewhere, and no line is too long to read."""
 
+import ast
 import os
 import re
 import subprocess
@@ -67,7 +68,8 @@ def test_the_search_for_broken_links_finds_them():
 
 # `x.py`, also with a folder before it: a file of the package, of the repository, or of the user's own.
 MENTION = re.compile(r"`((?:[\w.]+/)*[\w.]+\.(?:py|sh|txt|toml|cff))`")
-OWN = {"example.py", "my_rewards.py"}  # files that a page tells the reader to write
+# Files that a page tells the reader to write, and a name that several packages have.
+OWN = {"example.py", "my_rewards.py", "__main__.py"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -125,3 +127,18 @@ def test_the_readme_shows_every_command_and_package():
     assert [command for command in commands if f"\n| `{command} --" not in text] == []
     packages = [path.parent.name for path in package.glob("*/__init__.py")]
     assert [package for package in packages if not re.search(rf"^{package}/ +\w", text, re.M)] == []
+
+
+def test_the_layers_are_those_that_are_tested():
+    """CONTRIBUTING.md shows the list LAYERS of test_layers.py, with a line for each layer."""
+    module = ast.parse((ROOT / "tests/test_layers.py").read_text(encoding="utf-8"))
+    (layers,) = [
+        ast.literal_eval(node.value)
+        for node in module.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LAYERS"
+    ]
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (\d+) \| (.*) \|$", text, re.M))
+    assert list(rows) == [str(number) for number in range(1, len(layers) + 1)]
+    shown = [set(re.findall(r"`(\w+)`", row)) for row in rows.values()]
+    assert [set(names) - named for names, named in zip(layers, shown, strict=True)] == [set()] * len(layers)
