@@ -1,4 +1,4 @@
-"""The laboratory: which cells there are, what each trains with, how it resumes, what its rows are made of."""
+"""Tests the lab: its cells, their configs, how it resumes, and its rows."""
 
 import json
 
@@ -16,7 +16,7 @@ from sgpo_jax.runtime.files import read_jsonl
 
 @pytest.fixture
 def config():
-    """configs/lab.py on a tiny world: two methods, two seeds, one other world, in this process."""
+    """Returns configs/lab.py with a tiny model: two methods, two seeds and one other world, in this process."""
     config = load(ROOT / "configs" / "lab.py")
     config.model.update({"hidden": 16, "heads": 2, "mlp": 16, "layers": 1})
     config.sft.update({"batch": 16, "micro_batch": 16, "steps": 2, "validate_every": 2})
@@ -86,7 +86,7 @@ def test_the_world_of_own_strategies_has_as_many_other_rows_as_the_first():
     lab.check(config)
     cell = lab.cell_config(config, lab.Cell("self-written", "self_strategies", 2.0, 0))
     assert cell.rl.guide == "self" and cell.rl.guided == 4
-    sources = [arithmetic_options(each.sft.train) for each in (config, cell)]
+    sources = [arithmetic_options(c.sft.train) for c in (config, cell)]
     share = float(sources[1].pop("writing"))
     assert int(sources[1].pop("count")) * (1 - share) == int(sources[0].pop("count"))
     assert sources[1] == sources[0]

@@ -87,9 +87,9 @@ def test_phases_are_found_through_the_transformations_of_a_gradient():
             x = jnp.sin(x @ w)
         return (x @ w).sum()
 
-    found = flops(jax.grad(loss, argnums=1), shape(M, K), shape(K, K), scopes=Scopes("rest", (("first", "first"),)))
+    counts = flops(jax.grad(loss, argnums=1), shape(M, K), shape(K, K), scopes=Scopes("rest", (("first", "first"),)))
     # Each has its product and the gradient of w; the second also the gradient of what the first gave.
-    assert found == {"first": 2 * 2 * M * K * K, "rest": 3 * 2 * M * K * K}
+    assert counts == {"first": 2 * 2 * M * K * K, "rest": 3 * 2 * M * K * K}
 
 
 def test_of_two_branches_the_one_with_more_work():
@@ -124,17 +124,17 @@ def test_splash_attention_computes_the_blocks_below_the_diagonal(gradient, produ
         return kernel(query, key, value).sum()
 
     fn = jax.grad(total, argnums=(0, 1, 2)) if gradient else total
-    found = flops(fn, *[shape(HEADS, TOKENS, SIZE)] * 3)["all"]
+    count = flops(fn, *[shape(HEADS, TOKENS, SIZE)] * 3)["all"]
     between = 2 * HEADS * TOKENS * SIZE * gradient  # of outputs and their gradients, outside of the kernels
-    assert found == products * 2 * HEADS * TOKENS * TOKENS * SIZE * CAUSAL + between
+    assert count == products * 2 * HEADS * TOKENS * TOKENS * SIZE * CAUSAL + between
 
 
 def test_paged_attention_computes_the_blocks_in_use():
     rows, kv_heads, group, pages, blocks = 4, 2, 3, 8, 2.5
     pool = shape(kv_heads, rows * pages, 128, SIZE)
     kernel = partial(paged_attention, pages_per_compute_block=4)
-    found = flops(
+    counts = flops(
         kernel, shape(rows, kv_heads * group, SIZE), pool, pool, shape(rows, dtype=jnp.int32),
         shape(rows, pages, dtype=jnp.int32), scopes=Scopes("all", trips=(("paged_attention", blocks),)),
     )  # fmt: skip
-    assert found == {"all": 2 * 2 * rows * kv_heads * group * (blocks * 4 * 128) * SIZE}
+    assert counts == {"all": 2 * 2 * rows * kv_heads * group * (blocks * 4 * 128) * SIZE}

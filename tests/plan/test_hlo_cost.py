@@ -1,4 +1,4 @@
-"""What compiled programs move: on eight devices by known amounts, and in texts as the TPU compiler writes them."""
+"""Tests what compiled programs move: known amounts on eight devices, and texts from the TPU compiler."""
 
 import re
 
@@ -40,12 +40,12 @@ def summed():
     return compiled(program, x, jax.ShapeDtypeStruct((), jnp.int32))
 
 
-@pytest.mark.parametrize("told", [True, False], ids=["with known_trip_count", "by the loop's condition"])
-def test_all_reduces_in_loops(summed, told):
-    text = summed if told else re.sub(r'"known_trip_count":\{[^}]*\},?', "", summed)
-    assert told == ("known_trip_count" in text)
-    found = hlo_cost.collectives(hlo.parse(text), SCOPES)
-    assert found == [Collective("all-reduce", "steps", 4 * ROWS * COLUMNS, 8, LAYERS * 7.0)]
+@pytest.mark.parametrize("stated", [True, False], ids=["with known_trip_count", "by the loop's condition"])
+def test_all_reduces_in_loops(summed, stated):
+    text = summed if stated else re.sub(r'"known_trip_count":\{[^}]*\},?', "", summed)
+    assert stated == ("known_trip_count" in text)
+    collectives = hlo_cost.collectives(hlo.parse(text), SCOPES)
+    assert collectives == [Collective("all-reduce", "steps", 4 * ROWS * COLUMNS, 8, LAYERS * 7.0)]
 
 
 def test_a_loop_of_which_nothing_is_known_is_refused(summed):
@@ -57,8 +57,8 @@ def test_a_split_weight_is_gathered():
     mesh = sharding.make_mesh(1, 4, 2)
     x = jax.ShapeDtypeStruct((8, COLUMNS), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
     w = jax.ShapeDtypeStruct((COLUMNS, 64), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
-    found = hlo_cost.collectives(hlo.parse(compiled(jnp.dot, x, w)), Scopes("all"))
-    assert found == [Collective("all-gather", "all", 4 * COLUMNS * 64, 4, 1.0)]
+    collectives = hlo_cost.collectives(hlo.parse(compiled(jnp.dot, x, w)), Scopes("all"))
+    assert collectives == [Collective("all-gather", "all", 4 * COLUMNS * 64, 4, 1.0)]
 
 
 @pytest.mark.parametrize(
@@ -90,8 +90,8 @@ ENTRY %main (p: f32[4]) -> f32[4] {{
   ROOT %r = f32[4]{{0}} all-reduce(%p), channel_id=1, {groups}, to_apply=%add
 }}
 """
-    (found,) = hlo_cost.collectives(hlo.parse(text), Scopes("all"))
-    assert (found.devices, found.bytes, found.times) == (devices, 16, 1.0)
+    (collective,) = hlo_cost.collectives(hlo.parse(text), Scopes("all"))
+    assert (collective.devices, collective.bytes, collective.times) == (devices, 16, 1.0)
 
 
 # A gather that starts before a product, runs beside it, and ends after it; and one that is plain. The compiler writes an
@@ -139,8 +139,8 @@ WEIGHT = 2 * 1024 * 1024
 
 
 def test_an_asynchronous_gather_counts_once():
-    found = hlo_cost.collectives(hlo.parse(ASYNCHRONOUS), Scopes("all"))
-    assert found == [Collective("all-gather", "all", WEIGHT, 4, 2.0)]
+    collectives = hlo_cost.collectives(hlo.parse(ASYNCHRONOUS), Scopes("all"))
+    assert collectives == [Collective("all-gather", "all", WEIGHT, 4, 2.0)]
 
 
 def test_an_asynchronous_gather_moves_its_bytes_where_it_starts():
@@ -212,8 +212,8 @@ def test_a_loop_reads_each_slice_once_and_writes_in_place():
 
 
 def test_a_kernel_may_read_less_than_it_is_given():
-    found = hlo_cost.hbm_bytes(hlo.parse(LAYERS_LOOP), Scopes("all", reads=(("kernel", 100.0),)))
-    assert found == {"all": 3 * (WEIGHT + 2 * 2 * 1024 + 100)}
+    moved = hlo_cost.hbm_bytes(hlo.parse(LAYERS_LOOP), Scopes("all", reads=(("kernel", 100.0),)))
+    assert moved == {"all": 3 * (WEIGHT + 2 * 2 * 1024 + 100)}
 
 
 def test_the_largest_arrays():

@@ -1,4 +1,4 @@
-"""A plan's arithmetic on numbers known by hand, the search with a made-up compiler, and a plan with the real one."""
+"""Tests a plan's arithmetic on numbers known by hand, the search with a fake compiler, and a plan with the real one."""
 
 import importlib.util
 import json
@@ -23,8 +23,8 @@ from sgpo_jax.plan.phases import Scopes
 from sgpo_jax.plan.programs import Program, Setting
 from sgpo_jax.plan.roofline import Reached, Seconds
 from sgpo_jax.plan.workload import Assumed
-from sgpo_jax.training import rl
 from sgpo_jax.training.batch import pack_batch
+from sgpo_jax.training.weighting import Weighting
 
 # ---- shapes
 
@@ -77,32 +77,32 @@ def test_calls_of_other_recipes():
     config.sft.validate_every = 200
     config.rl.steps, config.rl.eval_every = 50, 20
     config.eval.sets = ConfigDict({"ours": {"source": "rows", "samples": 2}})
-    found = workload.calls(config, ASSUMED._replace(eval_problems=130))
+    calls = workload.calls(config, ASSUMED._replace(eval_problems=130))
     # Validated six times (1190 steps by 200) in 14 batches; three evaluations (after 20, 40 and 50) of 3 batches.
-    assert found == workload.Calls(1190, 6 * 14, 50, 0, {2: 9})
+    assert calls == workload.Calls(1190, 6 * 14, 50, 0, {2: 9})
     config.rl.guide = "self"  # 8500 problems in batches of 128, the last one filled up
-    assert workload.calls(config, ASSUMED._replace(eval_problems=130)) == found._replace(own_strategies=67)
+    assert workload.calls(config, ASSUMED._replace(eval_problems=130)) == calls._replace(own_strategies=67)
     config.rl.guided = 0
-    assert workload.calls(config, ASSUMED._replace(eval_problems=130)) == found
+    assert workload.calls(config, ASSUMED._replace(eval_problems=130)) == calls
     config.rl.update({"guide": "strategy", "guided": 4})
     config.stages = ("rl", "eval")
     config.eval.guided = True
-    found = workload.calls(config, ASSUMED._replace(eval_problems=130))
-    assert (found.sft_steps, found.sft_validations, found.evaluations) == (0, 0, {2: (4 + 3) * 3})
+    calls = workload.calls(config, ASSUMED._replace(eval_problems=130))
+    assert (calls.sft_steps, calls.sft_validations, calls.evaluations) == (0, 0, {2: (4 + 3) * 3})
 
 
 @pytest.mark.parametrize("mean", [1, 7, 400, 512, 900, 1000])
 def test_assumed_lengths_have_the_assumed_mean(mean):
-    found = workload.lengths(500, mean, 1024)
-    assert found.min() >= 1 and found.max() <= 1024
-    assert found.mean() == pytest.approx(mean, rel=0.01)
+    lengths = workload.lengths(500, mean, 1024)
+    assert lengths.min() >= 1 and lengths.max() <= 1024
+    assert lengths.mean() == pytest.approx(mean, rel=0.01)
 
 
 def test_assumed_lengths_are_exponential():
-    found = np.sort(workload.lengths(1000, 100.0, 10**6))
+    lengths = np.sort(workload.lengths(1000, 100.0, 10**6))
     # The median of an exponential distribution is its mean times log 2.
-    assert found[500] == pytest.approx(100 * math.log(2), rel=0.02)
-    assert (workload.lengths(1000, 100.0, 10**6)[:10] != found[:10]).any()
+    assert lengths[500] == pytest.approx(100 * math.log(2), rel=0.02)
+    assert (workload.lengths(1000, 100.0, 10**6)[:10] != lengths[:10]).any()
 
 
 # ---- time
@@ -113,9 +113,9 @@ CHIP, HALF = Chip(flops=100.0, hbm=10.0, ici=4.0), Reached(flops=0.5, hbm=0.5, i
 def test_time_of_a_phase():
     # 200 FLOP at 50 a second; 30 bytes at 5; and twice an all-gather of 16 bytes among 4, of which 12 are sent, at 2.
     moved = [Collective("all-gather", "", 16, 4, 2.0)]
-    found = roofline.seconds(200.0, 30.0, moved, CHIP, HALF)
-    assert found == Seconds(4.0, 6.0, 12.0)
-    assert (found.least, found.most) == (12.0, 22.0)
+    seconds = roofline.seconds(200.0, 30.0, moved, CHIP, HALF)
+    assert seconds == Seconds(4.0, 6.0, 12.0)
+    assert (seconds.least, seconds.most) == (12.0, 22.0)
 
 
 def test_a_small_collective_takes_the_steps_of_its_ring():
@@ -129,7 +129,7 @@ def result(stage, calls, *phases, fits=True, compiled=True, needed=0, limit=16 *
     return {
         "stage": stage, "calls": calls, "tokens": 1000.0, "fits": fits, "compiled": compiled,
         "hbm": {"needed": needed, "limit": limit},
-        "phases": {str(i): {"seconds": each._asdict()} for i, each in enumerate(phases)},
+        "phases": {str(i): {"seconds": seconds._asdict()} for i, seconds in enumerate(phases)},
     }  # fmt: skip
 
 
@@ -185,18 +185,18 @@ def program(name, field, value, size, resident=0, arguments=0):
     ],
 )
 def test_what_to_change(field, value, size, needed, mesh, heads, expected):
-    found = [
+    measured = [
         (program("first", field, value, size * GIB), result("rl", 1, fits=False, needed=needed * GIB)),
         (program("second", field, value, size * GIB), result("rl", 1)),
     ]
-    lines = estimate.advice(found, small_run(), sharding.make_mesh(*mesh), heads)
+    lines = estimate.advice(measured, small_run(), sharding.make_mesh(*mesh), heads)
     assert lines == [f"first needs {needed}.00 of 16.00 GiB; in this order: {expected}"]
 
 
 def test_layers_are_recomputed_first():
-    found = [(program("update", "rl.micro_batch", 16, 10 * GIB), result("rl", 1, fits=False, needed=20 * GIB))]
+    measured = [(program("update", "rl.micro_batch", 16, 10 * GIB), result("rl", 1, fits=False, needed=20 * GIB))]
     config = small_run(**{"model.remat": "dots", "optimizer.mu_dtype": "bfloat16"})
-    (line,) = estimate.advice(found, config, sharding.make_mesh(1, 8, 1), 2)
+    (line,) = estimate.advice(measured, config, sharding.make_mesh(1, 8, 1), 2)
     assert line.endswith("in this order: config.model.remat=full; config.rl.micro_batch=8; config.mesh.tensor=2")
 
 
@@ -266,32 +266,32 @@ def test_sizes_in_the_compilers_message(message, sizes):
     assert hardware.too_large(RuntimeError(message)) == sizes
 
 
-def made_up(limit, of_setting, besides):
-    """A compiler for which a program needs `of_setting` GiB for each unit of its setting, and `besides` besides."""
+def made_up(limit, unit_gib, rest_gib):
+    """A compiler for which a program needs `unit_gib` for each unit of its setting, and `rest_gib` for the rest."""
 
     def measure(program, mesh):
-        needed = int((program.setting.value * of_setting[program.setting.field] + besides(program, mesh)) * GIB)
+        needed = int((program.setting.value * unit_gib[program.setting.field] + rest_gib(program, mesh)) * GIB)
         return result(program.stage, program.calls, fits=needed <= limit, needed=needed)
 
     return measure
 
 
 def test_the_search_takes_the_first_that_fits(tiny, capsys):
-    def besides(program, mesh):
+    def rest_gib(program, mesh):
         return (4 if mesh.shape["tensor"] == 2 else 20) + 9 * (program.name == "evaluation, 4 samples")
 
     limit = 16 * GIB
     sizes = {"sft.micro_batch": 0.5, "rl.micro_batch": 1.5, "rl.slots": 0.25, "eval.slots": 0.125}
-    measure = made_up(limit, sizes, besides)
-    config, found, tried = search.search(small_run(), tiny, jax.devices(), CHIPS_FAST, Assumed(4, 4), limit, measure)
+    measure = made_up(limit, sizes, rest_gib)
+    config, measured, tried = search.search(small_run(), tiny, jax.devices(), CHIPS_FAST, Assumed(4, 4), limit, measure)
     assert dict(config.mesh) == {"data": 1, "fsdp": 4, "tensor": 2}
     # The largest with value * size + 4 <= 16, from what is tried: all of 8; half of 16; half of both groups' 96; and of
     # 256 so few that the evaluation with 32 responses in all, which needs 9 more, fits too.
     assert [config[section][name] for section, name in (field.split(".") for field in search.FIELDS)] == [8, 8, 48, 16]
-    assert [program.name for program, _ in found] == [
+    assert [program.name for program, _ in measured] == [
         "SFT update", "SFT validation", "update", "rollout", "evaluation, 4 samples", "evaluation, 32 samples",
     ]  # fmt: skip
-    outcomes = [(each.mesh["tensor"], each.field, each.value, each.outcome) for each in tried]
+    outcomes = [(t.mesh["tensor"], t.field, t.value, t.outcome) for t in tried]
     assert outcomes[-10:] == [
         (2, "sft.micro_batch", 8, "fits"),
         (2, "rl.micro_batch", 16, "update needs 28.00 GiB"),
@@ -309,9 +309,9 @@ def test_the_search_takes_the_first_that_fits(tiny, capsys):
 
 def test_the_search_says_when_nothing_fits(tiny):
     measure = made_up(GIB, dict.fromkeys(search.FIELDS, 1.0), lambda *_: 0)
-    config, found, tried = search.search(small_run(), tiny, jax.devices(), CHIPS_FAST, Assumed(4, 4), GIB, measure)
-    assert config is None and not found
-    assert {each.mesh["tensor"] for each in tried} == {1, 2} and all("needs" in each.outcome for each in tried)
+    config, measured, tried = search.search(small_run(), tiny, jax.devices(), CHIPS_FAST, Assumed(4, 4), GIB, measure)
+    assert config is None and not measured
+    assert {t.mesh["tensor"] for t in tried} == {1, 2} and all("needs" in t.outcome for t in tried)
 
 
 def test_the_search_compiles_nothing_that_cannot_fit(tiny):
@@ -320,7 +320,7 @@ def test_the_search_compiles_nothing_that_cannot_fit(tiny):
 
     limit = 2**12  # less than the training state
     _, _, tried = search.search(small_run(), tiny, jax.devices(), CHIPS_FAST, Assumed(4, 4), limit, measure)
-    assert tried and all("needs more than 0.00 GiB" in each.outcome for each in tried)
+    assert tried and all("needs more than 0.00 GiB" in t.outcome for t in tried)
 
 
 @pytest.mark.parametrize(("autonomous", "first"), [(2, 2), (62, 1)])
@@ -328,8 +328,8 @@ def test_what_moves_least_is_the_first(tiny, autonomous, first):
     # Decoding gathers half of the weights where the tensor axis has two devices; many responses have much to sum on it.
     chip, assumed = Chip(flops=1.0, hbm=1e6, ici=1e6), Assumed(1024, 4)
     config = small_run(**{"rl.max_new_tokens": 1024, "rl.autonomous": autonomous, "rl.guided": 2})
-    found = search.meshes(config, tiny, jax.devices(), chip, assumed)
-    assert found[0][1].shape["tensor"] == first
+    candidates = search.meshes(config, tiny, jax.devices(), chip, assumed)
+    assert candidates[0][1].shape["tensor"] == first
     params = jax.eval_shape(lambda key: models.init(key, tiny), jax.random.key(0))
     size, responses = 2 * sum(x.size for x in jax.tree.leaves(params)), 8 * (autonomous + 2)
     # Of 1024 tokens each, in micro-batches of 8 or 4 rows; two layers, four sums in each, twice in a ring.
@@ -338,7 +338,7 @@ def test_what_moves_least_is_the_first(tiny, autonomous, first):
         1: 1024 * size / 1e6 + (1024 + 3 * responses / 8) * size * 7 / 8 / 1e6,
         2: 1024 * size / 2 / 1e6 + (1024 + 3 * responses / 4) * size / 2 * 3 / 4 / 1e6 + summed / 1e6,
     }
-    for candidate, mesh in found:
+    for candidate, mesh in candidates:
         moved = search.moving_seconds(candidate, mesh, tiny, chip, assumed)
         assert moved == pytest.approx(seconds[mesh.shape["tensor"]])
 
@@ -347,10 +347,10 @@ def test_updates_are_planned_with_the_runs_chunks(tiny):
     # Of 512 response tokens each of 128 rows has 4; on eight devices 512 are those of one.
     # A quarter of a row is less.
     sizes = {f"{stage}.{name}": 128 for stage in ("sft", "rl") for name in ("batch", "micro_batch")}
-    found = programs.programs(small_run(**sizes), tiny, sharding.make_mesh(1, 8, 1), Assumed(4, 4))
-    of_sft, of_rl = (next(p for p in found if p.name == name).trace.args[1] for name in ("SFT update", "update"))
-    assert of_sft[1].shape == (1, 4, 128, 6)
-    assert of_rl.autonomous_tokens.shape == (8, 4, 128, 6)
+    every = programs.programs(small_run(**sizes), tiny, sharding.make_mesh(1, 8, 1), Assumed(4, 4))
+    sft_batch, rl_batch = (next(p for p in every if p.name == name).trace.args[1] for name in ("SFT update", "update"))
+    assert sft_batch[1].shape == (1, 4, 128, 6)
+    assert rl_batch.autonomous_tokens.shape == (8, 4, 128, 6)
 
 
 @pytest.mark.parametrize("guide", ["strategy", "self"])
@@ -358,7 +358,9 @@ def test_the_planned_update_has_candidates_and_targets(guide):
     config = small_run()
     config.rl.guide = guide
     batch = programs.made_up_batch(config, Assumed(4, 4))
-    packed = pack_batch(batch, micro_batch=config.rl.micro_batch, **rl.method(config.rl)[0])
+    packed = pack_batch(
+        batch, Weighting.from_config(config.rl), config.rl.distillation, micro_batch=config.rl.micro_batch
+    )
     assert packed.targets.count > 0 and packed.candidates.count > 0
     assert (packed.alpha > 0).any()
 
@@ -368,13 +370,14 @@ def test_own_strategies_are_planned(tiny, guided, calls):
     """40 problems in batches of 8: a few responses to each, and one reply."""
     changes = {"rl.guide": "self", "rl.self_tries": 3, "rl.guided": guided, "sft.train": "rows"}
     assumed = Assumed(4, 4, problems=40)
-    found = {p.name: p for p in programs.programs(small_run(**changes), tiny, sharding.make_mesh(1, 8, 1), assumed)}
-    own = [found.get(name) for name in ("own responses", "own strategies")]
-    assert [each and each.calls for each in own] == [calls, calls]
+    every = programs.programs(small_run(**changes), tiny, sharding.make_mesh(1, 8, 1), assumed)
+    by_name = {program.name: program for program in every}
+    responses, strategies = (by_name.get(name) for name in ("own responses", "own strategies"))
+    assert [program and program.calls for program in (responses, strategies)] == [calls, calls]
     # Responses to 8 problems: 8 to each, and those with a strategy.
-    assert found["rollout"].setting.value == 8 * (8 + (guided or 0))
+    assert by_name["rollout"].setting.value == 8 * (8 + (guided or 0))
     if guided:
-        assert own[0].tokens == pytest.approx(3 * own[1].tokens, rel=0.05)
+        assert responses.tokens == pytest.approx(3 * strategies.tokens, rel=0.05)
 
 
 def test_meshes_divide_heads_and_batches(tiny):
@@ -415,7 +418,7 @@ SHAPE = {
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
-    """(plan as JSON, what was printed) for a small model on v5e:2x2, in a process of its own."""
+    """Plans a small model on v5e:2x2 in a separate process; returns the plan as JSON and the printed text."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs libtpu: pip install -e '.[tpu]'")
     place = tmp_path_factory.mktemp("plan")
@@ -431,13 +434,13 @@ def planned(tmp_path_factory):
 
 
 def test_memory_on_a_chip(planned):
-    found, printed = planned
-    assert set(found["programs"]) == {
+    run_plan, printed = planned
+    assert set(run_plan["programs"]) == {
         "SFT update", "SFT validation", "rollout", "update", "evaluation, 64 samples",
     }  # fmt: skip
     split = D * (3 * H * N + 2 * F) + H * N * D + F * D + 2 * D * V  # matrices, over all four chips
     parameters = 4 * (split // 4 + 3 * D)
-    for name, result in found["programs"].items():
+    for name, result in run_plan["programs"].items():
         hbm = result["hbm"]
         assert hbm["limit"] == 15.75 * GIB
         assert hbm["resident"] == pytest.approx(
@@ -445,8 +448,8 @@ def test_memory_on_a_chip(planned):
         )
         if result["compiled"]:
             # Parameters, and in updates their two moments; the rest are small batches of whole numbers.
-            own = parameters * (3 if "update" in name else 1)
-            assert own <= hbm["arguments"] <= own + 200_000
+            state = parameters * (3 if "update" in name else 1)
+            assert state <= hbm["arguments"] <= state + 200_000
             assert hbm["outputs"] <= 200_000  # the state takes the place of the one that was given
             parts = ("arguments", "outputs", "temporaries", "code", "resident")
             assert hbm["needed"] == sum(hbm[part] for part in parts)
@@ -455,12 +458,13 @@ def test_memory_on_a_chip(planned):
 
 def test_a_program_that_does_not_fit(planned):
     # 2 * 64 responses of a device with a token of 512 bytes, at 262,144 + 64 tokens: 16 GiB, and what is sampled.
-    found, printed = planned
-    evaluation = found["programs"].pop("evaluation, 64 samples")
-    assert not evaluation["fits"] and not evaluation["compiled"] and all(r["fits"] for r in found["programs"].values())
+    run_plan, printed = planned
+    evaluation = run_plan["programs"].pop("evaluation, 64 samples")
+    assert not evaluation["fits"] and not evaluation["compiled"]
+    assert all(result["fits"] for result in run_plan["programs"].values())
     needed = evaluation["hbm"]["needed"] / GIB
-    assert 16 < needed < 40 and not found["fits"] and found["hours"] is None
-    (line,) = found["advice"]
+    assert 16 < needed < 40 and not run_plan["fits"] and run_plan["hours"] is None
+    (line,) = run_plan["advice"]
     assert line.startswith(f"evaluation, 64 samples needs {needed:.2f} of 15.75 GiB; in this order: config.eval.slots=")
     assert line in printed and printed.endswith("does not fit\n")
 
