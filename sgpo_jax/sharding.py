@@ -1,6 +1,6 @@
-"""Where arrays live: one mesh with axes data, fsdp and tensor, and ordered rules from parameter path to PartitionSpec.
+"""Decides where arrays live: one mesh with axes data, fsdp and tensor, and rules from parameter path to PartitionSpec.
 
-The mesh uses Auto axes: the code places inputs, parameters and a few activations, and the compiler derives the rest.
+The mesh uses Auto axes. The code places inputs, parameters and a few activations; the compiler derives the rest.
 """
 
 import math
@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")  # the axes over which rows of a batch are split
+BATCH = ("data", "fsdp")  # the axes that split the rows of a batch
 
 # The first matching rule wins. Layer parameters carry a leading layer axis, which is never split.
 RULES: tuple[tuple[str, P], ...] = (
@@ -29,9 +29,14 @@ RULES: tuple[tuple[str, P], ...] = (
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list | None = None) -> Mesh:
-    """Mesh over `devices` (default: all); one size may be -1, meaning whatever remains.
+    """Returns a mesh over the devices.
 
-    Raises ValueError when the sizes do not multiply to the number of devices, or JAX finds none.
+    Args:
+      data, fsdp, tensor: sizes of the axes; one of them may be -1, which takes the devices that remain.
+      devices: all devices of JAX by default.
+
+    Raises:
+      ValueError: the product of the sizes is not the number of devices, or JAX finds no devices.
     """
     try:
         devices = jax.devices() if devices is None else devices
@@ -45,7 +50,11 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list | No
 
 
 def mesh_shape(sizes: tuple[int, int, int], num_devices: int) -> tuple[int, int, int]:
-    """Resolves a -1 in (data, fsdp, tensor) against the number of devices, or raises ValueError."""
+    """Returns the sizes (data, fsdp, tensor) with a -1 replaced by the number of devices that remain.
+
+    Raises:
+      ValueError: the sizes do not fit the number of devices.
+    """
     wanted = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise ValueError(f"{wanted}: every size must be at least 1, and at most one may be -1")
@@ -57,19 +66,20 @@ def mesh_shape(sizes: tuple[int, int, int], num_devices: int) -> tuple[int, int,
 
 
 def row_ways(mesh: Mesh) -> int:
-    """Ways in which the rows of a batch are split."""
+    """Returns the number of parts into which the mesh splits the rows of a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """`params/layers/q/kernel` from a pytree key path."""
+    """Returns the name of a pytree key path, such as `params/layers/q/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def spec_for(name: str, shape: tuple[int, ...]) -> P:
-    """PartitionSpec of the parameter or optimizer moment called `name`; scalars are replicated.
+    """Returns the PartitionSpec of the parameter or optimizer moment called `name`; scalars are replicated.
 
-    Raises ValueError for a name that no rule matches.
+    Raises:
+      ValueError: no rule matches the name.
     """
     if not shape:
         return P()
@@ -80,12 +90,15 @@ def spec_for(name: str, shape: tuple[int, ...]) -> P:
 
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:
-    """NamedSharding for every leaf (array or ShapeDtypeStruct) of parameters, optimizer state or a whole TrainState.
+    """Returns the NamedSharding of every leaf of parameters, optimizer state or a whole TrainState.
 
-    Raises ValueError for a leaf without a rule, or whose size is not divisible by the mesh axes of its rule.
+    Leaves are arrays or ShapeDtypeStructs.
+
+    Raises:
+      ValueError: no rule matches a leaf, or the mesh axes of its rule do not divide its size.
     """
 
-    def place(path, leaf):
+    def leaf_sharding(path, leaf):
         name = path_name(path)
         spec = spec_for(name, leaf.shape)
         for dim, axis in enumerate(spec):
@@ -96,54 +109,57 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
                 )
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
 
 
 def put(tree: Any, specs: Any, mesh: Mesh) -> Any:
-    """Host arrays onto the mesh, each as its PartitionSpec says. Every process passes the same arrays."""
+    """Copies host arrays onto the mesh, each by its PartitionSpec. Every process passes the same arrays."""
     return place(jax.tree.map(np.asarray, tree), jax.tree.map(lambda _, spec: NamedSharding(mesh, spec), tree, specs))
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Arrays onto devices, each as its sharding says.
+    """Copies arrays onto devices, each by its sharding.
 
-    Of arrays in host memory every process passes the same ones and copies its own parts of them, unchecked:
-    `jax.device_put` would send them all to all processes to compare.
+    Every process passes the same host arrays and copies the parts of its own devices. That they are the same is not
+    checked: `jax.device_put` would send each array to all processes to compare.
     """
 
-    def one(x, sharding):
+    def place_leaf(x, sharding):
         if sharding.is_fully_addressable or not getattr(x, "is_fully_addressable", True):
             return jax.device_put(x, sharding)
         host = np.asarray(x)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-    return jax.tree.map(one, tree, shardings)
+    return jax.tree.map(place_leaf, tree, shardings)
 
 
 def put_rows(tree: Any, mesh: Mesh) -> Any:
-    """Host arrays `[B, ...]` onto the mesh, rows split over data and fsdp. Every process passes the same arrays."""
+    """Copies host arrays `[B, ...]` onto the mesh, rows split over data and fsdp.
+
+    Every process passes the same arrays.
+    """
     return put(tree, jax.tree.map(lambda _: P(BATCH), tree), mesh)
 
 
 def fetch(tree: Any) -> Any:
-    """Device arrays as numpy arrays in host memory, whole on every process."""
+    """Returns device arrays as numpy arrays in host memory, whole on every process."""
     if jax.process_count() > 1:
         tree = multihost_utils.process_allgather(tree, tiled=True)
     return jax.device_get(tree)
 
 
 def constrain(x: jax.Array, *spec: Any) -> jax.Array:
-    """Pins the layout of an activation; a dimension that its mesh axes do not divide is left whole.
+    """Pins the layout of an activation. A dimension that its mesh axes do not divide stays whole.
 
-    Does nothing outside `jax.set_mesh`, so models and engine also run without a mesh.
+    Does nothing outside `jax.set_mesh`, so that the model and the sampler also run without a mesh.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, P(*fitting(x.shape, spec)))
+    return jax.lax.with_sharding_constraint(x, P(*fit_spec(x.shape, spec)))
 
 
-def fitting(shape: tuple[int, ...], spec: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The mesh axes of each dimension in `spec` that divide it; None for the others, and without a mesh."""
+def fit_spec(shape: tuple[int, ...], spec: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns `spec` with None for the dimensions that their mesh axes do not divide; without a mesh, all are None."""
     mesh = jax.sharding.get_abstract_mesh()
 
     def ways(axes):
@@ -155,7 +171,10 @@ def fitting(shape: tuple[int, ...], spec: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def platform() -> str:
-    """"cpu", "gpu" or "tpu": where a computation traced now will run, which need not be where it is compiled."""
+    """Returns "cpu", "gpu" or "tpu": where the computation being traced will run.
+
+    It may be compiled on another platform: a plan for TPUs is compiled on a CPU.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return jax.default_backend()

@@ -10,11 +10,13 @@ from helpers.batches import make_params
 from jax.sharding import PartitionSpec as P
 
 from sgpo_jax import models, sharding
-from sgpo_jax.policy.generation import Prompts
-from sgpo_jax.training.batch import Batch, Group, pack_batch, specs
+from sgpo_jax.training.batch import Batch, Contexts, Group, pack_batch, specs
+from sgpo_jax.training.forward import Forward
+from sgpo_jax.training.objective import Objective
 from sgpo_jax.training.optimizer import adamw, schedule
 from sgpo_jax.training.state import init_state
 from sgpo_jax.training.train_step import make_update
+from sgpo_jax.training.weighting import Weighting
 
 # Dimensions that 8 divides, so that every mesh applies; 2 key/value heads, so that tensor=4 and 8 split a head.
 CONFIG = models.ModelConfig(
@@ -29,8 +31,9 @@ def make_batch(seed):
     problems, length = 8, 6
 
     def prompts(width):
-        mask = np.arange(width) >= rng.integers(0, width - 1, (problems, 1))
-        return Prompts(rng.integers(0, 40, (problems, width), dtype=np.int32), mask)
+        lengths = width - rng.integers(0, width - 1, problems)
+        tokens = rng.integers(0, 40, (problems, width), dtype=np.int32)
+        return Contexts([row[-length:] for row, length in zip(tokens, lengths, strict=True)], width)
 
     def group(size):
         return Group(
@@ -54,9 +57,9 @@ def train(mesh):
     with jax.set_mesh(mesh):
         shardings = sharding.tree_shardings(state, mesh)
         state = jax.device_put(state, shardings)
-        update = make_update(CONFIG, tx, shardings=shardings)
+        update = make_update(Forward(CONFIG), tx, Objective(), shardings=shardings)
         for step in range(3):
-            packed = pack_batch(make_batch(step), micro_batch=8, chunk=16)
+            packed = pack_batch(make_batch(step), Weighting(), micro_batch=8, chunk=16)
             state, metrics = update(state, sharding.put(packed, specs(packed), mesh))
             losses.append(float(metrics["loss"]))
         leaf = state.params["layers"]["gate"]["kernel"]

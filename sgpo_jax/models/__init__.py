@@ -1,6 +1,17 @@
-"""The language models. Everything above reaches them through these functions of arrays."""
+"""Language models: one decoder as functions of arrays, and its parameters read from and written to checkpoints."""
 
-from sgpo_jax.models.config import ModelConfig
+from sgpo_jax.models.config import ModelConfig, RopeScaling
 from sgpo_jax.models.decoder import REMAT, Cache, apply, head, head_weight, init, init_cache, positions_of
 
-__all__ = ["REMAT", "Cache", "ModelConfig", "apply", "head", "head_weight", "init", "init_cache", "positions_of"]
+__all__ = [
+    "Cache",
+    "ModelConfig",
+    "REMAT",
+    "RopeScaling",
+    "apply",
+    "head",
+    "head_weight",
+    "init",
+    "init_cache",
+    "positions_of",
+]

@@ -1,7 +1,7 @@
-"""Grouped-query attention, over a row of packed sequences and over the cache of a decoding step.
+"""Computes grouped-query attention: over rows of packed sequences, and over the cache in a decoding step.
 
-On a mesh of TPUs these are JAX's Pallas kernels (splash attention, paged attention) under `shard_map`, on GPUs cuDNN's
-attention; elsewhere, or where a kernel does not take the shape, plain products. No kernel holds scores of [T,T].
+TPUs run JAX's Pallas kernels (splash attention, paged attention) under `shard_map`, GPUs run cuDNN's attention. Plain
+products serve everything else, and every shape that a kernel does not take. No kernel holds the scores [T,T].
 
 Axis key: B batch, T tokens, S cache length, H query heads, K key/value heads, N head size, L layers.
 """
@@ -16,73 +16,77 @@ from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention as p
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import PartitionSpec as P
 
-from sgpo_jax.sharding import BATCH, fitting, platform
+from sgpo_jax.sharding import BATCH, fit_spec, platform
 
-LANES = 128  # both TPU kernels want lengths, and paged attention head sizes, in multiples of this
+LANES = 128  # both TPU kernels take lengths in multiples of this; paged attention takes such head sizes only
 SPLASH_BLOCK = 512  # queries and keys of a splash block
 PAGES_PER_BLOCK = 4  # pages of LANES tokens that paged attention reads at once
-PARTS = 4  # of a cache, of which a CPU leaves out those that no row has reached
+PARTS = 4  # a CPU reads the cache in this many parts and skips those that no row has reached
 
-SAVED = "attention"  # name of the outputs, for rematerialisation to save
+SAVED = "attention"  # checkpoint name of the outputs, which rematerialization can save
 
-_FILL = -1e30  # finite, so that a padding query, which sees nothing, gives no NaN
+_FILL = -1e30  # finite, so that a padding query, which sees no key, gives no NaN
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
-    """Causal attention within segments; softmax in float32.
+    """Computes causal attention within segments; the softmax is in float32.
 
     Args:
       query: `[B,T,H,N]`.
       key, value: `[B,T,K,N]`.
-      segments: `[B,T]` int32. A token sees those of its own segment that do not stand after it; 0 is padding, whose
-        outputs mean nothing.
+      segments: `[B,T]` int32. A token sees itself and the earlier tokens of its segment. 0 is padding, whose outputs
+        mean nothing.
 
     Returns:
       `[B,T,H*N]`.
     """
-    chosen = {"tpu": splash, "gpu": cudnn}.get(platform(), plain)
-    return chosen(query, key, value, segments)
+    implementation = {"tpu": attend_splash, "gpu": attend_cudnn}.get(platform(), attend_plain)
+    return implementation(query, key, value, segments)
 
 
 def attend_cache(query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any, lengths: jax.Array) -> jax.Array:
-    """Attention of one new token of each row to the first `lengths` tokens of its cache, of which it is the last.
+    """Computes the attention of one new token of each row to the tokens in its cache, the new one included.
 
     Args:
       query: `[B,H,N]`.
       keys, values: `[K,L,B,S,N]`.
-      layer: [] int32, which of the L.
-      lengths: `[B]` int32, at least 1; more than S is S.
+      layer: `[]` int32, index of the layer.
+      lengths: `[B]` int32, tokens in each row's cache, at least 1; more than S means S.
 
     Returns:
       `[B,H*N]`.
     """
     if platform() == "tpu" and query.shape[-1] % LANES == 0 and keys.shape[3] % LANES == 0:
-        return paged(query, keys, values, layer, lengths)
-    # An accelerator, or a mesh, would stop in every layer to agree on how far to read.
-    alone = platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
-    return (reached if alone else plain_cache)(query, keys, values, layer, lengths)
+        return attend_cache_paged(query, keys, values, layer, lengths)
+    # The number of parts to read is not static: accelerators and meshes would have to synchronize in every layer.
+    one_cpu = platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
+    implementation = attend_cache_partial if one_cpu else attend_cache_plain
+    return implementation(query, keys, values, layer, lengths)
 
 
 def append(cache: jax.Array, new: jax.Array, layer: Any, slots: jax.Array) -> jax.Array:
-    """`cache` `[K,L,B,S,N]` with `new` `[B,K,N]` in slot `slots[b]` of each row, if it has such a slot."""
-    # Written out because K and B must be batch dimensions of the scatter: for the partitioner to see that a row is no
-    # concern of other devices, and for the compiler to write in place instead of laying out the cache anew.
+    """Returns `cache` `[K,L,B,S,N]` with `new` `[B,K,N]` written to slot `slots[b]` of each row.
+
+    A row whose slot lies past the end of the cache is left as it is.
+    """
+    # Written out so that K and B are batch dimensions of the scatter. Then the partitioner sees that rows are
+    # independent, and the compiler writes in place instead of laying out the cache anew.
     numbers = jax.lax.ScatterDimensionNumbers(
         update_window_dims=(2,), inserted_window_dims=(1, 3), scatter_dims_to_operand_dims=(1, 3),
         operand_batching_dims=(0, 2), scatter_indices_batching_dims=(0, 1),
     )  # fmt: skip
-    places = jnp.stack([jnp.full_like(slots, layer), slots], axis=-1)
-    places = jnp.broadcast_to(places, (len(cache), *places.shape))
-    return jax.lax.scatter(cache, places, new.swapaxes(0, 1), numbers, unique_indices=True, mode="drop")
+    indices = jnp.stack([jnp.full_like(slots, layer), slots], axis=-1)
+    indices = jnp.broadcast_to(indices, (len(cache), *indices.shape))
+    return jax.lax.scatter(cache, indices, new.swapaxes(0, 1), numbers, unique_indices=True, mode="drop")
 
 
 def cache_length(slots: int) -> int:
-    """S, room for at least `slots` tokens: a whole number of pages where the kernel asks for it."""
+    """Returns S, at least `slots` tokens: on TPU a whole number of pages, as the kernel requires."""
     return -(-slots // LANES) * LANES if platform() == "tpu" else slots
 
 
-def plain(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
-    """`attend` with all scores `[B,H,T,T]` at once."""
+def attend_plain(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
+    """Computes `attend` with plain products, which hold all scores `[B,H,T,T]` at once."""
     batch, length, heads, size = query.shape
     query = query.reshape(batch, length, key.shape[2], heads // key.shape[2], size)
     scores = jnp.einsum("btkgn,bskn->bkgts", query, key, preferred_element_type=jnp.float32)
@@ -91,8 +95,10 @@ def plain(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Arra
     return jnp.einsum("bkgts,bskn->btkgn", weights, value).reshape(batch, length, heads * size)
 
 
-def plain_cache(query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any, lengths: jax.Array) -> jax.Array:
-    """`attend_cache` that reads every slot."""
+def attend_cache_plain(
+    query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any, lengths: jax.Array
+) -> jax.Array:
+    """Computes `attend_cache` with plain products, which read every slot."""
     batch, heads, size = query.shape
     key, value = keys[:, layer], values[:, layer]
     query = query.reshape(batch, len(key), heads // len(key), size)
@@ -102,20 +108,22 @@ def plain_cache(query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any
     return jnp.einsum("kbgs,kbsn->bkgn", weights, value).reshape(batch, heads * size)
 
 
-def reached(query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any, lengths: jax.Array) -> jax.Array:
-    """`plain_cache` of as many of the cache's PARTS as the longest row has reached."""
+def attend_cache_partial(
+    query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any, lengths: jax.Array
+) -> jax.Array:
+    """Computes `attend_cache_plain` over the parts of the cache that the longest row has reached."""
     edges = sorted({-(-keys.shape[3] * (part + 1) // PARTS) for part in range(PARTS)})
 
     def read(slots):
-        return lambda: plain_cache(query, keys[:, :, :, :slots], values[:, :, :, :slots], layer, lengths)
+        return lambda: attend_cache_plain(query, keys[:, :, :, :slots], values[:, :, :, :slots], layer, lengths)
 
     return jax.lax.switch(jnp.searchsorted(jnp.array(edges[:-1]), lengths.max()), [read(edge) for edge in edges])
 
 
-def cudnn(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
-    """`attend` by cuDNN, which holds no scores, but takes the segments as a mask `[B,1,T,T]` for all heads."""
+def attend_cudnn(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
+    """Computes `attend` with cuDNN, which holds no scores but takes the segments as a mask `[B,1,T,T]`."""
     batch, length, heads, size = query.shape
-    # Its kernels are for 16 bits and head sizes up to 128.
+    # cuDNN's kernels are for 16-bit types and head sizes up to 128.
     fits = query.dtype in (jnp.bfloat16, jnp.float16) and size % 8 == 0 and size <= LANES
     out = jax.nn.dot_product_attention(
         query, key, value, mask=_visible(segments)[:, None], implementation="cudnn" if fits else "xla"
@@ -123,31 +131,33 @@ def cudnn(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Arra
     return out.reshape(batch, length, heads * size)
 
 
-def splash(
+def attend_splash(
     query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, interpret: bool = False
 ) -> jax.Array:
-    """`attend` by the splash kernel, which skips the blocks that causality empties; `interpret` runs it anywhere."""
+    """Computes `attend` with the splash kernel, which skips blocks above the diagonal; `interpret` runs it anywhere."""
     batch, length, heads, size = query.shape
     block = min(SPLASH_BLOCK, -(-length // LANES) * LANES)
-    room = -length % block
-    # The kernel knows no scale; rounded once more, in the query's type.
+    padding = -length % block
+    # The kernel does not scale the scores. Scaling the query rounds once more, in the query's type.
     query = (query.astype(jnp.float32) * size**-0.5).astype(query.dtype)
-    query, key, value = (jnp.pad(x, ((0, 0), (0, room), (0, 0), (0, 0))).swapaxes(1, 2) for x in (query, key, value))
-    segments = jnp.pad(segments, ((0, 0), (0, room)))
+    query, key, value = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2) for x in (query, key, value))
+    segments = jnp.pad(segments, ((0, 0), (0, padding)))
 
     def local(query, key, value, segments):
-        kernel = _splash_kernel(query.shape[1], length + room, block, interpret)
+        kernel = _splash_kernel(query.shape[1], length + padding, block, interpret)
         ids = splash_attention_kernel.SegmentIds(segments, segments)
         return jax.vmap(kernel)(query, key, value, ids)
 
-    rows, tensor = fitting((batch, key.shape[1]), (BATCH, "tensor"))
+    rows, tensor = fit_spec((batch, key.shape[1]), (BATCH, "tensor"))
     by_head, by_row = P(rows, tensor, None, None), P(rows, None)
     out = _per_device(local, (by_head, by_head, by_head, by_row), by_head)(query, key, value, segments)
     return out.swapaxes(1, 2)[:, :length].reshape(batch, length, heads * size)
 
 
-def paged(query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any, lengths: jax.Array) -> jax.Array:
-    """`attend_cache` by the paged kernel, which reads the pages in use: those of all layers are one pool."""
+def attend_cache_paged(
+    query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any, lengths: jax.Array
+) -> jax.Array:
+    """Computes `attend_cache` with the paged kernel, which reads the pages in use; all layers share one page pool."""
     batch, heads, size = query.shape
     kv_heads, layers, _, slots, _ = keys.shape
     pages = slots // LANES
@@ -157,21 +167,24 @@ def paged(query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any, leng
     def local(query, keys, values, layer, lengths):
         pool = (keys.shape[0], -1, LANES, size)
         rows = len(query)
-        # Rows stand one after another in a layer, so the table is known; only where it begins is not.
+        # The rows of a layer are contiguous, so only the start of the page table depends on the layer.
         table = (layer * rows + jnp.arange(rows)[:, None]) * pages + jnp.arange(pages)
         return paged_attention_kernel(
             query, keys.reshape(pool), values.reshape(pool), lengths, table.astype(jnp.int32),
             pages_per_compute_block=math.gcd(pages, PAGES_PER_BLOCK),
         )  # fmt: skip
 
-    rows, tensor = fitting((batch, kv_heads), (BATCH, "tensor"))
+    rows, tensor = fit_spec((batch, kv_heads), (BATCH, "tensor"))
     by_head, cache = P(rows, tensor, None), P(tensor, None, rows, None, None)
     run = _per_device(local, (by_head, cache, cache, P(), P(rows)), by_head)
     return run(query, keys, values, jnp.asarray(layer, jnp.int32), lengths).reshape(batch, heads * size)
 
 
 def _visible(segments: jax.Array) -> jax.Array:
-    """`[B,T]` -> `[B,T,T]` bool. Within a row causality goes by slot, which also holds for packed sequences."""
+    """Returns which keys each query sees, `[B,T,T]` bool, from the segments `[B,T]`.
+
+    Causality goes by the slot in the row, which is right for packed sequences too.
+    """
     order = jnp.arange(segments.shape[1])
     return (order <= order[:, None]) & (segments[:, None, :] == segments[:, :, None]) & (segments[:, None, :] != 0)
 
@@ -188,7 +201,7 @@ def _splash_kernel(heads: int, length: int, block: int, interpret: bool) -> Call
 
 
 def _per_device(local: Callable, in_specs: Any, out_specs: Any) -> Callable:
-    """`local` on each device's part: the partitioner cannot split a kernel."""
+    """Returns a function that runs `local` on each device's part, because the partitioner cannot split a kernel."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return local

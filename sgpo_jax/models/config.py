@@ -1,7 +1,7 @@
-"""The shape of a decoder, read from and written to a Hugging Face config.json.
+"""Reads and writes the shape of a decoder as a Hugging Face config.json.
 
-Whatever the decoder does not compute is refused by name, so that no checkpoint is run as
-something it is not.
+A field that asks for something the decoder does not compute is refused by name, so that no checkpoint runs as another
+model.
 """
 
 from collections.abc import Mapping
@@ -9,23 +9,21 @@ from dataclasses import dataclass
 from typing import Any
 
 _FAMILIES = {
-    # architecture: (model_type, qkv_bias, qk_norm, head_dim where the file leaves it out)
+    # architecture: (model_type, qkv_bias, qk_norm, head_dim of a file without one)
     "Qwen2ForCausalLM": ("qwen2", True, False, None),
     "Qwen3ForCausalLM": ("qwen3", False, True, 128),
     "LlamaForCausalLM": ("llama", False, False, None),
 }
 
-
-_MOST = 2**24  # of any size; what a damaged file may say beyond would take memory before it is found out
+_MAX_SIZE = 2**24  # for every size, so that a damaged file is refused before memory is taken for it
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """The "llama3" rule, which stretches the slow rotary frequencies.
+    """The constants of the "llama3" rule, which stretches the slow rotary frequencies.
 
-    Wavelengths (in positions) above `original_max_positions / low_freq_factor` are multiplied by
-    `factor`, those below `original_max_positions / high_freq_factor` are kept, and those between
-    are interpolated.
+    Wavelengths (in positions) above `original_max_positions / low_freq_factor` are multiplied by `factor`, those below
+    `original_max_positions / high_freq_factor` are kept, and those between are interpolated.
     """
 
     factor: float
@@ -46,10 +44,10 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shapes and switches of one decoder; hashable, so it can be a static argument of jit.
+    """The shapes and switches of one decoder; hashable, so it can be a static argument of jit.
 
     Raises:
-        ValueError: a field is impossible, or `qkv_bias`/`qk_norm` are not those of `architecture`.
+        ValueError: a field is impossible, or `qkv_bias` or `qk_norm` does not fit `architecture`.
     """
 
     architecture: str  # Qwen2ForCausalLM, Qwen3ForCausalLM or LlamaForCausalLM
@@ -70,9 +68,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.architecture not in _FAMILIES:
-            raise ValueError(
-                f"architecture is {self.architecture!r}; supported: {', '.join(_FAMILIES)}"
-            )
+            raise ValueError(f"architecture is {self.architecture!r}; supported: {', '.join(_FAMILIES)}")
         for field in (
             *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads"),
             *("head_dim", "mlp_size", "max_positions"),
@@ -82,8 +78,7 @@ class ModelConfig:
             _positive_number(field, getattr(self, field))
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_kv_heads is {self.num_kv_heads}; it must divide num_heads, "
-                f"which is {self.num_heads}"
+                f"num_kv_heads is {self.num_kv_heads}; it must divide num_heads, which is {self.num_heads}"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings need an even number")
@@ -94,17 +89,14 @@ class ModelConfig:
         _, qkv_bias, qk_norm, _ = _FAMILIES[self.architecture]
         for field, expected in (("qkv_bias", qkv_bias), ("qk_norm", qk_norm)):
             if getattr(self, field) is not expected:
-                raise ValueError(
-                    f"{field} is {getattr(self, field)!r}; {self.architecture} has {expected}"
-                )
+                raise ValueError(f"{field} is {getattr(self, field)!r}; {self.architecture} has {expected}")
 
 
 def from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
     """Reads the contents of a config.json, in the style of transformers 4 or 5.
 
-    A field that the file leaves out takes the value that transformers gives it, where it has a
-    natural one (head_dim, num_key_value_heads, rope_theta, tie_word_embeddings, and switches that
-    are off); every other field is required.
+    If the file leaves out head_dim, num_key_value_heads, rope_theta, tie_word_embeddings or a switch, the field takes
+    transformers' own default; such a switch is off. Every other field is required.
 
     Args:
         hf_config: the parsed config.json.
@@ -113,8 +105,8 @@ def from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
         The configuration of the decoder.
 
     Raises:
-        ValueError: a required field is absent or impossible, or the file asks for something the
-            decoder does not compute; the message names the field, its value and what is allowed.
+        ValueError: a required field is absent or impossible, or the file asks for something the decoder does not
+            compute; the message names the field, its value and what is allowed.
     """
     architecture = _architecture(hf_config)
     _, qkv_bias, qk_norm, family_head_dim = _FAMILIES[architecture]
@@ -125,8 +117,7 @@ def from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
     if head_dim is None:
         if hidden_size % num_heads:
             raise ValueError(
-                f"head_dim is absent and hidden_size {hidden_size} is not a multiple of "
-                f"num_attention_heads {num_heads}"
+                f"head_dim is absent and hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}"
             )
         head_dim = hidden_size // num_heads
     rope_theta, rope_scaling = _rope(hf_config)
@@ -151,9 +142,9 @@ def from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a configuration; `from_hf(to_hf(config)) == config`.
+    """Returns the config.json of a configuration; `from_hf(to_hf(config)) == config`.
 
-    The rotary fields are written in the older style, which transformers 4 and 5 both read.
+    The rotary fields have the older style, which transformers 4 and 5 both read.
     """
     scaling = config.rope_scaling
     return {
@@ -184,7 +175,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def _architecture(hf: Mapping[str, Any]) -> str:
-    """The one supported class that the file names; model_type stands in where there is no class."""
+    """Returns the supported class that the file names, or the class of its model_type if it names none."""
     model_type = hf.get("model_type")
     names = hf.get("architectures")
     if not names:
@@ -203,17 +194,17 @@ def _architecture(hf: Mapping[str, Any]) -> str:
 
 
 def _refuse_unsupported(hf: Mapping[str, Any], architecture: str) -> None:
-    only = {
+    supported = {
         "hidden_act": "silu",
         "mlp_bias": False,
         "use_sliding_window": False,
         "partial_rotary_factor": 1.0,
         "quantization_config": None,
     }
-    # Qwen2 has its three biases whatever this field says; the others would add a fourth to o_proj.
+    # Qwen2 has its three biases whatever this field says. The other families would add a fourth, of o_proj.
     if architecture != "Qwen2ForCausalLM":
-        only["attention_bias"] = False
-    for field, allowed in only.items():
+        supported["attention_bias"] = False
+    for field, allowed in supported.items():
         if hf.get(field, allowed) not in (allowed, None):
             raise ValueError(f"{field} is {hf[field]!r}; supported: {allowed!r}")
     layer_types = hf.get("layer_types") or []
@@ -225,7 +216,7 @@ def _refuse_unsupported(hf: Mapping[str, Any], architecture: str) -> None:
 
 
 def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, from rope_parameters (transformers 5) or rope_theta and rope_scaling."""
+    """Returns base and scaling, from rope_parameters (transformers 5) or from rope_theta and rope_scaling."""
     field = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
     rope = hf.get(field) or {}
     if not isinstance(rope, Mapping):
@@ -260,8 +251,8 @@ def _required_int(values: Mapping[str, Any], name: str) -> int:
 
 
 def _positive_int(field: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST:
-        raise ValueError(f"{field} is {value!r}; it must be an integer of at least 1, and at most {_MOST}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MAX_SIZE:
+        raise ValueError(f"{field} is {value!r}; it must be an integer of at least 1, and at most {_MAX_SIZE}")
 
 
 def _positive_number(field: str, value: Any) -> None:

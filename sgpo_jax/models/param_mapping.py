@@ -1,4 +1,4 @@
-"""The one table between names in a Hugging Face checkpoint and paths in the parameter tree, for import and export."""
+"""Maps names in a Hugging Face checkpoint to paths in the parameter tree, for import and export."""
 
 from typing import Any, NamedTuple
 
@@ -8,8 +8,8 @@ from flax.traverse_util import flatten_dict
 from sgpo_jax.models.config import ModelConfig
 from sgpo_jax.models.decoder import init
 
-# Path in the parameter tree: name in the checkpoint, with the layer number for {}. A kernel is
-# stored as [in, out] here and as [out, in] there; everything else is stored alike.
+# Path in the parameter tree: name in the checkpoint, with the layer number for {}. A kernel is [in, out] in the tree
+# and [out, in] in the checkpoint; every other tensor has the same shape in both.
 NAMES = {
     "embed/embedding": "model.embed_tokens.weight",
     "layers/attn_norm/scale": "model.layers.{}.input_layernorm.weight",
@@ -33,25 +33,25 @@ EMBEDDING, HEAD = NAMES["embed/embedding"], NAMES["head/kernel"]
 
 
 class Slot(NamedTuple):
-    """Where a tensor of the checkpoint lives in the parameter tree."""
+    """The place of a checkpoint's tensor in the parameter tree."""
 
     path: str
-    layer: int | None  # position along the leading axis of the leaf; None: it is the whole leaf
-    shape: tuple[int, ...]  # as stored in the checkpoint
+    layer: int | None  # position along the leading axis of the leaf; None: the tensor is the whole leaf
+    shape: tuple[int, ...]  # in the checkpoint
 
     @property
     def transposed(self) -> bool:
-        """Whether the checkpoint stores it the other way round."""
+        """Returns whether the checkpoint stores the transposed matrix."""
         return self.path.endswith("/kernel")
 
 
 def shapes(config: ModelConfig) -> dict[str, Any]:
-    """The parameter tree, of jax.ShapeDtypeStruct."""
+    """Returns the parameter tree with a jax.ShapeDtypeStruct for every leaf."""
     return jax.eval_shape(lambda: init(jax.random.key(0), config))
 
 
 def layout(config: ModelConfig) -> dict[str, Slot]:
-    """Every tensor of a checkpoint, by name."""
+    """Returns the place of every tensor of a checkpoint, by its name."""
     slots = {}
     for path, leaf in flatten_dict(shapes(config), sep="/").items():
         stacked = path.startswith("layers/")

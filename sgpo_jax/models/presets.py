@@ -1,4 +1,4 @@
-"""Shapes of published models, so that a plan for them needs neither weights nor a network."""
+"""Lists the shapes of published models, so that a plan for one needs neither its weights nor a network."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ def _smollm2(*sizes: int, theta: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# Hub id -> what the decoder reads of its config.json; the sizes in the order of _SIZES.
+# Hub id -> the fields of its config.json that the decoder reads; the sizes are in the order of _SIZES.
 KNOWN: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-0.5B-Instruct": _qwen2(896, 24, 14, 2, 4864, vocab=151936, tied=True),
     "Qwen/Qwen2.5-1.5B-Instruct": _qwen2(1536, 28, 12, 2, 8960, vocab=151936, tied=True),
@@ -59,6 +59,6 @@ KNOWN: dict[str, dict[str, Any]] = {
 
 
 def shape(source: str) -> ModelConfig | None:
-    """The shape of a model of the hub, or None where it is not known here."""
+    """Returns the shape of a model by its hub id, or "smollm2"; None if it is not in `KNOWN`."""
     source = "HuggingFaceTB/SmolLM2-135M-Instruct" if source == "smollm2" else source
     return from_hf(KNOWN[source]) if source in KNOWN else None

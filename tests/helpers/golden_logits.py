@@ -113,10 +113,7 @@ def compute(case):
     """Computes the logits of the sequences, one after another, `[T,V]`, with transformers."""
     model = torch_model(case)
     return np.concatenate(
-        [
-            torch_logits(model, tokens[None], first + np.arange(len(tokens))[None])[0]
-            for tokens, first in SEQUENCES
-        ]
+        [torch_logits(model, tokens[None], first + np.arange(len(tokens))[None])[0] for tokens, first in SEQUENCES]
     )
 
 

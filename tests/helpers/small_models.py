@@ -1,11 +1,10 @@
-"""A small model of every family, and parameters for it."""
+"""A small model of every family, and random parameters for it."""
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from sgpo_jax.models import ModelConfig, init
-from sgpo_jax.models.config import RopeScaling
+from sgpo_jax.models import ModelConfig, RopeScaling, init
 
 SHAPE = dict(
     vocab_size=151,
@@ -19,24 +18,16 @@ SHAPE = dict(
     norm_eps=1e-5,
     max_positions=64,
 )
-SCALING = RopeScaling(
-    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=16
-)
+SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=16)
 CONFIGS = {
-    "qwen2": ModelConfig(
-        architecture="Qwen2ForCausalLM", qkv_bias=True, tie_embeddings=False, **SHAPE
-    ),
-    "qwen3": ModelConfig(
-        architecture="Qwen3ForCausalLM", qk_norm=True, tie_embeddings=True, **SHAPE
-    ),
-    "llama": ModelConfig(
-        architecture="LlamaForCausalLM", tie_embeddings=False, rope_scaling=SCALING, **SHAPE
-    ),
+    "qwen2": ModelConfig(architecture="Qwen2ForCausalLM", qkv_bias=True, tie_embeddings=False, **SHAPE),
+    "qwen3": ModelConfig(architecture="Qwen3ForCausalLM", qk_norm=True, tie_embeddings=True, **SHAPE),
+    "llama": ModelConfig(architecture="LlamaForCausalLM", tie_embeddings=False, rope_scaling=SCALING, **SHAPE),
 }
 
 
 def random_params(config, dtype=np.float32, seed=0):
-    """A tree in which no two values are alike, as biases and norms of `init` are."""
+    """Returns a tree of random values, biases and norms too, which `init` leaves at zero and one."""
     rng = np.random.default_rng(seed)
     tree = jax.eval_shape(lambda: init(jax.random.key(0), config))
     return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(dtype), tree)

@@ -35,6 +35,6 @@ def test_short_products_and_other_types_are_left_alone():
 def test_gradients_of_a_long_product():
     x, kernel = operands(1100)
     weight = np.random.default_rng(1).normal(size=(3, 40, 24)).astype(np.float32)
-    of_x, of_kernel = jax.grad(lambda *args: (decoder.dot_in_blocks(*args) * weight).sum(), argnums=(0, 1))(x, kernel)
-    np.testing.assert_allclose(of_x, weight @ kernel.T, rtol=1e-4, atol=1e-3)
-    np.testing.assert_allclose(of_kernel, np.einsum("btd,btf->df", x, weight), rtol=1e-4, atol=1e-3)
+    d_x, d_kernel = jax.grad(lambda *args: (decoder.dot_in_blocks(*args) * weight).sum(), argnums=(0, 1))(x, kernel)
+    np.testing.assert_allclose(d_x, weight @ kernel.T, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(d_kernel, np.einsum("btd,btf->df", x, weight), rtol=1e-4, atol=1e-3)

@@ -12,8 +12,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from helpers.paths import SHARED
 
-from sgpo_jax.models import gguf, huggingface
-from sgpo_jax.models.config import RopeScaling
+from sgpo_jax.models import RopeScaling, gguf, huggingface
 from sgpo_jax.models.decoder import rope_frequencies
 
 gguf_package = pytest.importorskip("gguf", reason="the smollm2 extra is not installed")

@@ -13,7 +13,7 @@ from helpers import golden_logits
 
 from sgpo_jax.models import ModelConfig, apply, head, huggingface, init_cache, param_mapping
 from sgpo_jax.models.config import from_hf
-from sgpo_jax.models.sharded_io import Stored
+from sgpo_jax.models.sharded_io import StoredTensor
 
 TOLERANCE = 5e-5  # largest absolute difference of two logits, whose standard deviation is about 2
 CONFIGS = {case: from_hf(golden_logits.hf_config(case)) for case in golden_logits.CASES}
@@ -24,11 +24,11 @@ def load(config):
     """Returns the parameters of a checkpoint with the tensors of `random_tensor`."""
     layout = param_mapping.layout(config)
 
-    def find(name):
+    def get_tensor(name):
         shape = layout[name].shape
-        return Stored(shape, np.dtype(np.float32), partial(golden_logits.random_tensor, name, shape))
+        return StoredTensor(shape, np.dtype(np.float32), partial(golden_logits.random_tensor, name, shape))
 
-    return huggingface.assemble(config, layout, find)
+    return huggingface.assemble(config, layout, get_tensor)
 
 
 def logits(params, config, tokens, positions, mask, cache=None):

@@ -84,9 +84,7 @@ def test_dtype_is_converted_on_request_only(tmp_path, folder):
     edit(folder, lambda tensors: tensors.update({k: v.astype("f2") for k, v in tensors.items()}))
     with pytest.raises(ValueError, match="model.embed_tokens.weight is float16"):
         huggingface.load(folder)
-    assert (
-        flatten_dict(huggingface.load(folder, dtype="float32")[0])[("norm", "scale")].dtype == "f4"
-    )
+    assert flatten_dict(huggingface.load(folder, dtype="float32")[0])[("norm", "scale")].dtype == "f4"
 
     name = "model.norm.weight"
     edit(folder, lambda tensors: tensors.update({k: v.astype("f4") for k, v in tensors.items()}))
@@ -223,9 +221,7 @@ def test_index_lists_every_tensor_and_no_shard_exceeds_the_limit(sharded):
 )
 def test_index_may_name_only_files_of_its_folder(sharded, file):
     name = "model.norm.weight"
-    edit_json(
-        sharded / "model.safetensors.index.json", weight_map={**weight_map(sharded), name: file}
-    )
+    edit_json(sharded / "model.safetensors.index.json", weight_map={**weight_map(sharded), name: file})
     with pytest.raises(ValueError, match=f"puts {name} in .* must be the plain name"):
         huggingface.load(sharded)
 
@@ -310,9 +306,7 @@ def test_config_and_special_ids_are_written(tmp_path):
     assert written == {**to_hf(config), **absent, "torch_dtype": "bfloat16"}
 
     tokenizer = tokenizers.load("arithmetic")
-    huggingface.save(
-        tmp_path / "full", params, config, tokenizer=tokenizer, stop_ids=[tokenizer.eos_token_id, 7]
-    )
+    huggingface.save(tmp_path / "full", params, config, tokenizer=tokenizer, stop_ids=[tokenizer.eos_token_id, 7])
     ids = {
         "bos_token_id": None,
         "eos_token_id": [tokenizer.eos_token_id, 7],

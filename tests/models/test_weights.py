@@ -103,7 +103,7 @@ def test_devices_read_their_parts_and_copies_of_a_part_are_read_once(shape):
 
     def find(name):
         shape = param_mapping.layout(CONFIG)[name].shape
-        return sharded_io.Stored(shape, np.dtype(np.float32), lambda: np.zeros(shape, np.float32).view(Tensor))
+        return sharded_io.StoredTensor(shape, np.dtype(np.float32), lambda: np.zeros(shape, np.float32).view(Tensor))
 
     params = huggingface.assemble(CONFIG, param_mapping.layout(CONFIG), find, mesh=mesh_of(shape))
     assert sum(read) == sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -112,7 +112,7 @@ def test_devices_read_their_parts_and_copies_of_a_part_are_read_once(shape):
 def test_what_cannot_be_split_is_refused_before_anything_is_read():
     def find(name):
         shape = param_mapping.layout(CONFIG)[name].shape
-        return sharded_io.Stored(shape, np.dtype(np.float32), lambda: pytest.fail("too late"))
+        return sharded_io.StoredTensor(shape, np.dtype(np.float32), lambda: pytest.fail("too late"))
 
     with pytest.raises(ValueError, match=r"embedding: dimension 0 of shape \(72, 16\).* 'tensor' of size 5"):
         huggingface.assemble(CONFIG, param_mapping.layout(CONFIG), find, mesh=mesh_of((1, 1, 5)))
@@ -146,7 +146,7 @@ def checkpoints(folder, reading=False):
 
 def assert_restored(folder, trained, shape):
     policy, tx, expected = trained
-    wanted = stage._placed(*stage.state_shardings(policy, tx, mesh_of(shape)))
+    wanted = stage.placed_shapes(policy, tx, mesh_of(shape))
     with checkpoints(folder, reading=True) as saved:
         states = [saved.restore(1, wanted), expected.replace(params=saved.restore_params(1, wanted))]
     for state in states:
@@ -176,12 +176,12 @@ def test_parameters_are_restored_without_reading_the_optimizers_state(trained, t
     with checkpoints(tmp_path) as saved:
         saved.save(1, jax.device_put(state, shardings))
         saved.wait()
-        saved.restore_params(1, stage._placed(shapes, shardings))
+        saved.restore_params(1, stage.placed_shapes(policy, tx, mesh_of((2, 2, 2))))
     target = asked[-1]["state"].item
     assert all(leaf is ... for leaf in jax.tree.leaves(target.opt_state))
     with pytest.raises(ValueError, match="is of another model"), checkpoints(tmp_path, reading=True) as saved:
         wrong = {**shapes.params, "head": {"kernel": jnp.zeros((16, 73))}}
-        saved.restore_params(1, stage._placed(shapes, shardings).replace(params=wrong))
+        saved.restore_params(1, stage.placed_shapes(policy, tx, mesh_of((2, 2, 2))).replace(params=wrong))
 
 
 def test_arrays_are_saved_in_pieces_however_few_devices_hold_them(trained, tmp_path, monkeypatch):
@@ -237,7 +237,7 @@ def test_two_processes(tmp_path):
     mesh = sharding.make_mesh(**config.mesh)
     tx, _ = stage.optimizer(config, "sft", 1)
     with stage.checkpoints(config, tmp_path / "two", "sft", reading=True) as saved:
-        again = saved.restore(1, stage._placed(*stage.state_shardings(policy, tx, mesh)))
+        again = saved.restore(1, stage.placed_shapes(policy, tx, mesh))
     jax.tree.map(np.testing.assert_array_equal, again, state)
 
 
