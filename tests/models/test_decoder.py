@@ -1,4 +1,4 @@
-"""The matrix product of the decoder; the decoder itself is compared with transformers in test_parity.py."""
+"""The decoder's matrix product; test_golden_logits.py and test_parity.py compare the decoder with transformers."""
 
 import jax
 import jax.numpy as jnp

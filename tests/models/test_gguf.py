@@ -1,4 +1,4 @@
-"""GGUF files: a small one written here, and SmolLM2's own tokenizer and template on real text."""
+"""GGUF files: a small one that the tests write, and SmolLM2's tokenizer and template on real text."""
 
 import json
 import subprocess
@@ -42,7 +42,7 @@ def random_tensors(seed=0, tied=False):
 
 
 def write(path, tensors, architecture="llama", kind="F32", **metadata):
-    """Writes float32 matrices as `kind` and everything else as it is."""
+    """Writes float32 matrices as `kind` and every other tensor unchanged."""
     writer = gguf_package.GGUFWriter(path, architecture)
     writer.add_block_count(LAYERS)
     writer.add_context_length(128)
@@ -121,7 +121,7 @@ def test_tied_head_and_bfloat16(tmp_path):
 
 @pytest.mark.parametrize(("kind", "steps"), [("F16", 2000), ("BF16", 250), ("Q8_0", 120), ("Q4_1", 7), ("Q4_0", 6)])
 def test_quantised_weights(tmp_path, kind, steps):
-    """Within the rounding of the format, given as steps from zero to the largest value."""
+    """Errors stay within the rounding of the format; `steps` lead from zero to the largest value."""
     tensors = random_tensors(tied=True)
     params, _ = gguf.load(write(tmp_path / "m.gguf", tensors, kind=kind))
     expected = tensors["token_embd.weight"]

@@ -1,6 +1,6 @@
-"""The decoder against logits that transformers computed once, so that torch is not needed; test_parity.py checks them.
+"""Compares the decoder with stored logits of transformers, so that torch is not needed; test_parity.py checks the file.
 
-Parameters arrive by their names in a checkpoint, so the table of names is tested too.
+The parameters are loaded by their names in a checkpoint, so the table of names is tested too.
 """
 
 import dataclasses

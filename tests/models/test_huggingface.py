@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out, with numpy and safetensors alone; test_parity.py asks torch."""
+"""Reads and writes Hugging Face folders with numpy and safetensors alone; test_parity.py compares them with torch."""
 
 import json
 
@@ -19,7 +19,7 @@ from sgpo_jax.policy import tokenizer as tokenizers
 
 @pytest.fixture
 def folder(tmp_path):
-    """A whole untied checkpoint that a test then damages."""
+    """A whole checkpoint with an untied head, which a test then damages."""
     huggingface.save(tmp_path / "model", random_params(CONFIGS["llama"]), CONFIGS["llama"])
     return tmp_path / "model"
 

@@ -1,7 +1,7 @@
-"""Our decoder against transformers' own models: the same folder, the same float32 logits.
+"""Compares the decoder with transformers' own models: the same folder gives the same float32 logits.
 
-Every parameter of the small models is random. Where transformers would leave norms at one and
-biases at zero, a forgotten one could not be seen.
+Every parameter of the small models is random. With transformers' own initial values, norms of one and biases of zero,
+no test could see that one is left out.
 """
 
 import json
@@ -29,7 +29,7 @@ TOLERANCE = 1e-4  # largest absolute difference of two logits
 
 @pytest.fixture(scope="module", params=CASES)
 def pair(request, tmp_path_factory):
-    """(transformers' model, our params, our config), by way of a folder that transformers wrote."""
+    """(transformers' model, parameters, config); the last two are loaded from the folder that transformers wrote."""
     model = torch_model(request.param, vocab_size=131)
     folder = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
@@ -62,7 +62,7 @@ def assert_close(left, right):
 
 @pytest.mark.parametrize("first", [0, 30_000])
 def test_logits_near_and_far(pair, first):
-    """One row of 100 tokens: beyond the 32 positions that the llama3 cases call original."""
+    """Rows of 100 tokens, more than the 32 positions that the llama3 cases call original."""
     model, params, config = pair
     tokens, positions = random_tokens(2, 100), rows_of_positions(2, 100, first)
     assert_close(ours(params, config, tokens, positions), torch_logits(model, tokens, positions))
@@ -70,7 +70,7 @@ def test_logits_near_and_far(pair, first):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding(pair, side):
-    """Real tokens of padded rows, against transformers with its mask and without any padding."""
+    """Compares the real tokens of padded rows with transformers under its mask, and with rows that are not padded."""
     model, params, config = pair
     lengths = np.array([17, 5, 1, 12])
     slots = np.arange(17)[::-1] if side == "left" else np.arange(17)
@@ -85,7 +85,7 @@ def test_padding(pair, side):
 
 
 def test_cached_decoding(pair):
-    """Prompts of several lengths in one piece, then token by token, against each whole sequence alone."""
+    """Compares prefill of several lengths, then decoding token by token, with each whole sequence alone."""
     model, params, config = pair
     lengths, new = np.array([9, 4, 7]), 6
     tokens, slots = random_tokens(3, 9 + new), np.arange(9)
@@ -118,7 +118,7 @@ def test_export_loads_in_transformers_bit_for_bit(pair, tmp_path):
     original, copy = model.state_dict(), again.state_dict()
     assert original.keys() == copy.keys()
     assert all(torch.equal(original[name], copy[name]) for name in original)
-    # The config says the same too, so the logits do not move at all.
+    # The config is the same too, so the logits are equal.
     tokens, positions = random_tokens(1, 40), rows_of_positions(1, 40)
     np.testing.assert_array_equal(torch_logits(again, tokens, positions), torch_logits(model, tokens, positions))
     assert again.config.eos_token_id is None and again.config.bos_token_id is None
@@ -138,7 +138,7 @@ def test_bfloat16_checkpoint_keeps_its_bits(tmp_path):
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
-    """The real weights, GGUF -> ours -> an exported folder, and three of GSM8K's conversations."""
+    """The real weights, read from GGUF and exported to a folder, and three conversations of GSM8K."""
     pytest.importorskip("gguf", reason="needs the extra 'smollm2'")
     if not GSM8K.exists():
         pytest.skip(f"{GSM8K} is not there")
@@ -169,7 +169,7 @@ def smollm2(tmp_path_factory):
 
 
 def test_smollm2_on_real_text_in_float64(smollm2):
-    """The formulas agree on the real weights, apart from what both sides keep in float32."""
+    """The formulas agree on the real weights, apart from the parts that both sides compute in float32."""
     folder, params, config, _, tokens, positions, mask = smollm2
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float64)
     inputs = tokens[0][mask[0]][None], positions[0][mask[0]][None]
@@ -181,9 +181,9 @@ def test_smollm2_on_real_text_in_float64(smollm2):
 
 
 def test_smollm2_on_real_text_in_float32(smollm2):
-    """Residuals of 25,000 shrink to logits of 47, so that how a machine sums decides whether float32 keeps to 1e-4.
+    """Residuals of 25,000 shrink to logits of 47: the order of a machine's sums decides if float32 keeps to 1e-4.
 
-    Whichever it is, we are no farther from float64 than transformers is.
+    In either case the decoder must be as close to float64 as transformers is.
     """
     folder, params, config, texts, tokens, positions, mask = smollm2
     exact, model = (
@@ -209,7 +209,7 @@ def test_smollm2_on_real_text_in_float32(smollm2):
 
 
 def test_smollm2_finds_real_text_likely(smollm2):
-    """A problem's own words, and the same tokens shuffled: nats per token."""
+    """Compares a problem's text with the same tokens shuffled, in nats per token."""
     folder, params, config, *_ = smollm2
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     text = json.loads(GSM8K.read_text(encoding="utf-8").splitlines()[0])["problem"]

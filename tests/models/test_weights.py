@@ -1,4 +1,4 @@
-"""Weights on meshes: import, export and checkpoints, in one process and in two, bit by bit, and what they hold."""
+"""Weights on meshes: import, export and checkpoints in one process and in two, bit by bit, and their memory."""
 
 import json
 import os
@@ -40,12 +40,12 @@ def mesh_of(shape):
 
 
 def any_bits(shape, dtype, rng):
-    """Negative zeros, infinities, subnormal numbers and many sorts of NaN among them."""
+    """Returns random bits, with negative zeros, infinities, subnormal numbers and many kinds of NaN among them."""
     return rng.integers(0, 256, (*shape, np.dtype(dtype).itemsize), np.uint8).view(dtype)[..., 0]
 
 
 def make(folder, dtype):
-    """Tensors of random bits, and a checkpoint of them in two files that safetensors' own writer wrote."""
+    """Returns tensors of random bits, and writes them with safetensors' own writer as a checkpoint of two files."""
     rng = np.random.default_rng(0)
     tensors = {name: any_bits(slot.shape, dtype, rng) for name, slot in param_mapping.layout(CONFIG).items()}
     folder.mkdir()
@@ -92,7 +92,7 @@ def test_leaves_of_two_types_are_written_as_safetensors_writes_them(tmp_path):
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (8, 1, 1), (2, 2, 2)], ids=str)
 def test_devices_read_their_parts_and_copies_of_a_part_are_read_once(shape):
-    """Nothing is read whole by each device, nor once for each of the devices that hold the same."""
+    """No device reads a whole tensor, and devices that hold the same part read it once."""
     read = []
 
     class Tensor(np.ndarray):
@@ -202,7 +202,7 @@ def test_arrays_are_saved_in_pieces_however_few_devices_hold_them(trained, tmp_p
 
 
 def run(*commands, **environment):
-    """Runs commands of this checkout side by side, all of which must succeed within two minutes."""
+    """Runs commands of this checkout side by side; all must succeed within two minutes."""
     environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     processes = [
         subprocess.Popen(
