@@ -17,7 +17,7 @@ from sgpo_jax.strategies.clients import TooLong
 
 @dataclass(frozen=True)
 class Limits:
-    """How many replies an extraction requests for a problem, and how long they may be."""
+    """Limits on the number and length of the replies that an extraction requests for a problem."""
 
     expert_tries: int  # responses to a problem without a solution, until one has the right answer
     candidates: int  # K, candidate strategies

@@ -1,6 +1,6 @@
-"""What a user can get wrong: each is refused with one message that says where, what is there, and what is allowed.
+"""Mistakes of a user: each is refused in one message with the place, the value and what is allowed.
 
-A case is a name, what is done, and what the message must match. It adds to the catalogues of the modules' own tests
+A case is a name, an action, and what the message must match. The cases add to those of the modules' own tests
 (test_config, test_data, test_huggingface, test_models_config, test_gguf, test_tokenizer, test_strategies).
 """
 
@@ -35,7 +35,7 @@ TINY = {"model.layers": 1, "model.hidden": 16, "model.heads": 2, "model.mlp": 16
 
 
 def config_of(**changes) -> ConfigDict:
-    """The quickstart's config with fields set to anything, against all types; `...` removes a field."""
+    """Returns the quickstart's config with fields set to any value of any type; `...` removes a field."""
     config = runpy.run_path(str(ROOT / "configs" / "quickstart.py"))["get_config"]()
     config.lab.methods = ("sgpo", "grpo")
     config.extract.source = "problems"
@@ -172,7 +172,7 @@ SOURCES = {
 
 @pytest.fixture(scope="session")
 def good_model(tmp_path_factory) -> Path:
-    """A whole Hugging Face folder of a tiny model of the embedded world."""
+    """Makes an undamaged Hugging Face folder of a tiny model of the embedded world."""
     tok = tokenizer.load("arithmetic")
     config = policy.scratch_config(len(tok), layers=1, hidden=16, heads=2, mlp=16)
     folder = tmp_path_factory.mktemp("good") / "model"
@@ -208,7 +208,7 @@ config, of_tokenizer = partial(fields, "config.json"), partial(fields, "tokenize
 
 
 def without(*names, **instead):
-    """Removes files and writes others, whose names have "__" for a dot."""
+    """Returns a change that removes files and writes others, whose names have "__" for a dot."""
 
     def change(folder):
         for name in names:
@@ -220,7 +220,7 @@ def without(*names, **instead):
 
 
 def header(content: dict, lengthen: int = 0):
-    """Puts another header into the weights."""
+    """Returns a change that gives the weights another header."""
     encoded = json.dumps(content).encode()
     written = struct.pack("<Q", len(encoded) + lengthen) + encoded + bytes(64)
     return lambda folder: (folder / "model.safetensors").write_bytes(written)
@@ -346,7 +346,7 @@ GGUF_TOKENIZERS = {
 
 @pytest.fixture(scope="session")
 def good_run(tmp_path_factory) -> Path:
-    """The folder of a run with one checkpoint of its warm-up."""
+    """Makes the folder of a run with one checkpoint of its warm-up."""
     workdir = tmp_path_factory.mktemp("good") / "run"
     config = config_of(**TINY)
     chosen, load = stage.load_policy(config)
@@ -415,7 +415,7 @@ FOLDERS = {
 
 
 def table(section, do, cases):
-    """name -> (what is done in a folder, message)."""
+    """Returns {name: (action in a folder, message)}."""
     return {f"{section}: {name}": (partial(do, *what), message) for name, (*what, message) in cases.items()}
 
 
@@ -463,7 +463,7 @@ def test_the_catalogue_is_large_and_what_it_damages_is_whole(good_model, good_ru
 
 
 def test_code_and_pickles_in_a_model_folder_are_never_run(good_model, tmp_path):
-    """The folder names classes of its own wherever transformers would look for them, beside a pickle that writes."""
+    """The folder names its own classes wherever transformers looks for them, and has pickles that write a file."""
     folder, marker = tmp_path / "model", tmp_path / "executed"
     shutil.copytree(good_model, folder)
     evil = f"open({str(marker)!r}, 'w')\nclass Evil: pass\n"
@@ -496,7 +496,7 @@ def test_weights_of_another_model_are_refused_by_tensor(good_model, tmp_path):
 
 @contextmanager
 def disk_of(size):
-    """No file may grow beyond `size` bytes; the kernel refuses the write, as on a full disk."""
+    """Makes the kernel refuse every write beyond `size` bytes of a file, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

@@ -92,7 +92,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def started(place):
-    """One process for all commands, and two that fail in imports or before, where a fork would not."""
+    """Starts one process for all commands, and two that fail during the imports, which a fork does not repeat."""
     calls = []
     for module, arguments, _ in COMMANDS.values():
         arguments = [argument.format(place=place) for argument in arguments]
@@ -125,7 +125,7 @@ def started(place):
 
 @pytest.fixture(scope="module")
 def results(started):
-    """name -> (exit code, stdout, stderr)."""
+    """Returns {name: (exit code, stdout, stderr)}."""
     output, errors = started.pop("forks").communicate(timeout=300)
     assert output, errors[-1000:]
     found = dict(zip(COMMANDS, json.loads(output), strict=True))

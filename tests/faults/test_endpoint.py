@@ -23,7 +23,7 @@ REQUEST = clients.Request("1", "What is 2 + 3?", 1, 50)
 
 
 class Clock(threading.Event):
-    """A stop event whose waits take no time and are added up."""
+    """A stop event whose waits take no time and are summed."""
 
     def __init__(self):
         super().__init__()
@@ -75,7 +75,7 @@ def replies(tmp_path):
 
 @pytest.mark.parametrize("minutes", [0.5, 0.75])
 def test_the_default_patience_outlasts_a_short_outage(minutes):
-    """Six retries from one second on, doubling, make at least 63 * 0.75 seconds."""
+    """Six retries with waits that double from one second make at least 63 * 0.75 seconds."""
     clock = Clock()
     with ChatServer(lambda *_: completion("five") if clock.waited > 60 * minutes else failure(503, "down")) as server:
         assert client(server.url, stop=clock)(REQUEST).texts == ["five"]
@@ -150,7 +150,7 @@ def test_a_redirect_does_not_take_the_key_to_another_server(status):
 
 
 def test_every_token_is_counted_once_whatever_the_server_does(tmp_path, capsys):
-    """What the journal holds is what the server charged for replies that arrived, request by request."""
+    """The journal has the tokens that the server charged for every reply that arrived."""
     write_problems(tmp_path, 8)
     chosen, lock, charged = random.Random(0), threading.Lock(), []
 
@@ -213,7 +213,7 @@ def test_a_full_disk_stops_an_extraction_and_the_next_goes_on(tmp_path):
 
 
 def test_the_key_is_nowhere_in_what_an_audit_leaves(tmp_path, capsys, caplog):
-    """Beside the extraction's own test: the judge's key, in files, on the screen and in the logs of all libraries."""
+    """The judge's key is not in files, in the output or in the logs of any library."""
     write_problems(tmp_path, 3)
     with caplog.at_level(0), ChatServer(helpful) as server:
         run(tmp_path, server.url)

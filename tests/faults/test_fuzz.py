@@ -25,7 +25,7 @@ def config_of_all() -> ConfigDict:
 
 
 def fields(config, prefix=""):
-    """Dotted names of all fields and sections."""
+    """Yields the dotted names of all fields and sections."""
     for name in config:
         yield prefix + name
         if isinstance(config[name], ConfigDict):
@@ -66,7 +66,7 @@ def test_any_value_of_any_field_passes_or_is_named(field, value):
 
 
 def related(field: str, named: str) -> bool:
-    """Whether a rule joins the two, so that changing the one may make the other impossible."""
+    """Returns whether a rule joins two fields, so that a change of one may make the other invalid."""
     together = [
         {"model.source", "model.tokenizer", "model.hidden", "model.heads", "data.instruction"},
         {"data.train", "sft.train", "data.sft_share"},

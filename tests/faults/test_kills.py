@@ -1,6 +1,6 @@
-"""SIGKILL in every phase of a run and of an extraction: what the same command makes of it in the end is the same.
+"""SIGKILL in every phase of a run and of an extraction: the same command resumes and ends with the same results.
 
-SGPO_KILLS=30 kills so often, at random moments of random phases on top of those that are always tried.
+SGPO_KILLS=30 makes 30 kills: those that are always tried, and others at random moments of random phases.
 """
 
 import json
@@ -40,7 +40,7 @@ SICK = [5, 6]
 
 
 def plan(more):
-    """`KILLS` and so many others, at random moments."""
+    """Returns `KILLS` and `more` others at random moments."""
     chosen, order = random.Random(0), {phase: place for place, (phase, *_) in enumerate(KILLS)}
     others = []
     for _ in range(more):
@@ -52,7 +52,7 @@ def plan(more):
 
 
 def attempts(folder, workdir, module, arguments, kills, sick=()):
-    """What became of each kill, and of the run after them."""
+    """Returns the results of `helpers.kill_in`, one for each kill and one for the run after them."""
     file = folder / "plan.json"
     file.write_text(json.dumps({
         "module": module, "arguments": arguments, "folder": str(workdir), "kills": kills, "sick": sick,

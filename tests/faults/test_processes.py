@@ -30,7 +30,7 @@ def free_port():
 
 
 def run(count, how, slurm=False, **more):
-    """[(exit code, stdout, stderr)] of all processes, and the seconds from the first end to the last."""
+    """Returns [(exit code, stdout, stderr)] of all processes, and the seconds from the first end to the last."""
     port = free_port()
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("XLA", "JAX", "SLURM"))}
     environment = kept | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
@@ -64,7 +64,7 @@ def run(count, how, slurm=False, **more):
 
 
 def own_words(errors):
-    """What the command itself says, without what jaxlib says when it loses its coordinator."""
+    """Returns the lines of the command itself, without those of jaxlib when it loses its coordinator."""
     return [line for line in errors.splitlines() if line.startswith("sgpo_jax: ")]
 
 
@@ -98,7 +98,7 @@ def test_one_ends_and_the_others_say_so_and_stop(how, codes, reason):
 
 
 def test_the_first_is_killed_and_the_other_says_so_and_stops():
-    """The coordinator goes with it, of which jaxlib has much to say; who is faster is left to chance."""
+    """The coordinator dies with it, so jaxlib may end the other process before this package does."""
     results, seconds = run(2, "the first is killed")
     assert results[0][0] == -signal.SIGKILL and results[1][0] in (1, -signal.SIGABRT) and seconds < 30
     line = f"sgpo_jax: process 0 of 2, on host {HOST}, has died without a word .*; this one, 1, stops too"
@@ -116,7 +116,7 @@ def test_sigterm_to_one_stops_all_at_the_same_step():
 
 
 def test_a_frozen_process_ends_the_others():
-    """jaxlib's heartbeats notice it; here after 6 s."""
+    """jaxlib's heartbeats notice it, in this test after 6 s."""
     started = time.monotonic()
     results, _ = run(2, "frozen")
     assert time.monotonic() - started < 90
@@ -184,7 +184,7 @@ def test_flags_that_do_not_go_together_are_refused(name):
 
 @pytest.fixture
 def hurry(monkeypatch):
-    """Short patience, and an end that is only noted."""
+    """Shortens the waiting times, and records an end in place of exiting."""
     ended = []
     monkeypatch.setattr(watchdog, "PATIENCE", 1.0)
     monkeypatch.setattr(watchdog, "_HELLO", 0.3)
@@ -194,7 +194,7 @@ def hurry(monkeypatch):
 
 
 def say(port, line):
-    """What the first process answers to a line; the connection stays open for 3 s."""
+    """Returns the answer of the first process to a line; the connection stays open for 3 s."""
     with socket.create_connection(("127.0.0.1", port), timeout=3) as connection, connection.makefile("rb") as lines:
         connection.sendall(line)
         return lines.readline()
@@ -212,7 +212,7 @@ def test_a_first_process_that_does_not_answer_is_named(hurry):
 
 
 def test_a_connection_to_itself_is_none(hurry, monkeypatch):
-    """On one host the system may give the very port that nobody listens at to the one who asks for it."""
+    """On one host the system may give the free port to the process that connects to it."""
     port = free_port()
 
     def connect(address, timeout):

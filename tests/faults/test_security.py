@@ -1,4 +1,4 @@
-"""What SECURITY.md promises about the source; what it promises about behaviour is tested beside this."""
+"""The promises of SECURITY.md about the source; those about behaviour are tested in the other modules."""
 
 import ast
 
@@ -22,7 +22,7 @@ def dotted(node: ast.AST) -> str:
 
 
 def findings(text: str, name: str = "module.py") -> list[str]:
-    """What is forbidden in a source file, as "line: what"."""
+    """Returns everything forbidden in a source file, as "line: name"."""
     found = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -84,7 +84,7 @@ def test_the_search_leaves_alone_what_is_fine():
 
 
 def test_a_saved_batch_opens_without_pickle(tmp_path):
-    """The one kind of file of ours that numpy could pickle."""
+    """Skipped batches are the only files of a run that numpy could pickle."""
     from sgpo_jax.training import skipped_batch
 
     skipped_batch.write(tmp_path / "batch.npz", skipped_batch.Skipped("rl", 1, ["a"], {"tokens": np.arange(3)}))

@@ -48,7 +48,7 @@ def ask(pool, *responses):
 
 
 def test_a_worker_that_says_anything_costs_its_item_and_no_other(pool):
-    """Even a reply that comes before the right one: the right one is never taken for the next item's."""
+    """A wrong reply may come before the right one; the right one is never taken for the next item's."""
     asked, wanted = [], []
     for garbage in GARBAGE:
         asked += [f"reply:{garbage}", "answer:2", "answer:3"]

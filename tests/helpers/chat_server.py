@@ -1,4 +1,4 @@
-"""A server on loopback that speaks the chat-completions protocol, well or as badly as a test wants."""
+"""A server on loopback for the chat-completions protocol, correct or as faulty as a test needs."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 
 class Answer(NamedTuple):
-    """What is sent back. `cut` bytes of the body are announced and then not sent."""
+    """An HTTP response. `cut` bytes of the body are announced but not sent."""
 
     body: bytes
     status: int = 200
@@ -21,7 +21,7 @@ class Answer(NamedTuple):
 
 
 def completion(*texts: Any, finish: str = "stop", usage: Any = (11, 7), **message: Any) -> Answer:
-    """A well-formed reply with one choice per text."""
+    """Returns a well-formed reply with one choice per text."""
     choices = [
         {"index": i, "message": {"role": "assistant", "content": text, **message}, "finish_reason": finish}
         for i, text in enumerate(texts)
@@ -37,7 +37,7 @@ def failure(status: int, message: str = "no", code: str | None = None, **headers
 
 
 class ChatServer:
-    """Answers every request with `answer(prompt, request body, headers, number of the request)`; a context manager."""
+    """A server that replies with `answer(prompt, request body, headers, number of the request)`; a context manager."""
 
     def __init__(self, answer: Callable[[str, dict, dict, int], Answer], port: int = 0):
         self.requests: list[dict] = []  # bodies, in order of arrival
@@ -89,7 +89,7 @@ class ChatServer:
 
 
 def stage_of(prompt: str) -> str:
-    """Which of the prompts of `sgpo_jax.prompts` this is."""
+    """Returns the stage that sends a prompt: see `sgpo_jax.strategies.prompts`."""
     marks = {
         "Solve this problem": "expert",
         "Distil the strategy": "strategy",
@@ -111,7 +111,7 @@ WORDS = ["plain", "usual", "careful", "quick", "written", "spoken", "modern", "a
 
 
 def helpful(prompt: str, body: dict, headers: dict, number: int) -> Answer:
-    """What a good model says to problems of the form "What is A + B?"."""
+    """Returns a good model's reply to problems of the form "What is A + B?"."""
     a, b = map(int, re.search(r"What is (\d+) \+ (\d+)\?", prompt).groups())
     stage = stage_of(prompt)
     if stage == "expert":
@@ -125,7 +125,7 @@ def helpful(prompt: str, body: dict, headers: dict, number: int) -> Answer:
 
 
 def problems(count: int, solved: bool = True) -> list[dict[str, str]]:
-    """Rows whose numbers and sums are no everyday values."""
+    """Returns rows whose numbers and sums are not everyday values."""
     rows = []
     for i in range(count):
         a, b = 131 + 7 * i, 217 + 11 * i

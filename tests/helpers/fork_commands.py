@@ -1,8 +1,8 @@
-"""Runs commands of sgpo_jax as `python -m` would, each in a fork of this process: the imports are paid for once.
+"""Runs commands of sgpo_jax as `python -m` does, each in a fork of this process, so that the imports run once.
 
     python fork_commands.py FILE
 
-FILE holds a JSON list of [module, [argument, ...]]; printed is a list of [exit code, stdout, stderr].
+FILE holds a JSON list of [module, [argument, ...]]. The output is a list of [exit code, stdout, stderr].
 """
 
 import importlib
@@ -13,9 +13,9 @@ import sys
 import warnings
 from pathlib import Path
 
-warnings.simplefilter("ignore")  # jax warns of forks; here no thread of its is running yet
+warnings.simplefilter("ignore")  # jax warns of forks, but none of its threads is running yet
 commands = json.loads(Path(sys.argv[1]).read_text())
-programs = {module: runpy._get_module_details(module)[0] for module, _ in commands}  # a package's is its __main__
+programs = {module: runpy._get_module_details(module)[0] for module, _ in commands}  # of a package, its __main__
 for program in set(programs.values()):
     importlib.import_module(program)
 

@@ -1,13 +1,13 @@
-"""Runs a command of sgpo_jax again and again, each time until it is in a given phase, and kills it there with SIGKILL.
+"""Runs a command of sgpo_jax again and again, and kills it with SIGKILL in a given phase each time.
 
     python kill_in.py FILE
 
-FILE holds a JSON object: module, arguments, folder, sick, and kills, a list of [phase, number, seconds]. The process
-ends that long after the phase began for the `number`th time, or when it ends. Each is a fork of this process: the
-imports are paid for once. After the last kill, the command runs to its end. Printed is a list with what became of each,
-[exit code, names of unfinished checkpoints, last line of the output], up to the first that was not killed.
+FILE holds a JSON object: module, arguments, folder, sick, and kills, a list of [phase, number, seconds]. The process is
+killed `seconds` after the phase began for the `number`th time, or at the end of that phase. Every process is a fork of
+this one, so that the imports run once. After the last kill, the command runs to its end. The output is a list of
+[exit code, names of unfinished checkpoints, last line of output] for each process, up to the first that was not killed.
 
-Responses to the batches at the positions `sick` count as truncated, so that the monitor has something to see.
+Responses to the batches at the positions `sick` count as truncated, so that the monitor sees a collapse.
 """
 
 import importlib
@@ -51,7 +51,7 @@ def die():
 
 
 def arm(phase, number, seconds):
-    """Makes this process end in the phase."""
+    """Makes this process kill itself in the phase."""
     if phase == "start-up":
         threading.Timer(seconds, die).start()
         return
@@ -110,7 +110,7 @@ def make_sick(positions):
 
 
 def run(kill, output):
-    """Exit code of a fork."""
+    """Runs the command in a fork and returns its exit code."""
     child = os.fork()
     if not child:
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -125,9 +125,9 @@ def run(kill, output):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-warnings.simplefilter("ignore")  # jax warns of forks; here no thread of its is running yet
+warnings.simplefilter("ignore")  # jax warns of forks, but none of its threads is running yet
 plan = json.loads(Path(sys.argv[1]).read_text())
-program = runpy._get_module_details(plan["module"])[0]  # a package's is its __main__
+program = runpy._get_module_details(plan["module"])[0]  # of a package, its __main__
 importlib.import_module(program)
 results, output = [], Path(sys.argv[1]).with_suffix(".output")
 for kill in [*plan["kills"], None]:

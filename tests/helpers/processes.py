@@ -1,4 +1,4 @@
-"""One of several processes that share work, and one of which then ends in the way that --how names."""
+"""A program that runs as several processes, which share work; one of them then ends in the way that --how names."""
 
 import contextlib
 import os
@@ -24,39 +24,39 @@ def share_work(process):
         assert by_whom == [[letter, i % len(values)] for i, letter in enumerate(letters)]
 
 
-def main(config, given):
-    if given.how == "frozen":
+def main(config, flag_values):
+    if flag_values.how == "frozen":
         distributed.HEARTBEAT = 6
-    cli.join(config, given)
-    import jax  # the devices are there from now on
+    cli.join(config, flag_values)
+    import jax  # only now, because join must run before any device is used
 
-    assert not jax.config.jax_enable_compilation_cache, "on CPU what comes out of it is not safe"
+    assert not jax.config.jax_enable_compilation_cache, "on CPU its programs are not safe"
     process, last = jax.process_index(), jax.process_index() == jax.process_count() - 1
     preemption.watch(config.grace)
     share_work(process)
     print(f"{process} of {jax.process_count()} is done", flush=True)
-    if given.how == "one fails" and last:
+    if flag_values.how == "one fails" and last:
         raise ValueError(f"nothing\n but a test in {process}")
-    if given.how == "a bug" and last:
+    if flag_values.how == "a bug" and last:
         raise ZeroDivisionError("a bug")
-    if given.how == "one is killed" and last:
+    if flag_values.how == "one is killed" and last:
         os.kill(os.getpid(), signal.SIGKILL)
-    if given.how == "the first is killed" and process == 0:
+    if flag_values.how == "the first is killed" and process == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    if given.how == "SIGTERM in a long step" and last:
+    if flag_values.how == "SIGTERM in a long step" and last:
         os.kill(os.getpid(), signal.SIGTERM)
-    if given.how == "frozen" and last:
+    if flag_values.how == "frozen" and last:
         os.kill(os.getpid(), signal.SIGSTOP)
-    if given.how == "stopped between steps":
+    if flag_values.how == "stopped between steps":
         if last:
             os.kill(os.getpid(), signal.SIGTERM)
         for _ in range(10_000):
             preemption.check()
-    if given.how == "in a collective":
+    if flag_values.how == "in a collective":
         if last:
             os.kill(os.getpid(), signal.SIGKILL)
         distributed.gather(None)
-    if given.how != "well":
+    if flag_values.how != "well":
         time.sleep(600)
 
 

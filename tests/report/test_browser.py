@@ -37,7 +37,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def open_page(browser, files):
-    """`open_page(kind, width, scheme)` -> (the page, what it complained of, what it asked for)."""
+    """Returns `open_page(kind, width, scheme) -> (the page, its console messages, its requests)`."""
     opened = []
 
     def open_it(kind, width=1280, scheme="light"):

@@ -18,7 +18,7 @@ AFTER = {"unguided": (0.7, 0.6, 0.75), "guided": (0.9, 0.85, 1.0)}
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures saved during the test, the last one last."""
+    """Returns the list of the figures saved during the test, in order."""
     saved = []
     save = Figure.savefig
 
@@ -31,7 +31,7 @@ def drawn(monkeypatch):
 
 
 def curve(axes, index):
-    """The raw values of curve `index` as (steps, values); each has a smoothed one behind it."""
+    """Returns the raw values of curve `index` as (steps, values); its smoothed curve is the next line."""
     line = axes.get_lines()[2 * index]
     return list(line.get_xdata()), list(line.get_ydata())
 
@@ -105,7 +105,7 @@ def test_summary_refuses_wrong_accuracies(tmp_path):
 
 
 def test_methods_are_laid_over_each_other(tmp_path, drawn):
-    """The mean of each method's runs, the band between them, over the steps that all its runs have."""
+    """The figure has the mean of each method's runs and their band, over the steps that all runs have."""
     runs = {
         "sgpo": [ROWS, [{**row, "reward_auto": row["reward_auto"] / 2} for row in ROWS[:2]]],
         "grpo": [[{key: value for key, value in row.items() if key != "alpha"} for row in ROWS]],

@@ -28,7 +28,7 @@ from sgpo_jax.report import examples, figures, page
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, and the text between them."""
+    """A parsed page: tags with their attributes, and the text between them."""
 
     def __init__(self, path):
         super().__init__()

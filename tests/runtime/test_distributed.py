@@ -39,9 +39,9 @@ from pathlib import Path
 from absl import flags
 from sgpo_jax import analyze, cli, evaluate, export
 
-def main(config, given):
-    cli.join(config, given)
-    workdir = Path(given.workdir)
+def main(config, flag_values):
+    cli.join(config, flag_values)
+    workdir = Path(flag_values.workdir)
     evaluate.run(config, str(workdir), str(workdir / "out"), "", 0)
     export.run(config, workdir, "rl", workdir / "model", "float32")
     analyze.run(config, workdir, 3)
@@ -54,7 +54,7 @@ SAVED = "stopped by SIGTERM; the finished work is saved and the same command res
 
 
 def start(workdir, processes, devices, program=("-m", "sgpo_jax.main")):
-    """The processes of a run, or of another program, with so many devices each."""
+    """Starts the processes of a run or of another program, with this number of devices each."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     environment = os.environ | {"XLA_FLAGS": xla_flags.quick(devices), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
@@ -72,7 +72,7 @@ def start(workdir, processes, devices, program=("-m", "sgpo_jax.main")):
 
 
 def end(run):
-    """[(exit code, stdout, stderr)] of all processes; those that hang are killed."""
+    """Waits for all processes, kills those that hang, and returns [(exit code, stdout, stderr)]."""
     try:
         outputs = [one.communicate(timeout=500) for one in run]
     finally:
@@ -82,7 +82,7 @@ def end(run):
 
 
 def finished(workdir, processes, devices, **more):
-    """Output of the first process of a run that goes well."""
+    """Returns the output of the first process of a run without errors."""
     results = end(start(workdir, processes, devices, **more))
     assert [code for code, _, _ in results] == [0] * processes, results
     for _, output, errors in results[1:]:
@@ -95,7 +95,7 @@ def finished(workdir, processes, devices, **more):
 
 
 def interrupt(workdir, stage, step, process, how):
-    """Starts two processes and sends one a signal after `step` rows of a stage; (what `end` says, seconds it took)."""
+    """Sends a signal to one of two processes after `step` rows of a stage; returns (`end`'s result, seconds)."""
     run, path, deadline = start(workdir, 2, 2), workdir / f"{stage}.jsonl", time.monotonic() + 400
     try:
         while not (path.is_file() and len(path.read_text().splitlines()) >= step):
@@ -110,7 +110,7 @@ def interrupt(workdir, stage, step, process, how):
 
 
 def rows(workdir, stage):
-    """Metrics rows without timings, which no two runs share."""
+    """Returns the metrics rows without timings, which no two runs share."""
     return [
         {name: value for name, value in row.items() if not name.startswith(TIMES)}
         for row in read_jsonl(workdir / f"{stage}.jsonl")
@@ -122,7 +122,7 @@ def saved_steps(workdir, stage):
 
 
 def state(workdir, stage, step):
-    """Every saved array of a checkpoint, on whatever devices it was."""
+    """Reads every array of a checkpoint, whatever devices it was saved from."""
     path = (workdir / stage / "checkpoints" / str(step) / "state").absolute()
     with ocp.PyTreeCheckpointer() as checkpointer:
         shapes = checkpointer.metadata(path).item_metadata.tree
@@ -131,19 +131,19 @@ def state(workdir, stage, step):
 
 
 def results(workdir):
-    """Everything that is said of responses: generations with verdicts, and the evaluations."""
+    """Reads all generations with verdicts, and the evaluations."""
     paths = [*workdir.rglob("heldout_*.jsonl"), *workdir.glob("eval/*.json")]
     return {str(path.relative_to(workdir)): path.read_text() for path in paths}
 
 
 def files(workdir):
-    """Names of all files but the checkpoints' own and TensorBoard's, which are called after the time."""
+    """Returns the names of all files except those of checkpoints and TensorBoard, whose names have the time."""
     names = {str(path.relative_to(workdir)) for path in workdir.rglob("*") if path.is_file()}
     return {name for name in names if "/checkpoints/" not in name and not name.startswith("tensorboard/")}
 
 
 def assert_agree(one, several):
-    """Rollouts and rewards exactly, parameters and the other metrics nearly."""
+    """Checks that rollouts and rewards are equal, and parameters and other metrics nearly equal."""
     assert results(one) == results(several) and len(results(one)) == 6
     assert files(one) == files(several)
     for stage, total in STEPS.items():

@@ -1,4 +1,4 @@
-"""What is written down about where a run ran."""
+"""The record of a run's environment."""
 
 import json
 import subprocess

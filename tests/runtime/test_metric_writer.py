@@ -19,7 +19,7 @@ def rows_of(path):
 
 
 def scalars_of(folder):
-    """(tag, step, value) of every scalar in a folder of TensorBoard event files."""
+    """Returns (tag, step, value) of every scalar in a folder of TensorBoard event files."""
     found = []
     for path in sorted(folder.iterdir()):
         data, start = path.read_bytes(), 0

@@ -23,7 +23,7 @@ jax.jit(lambda x: jax.lax.fori_loop(0, 2 * 10**9, lambda i, x: jax.numpy.sin(x),
 
 
 def terminated(grace, work):
-    """(exit code, output, seconds it took) of a program that gets SIGTERM."""
+    """Sends SIGTERM to a program and returns (exit code, stdout, stderr, seconds until it ended)."""
     arguments = [sys.executable, "-c", PROGRAM, str(grace), work]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"

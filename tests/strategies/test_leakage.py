@@ -1,4 +1,4 @@
-"""What a strategy may not give away, and what it may say."""
+"""The checks for leaks: what a strategy must not give away, and what it may say."""
 
 from fractions import Fraction
 

@@ -216,7 +216,7 @@ def test_prompts_ask_for_what_the_readers_read():
 
 
 def test_another_wording_needs_another_version():
-    """An extraction goes on only with the prompts it was begun with; the version stands for their text."""
+    """An extraction resumes only with the prompts it was started with; the version stands for their text."""
     texts = [prompts.expert("p"), prompts.extraction("p", "s"), prompts.scoring("p", "s", ["c", "d"])]
     texts.append(prompts.audit("p", "s", "t"))
     pinned = {"1": "b12e77ab184c4b11"}

@@ -1,6 +1,5 @@
 """Strategies that the student writes: which response is shown, what is refused, and that a kill changes nothing."""
 
-
 import jax
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ SOLUTION = "30 % of 70 is 21 and 70 - 21 = 49. \\boxed{49}"
 
 
 def graded(lengths, values):
-    """One problem's responses of these lengths, with their rewards."""
+    """Returns the graded responses to one problem, with these lengths and rewards."""
     count = len(lengths)
     nothing = np.zeros((1, count, 9), np.int32)
     rollout = Rollout(nothing, nothing, np.array([lengths]), nothing[..., 0])
@@ -67,7 +66,7 @@ def test_a_strategy_keeps_to_one_line_if_the_student_does():
 
 @pytest.fixture(scope="module")
 def student():
-    """(policy, params, rows, mesh) of an untrained student in the embedded world."""
+    """Returns (policy, params, rows, mesh) of an untrained student in the embedded world."""
     config = load(ROOT / "configs" / "quickstart.py")
     config.model.update({"hidden": 16, "heads": 2, "mlp": 32, "layers": 1})
     policy, initial = stage.load_policy(config)
@@ -83,9 +82,9 @@ class Killed(BaseException):
 
 @pytest.fixture
 def replies(student, monkeypatch):
-    """Where its first token is even, the student's reply is a strategy; every third response to a problem is correct.
+    """Makes replies with an even first token strategies, and about every third response correct.
 
-    All of this follows from what the engine samples. `replies.left` calls of the engine go well; the next one kills.
+    Both depend only on the sampled tokens. After `replies.left` calls of the engine, the next one raises `Killed`.
     """
     policy, _, rows, _ = student
     written = tokenizer.encode_response(policy.tokenizer, rows[0]["strategy"], policy.stop_ids[0])
@@ -239,7 +238,7 @@ def test_a_run_trains_with_what_its_student_wrote(tmp_path, monkeypatch):
     steps = read_jsonl(tmp_path / "rl.jsonl")
     assert [row["step"] for row in steps] == [1, 2]
     assert all(np.isfinite(row["loss"]) and row["skipped"] == 0 and "reward_guided" in row for row in steps)
-    # One more step goes on from the checkpoint with the strategies that are there.
+    # One more step resumes from the checkpoint with the same strategies.
     config.rl.steps = 3
     main.run(config, tmp_path)
     assert prompts[2:] == prompts[:2] and len(read_jsonl(tmp_path / "rl.jsonl")) == 3
