@@ -25,7 +25,7 @@ from sgpo_jax.policy import Run
 from sgpo_jax.runtime import environment, files
 from sgpo_jax.training import rl, sft, stage
 
-# Metrics of training whose mean over the steps a row has.
+# A row has the mean of these metrics over the steps of training.
 _MEANS = ("reward_auto", "reward_guided", "alpha", "token_kl", "kl_clip_share", "entropy", "response_length")
 # Runs cells; yields each one that finishes with its row, or with its error.
 RunCells = Callable[[Sequence[Cell]], Iterable[tuple[Cell, dict[str, Any] | Exception]]]
@@ -64,17 +64,28 @@ def run_cell(config: ConfigDict, cell: Cell, workdir: Path) -> dict[str, Any]:
             result["failed"] = str(error)
         step = None if cell.method == "sft" else stage.find_step(config, folder, "rl", "last")
         params = warmed_up() if step is None else stage.params_at(run, "rl", step)
-        for suffix in ("", "_guided") if config.eval.guided else ("",):
-            with jax.set_mesh(mesh):
-                sets = evaluate_sets(run, params, folder / "eval", step or 0, bool(suffix))
-            accuracy = {name: 0.0 if "failed" in result else scores["accuracy"] for name, scores in sets.items()}
-            result |= {f"accuracy{suffix}": float(np.mean([*accuracy.values()])), f"sets{suffix}": accuracy}
+        result |= _accuracies(run, params, step or 0, failed="failed" in result)
     if step is not None:
-        steps = files.read_jsonl(folder / "rl.jsonl")
-        for name in _MEANS:
-            if values := [row[name] for row in steps if row.get(name) is not None]:
-                result[f"mean_{name}"] = float(np.mean(values))
+        result |= _training_means(folder / "rl.jsonl")
     return {**cell._asdict(), "config": digest(config), **result, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def _accuracies(run: Run, params: Any, step: int, failed: bool) -> dict[str, Any]:
+    """Evaluates a cell; returns the accuracy of each set and their mean, both 0 where the training failed."""
+    result: dict[str, Any] = {}
+    for suffix in ("", "_guided") if run.config.eval.guided else ("",):
+        with jax.set_mesh(run.mesh):
+            sets = evaluate_sets(run, params, run.workdir / "eval", step, bool(suffix))
+        accuracies = {name: 0.0 if failed else scores["accuracy"] for name, scores in sets.items()}
+        result |= {f"accuracy{suffix}": float(np.mean([*accuracies.values()])), f"sets{suffix}": accuracies}
+    return result
+
+
+def _training_means(path: Path) -> dict[str, float]:
+    """Returns the means of _MEANS over the metrics rows of a training; a metric without values is left out."""
+    rows = files.read_jsonl(path)
+    values = {name: [row[name] for row in rows if row.get(name) is not None] for name in _MEANS}
+    return {f"mean_{name}": float(np.mean(numbers)) for name, numbers in values.items() if numbers}
 
 
 @contextlib.contextmanager

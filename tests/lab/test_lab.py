@@ -1,5 +1,6 @@
 """Tests the lab: its cells, their configs, how it resumes, and its rows."""
 
+import dataclasses
 import json
 
 import jax
@@ -214,10 +215,10 @@ def test_a_cell_that_fails_does_not_cost_the_others(config, tmp_path, monkeypatc
     config.lab.update({"rates": (1.0,), "worlds": ("base",), "methods": ("sgpo",), "seeds": (0, 1)})
     real = workers.rl.train
 
-    def train(config, *arguments):
-        if config.seed == 0:
+    def train(run, initial):
+        if run.config.seed == 0:
             raise RuntimeError("out of memory")
-        return real(config, *arguments)
+        return real(run, initial)
 
     monkeypatch.setattr(workers.rl, "train", train)
     message = "1 of 2 cells failed, the first is base/sgpo@1/seed0: RuntimeError: out of memory"
@@ -241,10 +242,12 @@ def test_methods_begin_with_the_warm_up_of_their_world_and_seed(config, tmp_path
     config.lab.update({"rates": (1.0,), "worlds": ("base",), "methods": ("grpo", "sgpo"), "seeds": (0, 1)})
     begun = {}
 
-    def train(config, workdir, policy, initial, mesh):
-        begun[config.seed, config.rl.guided] = jax.device_get(initial())
-        saved = workers.stage.best_params(config, tmp_path / f"base/sft@1/seed{config.seed}", "sft", policy, mesh)
-        jax.tree.map(np.testing.assert_array_equal, begun[config.seed, config.rl.guided], jax.device_get(saved))
+    def train(run, initial):
+        seed, guided = run.config.seed, run.config.rl.guided
+        begun[seed, guided] = jax.device_get(initial())
+        warm_up = dataclasses.replace(run, workdir=tmp_path / f"base/sft@1/seed{seed}")
+        saved = workers.stage.best_params(warm_up, "sft")
+        jax.tree.map(np.testing.assert_array_equal, begun[seed, guided], jax.device_get(saved))
 
     monkeypatch.setattr(workers.rl, "train", train)
     lab.run(config, tmp_path)
