@@ -16,16 +16,18 @@ import numpy as np
 import workload
 from common import timed
 
-from sgpo_jax import logprobs, models, rollout
+from sgpo_jax import divergences, logprobs, models, rollout
 from sgpo_jax.losses import kl_divergence
 from sgpo_jax.models import config as model_config
 from sgpo_jax.models import huggingface
-from sgpo_jax.rollout import Prompts
 from sgpo_jax.runtime import environment, memory
-from sgpo_jax.training.batch import Batch, Group, pack_batch
+from sgpo_jax.training.batch import Batch, Contexts, Group, pack_batch
+from sgpo_jax.training.forward import Forward
+from sgpo_jax.training.objective import Objective
 from sgpo_jax.training.optimizer import adamw, schedule
 from sgpo_jax.training.state import init_state
 from sgpo_jax.training.train_step import make_update
+from sgpo_jax.training.weighting import Weighting
 
 
 def weights(task: dict[str, Any]) -> dict[str, Any]:
@@ -149,9 +151,9 @@ def prepare_update(task: dict[str, Any]) -> tuple[Callable[[int], Any], Any]:
     data = workload.responses(shape, task)
     config = model_config.from_hf(shape.hf_config())
     optimizer = adamw(schedule(1e-6, 1000), b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.01, clip_norm=1.0)
-    packed = pack_batch(batch(shape, data, task), micro_batch=task["micro_batch"] or data.lengths.size)
+    packed = pack_batch(batch(shape, data, task), Weighting(), micro_batch=task["micro_batch"] or data.lengths.size)
     shapes = jax.eval_shape(lambda: init_state(models.init(jax.random.key(0), config), optimizer))
-    compiled = make_update(config, optimizer, remat=task["remat"]).lower(shapes, packed).compile()
+    compiled = make_update(Forward(config, remat=task["remat"]), optimizer, Objective()).lower(shapes, packed).compile()
     state = None
 
     def call(_):
@@ -173,7 +175,7 @@ def batch(shape: workload.Shape, data: workload.Responses, task: dict[str, Any])
         return Group(tokens, data.lengths[:, samples], np.zeros(tokens.shape, np.float32), data.rewards[:, samples])
 
     def prompts(tokens):
-        return Prompts(tokens, np.ones(tokens.shape, bool))
+        return Contexts(list(tokens), tokens.shape[1])
 
     if not guided:
         return Batch(prompts(data.prompts), None, group(slice(None)), None)
@@ -186,6 +188,7 @@ def kl(task: dict[str, Any]) -> dict[str, Any]:
     """Times the value and gradients of a mean divergence over N positions: in chunks, or with all logits at once."""
     count, hidden, vocab, chunk = task["positions"], task["hidden"], task["vocab"], task["chunk"]
     chosen = {"divergence": task["divergence"], "beta": 0.5, "k": task["k"]}
+    selected = divergences.select(task["divergence"], chosen["beta"], chosen["k"])
     rng = np.random.default_rng(0)
 
     def normal(*shape):
@@ -206,7 +209,7 @@ def kl(task: dict[str, Any]) -> dict[str, Any]:
         """Returns the mean as the update computes it: the loss of a token depends on its own KL alone."""
         chunks = (x.reshape(-1, chunk, hidden) for x in (guided, unguided))
         weight = jnp.full((count // chunk, chunk), 1 / count)
-        return logprobs.kl_loss(lambda kl, weight: weight * kl, *chunks, head, count // chunk, weight, **chosen)[0]
+        return logprobs.kl_loss(lambda kl, weight: weight * kl, *chunks, head, count // chunk, weight, selected)[0]
 
     mean = {"dense": dense, "token_kl": by_token, "kl_loss": summed}[task["how"]]
     compiled = jax.jit(jax.value_and_grad(mean, argnums=(1, 2))).lower(guided, unguided, head).compile()

@@ -17,12 +17,13 @@ from hypothesis import given
 from hypothesis.extra.numpy import arrays
 from jax.sharding import PartitionSpec as P
 
-from sgpo_jax import logprobs, output_head, sharding
+from sgpo_jax import divergences, logprobs, output_head, sharding
 from sgpo_jax.divergences import DIVERGENCES
 from sgpo_jax.logprobs import token_divergence, token_kl, token_logprobs
 
 N, D, V = 7, 4, 11
 SETTINGS = {"beta": BETA, "k": K}
+select = partial(divergences.select, **SETTINGS)
 SIZES = [(7, 7), (7, 1), (7, 3), (7, 5), (7, 100), (16, 5), (1, 1), (1, 512), (0, 4)]  # positions, chunk
 
 
@@ -275,7 +276,7 @@ def chunked(x):
 
 def summed_kl(guided, unguided, head, name):
     guided, unguided, weight = map(chunked, (guided, unguided, jnp.ones(BIG_N)))
-    return logprobs.kl_loss(lambda kl, w: w * kl, guided, unguided, head, len(weight), weight, name, **SETTINGS)[0]
+    return logprobs.kl_loss(lambda kl, w: w * kl, guided, unguided, head, len(weight), weight, select(name))[0]
 
 
 def summed_logprobs(guided, unguided, head, targets):
@@ -432,7 +433,7 @@ def test_a_sum_of_token_losses_has_the_gradient_of_the_losses(used, dtype):
         if kind == "logprobs":
             values = logprobs.chunked_logprobs(unguided, head, targets, used)
         else:
-            values = (logprobs.chunked_kl(guided, unguided, head, used, kind, **SETTINGS),) * 2
+            values = (logprobs.chunked_kl(guided, unguided, head, used, select(kind)),) * 2
         return 3 * jnp.where(visited, surrogate(*values, given), 0.0).sum(), values
 
     def fused(unguided, head, kind):
@@ -442,7 +443,7 @@ def test_a_sum_of_token_losses_has_the_gradient_of_the_losses(used, dtype):
             def token_loss(kl, given):
                 return surrogate(kl, kl, given)
 
-            loss, kl = logprobs.kl_loss(token_loss, guided, unguided, head, used, given, kind, **SETTINGS)
+            loss, kl = logprobs.kl_loss(token_loss, guided, unguided, head, used, given, select(kind))
             values = kl, kl
         return 3 * loss, values
 
@@ -485,8 +486,8 @@ def test_unknown_divergences_are_refused_everywhere(name):
     chunks = guided[None], unguided[None], head, 1
     for call in (
         lambda: token_divergence(guided, unguided, head, divergence=name),
-        lambda: logprobs.chunked_kl(*chunks, name),
-        lambda: logprobs.kl_loss(lambda kl, w: w * kl, *chunks, jnp.ones((1, N)), name),
+        lambda: logprobs.chunked_kl(*chunks, divergences.select(name)),
+        lambda: logprobs.kl_loss(lambda kl, w: w * kl, *chunks, jnp.ones((1, N)), divergences.select(name)),
     ):
         with pytest.raises(ValueError, match=f"divergence={name!r}: must be one of 'forward_kl', 'reverse_kl'"):
             call()
@@ -555,12 +556,16 @@ def test_devices_share_positions_and_vocabulary(shape):
 
     def loss(unguided, head):
         logp, entropy = logprobs.chunked_logprobs(unguided, head, targets, used, 0.7)
-        kls = [logprobs.chunked_kl(guided, unguided, head, used, *setting) for setting in settings]
+        kls = [logprobs.chunked_kl(guided, unguided, head, used, divergences.select(*setting)) for setting in settings]
         per_token = sum((w * x).sum() for w, x in zip(weight, (logp, entropy, *kls), strict=True))
         sums = [
             logprobs.logprobs_loss(lambda logp, h, w: w * logp * h, unguided, head, targets, used, weight[0]),
-            *(logprobs.kl_loss(lambda kl, w: w * kl**2, guided, unguided, head, used, weight[1], *setting)
-              for setting in settings),
+            *(
+                logprobs.kl_loss(
+                    lambda kl, w: w * kl**2, guided, unguided, head, used, weight[1], divergences.select(*setting)
+                )
+                for setting in settings
+            ),
         ]  # fmt: skip
         return per_token + sum(loss for loss, _ in sums), (logp, entropy, *kls, sums)
 

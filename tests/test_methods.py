@@ -16,10 +16,12 @@ from sgpo_jax import config as configs
 from sgpo_jax import config_checks, main, methods
 from sgpo_jax.methods import METHODS, select
 from sgpo_jax.runtime.files import read_jsonl
-from sgpo_jax.training import rl
 from sgpo_jax.training.batch import Batch, pack_batch
+from sgpo_jax.training.forward import Forward
+from sgpo_jax.training.objective import Objective
 from sgpo_jax.training.state import init_state
 from sgpo_jax.training.train_step import make_update
+from sgpo_jax.training.weighting import Weighting
 
 TRAINED = [name for name in METHODS if name != "sft"]
 DELTA, BETA, K = 2.2, 0.3, 4
@@ -43,16 +45,14 @@ def method_batch(name) -> Batch:
 
 
 def without_strategy(batch, problems):
-    """The guided prompts of these problems are their unguided ones, padded to their own length."""
-    spare = batch.guided_prompts.tokens.shape[1] - batch.prompts.tokens.shape[1]
-    plain = [jnp.pad(x, ((0, 0), (spare, 0))) for x in batch.prompts]
-    chosen = jnp.isin(jnp.arange(B), jnp.array(problems))[:, None]
-    mixed = [jnp.where(chosen, own, given) for own, given in zip(plain, batch.guided_prompts, strict=True)]
-    return batch._replace(guided_prompts=batch.guided_prompts._make(mixed))
+    """The guided prompts of these problems are their unguided ones."""
+    pairs = zip(batch.prompts.tokens, batch.guided_prompts.tokens, strict=True)
+    tokens = [plain if b in problems else guided for b, (plain, guided) in enumerate(pairs)]
+    return batch._replace(guided_prompts=batch.guided_prompts._replace(tokens=tokens))
 
 
 def settings_of(name, **changes):
-    """(of pack_batch, of make_update), by way of the config as in a run."""
+    """The section rl of the config of a method, as in a run."""
     config = configs.base()
     config.rl.delta = DELTA
     config.rl.beta = BETA
@@ -60,20 +60,22 @@ def settings_of(name, **changes):
     config.rl.max_new_tokens = T
     select(config, name)
     config.rl.update(changes)
-    return rl.method(config.rl)
+    return config.rl
 
 
 @functools.cache
-def updater(rate, of_update):
+def updater(rate, objective):
     """(optimizer, update); methods that differ in the batch alone share the compiled update."""
     optimizer = optax.sgd(rate)
-    return optimizer, make_update(CONFIG, optimizer, **dict(of_update))
+    return optimizer, make_update(Forward(CONFIG), optimizer, objective)
 
 
 def updated(name, batch, params, rate=1.0, micro_batch=100, exact=False, **changes):
-    of_batch, of_update = settings_of(name, **changes)
-    packed = pack_batch(batch, micro_batch=micro_batch, chunk=8, **of_batch)
-    optimizer, update = updater(rate, tuple(of_update.items()))
+    fields = settings_of(name, **changes)
+    packed = pack_batch(
+        batch, Weighting.from_config(fields), fields.distillation, micro_batch=micro_batch, chunk=8
+    )
+    optimizer, update = updater(rate, Objective.from_config(fields))
     update = jax.jit(update, compiler_options=xla_flags.EXACT) if exact else update
     return update(init_state(jax.tree.map(jnp.copy, params), optimizer), packed)
 

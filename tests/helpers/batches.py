@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sgpo_jax import models
-from sgpo_jax.rollout import Prompts
-from sgpo_jax.training.batch import Batch, Group
+from sgpo_jax.training.batch import Batch, Contexts, Group
 
 CONFIG = models.ModelConfig(
     architecture="Qwen2ForCausalLM", vocab_size=31, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2,
@@ -29,8 +28,7 @@ def make_batch(seed=0, all_wrong=(2,)):
     rng = np.random.default_rng(seed)
 
     def prompts(length):
-        mask = np.broadcast_to(np.arange(length) >= 2, (B, length))
-        return Prompts(jnp.asarray(rng.integers(0, 31, (B, length)), jnp.int32), jnp.asarray(mask))
+        return Contexts([tokens[2:] for tokens in rng.integers(0, 31, (B, length)).astype(np.int32)], length)
 
     def group(size):
         rewards = (rng.random((B, size)) < 0.7).astype(np.float32)
@@ -48,7 +46,7 @@ def make_batch(seed=0, all_wrong=(2,)):
 
 def log_probs(params, prompts, b, tokens, length):
     """Dense `[length,V]` next-token log-probabilities of one response, without any padding."""
-    return _log_probs(params, np.asarray(prompts.tokens[b])[np.asarray(prompts.mask[b])], tokens[:length])
+    return _log_probs(params, np.asarray(prompts.tokens[b]), tokens[:length])
 
 
 @jax.jit

@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 from sgpo_jax import models, policy, sharding
 from sgpo_jax.rollout import LENGTH, STOP, LanguageModel, Prompts, Sampling, generate, sampling
 from sgpo_jax.training import packing
-from sgpo_jax.training.train_step import response_hidden, response_logprobs
+from sgpo_jax.training.forward import Forward, MicroBatch, Tokens, response_hidden, response_logprobs
 
 filtered = jax.jit(sampling.filtered, static_argnames=("top_p", "top_k"))
 inverse_cdf = jax.jit(sampling.inverse_cdf)
@@ -392,7 +392,9 @@ def packed_responses(rollout):
         micro_batch=len(responses), most=len(responses), chunk=16,
     )  # fmt: skip
     listed = packing.of_sequence(tokens, pack)
-    micro = {"rows": pack.contexts[0], "chunks": pack.chunks, "tokens": listed}
+    weight = np.ones(listed.shape, np.float32)
+    tokens = Tokens(*(x.reshape(*x.shape[:2], -1) for x in (listed, weight, weight)))
+    micro = MicroBatch(pack.contexts[0], pack.chunks, tokens)
     owner = np.where(pack.owner >= 0, pack.owner, len(responses))
     return jax.tree.map(lambda x: x[0], micro), owner[0], pack.index[0]
 
@@ -401,7 +403,7 @@ def packed_responses(rollout):
 def training_hidden(params, config, packed, dtype=jnp.float32):
     """Hidden states `[R,T,D]` that predict the responses as the update computes them."""
     micro, owner, index = packed
-    hidden = response_hidden(params, micro["rows"], config=config, dtype=dtype, remat="none")
+    hidden = response_hidden(Forward(config, dtype), params, micro.rows)
     hidden = hidden.reshape(*owner.shape, -1)
     return jnp.zeros((len(IDS) * 2, NEW, hidden.shape[-1])).at[owner, index].set(hidden, mode="drop")
 
@@ -409,8 +411,8 @@ def training_hidden(params, config, packed, dtype=jnp.float32):
 @partial(jax.jit, static_argnames=("config", "dtype", "remat"))
 def packed_logp(params, config, packed, dtype=jnp.float32, remat="none"):
     micro, owner, index = packed
-    logp, _ = response_logprobs(params, micro, config=config, dtype=dtype, remat=remat)
-    return jnp.zeros((len(IDS) * 2, NEW)).at[owner, index].set(logp, mode="drop")
+    logp, _ = response_logprobs(Forward(config, dtype, remat), params, micro)
+    return jnp.zeros((len(IDS) * 2, NEW)).at[owner, index].set(logp.reshape(owner.shape), mode="drop")
 
 
 def training_logp(params, config, rollout, dtype=jnp.float32, remat="none"):

@@ -3,7 +3,7 @@
 import pytest
 
 from sgpo_jax import config as configs
-from sgpo_jax.training import collapse, rl
+from sgpo_jax.training import collapse
 
 HEALTHY = {"entropy": 0.5, "response_length": 90.0, "truncated": 0.1, "identical": 0.2, "kl_clip_share": 0.02}
 
@@ -44,7 +44,7 @@ def test_every_limit_is_a_field_of_the_config(limits):
 
 def test_a_sign_is_said_once_and_again_when_it_comes_back(limits, capsys):
     limits.window = 1
-    watch = rl.collapse_watch(limits, [])
+    watch = collapse.Watch(limits, [])
     sick = HEALTHY | {"entropy": 0.0}
     said = []
     for row in (HEALTHY, sick, sick, HEALTHY, sick):
@@ -52,14 +52,14 @@ def test_a_sign_is_said_once_and_again_when_it_comes_back(limits, capsys):
         said.append(capsys.readouterr().out.count("warning: entropy is 0, below"))
     assert said == [0, 1, 0, 0, 1]
     limits.action = "stop"
-    watch = rl.collapse_watch(limits, [])
+    watch = collapse.Watch(limits, [])
     assert watch(HEALTHY) == "" and watch(sick).startswith("entropy is 0, below")
 
 
 def test_a_resumed_run_knows_the_rows_of_before(limits, capsys):
     sick = HEALTHY | {"entropy": 0.0}
     limits.action = "stop"
-    watch = rl.collapse_watch(limits, [HEALTHY, sick, sick])
+    watch = collapse.Watch(limits, [HEALTHY, sick, sick])
     assert watch(sick).startswith("entropy is 0, below") and "warning: entropy is 0" in capsys.readouterr().out
-    watch = rl.collapse_watch(limits, [sick, sick, sick])
+    watch = collapse.Watch(limits, [sick, sick, sick])
     assert watch(sick).startswith("entropy is 0, below") and capsys.readouterr().out == "", "said already"

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 
 from sgpo_jax import losses, models
 from sgpo_jax.training import packing
-from sgpo_jax.training.train_step import response_hidden, response_logprobs
+from sgpo_jax.training.forward import Forward, MicroBatch, Tokens, listed, response_hidden, response_logprobs
 
 SIZES = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 8)), max_size=12)
 
@@ -93,11 +93,10 @@ def of_pack(params, config, pack, tokens, weights):
     def total(params):
         sums = []
         for context in pack.contexts:
-            micro = {"rows": context, "chunks": pack.chunks, "tokens": tokens}
-            logp, _ = jax.lax.map(
-                partial(response_logprobs, params, config=config, dtype=jnp.float32, remat="none"), micro
-            )
-            sums.append(jnp.sum(logp * weights))
+            ids, weight = listed(tokens), listed(weights)
+            micro = MicroBatch(context, pack.chunks, Tokens(ids, weight, weight))
+            logp, _ = jax.lax.map(partial(response_logprobs, Forward(config), params), micro)
+            sums.append(jnp.sum(logp * weight))
         return sums[0] - 2.0 * sums[1], sums
 
     return jax.value_and_grad(total, has_aux=True)(params)
@@ -152,7 +151,7 @@ def test_guided_and_unguided_rows_are_aligned_by_response_token(tiny, tiny_param
     prompts, _, responses = sequences(sizes)
     pack = packing.pack([prompts, prompts], responses, range(4), lengths=[14, 17], micro_batch=4, most=4, chunk=8)
     first, second = (
-        response_hidden(tiny_params, jax.tree.map(lambda x: x[0], rows), config=tiny, dtype=jnp.float32, remat="none")
+        response_hidden(Forward(tiny), tiny_params, jax.tree.map(lambda x: x[0], rows))
         for rows in pack.contexts
     )
     real = (pack.owner[0] >= 0).reshape(first.shape[:2])

@@ -13,8 +13,8 @@ from sgpo_jax.rollout import Sampling
 from sgpo_jax.training import rl
 
 PROMPTS = {
-    False: {"a": [9, 10, 11], "b": [12], "c": [13, 14], "longest": [20, 21, 22, 23]},
-    True: {"a": [9, 30, 10, 11], "b": [30, 12], "c": [30, 31, 13, 14], "longest": [30, 31, 32, 20, 21, 22, 23]},
+    "autonomous": {"a": [9, 10, 11], "b": [12], "c": [13, 14], "longest": [20, 21, 22, 23]},
+    "guided": {"a": [9, 30, 10, 11], "b": [30, 12], "c": [30, 31, 13, 14], "longest": [30, 31, 32, 20, 21, 22, 23]},
 }
 ROWS = [{"id": "c"}, {"id": "a"}, {"id": "b"}]
 
@@ -27,21 +27,22 @@ def settings(**changes):
 
 
 def step(tiny, tiny_params, config, position=7):
-    """(groups of a step, slot-steps, a function that samples one group by itself)."""
+    """(rollouts of a step, slot-steps, a function that samples one group by itself)."""
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     ours = policy.Policy(tiny, None, tuple(range(1, 9)), 63, np.dtype(np.float32), "")
     with jax.set_mesh(mesh):
         params = policy.place(tiny_params, mesh)
-        found, slot_steps = rl.sample_groups(config, ours, params, PROMPTS, ROWS, position, mesh)
+        run = policy.Run(config, None, ours, mesh)
+        found, slot_steps = rl.sample_groups(run, params, PROMPTS, ROWS, position)
 
-    def alone(name, guided, group):
-        tokens = PROMPTS[guided]
+    def alone(name, group):
+        tokens = PROMPTS[name]
         padded = generation.pad_prompts(ours, [tokens[row["id"]] for row in ROWS], len(tokens["longest"]))
         key = generation.noise_key(config.seed, name, position)
         with jax.set_mesh(mesh):
             sampling = dataclasses.replace(Sampling.from_config(config.rl), slots=0)
             rollout, _ = generation.respond(ours, params, padded, np.arange(len(ROWS)), key, mesh, sampling, group)
-        return padded, rollout
+        return rollout
 
     return found, slot_steps, alone
 
@@ -50,27 +51,24 @@ def step(tiny, tiny_params, config, position=7):
 def test_each_group_has_its_prompts_and_its_noise(tiny, tiny_params, slots):
     found, slot_steps, alone = step(tiny, tiny_params, settings(slots=slots))
     assert list(found) == ["autonomous", "guided"]
-    for name, guided, group in (("autonomous", False, 3), ("guided", True, 2)):
-        padded, rollout = found[name]
-        expected_prompts, expected = alone(name, guided, group)
-        for actual, wanted in zip(padded, expected_prompts, strict=True):
-            np.testing.assert_array_equal(actual, wanted)
+    for name, group in (("autonomous", 3), ("guided", 2)):
+        rollout, expected = found[name], alone(name, group)
         assert rollout.tokens.shape == (3, group, 9)
         np.testing.assert_array_equal(rollout.tokens, expected.tokens)
         np.testing.assert_array_equal(rollout.lengths, expected.lengths)
         np.testing.assert_array_equal(rollout.finish, expected.finish)
         np.testing.assert_allclose(rollout.logp, expected.logp, atol=1e-5)
-    assert slot_steps >= sum(rollout.lengths.sum() for _, rollout in found.values())
+    assert slot_steps >= sum(rollout.lengths.sum() for rollout in found.values())
 
 
 @pytest.mark.parametrize("changes", [{"guided": 0}, {"guide": "demonstration", "guided": 1}])
 def test_what_is_not_sampled_is_not_there(tiny, tiny_params, changes):
     found, _, alone = step(tiny, tiny_params, settings(**changes))
     assert list(found) == ["autonomous"]
-    np.testing.assert_array_equal(found["autonomous"][1].tokens, alone("autonomous", False, 3)[1].tokens)
+    np.testing.assert_array_equal(found["autonomous"].tokens, alone("autonomous", 3).tokens)
 
 
 def test_another_step_has_other_noise(tiny, tiny_params):
     first, second = (step(tiny, tiny_params, settings(), position)[0] for position in (7, 8))
     for name in first:
-        assert (first[name][1].tokens != second[name][1].tokens).any()
+        assert (first[name].tokens != second[name].tokens).any()

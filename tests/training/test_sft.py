@@ -8,6 +8,7 @@ import pytest
 
 from sgpo_jax import models, sharding
 from sgpo_jax.training import sft
+from sgpo_jax.training.forward import Forward
 from sgpo_jax.training.state import init_state
 
 LENGTHS = {"a": (3, 5), "b": (1, 2), "c": (6, 1), "d": (2, 7), "e": (4, 4)}  # of prompt and response
@@ -47,7 +48,7 @@ def rows(ids):
 def test_the_update_is_the_gradient_of_the_mean_over_response_tokens(tiny, tiny_params, encoded, dense, micro_batch):
     tx = optax.sgd(1.0)
     batch = sft.encode_batch(rows("abcde"), encoded, batch=5, micro_batch=micro_batch)
-    state, metrics = sft.make_update(tiny, tx)(init_state(jax.tree.map(jnp.copy, tiny_params), tx), batch)
+    state, metrics = sft.make_update(Forward(tiny), tx)(init_state(jax.tree.map(jnp.copy, tiny_params), tx), batch)
     count = sum(response for _, response in LENGTHS.values())
     loss, gradient = jax.value_and_grad(lambda params: dense(params, "abcde") / count)(tiny_params)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
@@ -61,7 +62,7 @@ def test_the_validation_loss_is_the_mean_over_response_tokens(tiny, tiny_params,
     def encode(part):
         return sft.encode_batch(part, encoded, batch=batch, micro_batch=2)
 
-    loss_of = sft.make_losses(tiny, dtype=jnp.float32, remat="none")
+    loss_of = sft.make_losses(Forward(tiny))
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     actual = sft.validation_loss(loss_of, tiny_params, rows("abcde"), encode, batch, mesh)
     count = sum(response for _, response in LENGTHS.values())

@@ -7,9 +7,9 @@ import pytest
 
 from sgpo_jax import config as configs
 from sgpo_jax import sharding
-from sgpo_jax.policy.generation import Prompts
-from sgpo_jax.training import skipped_batch, stage
-from sgpo_jax.training.batch import Batch, Group
+from sgpo_jax.policy import Run
+from sgpo_jax.training import loop, skipped_batch
+from sgpo_jax.training.batch import Batch, Contexts, Group
 from sgpo_jax.training.checkpoint import Checkpoints
 from sgpo_jax.training.state import TrainState
 
@@ -62,30 +62,35 @@ def test_a_run_goes_on_only_under_its_seed(tmp_path):
 
 
 def test_skipped_updates_keep_the_batch_and_stop_at_the_limit(tmp_path, capsys):
-    prompts = Prompts(np.arange(6).reshape(2, 3), np.ones((2, 3), bool))
+    prompts = Contexts([np.arange(3), np.array([7])], 4)
     group = Group(np.zeros((2, 1, 4), np.int32), np.array([[4], [2]]), np.full((2, 1, 4), -np.inf), np.ones((2, 1)))
     batch, rows = Batch(prompts, None, group, None), [{"id": "a/1"}, {"id": "π"}]
     config = configs.base()
     config.max_skipped = 2
-    stage.watch_skipped(config, tmp_path, "rl", 6, 0, rows, batch)
+    run = Run(config, tmp_path, None, None)
+    skipped_batch.handle(run, "rl", 6, 0, rows, batch)
     assert not list(tmp_path.iterdir())
-    stage.watch_skipped(config, tmp_path, "rl", 7, 1, rows, batch)
+    skipped_batch.handle(run, "rl", 7, 1, rows, batch)
     said = capsys.readouterr().out
     assert said.startswith("warning: step 7: the update was not finite") and said.endswith("skipped_batch_000007.npz\n")
     with pytest.raises(FloatingPointError, match=r"step 8: 2 updates .*\(max_skipped=2\).*skipped_batch_000008"):
-        stage.watch_skipped(config, tmp_path, "rl", 8, 2, rows, batch)
+        skipped_batch.handle(run, "rl", 8, 2, rows, batch)
     names = sorted(path.name for path in (tmp_path / "rl").iterdir())
     assert names == ["skipped_batch_000007.npz", "skipped_batch_000008.npz"]
     kept = skipped_batch.read(tmp_path / "rl" / names[0])
     assert kept[:3] == ("rl", 7, ["a/1", "π"]) and kept.batch.guided is None
     assert jax.tree.structure(kept.batch) == jax.tree.structure(batch)
     jax.tree.map(np.testing.assert_array_equal, kept.batch, batch)
+    with np.load(tmp_path / "rl" / names[0], allow_pickle=False) as file:  # as earlier versions wrote it
+        assert file["batch/prompts/tokens"].tolist() == [[0, 0, 1, 2], [0, 0, 0, 7]]
+        assert file["batch/prompts/mask"].tolist() == [[False, True, True, True], [False, False, False, True]]
 
 
 @pytest.mark.parametrize(("filled", "ways", "said"), [(0.5, 4, True), (0.75, 4, False), (0.5, 8, False)])
 def test_a_micro_batch_that_is_too_large_is_noticed(capsys, filled, ways, said):
     config = configs.base()
     config.rl.micro_batch = 8
-    stage.advise_packing(config, "rl", filled, sharding.make_mesh(devices=jax.devices()[:ways]))
+    run = Run(config, None, None, sharding.make_mesh(devices=jax.devices()[:ways]))
+    loop.advise_packing(run, "rl", filled)
     printed = capsys.readouterr().out
     assert (f"rl.micro_batch=8: {filled:.0%} of the rows" in printed) == said, "as many rows as devices is the least"

@@ -10,13 +10,15 @@ import optax
 import pytest
 from helpers.batches import CONFIG, G1, G2, PG, B, T, assert_trees_close, log_probs, make_batch, make_params
 
-from sgpo_jax import models
-from sgpo_jax.policy.generation import Prompts
-from sgpo_jax.training import train_step
+from sgpo_jax import losses, models
+from sgpo_jax.training import gradients, train_step
 from sgpo_jax.training.batch import Batch, pack_batch
+from sgpo_jax.training.forward import Forward
+from sgpo_jax.training.objective import Objective
 from sgpo_jax.training.optimizer import adamw, schedule
 from sgpo_jax.training.state import TrainState, init_state
 from sgpo_jax.training.train_step import make_update
+from sgpo_jax.training.weighting import Weighting
 
 
 def reference_loss(params, old_params, batch, delta, choose):
@@ -65,18 +67,43 @@ def reference_choice(params, batch, reduce=np.sum):
     return choice
 
 
+def public_loss(params, old_params, batch, delta):
+    """Eq. 7 in the public functions of `losses`, as somebody would write it who reuses them."""
+
+    def picked(full, tokens):
+        return full[jnp.arange(len(tokens)), tokens]
+
+    total = 0.0
+    for b in range(B):
+        auto, guided = (jax.tree.map(lambda x, b=b: jnp.asarray(x)[b], g) for g in (batch.autonomous, batch.guided))
+        for i, advantage in enumerate(losses.group_advantages(auto.rewards)):
+            full, old = (log_probs(p, batch.prompts, b, auto.tokens[i], T) for p in (params, old_params))
+            logp, old_logp = picked(full, auto.tokens[i]), picked(old, auto.tokens[i])
+            loss = losses.clipped_surrogate(logp, old_logp, advantage)
+            total += losses.sequence_mean(loss, jnp.arange(T) < auto.lengths[i]) / G1
+        inside = jnp.arange(T) < guided.lengths[:, None]
+        unguided = jnp.stack([log_probs(params, batch.prompts, b, tokens, T) for tokens in guided.tokens])
+        with_strategy = jnp.stack([log_probs(params, batch.guided_prompts, b, tokens, T) for tokens in guided.tokens])
+        scores = jnp.where(inside, jax.vmap(picked)(unguided, guided.tokens), 0.0).sum(axis=1)
+        target, found = losses.select_target(jax.lax.stop_gradient(scores), guided.rewards == 1)
+        token_kl = losses.kl_divergence(jax.lax.stop_gradient(with_strategy[target]), unguided[target])
+        alpha = losses.adaptive_weight(auto.rewards.mean(), guided.rewards.mean())
+        total += jnp.where(found, alpha, 0.0) * losses.distillation_loss(token_kl, inside[target], delta)
+    return total / B
+
+
 @functools.cache
-def updater(rate, **settings):
+def updater(rate, remat="none", **coefficients):
     """(optimizer, update): SGD; with rate 1 it turns the parameter change into the gradient."""
     optimizer = optax.sgd(rate)
-    return optimizer, make_update(CONFIG, optimizer, **settings)
+    return optimizer, make_update(Forward(CONFIG, remat=remat), optimizer, Objective(**coefficients))
 
 
 def run(batch, params=None, rate=1.0, micro_batch=100, chunk=8, **settings):
     """(new state, metrics) of one update."""
     params = make_params() if params is None else params
     optimizer, update = updater(rate, **{"delta": 1.7} | settings)
-    packed = pack_batch(batch, micro_batch=micro_batch, chunk=chunk)
+    packed = pack_batch(batch, Weighting(), micro_batch=micro_batch, chunk=chunk)
     return update(init_state(jax.tree.map(jnp.copy, params), optimizer), packed)
 
 
@@ -94,6 +121,17 @@ def test_update_is_the_gradient_of_equation_7(delta):
     np.testing.assert_allclose(metrics["target_found"], np.mean([c is not None for c in choice]))
     if delta == 1.7:
         assert 0 < metrics["kl_clip_share"] < 1, "the clip must act on some tokens for this test to say anything"
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_update_is_the_gradient_of_the_public_losses(seed):
+    """The formula that is read is the formula that runs."""
+    params, batch = make_params(), make_batch(seed)
+    loss, gradient = jax.value_and_grad(public_loss)(params, params, batch, 1.7)
+    state, metrics = run(batch, params)
+    assert_trees_close(jax.tree.map(jnp.subtract, params, state.params), gradient, 1e-5)
+    np.testing.assert_allclose(metrics["loss"], loss, atol=1e-5)
+    assert 0 < metrics["kl_clip_share"] < 1 and 0 < metrics["target_found"] < 1
 
 
 def test_the_target_is_chosen_by_the_sum_and_not_by_the_mean():
@@ -153,9 +191,9 @@ def test_remat_changes_nothing():
     plain, _ = run(batch, remat="none")
     saved, _ = run(batch, remat="full")
     assert_trees_close(saved.params, plain.params, 1e-6)
-    arguments = init_state(make_params(), optax.sgd(1.0)), pack_batch(batch, micro_batch=100)
+    arguments = init_state(make_params(), optax.sgd(1.0)), pack_batch(batch, Weighting(), micro_batch=100)
     text, plain_text = (
-        str(jax.make_jaxpr(make_update(CONFIG, optax.sgd(1.0), remat=remat))(*arguments)) for remat in ("full", "none")
+        str(jax.make_jaxpr(updater(1.0, remat)[1])(*arguments)) for remat in ("full", "none")
     )
     assert text.count("checkpoint") + text.count("remat") > plain_text.count("checkpoint") + plain_text.count("remat")
 
@@ -176,15 +214,16 @@ def test_guided_side_gets_exactly_no_gradient(monkeypatch):
 
         zero = {"guided": jnp.zeros(16), "unguided": jnp.zeros(16)}
         grads, metrics = accumulate(loss_fn, params, count, micro_batches, *gradient)
-        if "guided_rows" in micro_batches:
+        if micro_batches.guided_rows is not None:
             probes = jax.tree.map(lambda g: jnp.abs(g).sum(), jax.grad(loss)(zero))
             metrics |= {**probes, "change": loss(zero | {"guided": jnp.ones(16)}) - loss(zero)}
         return grads, metrics
 
     monkeypatch.setattr(train_step, "accumulate", probed)
     optimizer = optax.sgd(1.0)
-    update = make_update(CONFIG, optimizer, delta=1.7)
-    _, metrics = update(init_state(make_params(), optimizer), pack_batch(make_batch(), micro_batch=100, chunk=8))
+    update = make_update(Forward(CONFIG), optimizer, Objective(delta=1.7))
+    packed = pack_batch(make_batch(), Weighting(), micro_batch=100, chunk=8)
+    _, metrics = update(init_state(make_params(), optimizer), packed)
     assert metrics["guided"] == 0 and metrics["unguided"] > 0 and metrics["change"] != 0
 
 
@@ -203,10 +242,7 @@ def test_no_correct_guided_response_means_no_distillation():
 def test_padding_changes_nothing():
     batch = make_batch()
     wider = Batch(
-        *(
-            Prompts(jnp.pad(p.tokens, ((0, 0), (3, 0)), constant_values=9), jnp.pad(p.mask, ((0, 0), (3, 0))))
-            for p in (batch.prompts, batch.guided_prompts)
-        ),
+        *(contexts._replace(longest=contexts.longest + 3) for contexts in (batch.prompts, batch.guided_prompts)),
         *(
             g._replace(
                 tokens=jnp.pad(g.tokens, ((0, 0), (0, 0), (0, extra)), constant_values=4),
@@ -239,11 +275,11 @@ def test_mismatch_measures_the_samplers_logprobs():
 
 def test_non_finite_gradient_is_skipped_and_counted():
     optimizer = optax.adam(0.1)
-    update = make_update(CONFIG, optimizer)
+    update = make_update(Forward(CONFIG), optimizer, Objective())
     batch = make_batch()
     bad_rewards = batch.autonomous.rewards.at[0, 0].set(jnp.nan)
     bad = batch._replace(autonomous=batch.autonomous._replace(rewards=bad_rewards))
-    good, bad = pack_batch(batch, micro_batch=100), pack_batch(bad, micro_batch=100)
+    good, bad = pack_batch(batch, Weighting(), micro_batch=100), pack_batch(bad, Weighting(), micro_batch=100)
     state, _ = update(init_state(make_params(), optimizer), good)
     before = jax.tree.map(np.array, (state.params, state.opt_state))
     for expected in (1, 2):
@@ -263,7 +299,7 @@ def test_one_number_that_is_not_finite_skips_the_update(place, value):
     optimizer = optax.chain(optax.sign_sgd(0.1), optax.trace(0.9), optax.add_decayed_weights(-0.1))
     state = init_state({"a": jnp.ones(3), "b": jnp.ones(3)}, optimizer)
     grads, measured = {"a": jnp.ones(3), "b": jnp.zeros(3)}, {"loss": jnp.ones(()), "other": jnp.ones(())}
-    sound, _ = train_step.apply_gradients(state, grads, optimizer, measured)
+    sound, _ = gradients.apply_gradients(state, grads, optimizer, measured)
     assert sound.skipped == 0 and not np.array_equal(sound.params["a"], state.params["a"])
     state = sound.replace(skipped=jnp.int32(4))
 
@@ -278,24 +314,25 @@ def test_one_number_that_is_not_finite_skips_the_update(place, value):
         state = state.replace(params=state.params | {"b": spoil(state.params["b"])})
     if place == "measured":
         measured = measured | {"other": jnp.float32(value)}
-    after, norm = train_step.apply_gradients(state, grads, optimizer, measured)
+    after, norm = gradients.apply_gradients(state, grads, optimizer, measured)
     assert after.skipped == 5 and np.isfinite(norm) == (place != "gradient")
     jax.tree.map(np.testing.assert_array_equal, after.replace(skipped=state.skipped), state)
     good = {"a": jnp.zeros(3), "b": jnp.zeros(3)}
-    assert train_step.apply_gradients(sound.replace(skipped=jnp.int32(4)), good, optimizer, ())[0].skipped == 0
+    assert gradients.apply_gradients(sound.replace(skipped=jnp.int32(4)), good, optimizer, ())[0].skipped == 0
 
 
 def test_state_is_donated():
     state = init_state(make_params(), optax.sgd(1.0))
-    make_update(CONFIG, optax.sgd(1.0))(state, pack_batch(make_batch(), micro_batch=100))
+    packed = pack_batch(make_batch(), Weighting(), micro_batch=100)
+    make_update(Forward(CONFIG), optax.sgd(1.0), Objective())(state, packed)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 
 def test_no_vocabulary_sized_array_for_all_tokens():
     """No intermediate of the update holds logits of every response token."""
     state: TrainState = init_state(make_params(), optax.sgd(1.0))
-    update = make_update(CONFIG, optax.sgd(1.0))
-    jaxpr = jax.make_jaxpr(update)(state, pack_batch(make_batch(), micro_batch=2, chunk=4))
+    update = make_update(Forward(CONFIG), optax.sgd(1.0), Objective())
+    jaxpr = jax.make_jaxpr(update)(state, pack_batch(make_batch(), Weighting(), micro_batch=2, chunk=4))
     limit = B * G2 * T * CONFIG.vocab_size
     smallest = min(limit, B * T * CONFIG.vocab_size)
 
@@ -321,6 +358,8 @@ def test_an_update_holds_one_gradient_and_nothing_else_of_that_size(guided):
     state = jax.eval_shape(lambda: init_state(models.init(jax.random.key(0), config), optimizer))
     batch = make_batch()
     batch = batch if guided else batch._replace(guided=None, guided_prompts=None)
-    update = make_update(config, optimizer, remat="full").lower(state, pack_batch(batch, micro_batch=2, chunk=8))
+    forward = Forward(config, remat="full")
+    packed = pack_batch(batch, Weighting(), micro_batch=2, chunk=8)
+    update = make_update(forward, optimizer, Objective()).lower(state, packed)
     gradient = sum(4 * leaf.size for leaf in jax.tree.leaves(state.params))
     assert update.compile().memory_analysis().temp_size_in_bytes < 1.5 * gradient
