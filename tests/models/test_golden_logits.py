@@ -17,6 +17,7 @@ from sgpo_jax.models.sharded_io import StoredTensor
 
 TOLERANCE = 5e-5  # largest absolute difference of two logits, whose standard deviation is about 2
 CONFIGS = {case: from_hf(golden_logits.hf_config(case)) for case in golden_logits.CASES}
+DECODED = ("qwen2", "qwen2-tied-multi-query", "qwen3", "llama3", "smollm2")  # every family, and several group sizes
 (NEAR, _), (FAR, FIRST) = golden_logits.SEQUENCES
 
 
@@ -77,6 +78,7 @@ def test_logits_of_padded_and_packed_rows(model):
     assert np.abs(alone - expected).max() <= TOLERANCE, "alone"
 
 
+@pytest.mark.parametrize("model", DECODED, indirect=True)
 def test_logits_of_prefill_and_decode(model):
     """Prompts of 6 and 2 tokens in one batch, then token by token; the shorter sequence ends before the other."""
     params, config, expected = model
