@@ -56,7 +56,7 @@ def resume(path: Path, settings: dict[str, Any], rows: Sequence[dict], samples: 
     place = {row["id"]: i for i, row in enumerate(rows)}
     for line in lines:
         numbers[place[line["id"]], line["sample"]] = numbers_of(line)
-    finished: np.ndarray = np.isfinite(numbers).all(axis=(1, 2))
+    finished = np.asarray(np.isfinite(numbers).all(axis=(1, 2)))
     write_text(path, jsonl(line for line in lines if finished[place[line["id"]]]))
     write_text(beside, json.dumps(settings, indent=1) + "\n")
     return numbers

@@ -111,13 +111,13 @@ def test_an_interrupted_rollback_is_done_again_with_the_same_result(workdir, lim
     with monkeypatch.context() as patch:
         module, name = {
             "delete_after": (Checkpoints, "delete_after"), "_keep_rows": (rollback, "_keep_rows"),
-            "unlink": (Path, "unlink"), "rollbacks.json": (rollback, "_replace"),
+            "unlink": (Path, "unlink"), "rollbacks.json": (rollback, "write_text"),
         }[point]  # fmt: skip
         function = getattr(module, name)
 
         def killed(*arguments, **more):
-            if name != "_replace" or arguments[0].name == point:
-                if name != "_replace":
+            if name != "write_text" or arguments[0].name == point:
+                if name != "write_text":
                     function(*arguments, **more)
                 raise KeyboardInterrupt
             return function(*arguments, **more)
