@@ -1,4 +1,4 @@
-"""Where a strategy changes the model: the KL between guided and unguided context, token by token and step by step.
+"""Shows where a strategy changes the model: the KL between guided and unguided context, by token and by step.
 
     python -m sgpo_jax.analyze --config=configs/NAME.py --workdir=DIR [--problems=8]
 

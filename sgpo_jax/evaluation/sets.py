@@ -27,7 +27,7 @@ from sgpo_jax.stats import benchmark
 
 @dataclass(frozen=True)
 class Settings:
-    """What the generations of an evaluation depend on, besides the parameters and the problems."""
+    """Everything that the generations of an evaluation depend on, besides the parameters and the problems."""
 
     name: str  # of the set; with seed, step and guided it fixes the noise
     seed: int

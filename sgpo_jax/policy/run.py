@@ -1,4 +1,4 @@
-"""A run: what it does, where it writes, with which model, on which devices."""
+"""A run: its config, its folder, its model, its devices."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from sgpo_jax.policy.policy import Policy
 
 @dataclass(frozen=True)
 class Run:
-    """What every stage of a run needs; the parameters travel apart."""
+    """The parts of a run that every stage needs; the parameters travel apart."""
 
     config: ConfigDict
     workdir: Path

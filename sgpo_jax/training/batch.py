@@ -50,7 +50,7 @@ class Batch(NamedTuple):
 
 
 class PackedBatch(NamedTuple):
-    """What the update needs of a batch. R targets: one to be selected for each problem, or each guided response."""
+    """A batch as the update reads it. R targets: one to be selected for each problem, or each guided response."""
 
     autonomous: Packed  # B * G1 responses after `prompts`
     autonomous_tokens: Array  # [K,S,M,J] int32

@@ -1,4 +1,4 @@
-"""Forward passes over packed micro-batches: what the model says of the response tokens in them.
+"""Forward passes over packed micro-batches: log-probabilities and losses of the response tokens in them.
 
 Axis key: K micro-batches, M rows of a micro-batch, S chunks of response tokens, J tokens of a row in a chunk,
 C = M * J tokens of a chunk, D hidden.
@@ -17,7 +17,7 @@ from sgpo_jax.training.packing import Packed, Rows
 
 @dataclass(frozen=True)
 class Forward:
-    """How training runs the decoder."""
+    """The decoder as training runs it."""
 
     config: models.ModelConfig
     dtype: Any = jnp.float32  # of activations and matrix products

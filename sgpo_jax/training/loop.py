@@ -1,4 +1,4 @@
-"""What the SFT and the RL loop do around their steps: start or resume, write, show, evaluate, save, go back, stop."""
+"""The frame of the SFT and the RL loop: start or resume, write, show, evaluate, save, go back, stop."""
 
 import contextlib
 import time
@@ -70,6 +70,7 @@ class Loop:
         self._evaluate, self._evaluate_every = evaluate, evaluate_every
         self.optimizer, self._rate = stage.optimizer(run.config, name, total * updates)
         _, self.shardings = stage.state_shardings(run.policy, self.optimizer, run.mesh)
+        self.forward = stage.forward(run)
         self._show = page.live(run.workdir, run.config.report_seconds * is_first(), name.upper(), total)
 
     def __enter__(self) -> Self:

@@ -45,7 +45,7 @@ def train(run: Run, initial: Callable[[], Any]) -> None:
     chunk = logprobs.default_chunk(run.mesh)
 
     with Loop(run, "rl", total, partial(_evaluate, run), rl.eval_every, rl.updates_per_batch) as loop:
-        update = make_update(stage.forward(run), loop.optimizer, objective, shardings=loop.shardings)
+        update = make_update(loop.forward, loop.optimizer, objective, shardings=loop.shardings)
         state = loop.start(initial)
         if rl.guided and rl.guide == "self" and loop.first < total:
             prompts["guided"] = own_prompts(run, state.params, rows, loop.first)

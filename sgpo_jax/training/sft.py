@@ -47,7 +47,7 @@ def train(run: Run, initial: Callable[[], Any]) -> None:
         return loss, {"validation_loss": loss}
 
     with Loop(run, "sft", total, validate, sft.validate_every or epoch) as loop:
-        update = make_update(stage.forward(run), loop.optimizer, shardings=loop.shardings)
+        update = make_update(loop.forward, loop.optimizer, shardings=loop.shardings)
         state = loop.start(initial)
         for step in loop.steps():
             clock, rows = Clock(), batches[step]

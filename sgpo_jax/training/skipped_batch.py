@@ -1,4 +1,4 @@
-"""What a skipped update read, as a file of arrays alone, opened without pickle; and when skipping stops a run."""
+"""The batches of skipped updates, as files of arrays that open without pickle; and when skipping stops a run."""
 
 from collections.abc import Sequence
 from pathlib import Path
