@@ -44,7 +44,7 @@ class Results:
 
     @property
     def tuned(self) -> bool:
-        """Whether all tuning cells are finished."""
+        """True once all tuning cells are finished."""
         return all(cell in self for cell in tuning_cells(self.config))
 
 

@@ -164,6 +164,7 @@ def _usage(module: Module, name: str) -> list[float]:
             users[operand].append(op)
 
     def used(value: Op) -> float:
+        """Returns the bytes that the operations after a value read of it."""
         total = 0.0
         for op in users[value.name]:
             first = bool(op.operands) and op.operands[0] == value.name
@@ -190,6 +191,7 @@ def _written(module: Module, name: str) -> list[float]:
     root = module.computations[name].root
 
     def written(op: Op) -> float:
+        """Returns the bytes that a result writes, by the operation that makes it."""
         while op.kind == "bitcast":
             op = ops[op.operands[0]]
         if op.kind == "parameter" or (op.kind in KINDS and _REDUCE_SCATTER not in name):  # passed through

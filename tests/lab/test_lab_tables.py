@@ -16,6 +16,6 @@ def test_a_printed_table_follows_from_the_rows(title):
     lines = SCRIPT["markdown"](TABLES[title])
     printed = [(ROOT / name).read_text(encoding="utf-8").splitlines() for name in ("docs/lab.md", "docs/smollm2.md")]
     expected = [lines[0], "|---" * len(TABLES[title][0]) + "|", *lines[1:]]
-    begun = [text[at:] for text in printed for at, line in enumerate(text) if line == expected[0]]
-    found = [list(takewhile(lambda line: line.startswith("|"), rest)) for rest in begun]
-    assert expected in found, found or f"no table begins with {expected[0]!r}"
+    starts = [text[at:] for text in printed for at, line in enumerate(text) if line == expected[0]]
+    candidates = [list(takewhile(lambda line: line.startswith("|"), rest)) for rest in starts]
+    assert expected in candidates, candidates or f"no table begins with {expected[0]!r}"
