@@ -6,7 +6,6 @@ Axis key: S chunks of response tokens, C tokens of a chunk.
 """
 
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any
 
 import jax
@@ -111,9 +110,3 @@ def kl_loss(params: Any, micro: MicroBatch, *, forward: Forward, objective: Obje
     masked = 1 - losses.kl_clip_mask(token_kl, objective.delta)
     metrics = {"token_kl": jnp.sum(share * token_kl), "token_kl_max": token_kl.max()}
     return loss, metrics | {"loss_kd": loss, "kl_clip_share": jnp.sum(share * masked)}
-
-
-def target_loss(forward: Forward, objective: Objective):
-    """Returns the loss on targets that the objective names, a function of (params, micro)."""
-    term = likelihood_loss if objective.distillation in LIKELIHOODS else kl_loss
-    return partial(term, forward=forward, objective=objective)

@@ -24,7 +24,7 @@ from sgpo_jax.training.forward import (
     with_responses,
 )
 from sgpo_jax.training.gradients import Metrics, accumulate, apply_gradients, in_micro_batches
-from sgpo_jax.training.objective import Objective, grpo_loss, target_loss
+from sgpo_jax.training.objective import LIKELIHOODS, Objective, grpo_loss, kl_loss, likelihood_loss
 from sgpo_jax.training.state import TrainState
 
 
@@ -48,8 +48,9 @@ def make_update(
       shardings: of the state, which stays where it is; None leaves it to the compiler.
       watch: sees every gradient while tracing, also that of an update that will be skipped.
     """
+    target_loss = likelihood_loss if objective.distillation in LIKELIHOODS else kl_loss
     policy_loss = partial(grpo_loss, forward=forward, objective=objective)
-    distillation_loss = target_loss(forward, objective)
+    distillation_loss = partial(target_loss, forward=forward, objective=objective)
 
     def update(state, batch):
         autonomous, targets = jax.lax.stop_gradient(select(state.params, batch, forward, objective))
