@@ -2,7 +2,7 @@
 
 from sgpo_jax.lab.compare import run
 from sgpo_jax.lab.grid import Cell, cell_config, check, digest, grid_cells, tuning_cells
-from sgpo_jax.lab.results import Results, chosen_rates
+from sgpo_jax.lab.records import Results, chosen_rates
 from sgpo_jax.lab.summary import write_page
 from sgpo_jax.lab.workers import run_cell
 

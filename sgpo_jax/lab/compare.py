@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from sgpo_jax import config as configs
 from sgpo_jax.lab.grid import Cell, grid_cells, tuning_cells, with_warm_ups
-from sgpo_jax.lab.results import Results, chosen_rates, planned_cells
+from sgpo_jax.lab.records import Results, chosen_rates, planned_cells
 from sgpo_jax.lab.summary import write_page, write_tables
 from sgpo_jax.lab.workers import RunCells, worker_pool
 from sgpo_jax.report import page

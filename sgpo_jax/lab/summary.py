@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sgpo_jax.lab.grid import Cell, grid_cells, home_world, tuning_cells, with_warm_ups
-from sgpo_jax.lab.results import Results, chosen_rates, planned_cells
+from sgpo_jax.lab.records import Results, chosen_rates, planned_cells
 from sgpo_jax.report import figures, page
 from sgpo_jax.runtime import files, tables
 from sgpo_jax.stats import claims
