@@ -1,8 +1,8 @@
 """The objectives of SGPO as pure functions of arrays: one sequence or one group at a time, `jax.vmap` for more.
 
 Axis key: G group, T response tokens, V vocabulary. Everything is computed in float32; log-probabilities and KL are in
-nats. KL is named by direction: forward KL is KL(guided || unguided). Equations are those of arXiv 2606.24064; those of
-the baselines are of LUFFY (arXiv 2504.14945) and HPT (a unified view of post-training, arXiv 2509.04419).
+nats. KL is named by direction: forward KL is KL(guided || unguided). Equation numbers refer to arXiv 2606.24064. The
+baselines follow LUFFY (arXiv 2504.14945) and HPT (a unified view of post-training, arXiv 2509.04419).
 """
 
 import chex
@@ -25,7 +25,7 @@ def group_advantages(rewards: jax.Array, eps: float = 1e-6, scale: bool = True) 
     """
     chex.assert_rank(rewards, 1)
     rewards = jax.lax.stop_gradient(rewards.astype(jnp.float32))
-    # Compared directly: the float32 mean of equal rewards can differ from them in the last bit.
+    # Compare the rewards themselves: the float32 mean of equal rewards can differ from them in the last bit.
     constant = jnp.all(rewards == rewards[0])
     centred = rewards - rewards.mean()
     return jnp.where(constant, 0.0, centred / (rewards.std() + eps) if scale else centred)
@@ -43,9 +43,9 @@ def clipped_surrogate(
     `-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)` with `rho = exp(logp - old_logp)`.
 
     Args:
-      logp: `[T]` log-probabilities under the current policy; the gradient flows here alone.
+      logp: `[T]` log-probabilities under the current policy; the gradient flows through this argument only.
       old_logp: `[T]` log-probabilities under the policy that sampled.
-      advantage: `[]` advantage of the response, or `[T]`, of each token.
+      advantage: `[]` advantage of the response, or `[T]` advantages of its tokens.
       clip_low: largest decrease of the ratio that is still rewarded.
       clip_high: largest increase of the ratio that is still rewarded.
 
@@ -56,7 +56,7 @@ def clipped_surrogate(
     chex.assert_equal_shape([logp, old_logp] + [advantage] * advantage.ndim)
     old_logp = jax.lax.stop_gradient(old_logp.astype(jnp.float32))
     advantage = jax.lax.stop_gradient(advantage.astype(jnp.float32))
-    # Bounded below the overflow of exp: inf times an advantage or a gradient of 0 would be NaN.
+    # Keep exp from overflowing: inf times an advantage or a gradient of 0 would be NaN.
     ratio = jnp.exp(jnp.minimum(logp.astype(jnp.float32) - old_logp, 80.0))
     clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
     return -jnp.minimum(ratio * advantage, clipped * advantage)
@@ -68,8 +68,8 @@ def kl_divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     `sum_v p_v (log p_v - log q_v)`; an outcome with `p_v = 0` contributes 0.
 
     Args:
-      log_p: `[..., V]` normalised log-probabilities of the reference of the expectation.
-      log_q: `[..., V]` normalised log-probabilities.
+      log_p: `[..., V]` normalised log-probabilities of p, the distribution that the expectation is under.
+      log_q: `[..., V]` normalised log-probabilities of q.
 
     Returns:
       `[...]` float32, nats. Differentiable in both arguments; stop gradients where the method asks for it.
@@ -78,7 +78,7 @@ def kl_divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     log_p, log_q = log_p.astype(jnp.float32), log_q.astype(jnp.float32)
     p = jnp.exp(log_p)
     possible = p != 0
-    # Selected before the product: 0 * inf would be NaN, in the gradient too. A NaN that comes in goes out.
+    # Select before multiplying: 0 * inf would be NaN, also in the gradient. NaN inputs still give NaN.
     difference = jnp.where(possible, log_p, 0.0) - jnp.where(possible, log_q, 0.0)
     return jnp.sum(p * difference, axis=-1)
 
@@ -101,14 +101,14 @@ def clipped_kl(token_kl: jax.Array, delta: float) -> jax.Array:
     """Computes the distillation loss of each token: `w_t d_t`, the summand of Eq. 5.
 
     Args:
-      token_kl: `[T]` KL per token `d_t`, nats; from the guided to the unguided distribution for the forward KL.
+      token_kl: `[T]` KL per token `d_t`, nats; KL(guided || unguided) for the forward KL.
       delta: largest KL that is distilled, nats.
 
     Returns:
-      `[T]` float32: the KL, or 0 where it is above delta or infinite; the gradient flows through the tokens kept.
+      `[T]` float32: the KL, or 0 where it is above delta or infinite; the gradient flows through the other tokens.
     """
     token_kl = token_kl.astype(jnp.float32)
-    # Selected rather than multiplied, so that an infinite KL is dropped too instead of giving inf * 0.
+    # Select rather than multiply, so that an infinite KL is dropped too and does not give inf * 0.
     return jnp.where(kl_clip_mask(token_kl, delta) > 0, token_kl, 0.0)
 
 
@@ -127,7 +127,7 @@ def select_target(unguided_logp: jax.Array, correct: jax.Array) -> tuple[jax.Arr
     chex.assert_rank([unguided_logp, correct], 1)
     chex.assert_equal_shape([unguided_logp, correct])
     correct = (correct != 0) & ~jnp.isnan(unguided_logp)
-    # Clamped above the fill, so that a correct response of probability 0 still beats an incorrect one.
+    # Clamp above -inf, so that a correct response of probability 0 still beats an incorrect one.
     score = jnp.maximum(unguided_logp.astype(jnp.float32), jnp.finfo(jnp.float32).min)
     index = jnp.argmax(jnp.where(correct, score, -jnp.inf)).astype(jnp.int32)
     return index, jnp.any(correct)
@@ -140,7 +140,7 @@ def adaptive_weight(
     gamma: float = 0.1,
     alpha_max: float = 0.8,
 ) -> jax.Array:
-    """Computes a problem's weight of the distillation term: large when the strategy helps, else vanishing. Eq. 6.
+    """Computes the weight of a problem's distillation term, which is large when the strategy helps. Eq. 6.
 
     `clip(alpha0 (p_guide - p_auto + gamma) / (p_auto + gamma), 0, alpha_max)`.
 
@@ -184,9 +184,9 @@ def group_advantage_weight(
 def shaped_likelihood(logp: jax.Array, shaping: float = 0.1) -> jax.Array:
     """Computes LUFFY's loss of each token of a demonstration, before its product with the demonstration's advantage.
 
-    `-f(p)`, `f(p) = p / (p + shaping)`, `p = exp(logp)`: the importance ratio of a demonstration whose own policy is
-    taken to be certain, reshaped so that unlikely tokens keep a gradient: `shaping p / (p + shaping)^2` times that of
-    log p, at most 1/4, where p = shaping.
+    `-f(p)`, `f(p) = p / (p + shaping)`, `p = exp(logp)`. Here p is the importance ratio of a demonstration whose author
+    is assumed to be certain of every token. The shaping f keeps a gradient for unlikely tokens:
+    `shaping p / (p + shaping)^2` times that of log p, which is largest, 1/4, at p = shaping.
 
     Args:
       logp: `[T]` log-probabilities of the demonstration under the current policy.
@@ -205,7 +205,7 @@ def hpt_gate(rewards: jax.Array, gate: float = 0.0) -> jax.Array:
 
     Args:
       rewards: `[G]` rewards of the policy's own responses.
-      gate: largest mean reward at which the demonstration takes over; HPT has 0 for Qwen, 0.25 for Llama.
+      gate: largest mean reward at which the demonstration takes over; HPT uses 0 for Qwen and 0.25 for Llama.
 
     Returns:
       `[]` float32 of 0 or 1, without gradient.

@@ -1,6 +1,6 @@
-"""The output head over a part of the vocabulary, or all of it: logits, their softmax, sums over devices that share it.
+"""The output head over the whole vocabulary or a device's part: logits, their softmax, and sums over devices.
 
-Axis key: C token positions, D hidden, V vocabulary, or a device's part of it inside `jax.shard_map`.
+Axis key: C token positions, D hidden, V vocabulary; inside `jax.shard_map`, V is a device's part of the vocabulary.
 """
 
 from typing import Any, NamedTuple
@@ -10,15 +10,15 @@ import jax.numpy as jnp
 
 from sgpo_jax.sharding import platform
 
-# Tokens of the vocabulary in a product on CPU. All at once, in a loop, take as much memory again as the head, and for
-# 128 positions half as much time again.
+# Vocabulary entries of one matrix product on CPU. One product over the whole vocabulary, inside a loop, needs a second
+# copy of the head in memory, and takes 1.5 times as long for 128 positions.
 WIDTH = 6144
 
 
 class Head(NamedTuple):
     """The output projection, or a device's part of it.
 
-    What is transposed before the loop over chunks would be copied, so that is left to each use.
+    A tied weight is transposed where it is used: transposing it before the loop over chunks would copy it.
     """
 
     weight: jax.Array  # [D,V], or [V,D] when tied
@@ -26,10 +26,11 @@ class Head(NamedTuple):
 
     @property
     def vocabulary(self) -> int:
+        """V, the number of columns."""
         return self.weight.shape[0 if self.tied else 1]
 
     def columns(self, start: Any = 0, count: int | None = None) -> jax.Array:
-        """`[D,count]` of a part of the vocabulary, or of all."""
+        """Returns the columns `[D,count]` from `start`, or all columns `[D,V]` if `count` is None."""
         weight = self.weight
         if count is not None:
             weight = jax.lax.dynamic_slice_in_dim(weight, start, count, axis=0 if self.tied else 1)
@@ -37,46 +38,47 @@ class Head(NamedTuple):
 
 
 def log_softmax(hidden: jax.Array, head: Head, temperature: float = 1.0) -> jax.Array:
-    """`[C,D]` -> `[C,V]` float32, normalised over the vocabulary of all devices."""
+    """Computes log-probabilities `[C,V]` float32 of `[C,D]`, normalised over the vocabulary of all devices."""
     scaled = logits(hidden, head) / temperature
     largest = scaled.max(axis=-1, keepdims=True)
-    largest = jax.lax.pmax(largest, "tensor") if on_a_device() else largest
+    largest = jax.lax.pmax(largest, "tensor") if inside_shard_map() else largest
     shifted = scaled - largest
-    return shifted - jnp.log(over_vocabulary(jnp.exp(shifted).sum(axis=-1, keepdims=True)))
+    return shifted - jnp.log(sum_over_vocabulary(jnp.exp(shifted).sum(axis=-1, keepdims=True)))
 
 
 def logits(hidden: jax.Array, head: Head) -> jax.Array:
-    """`[C,D]` -> `[C,V]` float32, on CPU in parts of the vocabulary."""
+    """Computes logits `[C,V]` float32 of `[C,D]`; on CPU, one part of the vocabulary at a time."""
     size = head.vocabulary
     most = size // WIDTH if platform() == "cpu" else 1
     parts = next((n for n in range(most, 1, -1) if size % n == 0), 1)
     if parts == 1:
         return jnp.dot(hidden, head.columns(), preferred_element_type=jnp.float32)
 
-    def add(i, found):
+    def add(i, products):
         columns = head.columns(i * (size // parts), size // parts)
         product = jnp.dot(hidden, columns, preferred_element_type=jnp.float32)
-        return jax.lax.dynamic_update_slice_in_dim(found, product, i * (size // parts), axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(products, product, i * (size // parts), axis=1)
 
     return jax.lax.fori_loop(0, parts, add, jnp.zeros((len(hidden), size), jnp.float32))
 
 
-def place_in(head: Head, targets: jax.Array) -> jax.Array:
-    """`[C]` token ids -> where they stand in this device's part of the vocabulary; others lie outside of [0, V)."""
-    return targets - (jax.lax.axis_index("tensor") * head.vocabulary if on_a_device() else 0)
+def local_index(head: Head, targets: jax.Array) -> jax.Array:
+    """Returns the columns `[C]` of token ids in this device's part of the vocabulary; outside [0, V) if not in it."""
+    return targets - (jax.lax.axis_index("tensor") * head.vocabulary if inside_shard_map() else 0)
 
 
-def over_vocabulary(x: jax.Array) -> jax.Array:
-    """Sum over the devices that share positions."""
-    return jax.lax.psum(x, "tensor") if on_a_device() else x
+def sum_over_vocabulary(x: jax.Array) -> jax.Array:
+    """Sums over the devices that have the same positions and different parts of the vocabulary."""
+    return jax.lax.psum(x, "tensor") if inside_shard_map() else x
 
 
-def over_positions(of_head: jax.Array) -> jax.Array:
-    """Sum over the devices that share a part of the vocabulary, of which each keeps the rows that are its own."""
-    if not on_a_device():
-        return of_head
-    return jax.lax.psum_scatter(jax.lax.psum(of_head, "data"), "fsdp", scatter_dimension=0, tiled=True)
+def sum_over_positions(d_head: jax.Array) -> jax.Array:
+    """Sums over the devices that have the same part of the vocabulary; each keeps its own rows of the sum."""
+    if not inside_shard_map():
+        return d_head
+    return jax.lax.psum_scatter(jax.lax.psum(d_head, "data"), "fsdp", scatter_dimension=0, tiled=True)
 
 
-def on_a_device() -> bool:
+def inside_shard_map() -> bool:
+    """Returns whether the caller is inside `jax.shard_map`, where arrays are a device's parts."""
     return bool(jax.sharding.get_abstract_mesh().manual_axes)
