@@ -16,8 +16,8 @@ from sgpo_jax.divergences import DIVERGENCES
 # ---- all of them
 
 
-def of_logits(name, log_t, logits, **settings):
-    """`oracle` of the logits of S, which may be far apart."""
+def oracle_from_logits(name, log_t, logits, **settings):
+    """Computes `oracle` from the logits of S, which may be far apart."""
     return oracle(name, log_t, wide_softmax(logits), **settings)
 
 
@@ -28,8 +28,8 @@ def test_values_and_gradients_equal_the_float64_oracle(name, t_logits, s_logits)
     value, gradient = divergences.select(name, BETA, K)(log_t, log_s)
     wide = log_t.astype(np.float64)
     assert value.shape == (T,) and gradient.shape == (T, V) and value.dtype == gradient.dtype == jnp.float32
-    np.testing.assert_allclose(value, of_logits(name, wide, s_logits), rtol=1e-5, atol=3e-6)
-    expected = numeric_gradient(lambda x: of_logits(name, wide, x).sum(), s_logits)
+    np.testing.assert_allclose(value, oracle_from_logits(name, wide, s_logits), rtol=1e-5, atol=3e-6)
+    expected = numeric_gradient(lambda x: oracle_from_logits(name, wide, x).sum(), s_logits)
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -73,7 +73,7 @@ def test_distributions_far_apart_have_their_values_and_gradients(case, name):
     if case != "apart":  # where probabilities are 0 in float64 too
         # At -200 float32 is exact to 1e-5, and so is the probability of which it is the logarithm.
         np.testing.assert_allclose(value, oracle(name, log_t, log_s, k=1), rtol=3e-5, atol=1e-12)
-        expected = numeric_gradient(lambda x: of_logits(name, log_t, x, k=1).sum(), s_logits)
+        expected = numeric_gradient(lambda x: oracle_from_logits(name, log_t, x, k=1).sum(), s_logits)
         np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-8)
 
 
@@ -120,9 +120,9 @@ def test_jensen_shannon_by_hand():
     # T certain of one of two tokens of S: M = (0.85, 0.15) for beta = 0.7.
     log_t, log_s = jnp.array([0.0, -200.0]), jnp.log(jnp.array([0.5, 0.5]))
     value, gradient = divergences.jensen_shannon(log_t, log_s, beta=0.7)
-    of_s = 0.5 * math.log(0.5 / 0.85) + 0.5 * math.log(0.5 / 0.15)
-    np.testing.assert_allclose(value, 0.3 * of_s + 0.7 * math.log(1 / 0.85), rtol=1e-6)
-    expected = [0.3 * 0.5 * (math.log(0.5 / m) - of_s) for m in (0.85, 0.15)]
+    kl_s = 0.5 * math.log(0.5 / 0.85) + 0.5 * math.log(0.5 / 0.15)
+    np.testing.assert_allclose(value, 0.3 * kl_s + 0.7 * math.log(1 / 0.85), rtol=1e-6)
+    expected = [0.3 * 0.5 * (math.log(0.5 / m) - kl_s) for m in (0.85, 0.15)]
     np.testing.assert_allclose(gradient, expected, rtol=1e-6)
 
 
@@ -134,8 +134,8 @@ def test_jensen_shannon_is_bounded_by_the_entropy_of_the_mixture(t_logits, s_log
     assert most <= math.log(2) and (value > -1e-6).all() and (value < most + 1e-6).all()
     mirrored, _ = divergences.jensen_shannon(log_s, log_t, beta=1 - beta)
     np.testing.assert_allclose(value, mirrored, rtol=1e-5, atol=1e-6)
-    half, of_half = (divergences.jensen_shannon(*x)[0] for x in ((log_t, log_s), (log_s, log_t)))
-    np.testing.assert_allclose(half, of_half, rtol=1e-5, atol=1e-6)
+    half, swapped = (divergences.jensen_shannon(*x)[0] for x in ((log_t, log_s), (log_s, log_t)))
+    np.testing.assert_allclose(half, swapped, rtol=1e-5, atol=1e-6)
 
 
 def test_jensen_shannon_reaches_its_bound_where_the_sides_share_nothing():
@@ -161,7 +161,7 @@ def test_jensen_shannon_becomes_either_kl():
 
 
 def test_top_k_by_hand():
-    """The two tokens that T likes best, one of which S does not; the last two are the tail."""
+    """T prefers the first two tokens; S finds the first one unlikely. The last two tokens are the tail."""
     t, s = np.array([0.5, 0.3, 0.15, 0.05]), np.array([0.1, 0.4, 0.2, 0.3])
     value, gradient = divergences.top_k_kl(jnp.log(t), jnp.log(s), k=2)
     expected = 0.5 * math.log(5) + 0.3 * math.log(0.75) + 0.2 * math.log(0.2 / 0.5)
@@ -177,8 +177,8 @@ def test_more_tokens_come_closer_to_the_kl_which_all_of_them_are(t_logits, s_log
     for fewer, more in zip(values, [*values[1:], whole[0]], strict=True):
         assert (fewer > -1e-6).all() and (fewer <= more + 2e-6).all()
     for k in (V, 100):
-        of_all = divergences.top_k_kl(log_t, log_s, k=k)
-        jax.tree.map(np.testing.assert_array_equal, of_all, whole)
+        all_tokens = divergences.top_k_kl(log_t, log_s, k=k)
+        jax.tree.map(np.testing.assert_array_equal, all_tokens, whole)
 
 
 def test_tokens_that_tie_with_the_kth_are_taken_wherever_they_stand():
@@ -186,9 +186,9 @@ def test_tokens_that_tie_with_the_kth_are_taken_wherever_they_stand():
     log_t, log_s = jnp.log(jnp.asarray(t, jnp.float32)), jnp.log(jnp.asarray(s, jnp.float32))
     whole = divergences.forward_kl(log_t, log_s)
     for k in (2, 3, 4):
-        # One token is left for the tail, where its own KL is that of the tail.
-        for found, expected in zip(divergences.top_k_kl(log_t, log_s, k=k), whole, strict=True):
-            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+        # One token is left in the tail, so the tail's KL is that token's KL.
+        for actual, expected in zip(divergences.top_k_kl(log_t, log_s, k=k), whole, strict=True):
+            np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)
     assert abs(divergences.top_k_kl(log_t, log_s, k=1)[0] - whole[0]) > 1e-3
     order = np.array([3, 0, 4, 2, 1])
     value, gradient = divergences.top_k_kl(log_t[order], log_s[order], k=2)

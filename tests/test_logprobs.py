@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import xla_flags
-from helpers.oracles import BETA, K, dense, oracle
+from helpers.oracles import BETA, K, dense, numeric_gradient, oracle
 from hypothesis import given
 from hypothesis.extra.numpy import arrays
 from jax.sharding import PartitionSpec as P
@@ -48,18 +48,6 @@ def dense_logprobs(hidden, head, targets, temperature=1.0):
 
 def dense_kl(guided, unguided, head, name, guided_head=None):
     return oracle(name, log_softmax(guided, head if guided_head is None else guided_head), log_softmax(unguided, head))
-
-
-def numeric_gradient(function, x, step=1e-6):
-    """Central differences of a float64 function of an array."""
-    x = np.asarray(x, np.float64)
-    gradient = np.zeros_like(x)
-    for index in np.ndindex(x.shape):
-        ahead, behind = x.copy(), x.copy()
-        ahead[index] += step
-        behind[index] -= step
-        gradient[index] = (function(ahead) - function(behind)) / (2 * step)
-    return gradient
 
 
 # ---- values
@@ -136,7 +124,7 @@ def test_bfloat16_products_are_summed_in_float32(head_dtype):
     kl = token_kl(guided, unguided, head, chunk=5)
     assert kl.dtype == jnp.float32
     np.testing.assert_allclose(kl, dense_kl(*rounded, "forward_kl"), rtol=1e-5, atol=2e-5)
-    # A CPU adds in float32 whatever it is asked for, so what is asked for is looked at too.
+    # A CPU adds in float32 whatever type is requested, so the test also checks the requested type.
     jaxpr = jax.make_jaxpr(lambda *args: (token_kl(*args), token_logprobs(*args[1:], targets)))(guided, unguided, head)
     products = [equation for equation in equations(jaxpr.jaxpr) if equation.primitive.name == "dot_general"]
     assert len(products) == 3
@@ -172,15 +160,15 @@ WEIGHTS = np.random.default_rng(1).normal(size=(2, 16))
 @pytest.mark.parametrize(("count", "chunk", "temperature"), [(7, 3, 1.0), (7, 100, 0.7), (1, 1, 1.0)])
 def test_gradients_of_logprobs_equal_finite_differences(count, chunk, temperature):
     _, hidden, head, targets = inputs(count)
-    by_logp, by_entropy = WEIGHTS[:, :count]
+    d_logp, d_entropy = WEIGHTS[:, :count]
 
     def total(hidden, head):
         logp, entropy = token_logprobs(hidden, head, targets, temperature=temperature, chunk=chunk)
-        return (by_logp * logp + by_entropy * entropy).sum()
+        return (d_logp * logp + d_entropy * entropy).sum()
 
     def oracle(hidden, head):
         logp, entropy = dense_logprobs(hidden, head, targets, temperature)
-        return (by_logp * logp + by_entropy * entropy).sum()
+        return (d_logp * logp + d_entropy * entropy).sum()
 
     hidden_gradient, head_gradient = jax.jit(jax.grad(total, argnums=(0, 1)))(hidden, head)
     expected = numeric_gradient(lambda x: oracle(x, head), hidden)
@@ -217,13 +205,13 @@ def test_gradients_of_kl_equal_those_of_the_dense_computation(name):
     def total(unguided, head, guided_head):
         return dense(name, jax.nn.log_softmax(guided @ guided_head), jax.nn.log_softmax(unguided @ head)).sum()
 
-    def ours(unguided, head):
+    def chunked_total(unguided, head):
         return token_divergence(guided, unguided, head, divergence=name, **SETTINGS, chunk=3).sum()
 
     expected = jax.grad(total, (0, 1))(unguided, head, head)
-    actual = jax.grad(ours, (0, 1))(unguided, head)
+    actual = jax.grad(chunked_total, (0, 1))(unguided, head)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected)
-    # The share of the guided side that is held back is not a small one.
+    # The gradient of the guided side, which is held back, is not a small one.
     withheld = jax.grad(total, 2)(unguided, head, head)
     assert np.abs(withheld).max() > 0.1
 
@@ -331,7 +319,7 @@ def test_the_compiled_gradient_needs_a_few_chunks_of_memory(name):
 
 @pytest.mark.parametrize("size", [1, 6, 7, 8])
 def test_any_hidden_size_has_the_gradient_of_the_head(size):
-    """Also one that the parts in which it grows do not divide."""
+    """Also a size that is not a multiple of the number of parts in which the gradient is added."""
     rng = np.random.default_rng(size)
     hidden = jnp.asarray(rng.normal(size=(N, size)), jnp.float32)
     head, targets = jnp.asarray(rng.normal(size=(size, V)), jnp.float32), rng.integers(0, V, N)
@@ -351,8 +339,8 @@ def test_a_vocabulary_in_parts_has_the_same_logits(monkeypatch, size, parts):
             return output_head.logits(hidden, output_head.Head(weight, tied))
 
         np.testing.assert_allclose(logits(hidden), hidden @ head, rtol=1e-5, atol=1e-6)
-        found = equations(jax.make_jaxpr(logits)(hidden).jaxpr)
-        return {each.outvars[0].aval.shape for each in found if each.primitive.name == "dot_general"}
+        dots = [x for x in equations(jax.make_jaxpr(logits)(hidden).jaxpr) if x.primitive.name == "dot_general"]
+        return {dot.outvars[0].aval.shape for dot in dots}
 
     for weight, tied in ((head, False), (jnp.asarray(head.T), True)):
         assert products(weight, tied) == {(N, size // parts)}, "the most parts that divide it, each at least as wide"
@@ -360,8 +348,8 @@ def test_a_vocabulary_in_parts_has_the_same_logits(monkeypatch, size, parts):
     assert products(head, False) == {(N, size)}, "a single product where it copies nothing"
 
 
-def of_tied(hidden, guided, targets, weight, head, tied):
-    """A loss of all that knows tied heads."""
+def loss_of_head(hidden, guided, targets, weight, head, tied):
+    """Combines every function that takes a tied head into one loss."""
     logp, entropy = logprobs.chunked_logprobs(hidden, head, targets, 2, 0.7, tied)
     one, _ = logprobs.logprobs_loss(lambda logp, h, w: w * logp * h, hidden, head, targets, 2, weight, tied)
     two, _ = logprobs.kl_loss(lambda kl, w: w * kl, guided, hidden, head, 2, weight, tied=tied)
@@ -374,15 +362,15 @@ def test_a_tied_head_is_its_transpose(shape):
     hidden, guided = (rng.normal(size=(3, 8, 16)).astype(np.float32) for _ in range(2))
     targets, weight = rng.integers(0, 24, (3, 8)), rng.normal(size=(3, 8)).astype(np.float32)
     head = rng.normal(size=(16, 24)).astype(np.float32)
-    function = jax.jit(jax.value_and_grad(of_tied, argnums=(0, 4)), static_argnums=5)
-    value, (by_hidden, by_head) = function(hidden, guided, targets, weight, head, False)
+    function = jax.jit(jax.value_and_grad(loss_of_head, argnums=(0, 4)), static_argnums=5)
+    value, (d_hidden, d_head) = function(hidden, guided, targets, weight, head, False)
     devices = jax.devices()[: math.prod(shape or ())]
     with jax.set_mesh(sharding.make_mesh(*shape, devices=devices)) if shape else contextlib.nullcontext():
         tied = function(hidden, guided, targets, weight, head.T.copy(), True)
     same = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
     same(tied[0], value)
-    same(tied[1][0], by_hidden)
-    same(tied[1][1], by_head.T)
+    same(tied[1][0], d_hidden)
+    same(tied[1][1], d_head.T)
 
 
 @pytest.mark.parametrize("shape", [None, (1, 1, 1)])
@@ -396,9 +384,9 @@ def test_on_one_device_no_transposed_copy_of_a_tied_head_is_made(shape):
 
     mesh = jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])) if shape else contextlib.nullcontext()
     with mesh:
-        of = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-        compiled = [of.lower(jnp.zeros((vocabulary, size)), tied).compile() for tied in (True, False)]
-    tied, untied = (each.memory_analysis().temp_size_in_bytes / (4 * size * vocabulary) for each in compiled)
+        function = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+        compiled = [function.lower(jnp.zeros((vocabulary, size)), tied).compile() for tied in (True, False)]
+    tied, untied = (program.memory_analysis().temp_size_in_bytes / (4 * size * vocabulary) for program in compiled)
     assert 1 < tied < 1.1, "the gradient of the head and little else"
     assert untied > 1.4
 
@@ -414,9 +402,9 @@ def test_positions_at_once_are_those_of_the_device():
 # ---- losses that are sums over tokens
 
 
-def surrogate(logp, entropy, given):
-    """Of no use, but not linear, with an edge, and different for each token."""
-    return given["weight"] * jnp.where(logp > given["edge"], logp**2, jnp.exp(logp)) + entropy * given["weight"] ** 2
+def surrogate(logp, entropy, data):
+    """Returns a made-up loss that is not linear, has an edge, and differs from token to token."""
+    return data["weight"] * jnp.where(logp > data["edge"], logp**2, jnp.exp(logp)) + entropy * data["weight"] ** 2
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -426,7 +414,7 @@ def test_a_sum_of_token_losses_has_the_gradient_of_the_losses(used, dtype):
     guided, unguided = (jnp.asarray(rng.normal(size=(3, 5, D)), dtype) for _ in range(2))
     head = jnp.asarray(rng.normal(size=(D, V)), jnp.float32)
     targets = rng.integers(0, V, (3, 5))
-    given = {"weight": rng.normal(size=(3, 5)).astype(np.float32), "edge": np.full((3, 5), -2.4, np.float32)}
+    data = {"weight": rng.normal(size=(3, 5)).astype(np.float32), "edge": np.full((3, 5), -2.4, np.float32)}
     visited = (jnp.arange(3) < used)[:, None]
 
     def plain(unguided, head, kind):
@@ -434,35 +422,36 @@ def test_a_sum_of_token_losses_has_the_gradient_of_the_losses(used, dtype):
             values = logprobs.chunked_logprobs(unguided, head, targets, used)
         else:
             values = (logprobs.chunked_kl(guided, unguided, head, used, select(kind)),) * 2
-        return 3 * jnp.where(visited, surrogate(*values, given), 0.0).sum(), values
+        return 3 * jnp.where(visited, surrogate(*values, data), 0.0).sum(), values
 
     def fused(unguided, head, kind):
         if kind == "logprobs":
-            loss, values = logprobs.logprobs_loss(surrogate, unguided, head, targets, used, given)
+            loss, values = logprobs.logprobs_loss(surrogate, unguided, head, targets, used, data)
         else:
-            def token_loss(kl, given):
-                return surrogate(kl, kl, given)
+            def token_loss(kl, data):
+                return surrogate(kl, kl, data)
 
-            loss, kl = logprobs.kl_loss(token_loss, guided, unguided, head, used, given, select(kind))
+            loss, kl = logprobs.kl_loss(token_loss, guided, unguided, head, used, data, select(kind))
             values = kl, kl
         return 3 * loss, values
 
     exact = partial(jax.jit, static_argnums=2, compiler_options=xla_flags.EXACT)
     for kind in ("logprobs", *DIVERGENCES):
         (expected, values), gradients = exact(jax.value_and_grad(plain, (0, 1), has_aux=True))(unguided, head, kind)
-        (actual, found), of_fused = exact(jax.value_and_grad(fused, (0, 1), has_aux=True))(unguided, head, kind)
+        fused_and_gradients = exact(jax.value_and_grad(fused, (0, 1), has_aux=True))
+        (actual, fused_values), fused_gradients = fused_and_gradients(unguided, head, kind)
         np.testing.assert_allclose(actual, expected, rtol=1e-5)
-        np.testing.assert_array_equal(found, values)
-        assert [x.dtype for x in of_fused] == [x.dtype for x in gradients] == [dtype, jnp.float32]
-        for of_loss, by_hand in zip(of_fused, gradients, strict=True):
-            error = np.linalg.norm((of_loss - by_hand).astype(np.float32).ravel())
-            # bfloat16: what is rounded is 3 times as large, or not yet.
-            size = np.linalg.norm(by_hand.astype(np.float32).ravel())
+        np.testing.assert_array_equal(fused_values, values)
+        assert [x.dtype for x in fused_gradients] == [x.dtype for x in gradients] == [dtype, jnp.float32]
+        for gradient, reference in zip(fused_gradients, gradients, strict=True):
+            error = np.linalg.norm((gradient - reference).astype(np.float32).ravel())
+            # In bfloat16 the two round different numbers: one before, one after the factor 3.
+            size = np.linalg.norm(reference.astype(np.float32).ravel())
             assert error <= (1e-5 if dtype == jnp.float32 else 1e-2) * size
         assert not np.asarray(gradients[0][used:], np.float32).any()
 
 
-def test_what_a_sum_of_token_losses_found_and_was_given_are_constants():
+def test_values_and_data_of_a_sum_of_token_losses_are_constants():
     guided, unguided, head, targets = (x[None] if i != 2 else x for i, x in enumerate(inputs()))
     weight = jnp.ones((1, N))
 
@@ -471,10 +460,10 @@ def test_what_a_sum_of_token_losses_found_and_was_given_are_constants():
         loss, kl = logprobs.kl_loss(lambda kl, w: w * kl, guided, unguided, head, 1, weight)
         return sum(value.sum() for value in (*values, kl)), loss
 
-    of_values = jax.grad(lambda *x: through_values(*x)[0], (0, 1, 2))(unguided, guided, weight)
-    of_loss = jax.grad(lambda *x: through_values(*x)[1], (0, 1, 2))(unguided, guided, weight)
-    assert not any(np.asarray(x).any() for x in (*of_values, *of_loss[1:]))
-    assert np.asarray(of_loss[0]).all()
+    value_gradients = jax.grad(lambda *x: through_values(*x)[0], (0, 1, 2))(unguided, guided, weight)
+    loss_gradients = jax.grad(lambda *x: through_values(*x)[1], (0, 1, 2))(unguided, guided, weight)
+    assert not any(np.asarray(x).any() for x in (*value_gradients, *loss_gradients[1:]))
+    assert np.asarray(loss_gradients[0]).all()
 
 
 # ---- refusals
@@ -579,7 +568,7 @@ def test_devices_share_positions_and_vocabulary(shape):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected)
     inside = [line for line in compiled.as_text().splitlines() if "while/body" in line and " all-" in line]
     assert not [line for line in inside if f"{size},{vocabulary // shape[2]}]" in line]
-    # What is gathered is a position's likeliest tokens, or the mass of its tail: no more from each device.
+    # A device sends no more than its likeliest tokens of each position, or the mass of its tail.
     parts = {1, *(min(k, vocabulary // shape[2]) for _, _, k in settings)}
     gathered = {int(re.search(r"= f32\[\d+,(\d+)]", line)[1]) for line in inside if "all-gather" in line}
     assert gathered <= {shape[2] * part for part in parts}

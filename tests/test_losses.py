@@ -88,7 +88,7 @@ def test_surrogate_by_hand(advantage, loss, gradient):
     np.testing.assert_allclose(actual, gradient, rtol=1e-6)
 
 
-def test_surrogate_clips_where_it_is_told():
+def test_surrogate_clips_at_its_limits():
     loss = losses.clipped_surrogate(jnp.log(RATIOS), jnp.zeros(5), jnp.float32(1.0), clip_low=0.0, clip_high=0.05)
     np.testing.assert_allclose(loss, [-1.0, -1.05, -0.5, -1.05, -0.9], rtol=1e-6)
     loss = losses.clipped_surrogate(jnp.log(RATIOS), jnp.zeros(5), jnp.float32(-1.0), clip_low=0.0, clip_high=0.05)
@@ -112,7 +112,7 @@ surrogate_and_gradient = jax.jit(
 @given(LOGPS, LOGPS, floats(-3, 3))
 def test_surrogate_equals_the_float64_oracle(logp, old, advantage):
     wide, old_wide = logp.astype(np.float64), old.astype(np.float64)
-    # At the two corners there is no gradient to compare with.
+    # The gradient is not defined at the two corners of the clipping.
     ratio = np.exp(wide - old_wide)
     assume(np.abs(ratio / 0.8 - 1).min() > 1e-4 and np.abs(ratio / 1.28 - 1).min() > 1e-4)
     loss, gradient = surrogate_and_gradient(logp, old, np.float32(advantage))
@@ -158,6 +158,7 @@ def test_extreme_ratios_give_numbers(logp, old, advantage, loss):
 
 
 # ---- kl_divergence
+
 
 def test_kl_by_hand_in_both_directions():
     forward = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)  # 0.5108

@@ -1,4 +1,4 @@
-"""One token from logits: temperature, top-k, top-p, and a draw that costs one uniform number per row.
+"""Sampling of one token from logits: temperature, top-k, top-p, and a draw that needs one uniform number per row.
 
 Axis key: R rows, V vocabulary.
 """
@@ -15,29 +15,29 @@ _BISECTIONS = 32
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are sampled. """
+    """The settings of sampling."""
 
     max_new_tokens: int  # T, tokens; a response without a stop token by then is cut
-    temperature: float = 1.0  # 0 takes the most likely token
-    top_p: float = 1.0  # keep the fewest most likely tokens whose probability reaches this; 1 keeps all
+    temperature: float = 1.0  # 0 always takes the most likely token
+    top_p: float = 1.0  # keep the smallest set of most likely tokens whose total probability reaches this; 1 keeps all
     top_k: int = 0  # keep this many most likely tokens; 0 keeps all
-    slots: int = 0  # responses decoded at once, over all devices; 0 is all. Changes no response
+    slots: int = 0  # responses decoded at once, over all devices; 0 means all; does not change any response
 
     @classmethod
     def from_config(cls, fields: ConfigDict) -> "Sampling":
-        """Reads a section of a config that samples: `rl` or `eval`."""
+        """Reads the settings from the section `rl` or `eval` of a config."""
         return cls(fields.max_new_tokens, fields.temperature, fields.top_p, fields.top_k, fields.slots)
 
 
 def sample(logits: jax.Array, uniform: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
-    """Draws a token from the filtered distribution and returns its probability under the unfiltered one.
+    """Samples a token from the filtered distribution and returns its probability under the unfiltered one.
 
     The order is the usual one: temperature, then top-k, then top-p over the tokens that top-k keeps.
 
     Args:
-      logits: `[R,V]`.
-      uniform: `[R]` in [0, 1).
-      sampling: the temperature and the filters; where tokens tie at the border of a filter, it keeps all of them.
+      logits: `[R,V]` logits.
+      uniform: `[R]` uniform random numbers in [0, 1).
+      sampling: the temperature and the filters. A filter keeps all tokens that tie at its border.
 
     Returns:
       (token `[R]` int32, its log-probability `[R]` float32 at temperature 1 without any filter, nats).
@@ -53,7 +53,7 @@ def sample(logits: jax.Array, uniform: jax.Array, sampling: Sampling) -> tuple[j
 
 
 def filtered(logits: jax.Array, *, top_p: float, top_k: int) -> jax.Array:
-    """`[R,V]` logits to `[R,V]` unnormalised probabilities: the most likely token has 1, dropped ones 0."""
+    """Turns logits `[R,V]` into unnormalised probabilities `[R,V]`: 1 for the most likely token, 0 for dropped ones."""
     gap = logits - jnp.max(logits, axis=-1, keepdims=True)
     if 0 < top_k < gap.shape[-1]:
         smallest = jax.lax.top_k(gap, top_k)[0][:, -1:]
@@ -61,7 +61,7 @@ def filtered(logits: jax.Array, *, top_p: float, top_k: int) -> jax.Array:
     probs = jnp.exp(gap)
     if top_p >= 1:
         return probs
-    # Bisection on the smallest kept logit instead of a sort of the vocabulary: `low` always keeps enough mass.
+    # Bisect for the smallest kept logit, which avoids sorting the vocabulary. `low` always keeps enough mass.
     needed = top_p * jnp.sum(probs, axis=-1, keepdims=True)
 
     def halve(_, bounds):
@@ -71,25 +71,26 @@ def filtered(logits: jax.Array, *, top_p: float, top_k: int) -> jax.Array:
         enough = mass >= needed
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-    # exp(-40) of the top probability, times any vocabulary, is below float32 resolution of the total.
+    # exp(-40) times the vocabulary size is below the float32 resolution of the total, which is at least 1.
     low, high = jnp.full_like(needed, -40.0), jnp.full_like(needed, 1e-6)
     low, _ = jax.lax.fori_loop(0, _BISECTIONS, halve, (low, high))
     return jnp.where(gap >= _below(low), probs, 0.0)
 
 
 def _below(gap: jax.Array) -> jax.Array:
-    """A bound that the token at `gap` reaches however it was rounded.
+    """Returns a bound slightly below `gap`, which the token at `gap` reaches in spite of rounding.
 
-    A compiler may compute `gap` again where it is compared, and with a fused multiply-add, which moves its last bit:
-    without slack the least likely token that is kept could be lost.
+    A compiler may compute `gap` a second time for the comparison, with a fused multiply-add that changes its last bit.
+    Without this slack, the least likely token to keep could be lost.
     """
     return gap - 1e-6 * (1 - gap)
 
 
 def inverse_cdf(probs: jax.Array, uniform: jax.Array) -> jax.Array:
-    """Token `[R]` at the quantile `uniform` `[R]` of unnormalised `probs` `[R,V]`; never one of probability 0.
+    """Returns the token `[R]` at the quantile `uniform` `[R]` of unnormalised `probs` `[R,V]`.
 
-    Two levels, blocks then entries: shorter sums are faster and lose less precision than one over the vocabulary.
+    A token of probability 0 is never returned. There are two levels, blocks and their entries: shorter sums are faster
+    and lose less precision than one sum over the vocabulary.
     """
     rows, vocab = probs.shape
     blocks = jnp.pad(probs, ((0, 0), (0, -vocab % _BLOCK))).reshape(rows, -1, _BLOCK)
@@ -97,16 +98,16 @@ def inverse_cdf(probs: jax.Array, uniform: jax.Array) -> jax.Array:
     block, rest = _pick(mass, uniform * mass.sum(axis=-1))
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     entry, _ = _pick(inside, rest)
-    # Only NaN gets past the vocabulary, into the padding of the last block.
+    # NaN can lead into the padding of the last block, past the vocabulary.
     return jnp.minimum(block * _BLOCK + entry, vocab - 1)
 
 
 def _pick(mass: jax.Array, point: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """First index whose cumulative `mass` `[R,M]` exceeds `point` `[R]`, and how far into it the point lies."""
+    """Returns the first index whose cumulative `mass` `[R,M]` exceeds `point` `[R]`, and the point's offset in it."""
     total = jnp.cumsum(mass, axis=-1)
-    beyond = (total > point[:, None]) & (mass > 0)
-    # Rounding can leave the point past the last sum; the last entry with mass is then the right one.
+    exceeds = (total > point[:, None]) & (mass > 0)
+    # After rounding, the point can lie past the last sum; the last entry with mass is then the right one.
     last = mass.shape[-1] - 1 - jnp.argmax((mass > 0)[:, ::-1], axis=-1)
-    index = jnp.where(beyond.any(axis=-1), jnp.argmax(beyond, axis=-1), last)
+    index = jnp.where(exceeds.any(axis=-1), jnp.argmax(exceeds, axis=-1), last)
     before = jnp.take_along_axis(total - mass, index[:, None], axis=-1)[:, 0]
     return index, jnp.maximum(point - before, 0.0)

@@ -1,4 +1,4 @@
-"""How long the engine decodes in how many slots, worked out on the host from the lengths of the responses.
+"""The stages of decoding, each with fewer slots, computed on the host from the lengths of the responses.
 
 Axis key: W shards, Q responses of a shard, R slots of a shard.
 """
@@ -11,42 +11,45 @@ from sgpo_jax.rollout.engine import narrowed
 
 
 class Stage(NamedTuple):
-    """The decoding steps with one number of slots."""
+    """The decoding steps with the same number of slots."""
 
     width: int  # R
-    refills: int  # rounds of filling slots; only the first stage has any
-    steps: int
-    cached: float  # tokens in the cache of one shard's slots, idle ones included, mean over steps and shards
+    refills: int  # number of times that free slots are refilled; 0 after the first stage
+    steps: int  # decoding steps
+    cached: float  # tokens in the cache of a shard's slots, idle slots included; mean over steps and shards
 
 
 def schedule(lengths: np.ndarray, prompts: np.ndarray, slots: int) -> list[Stage]:
-    """The stages of one `generate`, the widest first.
+    """Computes the stages of one `generate`, the widest first.
 
     Args:
       lengths: `[W,Q]` tokens of each response, at least 1, in the order in which slots take them.
       prompts: `[W,Q]` tokens of each response's prompt.
-      slots: R.
+      slots: R, slots of a shard.
+
+    Returns:
+      The stages, in the order in which `generate` runs them.
     """
-    shards, waiting = lengths.shape
-    all_slots = width = min(slots, waiting)
-    item = np.full((shards, width), waiting)
+    shards, responses = lengths.shape
+    all_slots = width = min(slots, responses)
+    response = np.full((shards, width), responses)  # of each slot; `responses` if the slot is free
     sampled = np.zeros((shards, width), np.int64)
-    held = np.zeros((shards, width), np.int64)  # tokens in a slot's cache
+    cache = np.zeros((shards, width), np.int64)  # tokens in a slot's cache
     queued = np.zeros(shards, np.int64)
     padded = np.concatenate([lengths, np.full((shards, 1), np.iinfo(np.int64).max)], axis=1)
 
     def busy(narrower: int) -> bool:
-        return bool((queued < waiting).any() or ((item < waiting).sum(axis=1) > narrower).any())
+        return bool((queued < responses).any() or ((response < responses).sum(axis=1) > narrower).any())
 
     def refill() -> None:
-        for shard, slot in np.argwhere(item == waiting):
-            if queued[shard] < waiting:
-                item[shard, slot] = queued[shard]
-                sampled[shard, slot], held[shard, slot] = 0, prompts[shard, queued[shard]] - 1
+        for shard, slot in np.argwhere(response == responses):
+            if queued[shard] < responses:
+                response[shard, slot] = queued[shard]
+                sampled[shard, slot], cache[shard, slot] = 0, prompts[shard, queued[shard]] - 1
                 queued[shard] += 1
 
     def refill_due() -> bool:
-        return bool(((queued < waiting)[:, None] & (item == waiting)).any())
+        return bool(((queued < responses)[:, None] & (response == responses)).any())
 
     stages = []
     while width:
@@ -56,18 +59,18 @@ def schedule(lengths: np.ndarray, prompts: np.ndarray, slots: int) -> list[Stage
             if width == all_slots and (not refills or refill_due()):
                 refill()
                 refills += 1
-            # Nothing changes but the counts until the next response ends.
-            left = np.take_along_axis(padded, item, axis=1) - sampled
-            run = int(left[item < waiting].min())
-            active = item < waiting
-            cached += run * (held.sum() + active.sum() * (run + 1) / 2) / shards
-            steps += run
-            sampled += run
-            held += run * active
-            item = np.where(active & (left == run), waiting, item)
+            # Only the counts change until the next response ends.
+            remaining = np.take_along_axis(padded, response, axis=1) - sampled
+            step_count = int(remaining[response < responses].min())
+            active = response < responses
+            cached += step_count * (cache.sum() + active.sum() * (step_count + 1) / 2) / shards
+            steps += step_count
+            sampled += step_count
+            cache += step_count * active
+            response = np.where(active & (remaining == step_count), responses, response)
         stages.append(Stage(width, refills, steps, float(cached) / max(steps, 1)))
         if narrower:
-            order = np.argsort(item == waiting, axis=1, kind="stable")[:, :narrower]
-            item, sampled, held = (np.take_along_axis(x, order, axis=1) for x in (item, sampled, held))
+            order = np.argsort(response == responses, axis=1, kind="stable")[:, :narrower]
+            response, sampled, cache = (np.take_along_axis(x, order, axis=1) for x in (response, sampled, cache))
         width = narrower
     return stages

@@ -45,7 +45,7 @@ def make_batch(seed=0, all_wrong=(2,)):
 
 
 def log_probs(params, prompts, b, tokens, length):
-    """Dense `[length,V]` next-token log-probabilities of one response, without any padding."""
+    """Computes `[length,V]` next-token log-probabilities of one response, without any padding."""
     return _log_probs(params, np.asarray(prompts.tokens[b]), tokens[:length])
 
 

@@ -16,6 +16,8 @@ INF, NAN = math.inf, math.nan
 
 def floats(low, high):
     return st.floats(low, high, width=32, allow_subnormal=False)
+
+
 LOGITS = arrays(np.float32, (T, V), elements=floats(-6, 6))
 
 
@@ -35,13 +37,15 @@ def log_softmax(logits):
     """Log-probabilities in float64."""
     logits = np.asarray(logits, np.float64)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
 P, Q = np.log([0.5, 0.5]), np.log([0.9, 0.1])
-# Others than the defaults, and different for both sides of the mixture; k leaves a tail of two or more tokens.
+# Not the defaults, and different weights for the two sides of the mixture; k leaves a tail of two or more tokens.
 BETA, K = 0.3, 3
 
 
 def oracle(name, log_t, log_s, beta=BETA, k=K):
-    """The divergence of float64 log-probabilities `[N,V]`, written out -> `[N]`."""
+    """Computes the divergence `[N]` of float64 log-probabilities `[N,V]` from its definition."""
     t, s = np.exp(log_t), np.exp(log_s)
     if name == "forward_kl":
         return (t * (log_t - log_s)).sum(-1)
@@ -51,19 +55,20 @@ def oracle(name, log_t, log_s, beta=BETA, k=K):
         log_m = np.logaddexp(math.log(1 - beta) + log_s, math.log(beta) + log_t)
         return (1 - beta) * (s * (log_s - log_m)).sum(-1) + beta * (t * (log_t - log_m)).sum(-1)
     top = log_t >= np.sort(log_t)[:, -min(k, log_t.shape[1]), None]
-    of_top = np.where(top, t * (log_t - log_s), 0).sum(-1)
+    top_kl = np.where(top, t * (log_t - log_s), 0).sum(-1)
     t_tail, s_tail = (np.where(top, 0, x).sum(-1) for x in (t, s))
     rest = t_tail > 0
-    return of_top + np.where(rest, t_tail * np.log(np.where(rest, t_tail, 1) / np.where(rest, s_tail, 1)), 0)
+    return top_kl + np.where(rest, t_tail * np.log(np.where(rest, t_tail, 1) / np.where(rest, s_tail, 1)), 0)
 
 
 def wide_softmax(logits):
+    """`log_softmax` of logits of any size."""
     logits = np.asarray(logits, np.float64)
     return log_softmax(logits - logits.max(-1, keepdims=True))
 
 
 def dense(name, log_t, log_s):
-    """As it is computed where whole arrays of logits are held: by JAX's own operations, derivatives and all."""
+    """Computes the divergence with JAX's own operations, which JAX can differentiate."""
     if name == "forward_kl":
         return losses.kl_divergence(log_t, log_s)
     if name == "reverse_kl":

@@ -1,4 +1,4 @@
-"""Whole runs of a tiny world as subprocesses, and what two equal ones have in common."""
+"""Whole runs of a tiny world as subprocesses, and the comparison of two runs."""
 
 import os
 import subprocess
@@ -43,7 +43,7 @@ def run(workdir, devices=1, **overrides):
 
 
 def rows(workdir, stage):
-    """Metrics rows without timings, which no two runs share."""
+    """Reads the rows of metrics without the timings, which differ from run to run."""
     return [
         {name: value for name, value in row.items() if not name.startswith(TIMES)}
         for row in read_jsonl(workdir / f"{stage}.jsonl")
@@ -51,7 +51,7 @@ def rows(workdir, stage):
 
 
 def parameters(workdir, stage, step):
-    """Every saved array of a checkpoint."""
+    """Reads every saved array of a checkpoint."""
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore((workdir / stage / "checkpoints" / str(step) / "state").absolute())
 
