@@ -1,4 +1,4 @@
-"""The policy that a config names: its model, tokenizer and prompts, and graded responses from it."""
+"""The policy of a config: its model, tokenizer and prompts, and its graded responses."""
 
 from sgpo_jax.policy.policy import Policy, load, place, scratch_config
 from sgpo_jax.policy.run import Run

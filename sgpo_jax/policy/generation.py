@@ -1,4 +1,4 @@
-"""From problems to graded responses: prompts, sampling on the mesh, texts, verdicts."""
+"""Graded responses to problems: prompts, sampling on the mesh, texts and verdicts."""
 
 import zlib
 from collections.abc import Sequence
@@ -18,22 +18,22 @@ from sgpo_jax.runtime import distributed
 
 
 class Graded(NamedTuple):
-    """A rollout in host memory, with its texts and grades; `[B][G]` lists or `[B,G]` arrays."""
+    """A rollout in host memory with its texts and grades, as `[B][G]` lists and `[B,G]` arrays."""
 
     rollout: Rollout
     texts: list[list[str]]
     verdicts: list[list[rewards.Verdict]]
-    rewards: np.ndarray  # [B,G] float32; 0 for a response cut at the limit, whatever it says
+    rewards: np.ndarray  # [B,G] float32; always 0 for a response cut at the limit
 
 
 def noise_key(seed: int, purpose: str, step: int) -> jax.Array:
-    """Key of all noise for one purpose ("autonomous", "guided", an evaluation's name) at one step of a run."""
+    """Returns the key of all noise of a step for one purpose: "autonomous", "guided" or an evaluation's name."""
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
     return jax.random.fold_in(key, step)
 
 
 def encode_prompts(policy: Policy, rows: Sequence[dict], guided: bool) -> list[list[int]]:
-    """Token ids of each row's prompt, with its strategy if `guided`."""
+    """Returns the token ids of each row's prompt, with its strategy if `guided`."""
     return [
         tokenizers.encode_prompt(
             policy.tokenizer, row["problem"], row["strategy"] if guided else None, policy.instruction
@@ -43,13 +43,13 @@ def encode_prompts(policy: Policy, rows: Sequence[dict], guided: bool) -> list[l
 
 
 def encode_solution(policy: Policy, prompt: list[int], row: dict) -> list[int]:
-    """Token ids of the expert's solution as a response to the prompt, closed by the stop token."""
+    """Returns the token ids of the expert's solution as a response to the prompt; the last one is the stop token."""
     solution = tokenizers.continuation(policy.tokenizer, prompt, row["solution"])
     return tokenizers.encode_response(policy.tokenizer, solution, policy.stop_ids[0])
 
 
 def demonstrate(policy: Policy, prompts: Sequence[list[int]], rows: Sequence[dict], length: int) -> Rollout:
-    """The expert's solutions as groups of one, cut at `length` tokens as sampled responses are; no `logp`."""
+    """Returns the expert's solutions as groups of one, cut at `length` tokens like sampled responses; `logp` is 0."""
     responses = [encode_solution(policy, prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
     tokens, lengths = tokenizers.pad_right([response[:length] for response in responses], length, policy.pad_id)
     finish = np.array([STOP if len(response) <= length else LENGTH for response in responses], np.int32)
@@ -57,6 +57,7 @@ def demonstrate(policy: Policy, prompts: Sequence[list[int]], rows: Sequence[dic
 
 
 def pad_prompts(policy: Policy, prompts: Sequence[list[int]], length: int) -> Prompts:
+    """Pads prompts on the left to `length` tokens."""
     return Prompts(*tokenizers.pad_left(prompts, length, policy.pad_id))
 
 
@@ -73,9 +74,9 @@ def respond(
     """Runs `rollout.generate` on the mesh.
 
     Args:
-      policy, params, mesh: the model, and where it is.
+      policy, params, mesh: the model and the mesh that holds its parameters.
       prompts: `[B,P]` prompts.
-      ids: `[B]` integers that tell the prompts apart; with `key` they fix the noise.
+      ids: `[B]` integers that tell the prompts apart; together with `key` they fix the noise.
       key, sampling, group: see `rollout.generate`.
 
     Returns:
@@ -98,42 +99,43 @@ def respond_in_groups(
     groups: Sequence[int],
     length: int,
 ) -> tuple[list[Rollout], int]:
-    """Samples for all kinds of prompts at once, so that the last responses of one kind do not decode alone.
+    """Samples responses to several kinds of prompts at once, so that the last ones of a kind do not decode alone.
 
     Args:
       policy, params, mesh: as in `respond`.
-      prompts: token ids of B prompts of each kind.
-      keys: one of each kind, for its noise; a prompt's place tells the prompts of a kind apart.
+      prompts: for each kind, the token ids of B prompts.
+      keys: for each kind, the key of its noise; its prompts are told apart by their index.
       sampling: as in `respond`.
-      groups: G of each kind, responses to a prompt.
+      groups: for each kind, G, the number of responses to a prompt.
       length: P, tokens to which all prompts are padded.
 
     Returns:
-      (for each kind the rollout `[B,G]`, slot-steps of all kinds together).
+      (for each kind its rollout `[B,G]`, slot-steps of all kinds together).
     """
-    in_turn = [tokens for turn in zip(*prompts, strict=True) for tokens in turn]
-    places = np.repeat(np.arange(len(prompts[0])), len(prompts))
-    padded = pad_prompts(policy, in_turn, length)
-    rollout, slot_steps = respond(policy, params, padded, places, jnp.stack(keys), mesh, sampling, tuple(groups))
+    interleaved = [tokens for problem in zip(*prompts, strict=True) for tokens in problem]
+    ids = np.repeat(np.arange(len(prompts[0])), len(prompts))
+    padded = pad_prompts(policy, interleaved, length)
+    rollout, slot_steps = respond(policy, params, padded, ids, jnp.stack(keys), mesh, sampling, tuple(groups))
     split = (np.split(field, np.cumsum(groups)[:-1], axis=1) for field in rollout)
     return [Rollout(*fields) for fields in zip(*split, strict=True)], slot_steps
 
 
 def grade(policy: Policy, rollout: Rollout, rows: Sequence[dict], reward: str = "") -> Graded:
-    """Texts and grades of a rollout for B problems; a response cut at the limit gets reward 0.
+    """Decodes and grades a rollout; a response cut at the limit gets reward 0.
 
     The problems are split over the processes.
 
     Args:
-      policy, rollout: where the tokens come from.
-      rows: B problems.
-      reward: as in `rewards.judge`: "" is the rewards.
+      policy: the policy that sampled, for its tokenizer.
+      rollout: responses to B problems.
+      rows: the B problems.
+      reward: name of the reward function, see `rewards.judge`; "" is the default.
     """
     size = rollout.lengths.shape[1]
 
     def texts_and_verdicts(problems):
         pairs = [(i, k) for i in problems for k in range(size)]
-        texts = [tokenizers.decode(policy.tokenizer, rollout.tokens[at], rollout.lengths[at]) for at in pairs]
+        texts = [tokenizers.decode(policy.tokenizer, rollout.tokens[pair], rollout.lengths[pair]) for pair in pairs]
         verdicts = rewards.judge(texts, [rows[i] for i, _ in pairs], reward)
         graded = [(text, astuple(verdict)) for text, verdict in zip(texts, verdicts, strict=True)]
         return [graded[i : i + size] for i in range(0, len(graded), size)]

