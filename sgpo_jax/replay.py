@@ -134,7 +134,7 @@ def _groups(config: ConfigDict, skipped: skipped_batch.Skipped) -> list[_Group]:
         all_targets = Weighting(guide="demonstration", target="mean", weight="fixed")
         targets = pack_batch(batch, all_targets, rl.distillation, micro_batch=rl.micro_batch).targets
         assert targets is not None  # there are guided responses
-        tokens = packing.of_sequence(batch.guided.tokens.reshape(batch.guided.rewards.size, -1), targets)
+        tokens = packing.gather(batch.guided.tokens.reshape(batch.guided.rewards.size, -1), targets)
         guided = targets, tokens, np.zeros_like(batch.guided.rewards), likelihood
         groups.append(_Group("guided", values(batch.guided), *guided))
     return groups

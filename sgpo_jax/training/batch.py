@@ -103,11 +103,11 @@ def pack_batch(
         places = list(zip(*np.unravel_index(owners, chosen.shape), strict=True))
         responses = [group.tokens[b, i, : group.lengths[b, i]] for b, i in places]
         packed = pack(owners, [[batch.prompts.tokens[b] for b, _ in places]], responses, [length], chosen.size)
-        return packed, packing.of_sequence(group.tokens.reshape(chosen.size, -1), packed)
+        return packed, packing.gather(group.tokens.reshape(chosen.size, -1), packed)
 
     length = batch.prompts.longest + auto.tokens.shape[2]
     packed, tokens = pack_group(auto, np.ones_like(auto.rewards, bool), length)
-    sampler_logp = packing.of_sequence(auto.logp.reshape(auto.rewards.size, -1), packed)
+    sampler_logp = packing.gather(auto.logp.reshape(auto.rewards.size, -1), packed)
     autonomous = PackedBatch(packed, tokens, sampler_logp, auto.lengths, advantages, alpha)
     if guided is None:
         return autonomous

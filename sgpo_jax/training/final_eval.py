@@ -23,13 +23,13 @@ SHOWN = 3  # problems of each set whose answers are printed
 
 
 def write(run: Run, initial: Callable[[], Any]) -> dict[str, Any]:
-    """Evaluates the parameters RL started from and those it ended with; writes `workdir/eval`.
+    """Evaluates the parameters before and after RL; writes `workdir/eval`.
 
-    Each evaluation is kept as it finishes, so a run that is killed resumes with the next one.
+    Each evaluation is saved when it finishes, so a run that is killed resumes with the next one.
 
     Args:
-      run: the config, the folder, the model and its mesh.
-      initial: returns the parameters that RL started from.
+      run: the config, the folder, the policy and its mesh.
+      initial: returns the parameters before RL.
 
     Returns:
       {"before" or "after": {"unguided" or "guided": {set name: result of `evaluate`}}}.
@@ -42,8 +42,8 @@ def write(run: Run, initial: Callable[[], Any]) -> dict[str, Any]:
         params = None
         for kind in benchmark.contexts(config.eval.guided):
             path = folder / f"{when}_{kind}.json"
-            wanted = {"config": configs.to_dict(config.eval), "seed": config.seed, "step": step}
-            scores = distributed.first(partial(_finished, path, wanted))
+            settings = {"config": configs.to_dict(config.eval), "seed": config.seed, "step": step}
+            scores = distributed.first(partial(_read_finished, path, settings))
             if scores is None:
                 if params is None:
                     params = initial() if when == "before" else stage.best_params(run, "rl")
@@ -52,7 +52,7 @@ def write(run: Run, initial: Callable[[], Any]) -> dict[str, Any]:
                 with jax.set_mesh(run.mesh):
                     scores = evaluate_sets(run, params, folder / when, step, guided=kind == "guided")
                 if is_first():
-                    write_text(path, json.dumps({**wanted, "results": scores}) + "\n")
+                    write_text(path, json.dumps({**settings, "results": scores}) + "\n")
             results.setdefault(when, {})[kind] = scores
     if is_first():
         _show(config, run.workdir, folder, results)
@@ -66,12 +66,12 @@ def _rl_step(run: Run) -> int | None:
         return saved.best_step()
 
 
-def _finished(path: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """Reads the results of an evaluation of the same step with the same settings; None where there are none."""
+def _read_finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Reads the results of an evaluation with the same settings; returns None if there are none."""
     if not path.is_file():
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
-    return content["results"] if {name: content.get(name) for name in wanted} == wanted else None
+    return content["results"] if {name: content.get(name) for name in settings} == settings else None
 
 
 def _show(config: ConfigDict, workdir: Path, folder: Path, results: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import optax
 def schedule(
     peak: float, total_steps: int, *, warmup_share: float = 0.0, decay: Literal["constant", "cosine"] = "constant"
 ) -> optax.Schedule:
-    """Learning rate by optimizer step.
+    """Returns the learning rate as a function of the optimizer step.
 
     Args:
       peak: rate after warm-up.
@@ -19,7 +19,7 @@ def schedule(
       decay: "constant" after warm-up, or "cosine" to 0 at the last step.
 
     Raises:
-      ValueError: for an unknown decay.
+      ValueError: the decay is unknown.
     """
     if decay not in ("constant", "cosine"):
         raise ValueError(f"decay={decay!r}: must be 'constant' or 'cosine'")
@@ -28,7 +28,7 @@ def schedule(
     after = optax.constant_schedule(peak) if decay == "constant" else optax.cosine_decay_schedule(peak, rest)
     if warmup == 0:
         return after
-    # The first update would be lost at a rate of exactly 0.
+    # Start above 0: with a rate of 0 the first update would change nothing.
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     return optax.join_schedules([rise, after], [warmup])
 
@@ -43,10 +43,10 @@ def adamw(
     clip_norm: float,
     mu_dtype: str = "float32",
 ) -> optax.GradientTransformation:
-    """AdamW on gradients clipped to a global norm; norms and biases are not decayed.
+    """Returns AdamW on gradients clipped to a global norm; norms and biases are not decayed.
 
-    The first moment may be kept in bfloat16. The second stays float32: at b2 = 0.999 a step changes it by less than
-    bfloat16 resolves, and it would stand still.
+    The first moment may be kept in bfloat16 (`mu_dtype`). The second moment stays in float32: at b2 = 0.999 a step
+    changes it by less than the precision of bfloat16, so it would never change.
     """
 
     def decayed(params):
@@ -59,7 +59,7 @@ def adamw(
 
 
 def _clip(norm: float) -> optax.GradientTransformation:
-    """`optax.clip_by_global_norm` as one multiplication, done where the gradient is read: optax's makes a copy."""
+    """Returns `optax.clip_by_global_norm` as a single multiplication, which needs no copy of the gradients."""
 
     def update(grads, state, params=None):
         factor = jnp.minimum(1.0, norm / optax.tree.norm(grads))

@@ -63,7 +63,7 @@ def train(run: Run, initial: Callable[[], Any]) -> None:
             metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
             clock.lap("update")
             metrics |= _rollout_metrics(graded["autonomous"], graded.get("guided"))
-            metrics |= _speed(clock, sampled, slot_steps) | {"rows_filled": packing.filled(packed.autonomous)}
+            metrics |= _speed(clock, sampled, slot_steps) | {"rows_filled": packing.filled_share(packed.autonomous)}
             state = loop.finish(state, metrics, problems, batch)
 
 

@@ -1,7 +1,7 @@
-"""Going back to before a collapse: what changes on disk, so that the run then simply resumes.
+"""Rollbacks of RL to a step before a collapse: the changes on disk from which the run then simply resumes.
 
-`rl/rollbacks.json` lists the rollbacks as [{"at": 60, "to": 40, "sign": ...}]. Steps are numbered anew after "to", but
-use other batches and noise: those after the last ones that the run had used. The rows taken back move from `rl.jsonl`
+`rl/rollbacks.json` lists the rollbacks as [{"at": 60, "to": 40, "sign": ...}]. Steps after "to" get their numbers
+again, but other batches and noise: the first ones that the run has not used yet. Their old rows move from `rl.jsonl`
 to `rl.rolled_back.jsonl`. The list is written last: a run that is killed before that meets the sign again.
 """
 
@@ -21,13 +21,13 @@ from sgpo_jax.training.checkpoint import Checkpoints
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:
-    """Reads the rollbacks of a run so far: at which step, to which, and the sign."""
+    """Reads the rollbacks of a run so far: for each one the step, the step it went back to, and the sign."""
     path = workdir / "rl" / "rollbacks.json"
     return distributed.first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else [])
 
 
 def passed(rollbacks: list[dict[str, Any]]) -> int:
-    """Returns how many batches further than its step the data position of a run is."""
+    """Returns the number of batches by which the data position of a run is ahead of its step."""
     return sum(entry["at"] - entry["to"] for entry in rollbacks)
 
 
@@ -39,18 +39,18 @@ def recent_rows(workdir: Path, step: int, window: int) -> list[dict[str, Any]]:
 
 
 def go_back(workdir: Path, saved: Checkpoints, limits: Mapping[str, Any], every: int, step: int, sign: str) -> bool:
-    """Takes back everything after the last checkpoint from before the rows in which a sign appeared.
+    """Goes back to the last checkpoint before the rows that show a sign of collapse.
 
     Args:
-      workdir: of the run.
+      workdir: folder of the run.
       saved: checkpoints of RL; the later ones are deleted.
       limits: `config.monitor`.
-      every: steps between checkpoints; with fewer sound steps the run goes back to its first state.
-      step: the last finished step, which the last row of rl.jsonl is of.
-      sign: the reason.
+      every: steps between checkpoints; with fewer sound steps the run goes back to its initial state.
+      step: the last finished step, the step of the last row of rl.jsonl.
+      sign: the sign of collapse, which is the reason for the rollback.
 
     Returns:
-      False, and nothing has changed, where no checkpoint from before the sign is left.
+      Whether the run went back. If no checkpoint from before the sign is left, nothing changes.
     """
     saved.wait()
     rollbacks = read(workdir)
@@ -65,10 +65,10 @@ def go_back(workdir: Path, saved: Checkpoints, limits: Mapping[str, Any], every:
         _keep_rows(workdir, to, len(rollbacks) + 1)
         for path in (workdir / "rl" / "generations").glob("*"):
             if (match := re.search(r"_(\d{6,})\.", path.name)) and int(match[1]) > to:
-                path.unlink()  # else the evaluation after the same step would resume from them
+                path.unlink()  # otherwise the evaluation after the same step would resume from it
         content = json.dumps([*rollbacks, {"at": step, "to": to, "sign": sign}])
         write_text(workdir / "rl" / "rollbacks.json", content + "\n")
-        print(f"step {step}: {sign}; back to step {to}, and on with other batches", flush=True)
+        print(f"step {step}: {sign}; back to step {to}, to continue with other batches", flush=True)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("the run has gone back")
     return True

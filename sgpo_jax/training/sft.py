@@ -56,7 +56,7 @@ def train(run: Run, initial: Callable[[], Any]) -> None:
             metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
             clock.lap("step")
             metrics["tokens_per_second"] = metrics.pop("tokens") / clock.total
-            metrics |= {"seconds_step": clock.total, "rows_filled": packing.filled(batch[0])}
+            metrics |= {"seconds_step": clock.total, "rows_filled": packing.filled_share(batch[0])}
             state = loop.finish(state, metrics, rows, batch)
 
 
@@ -120,7 +120,7 @@ def encode_batch(
         chunk=logprobs.default_chunk() if chunk is None else chunk,
     )  # fmt: skip
     tokens, _ = tokenizers.pad_right(responses, longest[1], 0)
-    return packed, packing.of_sequence(tokens, packed)
+    return packed, packing.gather(tokens, packed)
 
 
 def _micro_batches(packed: Packed, tokens: jax.Array) -> MicroBatch:

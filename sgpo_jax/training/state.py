@@ -9,7 +9,7 @@ from flax import struct
 
 
 class TrainState(struct.PyTreeNode):
-    """Everything an update changes; checkpointed as a whole."""
+    """The arrays that an update changes; a checkpoint holds all of them."""
 
     step: jax.Array  # [] int32, finished updates; without rollbacks also the data position, and folded into the seed
     params: Any
@@ -18,7 +18,7 @@ class TrainState(struct.PyTreeNode):
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """State before the first step."""
-    # Two arrays, not one: a donated state must not hold a buffer twice.
+    """Returns the state before the first step."""
+    # Two separate arrays: a donated state must not hold a buffer twice.
     step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
     return TrainState(step=step, params=params, opt_state=optimizer.init(params), skipped=skipped)

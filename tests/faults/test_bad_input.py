@@ -378,14 +378,14 @@ STEP = "sft/checkpoints/1"
 CHECKPOINTS = {
     "another width": (lambda run: None, {"model.hidden": 32}, r"config\.model\.hidden=32: the run in .*run has 16"),
     "another model without a config": (
-        lambda run: (run / "config.json").unlink(), {"model.mlp": 32}, r"checkpoints/1 is of another model or",
+        lambda run: (run / "config.json").unlink(), {"model.mlp": 32}, r"checkpoints/1 has another model or",
     ),
     "a broken config": (text("config.json", "{"), {}, r"config\.json: is not the config of an earlier run"),
     "a list for a config": (text("config.json", "[]"), {}, r"config\.json: is not the config of an earlier run"),
-    "no arrays": (lambda run: shutil.rmtree(run / STEP / "state"), {}, r"no checkpoint is left but .*1\.damaged"),
-    "no seed": (lambda run: shutil.rmtree(run / STEP / "run"), {}, r"no checkpoint is left but .*1\.damaged"),
-    "a broken seed": (text(f"{STEP}/run/metadata", "{"), {}, r"no checkpoint is left but .*1\.damaged"),
-    "half of the arrays": (cut_arrays, {}, r"no checkpoint is left but .*1\.damaged"),
+    "no arrays": (lambda run: shutil.rmtree(run / STEP / "state"), {}, r"all checkpoints are damaged: .*1\.damaged"),
+    "no seed": (lambda run: shutil.rmtree(run / STEP / "run"), {}, r"all checkpoints are damaged: .*1\.damaged"),
+    "a broken seed": (text(f"{STEP}/run/metadata", "{"), {}, r"all checkpoints are damaged: .*1\.damaged"),
+    "half of the arrays": (cut_arrays, {}, r"all checkpoints are damaged: .*1\.damaged"),
 }  # fmt: skip
 
 

@@ -391,7 +391,7 @@ def packed_responses(rollout):
         [np.repeat(np.array(PROMPTS, object), group)], responses, range(len(responses)), lengths=[6 + NEW],
         micro_batch=len(responses), most=len(responses), chunk=16,
     )  # fmt: skip
-    listed = packing.of_sequence(tokens, pack)
+    listed = packing.gather(tokens, pack)
     weight = np.ones(listed.shape, np.float32)
     tokens = Tokens(*(x.reshape(*x.shape[:2], -1) for x in (listed, weight, weight)))
     micro = MicroBatch(pack.contexts[0], pack.chunks, tokens)

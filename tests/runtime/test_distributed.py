@@ -202,7 +202,7 @@ def test_killed_preempted_and_damaged_it_ends_bit_for_bit_as_undisturbed(undistu
     content[len(content) // 2] ^= 4
     broken.write_bytes(bytes(content))
     output = finished(tmp_path, 2, 2)
-    assert output.count(f"rl/checkpoints/{last} is damaged") == 1 and f"it is now {last}.damaged" in output
+    assert output.count(f"rl/checkpoints/{last} is damaged") == 1 and f"renamed to {last}.damaged" in output
 
     assert results(tmp_path) == results(undisturbed)
     for stage, total in STEPS.items():

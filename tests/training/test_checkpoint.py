@@ -100,7 +100,7 @@ def test_never_silently_fresh(saved, tmp_path):
         flip(tmp_path / "run" / str(step) / "run" / "metadata")
     with checkpoints(tmp_path / "run") as found:
         assert found.latest_step() is None
-        with pytest.raises(ValueError, match=r"no checkpoint is left but .*1.damaged.*3.damaged; remove it to begin"):
+        with pytest.raises(ValueError, match=r"all checkpoints are damaged: .*1.damaged.*3.damaged; remove them"):
             found.restore_latest(state(0))
     with checkpoints(tmp_path / "empty") as found:
         assert found.restore_latest(state(0)) is None
@@ -137,7 +137,7 @@ def test_checksums_go_with_their_checkpoints(saved):
 def test_another_format_and_another_model_are_refused(saved, tmp_path, monkeypatch):
     with checkpoints(saved) as found:
         for other in (state(0, width=41), state(0).replace(params={"scale": jnp.zeros(3)})):
-            with pytest.raises(ValueError, match="checkpoint .*/3 is of another model or optimizer than the config's"):
+            with pytest.raises(ValueError, match="checkpoint .*/3 has another model or optimizer than the config"):
                 found.restore_latest(other)
         monkeypatch.setattr("sgpo_jax.training.checkpoint.FORMAT", 2)
         with pytest.raises(ValueError, match="checkpoint .*/3 has format 1; this version reads 2"):
@@ -226,7 +226,7 @@ def test_a_limit_of_the_system_in_the_middle_of_a_save(saved, tmp_path, how):
     start = "stopped: a checkpoint" if how == "stop" else "warning: a checkpoint"
     assert done.stdout.startswith(f"{start} could not be saved")
     assert f"; the last good one is {tmp_path / 'run' / '3'}" in done.stdout
-    assert done.stdout.rstrip().endswith("the run goes on") == (how == "go on")
+    assert done.stdout.rstrip().endswith("the run continues") == (how == "go on")
     with checkpoints(tmp_path / "run") as found:
         assert found.all_steps()[-1] == 5
         jax.tree.map(np.testing.assert_array_equal, found.restore_latest(state(0)), state(5))

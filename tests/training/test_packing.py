@@ -55,10 +55,10 @@ def test_every_response_token_is_listed_once_and_found_in_its_context(sizes, mic
 
 def test_how_many_of_the_rows_that_are_computed_hold_something():
     sizes = [(4, 1, 5)] * 5  # 9 of 14 tokens: a row each
-    assert packing.filled(packed(sizes, micro_batch=2)) == 5 / 6, "three micro-batches of two"
-    assert packing.filled(packed(sizes, micro_batch=4)) == 5 / 8
-    assert packing.filled(packed(sizes, micro_batch=14)) == 5 / 14
-    assert packing.filled(packed([], micro_batch=2)) == 0
+    assert packing.filled_share(packed(sizes, micro_batch=2)) == 5 / 6, "three micro-batches of two"
+    assert packing.filled_share(packed(sizes, micro_batch=4)) == 5 / 8
+    assert packing.filled_share(packed(sizes, micro_batch=14)) == 5 / 14
+    assert packing.filled_share(packed([], micro_batch=2)) == 0
 
 
 @given(SIZES)
@@ -136,7 +136,7 @@ def test_packed_log_probs_and_their_gradient_are_those_of_each_sequence_alone(ti
             tokens[owner, : length[owner]] = np.concatenate([prompt[s], r])
             picked[owner] = len(prompt[s]) - 1 + np.arange(8)
 
-    tokens, weights = packing.of_sequence(response, pack), packing.of_sequence(weight, pack)
+    tokens, weights = packing.gather(response, pack), packing.gather(weight, pack)
     # Rows of size 1: those of 0.02 have gradients up to 500, of which 1e-4 is less than float32 tells apart.
     params = tiny_params | {"embed": {"embedding": 50 * tiny_params["embed"]["embedding"]}}
     (_, actual), gradient = of_pack(params, tiny, pack, tokens, weights)

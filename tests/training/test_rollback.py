@@ -1,4 +1,4 @@
-"""A run that shows a sign of a collapse goes back to before it, and on with other batches."""
+"""A run that shows a sign of a collapse goes back to a step before it and continues with other batches."""
 
 import json
 import runpy
@@ -84,7 +84,7 @@ def go_back(workdir, limits, step=9, every=2):
 def test_what_came_after_the_last_sound_checkpoint_is_taken_back(workdir, limits, capsys):
     assert rollback.read(workdir) == [] and rollback.passed([]) == 0
     assert go_back(workdir, limits)
-    assert capsys.readouterr().out == "step 9: sick; back to step 6, and on with other batches\n"
+    assert capsys.readouterr().out == "step 9: sick; back to step 6, to continue with other batches\n"
     with checkpoints(workdir) as saved:
         assert saved.all_steps() == [2, 4, 6] and saved.best_step() == 4
         jax.tree.map(np.testing.assert_array_equal, saved.restore_latest(state(0)), state(6))
@@ -207,7 +207,7 @@ def test_a_collapse_is_left_behind_until_the_last_rollback_has_been_made(world, 
     # Batches 3 and 4, of steps 4 and 5, were sick: it went back to step 3, and on with 5, 6 and 7, which ended it.
     assert visited == [0, 1, 2, 3, 4, 5, 6, 7]
     assert rollback.read(tmp_path) == [{"at": 5, "to": 3, "sign": said}]
-    assert f"step 5: {said}; back to step 3, and on with other batches" in capsys.readouterr().out
+    assert f"step 5: {said}; back to step 3, to continue with other batches" in capsys.readouterr().out
     visited.clear()
     main.run(config_of(most_rollbacks=2), tmp_path)
     # The rows of before tell that step 7, with batch 8, is sick too, and has been since step 6: back to step 4.
