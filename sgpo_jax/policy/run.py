@@ -11,7 +11,7 @@ from sgpo_jax.policy.policy import Policy
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a run that every stage needs; the parameters travel apart."""
+    """The parts of a run that every stage needs; the parameters are passed separately."""
 
     config: ConfigDict
     workdir: Path

@@ -86,7 +86,7 @@ def test_a_response_does_not_repeat_what_the_template_has_opened(opening):
     "text", ["2 + 3 = 5 . Then , so it 's n't \\boxed{5}", "  two\n\n spaces \t", "é😀 ∑ <think>a</think>", "a"]
 )
 def test_responses_come_back_unchanged(text):
-    # As tidy as a tokenizer can be: " ." would become "." unless it is told not to.
+    # These settings tidy texts: " ." becomes "." unless `decode` forbids it.
     tidy = "clean_up_tokenization_spaces"
     tok = byte_level(**{tidy: True, f"{tidy}_for_bpe_even_though_it_will_corrupt_output": True})
     ids = tokenizer.encode_response(tok, text, 260)
@@ -232,7 +232,7 @@ def test_a_piece_keeps_the_space_that_only_the_first_token_of_a_text_loses():
 # The words of a source
 
 
-def of_source(source, instruction=""):
+def policy_with_words(source, instruction=""):
     shape = {"layers": 1, "hidden": 16, "heads": 2, "mlp": 16, "dtype": jnp.float32}
     return policy.load("scratch", f"words:{source}", **shape, instruction=instruction)[0]
 
@@ -252,11 +252,11 @@ def test_words_are_tokens_with_the_space_before_them():
 
 @pytest.mark.parametrize("instruction", ["", INSTRUCTION])
 def test_the_words_of_a_file_and_of_its_prompts(tmp_path, instruction):
-    """Also of the template, whether or not a row has a strategy, so that both prompts can be read."""
+    """The words of the template are included too, so that both prompts can be read even without a strategy."""
     file = tmp_path / "rows.jsonl"
     row = {"id": "1", "question": "Add 3 and 4.", "answer": "7", "solution": "3 + 4 = 7. \\boxed{7}"}
     file.write_text(json.dumps(row))
-    tok = of_source(f"{file}?problem=question", instruction).tokenizer
+    tok = policy_with_words(f"{file}?problem=question", instruction).tokenizer
     for strategy in (None, "Add."):
         prompt = tokenizer.encode_prompt(tok, "Add 4 and 3.", strategy, instruction)
         turn = user_turn("Add 4 and 3.", strategy, instruction)
@@ -276,13 +276,14 @@ def test_the_words_of_a_file_and_of_its_prompts(tmp_path, instruction):
 )
 def test_words_of_a_source_that_cannot_be_read(source, message):
     with pytest.raises(ValueError, match=message):
-        of_source(source)
+        policy_with_words(source)
 
 
 def test_puzzles_in_their_words(tmp_path):
-    """Held-out puzzles have the words of the training ones; an exported model is what transformers loads."""
+    """Held-out puzzles use only words of the training ones; transformers loads the exported model."""
     pytest.importorskip("reasoning_gym", reason="needs the extra 'gym'")
-    chosen = of_source("reasoning_gym:knights_knaves,n_people=2,count=600;reasoning_gym:binary_alternation,count=50")
+    source = "reasoning_gym:knights_knaves,n_people=2,count=600;reasoning_gym:binary_alternation,count=50"
+    chosen = policy_with_words(source)
     tok = chosen.tokenizer
     rows = data.load("reasoning_gym:knights_knaves,n_people=2,count=64,split=eval")
     for row in rows + data.load("reasoning_gym:binary_alternation,count=20,split=eval"):

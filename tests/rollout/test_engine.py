@@ -28,7 +28,7 @@ ROWS, V = 4, 13
 
 
 def kept_by_top_p(probs, top_p):
-    """The fewest most likely tokens that reach `top_p`, by sorting; a tie at the border keeps all of it."""
+    """Returns the smallest set of most likely tokens that reaches `top_p`, by sorting; ties at the border are kept."""
     order = np.sort(probs)[::-1]
     count = min(np.searchsorted(np.cumsum(order), top_p) + 1, len(probs))
     return probs >= order[count - 1]
@@ -58,7 +58,7 @@ def test_top_p_of_a_large_vocabulary():
         kept = np.asarray(filtered(logits, top_p=top_p, top_k=0)) > 0
         probs = np.exp(logits.astype(np.float64))
         expected = [kept_by_top_p(row / row.sum(), top_p).sum() for row in probs]
-        # One token more or less, for rounding.
+        # Rounding may add or remove one token.
         np.testing.assert_allclose(kept.sum(-1), expected, atol=1)
 
 
@@ -96,8 +96,8 @@ def test_ties_at_the_border_are_all_kept():
 @pytest.mark.parametrize(
     ("edge", "top_p", "top_k"), [(0, 1, 2), (-2.5, 1, 2), (-30, 1, 2), (0, 0.4, 0), (-2.5, 0.84, 0)]
 )
-def test_the_last_token_that_is_kept_may_be_rounded_otherwise(edge, top_p, top_k):
-    """Where a program computes its logit again; a token that is less likely by more is dropped."""
+def test_the_last_token_that_is_kept_survives_rounding(edge, top_p, top_k):
+    """A program may compute its logit again with another rounding; a clearly less likely token is dropped."""
     logits = jnp.array([0, edge, edge - 1e-7 * (1 - edge), edge - 1e-5 * (1 - edge)])
     np.testing.assert_array_equal(filtered(logits[None], top_p=top_p, top_k=top_k)[0] > 0, [1, 1, 1, 0])
 
@@ -182,7 +182,7 @@ def test_a_vocabulary_of_one():
 
 
 def drawable(logits, **filters):
-    """Tokens that an even grid of uniforms draws from one row of logits."""
+    """Returns the share of each token among the draws of an even grid of uniforms from one row of logits."""
     uniform = jnp.linspace(0, BELOW_ONE, 2001)
     tokens, _ = sample(jnp.broadcast_to(jnp.array(logits), (2001, len(logits))), uniform, Sampling(1, **filters))
     return np.bincount(tokens, minlength=len(logits)) / 2001
@@ -196,7 +196,7 @@ def test_temperature_comes_before_the_filters():
     # The first two have 25/30 there, but 0.7 at temperature 1.
     shares = drawable(logits, temperature=0.5, top_p=0.8, top_k=0)
     np.testing.assert_allclose(shares, [16 / 25, 9 / 25, 0, 0], atol=1e-3)
-    # 4/7 of what top-k left reach 0.55, which 0.4 of the whole would not.
+    # The first token has 4/7 of the mass that top-k keeps, which reaches 0.55; its 0.4 of the whole would not.
     np.testing.assert_array_equal(drawable(logits, temperature=1.0, top_p=0.55, top_k=2), [1, 0, 0, 0])
 
 
@@ -238,7 +238,7 @@ def padded(prompts, length=6, fill=PAD):
 
 @pytest.fixture(scope="module")
 def run(tiny, tiny_params):
-    """`generate` on the tiny model, everything but what a test changes held fixed; numpy arrays."""
+    """Returns `generate` on the tiny model with default arguments, which a test can change; it gives numpy arrays."""
 
     def run(prompts=PROMPTS, ids=IDS, *, seed=0, length=6, fill=PAD, params=tiny_params, **changes):
         model = LanguageModel(tiny, changes.pop("stop_ids", ()), PAD, changes.pop("dtype", jnp.float32))
@@ -254,7 +254,7 @@ def run(tiny, tiny_params):
 
 @pytest.fixture(scope="module")
 def plain(run):
-    """Responses that nothing stops."""
+    """Responses without stop tokens."""
     return run()
 
 
@@ -324,7 +324,7 @@ def test_every_draw_has_its_own_noise(run, tiny_params):
     expected = tokens.size / 64
     chi_square = ((counts - expected) ** 2 / expected).sum()
     assert abs(chi_square - 63) < 5 * math.sqrt(2 * 63)
-    # Neighbours along every axis (key, problem, sample, token) agree as often as chance has it.
+    # Neighbours along every axis (key, problem, sample, token) agree as often as by chance.
     for axis in range(4):
         first, second = np.delete(tokens, -1, axis), np.delete(tokens, 0, axis)
         same, chance = (first == second).sum(), first.size / 64
@@ -333,7 +333,7 @@ def test_every_draw_has_its_own_noise(run, tiny_params):
 
 @pytest.fixture(scope="module")
 def stopped(run, plain):
-    """(stop ids, responses that they end): one at the first token, one at the last, some between."""
+    """(stop ids, responses that they end): one ends at its first token, one at its last, others in between."""
     stops = (int(plain.tokens[1, 1, 0]), int(plain.tokens[0, 0, 3]), int(plain.tokens[2, 0, -1]))
     return stops, run(stop_ids=stops)
 
@@ -383,7 +383,7 @@ def test_greedy_follows_the_argmax_of_the_uncached_forward_pass(run, tiny, tiny_
 
 
 def packed_responses(rollout):
-    """The one micro-batch in which the update would see the responses, and which of them each listed token is of."""
+    """Packs the responses into the update's only micro-batch: (micro-batch, owner and index of each listed token)."""
     group, lengths = rollout.tokens.shape[1], rollout.lengths.reshape(-1)
     tokens = np.asarray(rollout.tokens).reshape(-1, NEW)
     responses = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
@@ -401,7 +401,7 @@ def packed_responses(rollout):
 
 @partial(jax.jit, static_argnames=("config", "dtype"))
 def training_hidden(params, config, packed, dtype=jnp.float32):
-    """Hidden states `[R,T,D]` that predict the responses as the update computes them."""
+    """Computes the hidden states `[R,T,D]` that predict the responses, as the update does."""
     micro, owner, index = packed
     hidden = response_hidden(Forward(config, dtype), params, micro.rows)
     hidden = hidden.reshape(*owner.shape, -1)
@@ -416,7 +416,7 @@ def packed_logp(params, config, packed, dtype=jnp.float32, remat="none"):
 
 
 def training_logp(params, config, rollout, dtype=jnp.float32, remat="none"):
-    """Log-probabilities `[B,G,T]` of the responses in training, 0 after the end."""
+    """Computes the log-probabilities `[B,G,T]` of the responses as training does; 0 after the end."""
     logp = packed_logp(params, config, packed_responses(rollout), dtype=dtype, remat=remat)
     return logp.reshape(rollout.tokens.shape)
 
@@ -471,7 +471,7 @@ def test_remat_changes_the_memory_and_not_the_gradient(plain, tiny, tiny_params)
 
 
 def equations(jaxpr, within=()):
-    """(equation, names of the primitives around it) for all of a jaxpr, nested ones included."""
+    """Yields (equation, names of the primitives around it) for every equation of a jaxpr, including nested ones."""
     for equation in jaxpr.eqns:
         yield equation, within
         for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
@@ -481,7 +481,7 @@ def equations(jaxpr, within=()):
 
 
 def test_the_prompt_is_prefilled_once_per_problem(tiny, tiny_params):
-    batch, group, length, new = 3, 5, 13, 4  # sizes that tell the axes apart, and from a part of the cache
+    batch, group, length, new = 3, 5, 13, 4  # sizes that differ from each other and from the parts of the cache
     prompts = Prompts(jnp.zeros((batch, length), jnp.int32), jnp.ones((batch, length), bool))
     sampled = partial(generate, model=LanguageModel(tiny, (1,), 0), sampling=Sampling(new), group=group)
     jaxpr = jax.make_jaxpr(sampled)(

@@ -42,7 +42,7 @@ def run(tiny, tiny_params):
 @pytest.fixture(scope="module")
 def at_once(run):
     rollout, slot_steps = run()
-    # The test is about responses that end at different times.
+    # The tests need responses that end at different times.
     assert rollout.lengths.min() <= 2 and rollout.lengths.max() == NEW and len(set(rollout.lengths.ravel())) > 8
     assert (rollout.finish == STOP).any() and (rollout.finish != STOP).any()
     return rollout, slot_steps
@@ -69,8 +69,8 @@ def test_prompts_of_one_token(tiny, tiny_params):
         ]
         for prompt in ((tokens, tokens > 0), (np.pad(tokens, ((0, 0), (2, 0))), np.pad(tokens > 0, ((0, 0), (2, 0)))))
     )
-    for each in (one[1], *longer):
-        assert_same(each, one[0])
+    for rollout in (one[1], *longer):
+        assert_same(rollout, one[0])
     assert len(set(one[0].lengths.ravel())) > 3
 
 
@@ -87,7 +87,7 @@ def test_the_schedule_is_known_from_the_lengths(run, at_once, slots, shards):
     assert sum(stage.width * stage.steps for stage in stages) * shards == slot_steps
 
 
-def test_what_the_slots_hold():
+def test_the_tokens_in_the_caches_of_the_slots():
     # Prompts of 5 tokens, of which 4 are in the cache before the first step. Slot 0 takes responses of 2 and 3 tokens,
     # slot 1 one of 4; after the 4th step it is idle and still holds 8.
     (stage,) = schedule(np.array([[2, 4, 3]]), np.full((1, 3), 5), 2)
@@ -110,8 +110,8 @@ KINDS = (GROUP, 3)  # responses to a prompt of each kind
 
 
 @pytest.fixture(scope="module")
-def each_alone(tiny, tiny_params):
-    """The responses to some prompts, and to others with a key and a number of their own."""
+def sampled_alone(tiny, tiny_params):
+    """The responses to two kinds of prompts, sampled separately with different keys and group sizes."""
     ids = np.arange(COUNT, dtype=np.uint32)
     first, second = (
         jax.device_get(sample(tiny_params, tiny, prompts(seed), jax.random.key(seed), ids, group=group)[0])
@@ -122,31 +122,31 @@ def each_alone(tiny, tiny_params):
 
 
 @pytest.mark.parametrize(("slots", "ways"), [(0, (1, 1, 1)), (5, (1, 1, 1)), (8, (2, 2, 2)), (0, (1, 8, 1))])
-def test_groups_sampled_at_once_are_those_sampled_alone(each_alone, tiny, tiny_params, slots, ways):
+def test_groups_sampled_at_once_are_those_sampled_alone(sampled_alone, tiny, tiny_params, slots, ways):
     mesh = sharding.make_mesh(*ways, devices=jax.devices()[: math.prod(ways)])
     tokens = [[list(row[real]) for row, real in zip(*prompts(seed), strict=True)] for seed in range(2)]
-    ours = policy.Policy(tiny, None, STOPS, PAD, np.dtype(np.float32), "")
+    tiny_policy = policy.Policy(tiny, None, STOPS, PAD, np.dtype(np.float32), "")
     with jax.set_mesh(mesh):
         rollouts, slot_steps = generation.respond_in_groups(
-            ours, policy.place(tiny_params, mesh), tokens, [jax.random.key(seed) for seed in range(2)], mesh,
+            tiny_policy, policy.place(tiny_params, mesh), tokens, [jax.random.key(seed) for seed in range(2)], mesh,
             Sampling(NEW, slots=slots), KINDS, LENGTH,
         )  # fmt: skip
-    for actual, expected in zip(rollouts, each_alone, strict=True):
+    for actual, expected in zip(rollouts, sampled_alone, strict=True):
         assert_same(actual, expected)
-    assert slot_steps >= sum(expected.lengths.sum() for expected in each_alone)
+    assert slot_steps >= sum(expected.lengths.sum() for expected in sampled_alone)
 
 
-def test_groups_sampled_at_once_need_fewer_steps(each_alone):
-    """The tail of one group is filled with the other's responses."""
+def test_groups_sampled_at_once_need_fewer_steps(sampled_alone):
+    """The other group's responses fill the slots at the end of one group."""
 
     def steps(lengths, slots):
         stages = schedule(lengths, np.full_like(lengths, LENGTH), slots or lengths.size)
         return sum(stage.steps for stage in stages)
 
-    lengths = [expected.lengths for expected in each_alone]
+    lengths = [expected.lengths for expected in sampled_alone]
     together = np.concatenate(lengths, axis=1).reshape(1, -1)
     for slots in (48, 0):
-        assert steps(together, slots) < 0.75 * sum(steps(each.reshape(1, -1), slots) for each in lengths)
+        assert steps(together, slots) < 0.75 * sum(steps(group.reshape(1, -1), slots) for group in lengths)
 
 
 def test_one_slot_is_never_idle(run, at_once):
@@ -162,9 +162,9 @@ def test_few_slot_steps_are_idle(run, at_once):
 
 def test_the_last_responses_decode_in_fewer_slots(at_once):
     rollout, slot_steps = at_once
-    going = [(rollout.lengths > step).sum() for step in range(NEW + 1)]
-    widths = [going[0], going[0] // 4, going[0] // 16]
-    ends = [next(step for step in range(NEW) if going[step] <= width) for width in widths[1:]]
+    active = [(rollout.lengths > step).sum() for step in range(NEW + 1)]
+    widths = [active[0], active[0] // 4, active[0] // 16]
+    ends = [next(step for step in range(NEW) if active[step] <= width) for width in widths[1:]]
     steps = np.diff([0, *ends, rollout.lengths.max()])
     assert all(steps) and slot_steps == np.dot(widths, steps)
 
@@ -172,11 +172,11 @@ def test_the_last_responses_decode_in_fewer_slots(at_once):
 @pytest.mark.parametrize(
     ("slots", "widths"), [(512, [128, 32, 8, 2]), (64, [16, 4]), (32, [8, 2]), (31, []), (8, []), (1, [])]
 )
-def test_how_many_slots_the_last_responses_take(slots, widths):
-    found = [slots]
-    while found[-1]:
-        found.append(narrowed(found[-1], slots))
-    assert found == [slots, *widths, 0]
+def test_widths_of_the_stages(slots, widths):
+    stages = [slots]
+    while stages[-1]:
+        stages.append(narrowed(stages[-1], slots))
+    assert stages == [slots, *widths, 0]
 
 
 def test_new_prompts_and_noise_compile_nothing(run):
