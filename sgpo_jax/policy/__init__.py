@@ -1,6 +1,5 @@
 """The policy of a config: its model, tokenizer and prompts, and its graded responses."""
 
-from sgpo_jax.policy.policy import Policy, load, place, scratch_config
-from sgpo_jax.policy.run import Run
+from sgpo_jax.policy.policy import Policy, Run, load, place, scratch_config
 
 __all__ = ["Policy", "Run", "load", "place", "scratch_config"]

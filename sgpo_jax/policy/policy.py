@@ -1,7 +1,8 @@
-"""The policy of a config: the model's shape, its tokenizer and its initial parameters."""
+"""The policy of a config: the model's shape, its tokenizer and its initial parameters; and the run it belongs to."""
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import huggingface_hub
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from sgpo_jax import data, models, sharding
 from sgpo_jax.models import gguf, huggingface
@@ -34,6 +36,16 @@ class Policy(NamedTuple):
     def language_model(self) -> LanguageModel:
         """The properties of the policy that generation needs."""
         return LanguageModel(self.config, self.stop_ids, self.pad_id, self.dtype)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run that every stage needs; the parameters are passed separately."""
+
+    config: ConfigDict
+    workdir: Path
+    policy: Policy
+    mesh: Mesh
 
 
 def load(

@@ -222,7 +222,8 @@ def _fold(key: jax.Array, *ids: jax.Array) -> jax.Array:
 def _record(out: Rollout, slots: _Slots, token: jax.Array, logp: jax.Array, stopped: jax.Array) -> Rollout:
     """Writes each slot's token into its response; the index of a free slot is out of range, so its token is dropped."""
 
-    def write(tokens, logps, lengths, finish, response, count, token, logp, stopped):
+    def record(out, response, count, token, logp, stopped):
+        tokens, logps, lengths, finish = out
         return Rollout(
             tokens.at[response, count].set(token, mode="drop"),
             logps.at[response, count].set(logp, mode="drop"),
@@ -230,7 +231,7 @@ def _record(out: Rollout, slots: _Slots, token: jax.Array, logp: jax.Array, stop
             finish.at[response].set(jnp.where(stopped, STOP, LENGTH), mode="drop"),
         )
 
-    return jax.vmap(write)(*out, slots.response, slots.sampled, token, logp, stopped)
+    return jax.vmap(record)(out, slots.response, slots.sampled, token, logp, stopped)
 
 
 def _left_aligned(prompts: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
