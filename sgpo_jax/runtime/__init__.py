@@ -1,4 +1,4 @@
-"""What a run needs from its machine: several processes, files that survive a kill, progress, signals, locks."""
+"""The machine under a run: processes that act as one, files that survive a kill, progress, signals."""
 
 from sgpo_jax.runtime.distributed import is_first
 from sgpo_jax.runtime.files import append_text, jsonl, read_jsonl, replacing, write_text
