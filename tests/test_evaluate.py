@@ -46,7 +46,7 @@ def test_it_prints_and_writes_measured_beside_reported(config, tmp_path, capsys,
     assert evaluate.run(config, None, str(tmp_path / "out"), "", limit=6) == results
     assert "paper" not in capsys.readouterr().out
     config.eval.temperature = 0.7
-    with pytest.raises(ValueError, match=r"temperature 0.6, now 0.7; go on with the same, or choose another --out"):
+    with pytest.raises(ValueError, match=r"temperature 0.6, now 0.7; continue with the same, or choose another --out"):
         evaluate.run(config, None, str(tmp_path / "out"), "", limit=6)
 
 

@@ -43,6 +43,7 @@ def test_a_run_leaves_metrics_checkpoints_generations_table_and_figures(undistur
     assert len(read_jsonl(answers)) == 24
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(undisturbed, tmp_path):
     run(tmp_path / "again", rl__steps=2, rl__eval_every=0, eval__guided=False)
     half = "tests.helpers.reward_functions:half"  # of the user's own

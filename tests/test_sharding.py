@@ -72,7 +72,13 @@ def single_device():
     return train(sharding.make_mesh(devices=jax.devices()[:1]))
 
 
-@pytest.mark.parametrize("shape", MESHES, ids=str)
+# Each axis alone and all together in the default run; the others are slow.
+QUICK = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
+
+
+@pytest.mark.parametrize(
+    "shape", [pytest.param(s, marks=[] if s in QUICK else pytest.mark.slow) for s in MESHES], ids=str
+)
 def test_every_mesh_trains_like_one_device(shape, single_device):
     losses, params = train(sharding.make_mesh(*shape, devices=jax.devices()[:8]))
     np.testing.assert_allclose(losses, single_device[0], atol=1e-4)

@@ -111,6 +111,7 @@ def without_times(path):
 EXTRACTION = [["extraction", 5, 0.0], ["extraction", 12, 60], ["extraction", 9, 0.02]]
 
 
+@pytest.mark.slow
 def test_an_extraction_killed_again_and_again_ends_as_without_and_pays_for_nothing_twice(tmp_path, monkeypatch):
     pytest.importorskip("openai", reason="needs the extra 'extract'")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-0123456789abcdef")

@@ -166,6 +166,7 @@ def timeless(path):
     return [{name: value for name, value in row.items() if name != "seconds"} for row in read_jsonl(path)]
 
 
+@pytest.mark.slow
 def test_a_lab_from_beginning_to_end(config, tmp_path, capsys, monkeypatch):
     """All cells, tables and figures; then again with nothing, one cell, and another config to do."""
     config.lab.update({"rates": (1.0,), "seeds": (1,)})
