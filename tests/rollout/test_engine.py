@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis.extra.numpy import arrays
 
 from sgpo_jax import models, policy, sharding
+from sgpo_jax.plan.flops import matmul_flops
+from sgpo_jax.plan.phases import Scopes
 from sgpo_jax.rollout import LENGTH, STOP, LanguageModel, Prompts, Sampling, generate, sampling
 from sgpo_jax.training import packing
 from sgpo_jax.training.forward import Forward, MicroBatch, Tokens, response_hidden, response_logprobs
@@ -481,32 +483,24 @@ def equations(jaxpr, within=()):
 
 
 def test_the_prompt_is_prefilled_once_per_problem(tiny, tiny_params):
-    batch, group, length, new = 3, 5, 13, 4  # sizes that differ from each other and from the parts of the cache
-    prompts = Prompts(jnp.zeros((batch, length), jnp.int32), jnp.ones((batch, length), bool))
-    sampled = partial(generate, model=LanguageModel(tiny, (1,), 0), sampling=Sampling(new), group=group)
-    jaxpr = jax.make_jaxpr(sampled)(
-        tiny_params, prompts=prompts, key=jax.random.key(0), problem_ids=jnp.arange(batch)
-    )
-    products = [
-        (equation.outvars[0].aval.shape, within)
-        for equation, within in equations(jaxpr.jaxpr)
-        if equation.primitive.name == "dot_general"
-    ]
-    # The last token of a prompt is the first that is decoded.
-    prefill = [shape for shape, within in products if "while" not in within and length - 1 in shape]
-    # Seven projections, scores and weighted values of the one scanned layer.
-    assert len(prefill) == 9
-    assert all(shape[0] == batch for shape in prefill)
-    # Each decoded token costs a row per response and no more than one position.
-    decode = [(shape, "cond" in within) for shape, within in products if "while" in within]
-    # Seven projections and the head; scores and weighted values for each part of the cache, of which one is read.
-    assert [in_branch for _, in_branch in decode].count(False) == 8
-    branches = [shape for shape, in_branch in decode if in_branch]
-    assert sorted(shape[3] for shape in branches[::2]) == [4, 8, 12, 16] and len(branches) == 8
-    rows = batch * group
-    # In the products with the cache the key/value heads come first.
-    assert all(rows in shape[:2] and length not in shape for shape, _ in decode)
-    assert all(math.prod(shape) <= rows * tiny.vocab_size for shape, _ in decode)
+    """By cost: prefill does not grow with the group, and a decoded token costs one position of its own response."""
+    batch, length = 3, 13
+
+    def flops(group, length):
+        prompts = Prompts(jnp.zeros((batch, length), jnp.int32), jnp.ones((batch, length), bool))
+        sampled = partial(generate, model=LanguageModel(tiny, (1,), 0), sampling=Sampling(4), group=group)
+        jaxpr = jax.make_jaxpr(sampled)(
+            tiny_params, prompts=prompts, key=jax.random.key(0), problem_ids=jnp.arange(batch)
+        )
+        one_step = Scopes("prefill", (("decode_", "decode"),), trips=(("while$", 1.0),))
+        return matmul_flops(jaxpr, one_step)
+
+    alone, group, longer = flops(1, length), flops(5, length), flops(1, 2 * length - 1)
+    assert group["prefill"] == alone["prefill"] and group["decode"] == 5 * alone["decode"]
+    assert 2 <= longer["prefill"] / alone["prefill"] < 3, "twice the tokens, and attention over twice as many"
+    token = alone["prefill"] / (batch * (length - 1))
+    head = 2 * tiny.hidden_size * tiny.vocab_size
+    assert head < alone["decode"] / batch < 1.1 * (token + head)
 
 
 MESHES = [(2, 2, 2)] + [pytest.param(m, marks=pytest.mark.slow) for m in [(1, 4, 2), (4, 1, 2), (1, 1, 8), (2, 1, 4)]]
