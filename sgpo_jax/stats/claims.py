@@ -1,7 +1,8 @@
 """The paper's claims tested on a grid of methods and seeds: paired intervals, and a verdict for each claim.
 
 All functions are pure. They read the rows of results, `{"world": ..., "method": ..., "seed": ..., "accuracy": ...}`.
-Methods with the same seed share warm-up, problems and noise, so differences are taken seed by seed.
+Methods with the same seed share warm-up, problems and noise, so differences are taken seed by seed. A value that is
+not finite is no score: it is left out as if the row were absent.
 """
 
 import math
@@ -10,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import special
+
+from sgpo_jax.stats.scores import is_score
 
 Row = Mapping[str, Any]
 
@@ -78,7 +81,11 @@ CLAIMS = (
 
 
 def interval(values: Sequence[float]) -> Difference:
-    """Returns the mean of values, one per seed, with Student's 95 % interval: infinite for fewer than two values."""
+    """Returns the mean of values, one per seed, with Student's 95 % interval: infinite for fewer than two values.
+
+    Values that are not scores are left out, and `pairs` does not count them.
+    """
+    values = [value for value in values if is_score(value)]
     count = len(values)
     mean = float(np.mean(values)) if count else math.nan
     if count < 2:
@@ -88,8 +95,9 @@ def interval(values: Sequence[float]) -> Difference:
 
 
 def by_seed(rows: Iterable[Row], world: str, method: str, metric: str = "accuracy") -> dict[int, float]:
-    """Returns {seed: metric} of a method in a world."""
-    return {row["seed"]: row[metric] for row in rows if row["world"] == world and row["method"] == method}
+    """Returns {seed: metric} of a method in a world, for the seeds whose metric is a score."""
+    rows = [row for row in rows if row["world"] == world and row["method"] == method]
+    return {row["seed"]: row[metric] for row in rows if is_score(row[metric])}
 
 
 def paired(rows: Sequence[Row], world: str, first: str, second: str, metric: str = "accuracy") -> Difference:
@@ -115,11 +123,11 @@ def best_rate(rows: Iterable[Row], world: str, method: str) -> float:
     """Returns the rate with the highest mean accuracy over a method's tuning rows in a world; the smallest on a tie.
 
     Raises:
-      ValueError: the method has no rows in that world.
+      ValueError: the method has no rows with a score in that world.
     """
     scores: dict[float, list[float]] = {}
     for row in rows:
-        if (row["world"], row["method"]) == (world, method):
+        if (row["world"], row["method"]) == (world, method) and is_score(row["accuracy"]):
             scores.setdefault(row["rate"], []).append(row["accuracy"])
     if not scores:
         raise ValueError(f"method {method!r} in world {world!r}: no tuning results")
@@ -153,7 +161,9 @@ def table(rows: Sequence[Row], world: str, methods: Mapping[str, str]) -> tuple[
 
 
 def percent(value: Difference) -> str:
-    """Returns a value in percent, with the half-width of its interval where that is finite: "85.2 ± 17.4"."""
+    """Returns a value in percent, with the half-width of its interval where that is finite: "85.2 ± 17.4"; or ""."""
+    if not value.pairs:
+        return ""
     half = value.high - value.mean
     return f"{100 * value.mean:.1f} ± {100 * half:.1f}" if math.isfinite(half) else f"{100 * value.mean:.1f}"
 
@@ -210,8 +220,8 @@ def tables(
 
 def _tuned(rows: Sequence[Row], *cell: Any) -> str:
     """Returns the mean accuracy, in percent, of a cell (world, method, rate), "" where there is none."""
-    values = [row["accuracy"] for row in rows if (row["world"], row["method"], row["rate"]) == cell]
-    return f"{100 * np.mean(values):.1f}" if values else ""
+    values = interval([row["accuracy"] for row in rows if (row["world"], row["method"], row["rate"]) == cell])
+    return f"{100 * values.mean:.1f}" if values.pairs else ""
 
 
 class Standing(NamedTuple):
@@ -243,7 +253,7 @@ def across_worlds(rows: Sequence[Row]) -> list[Standing]:
                 continue
             after = interval([row["accuracy"] for row in results])
             ahead = paired(rows, world, method, "grpo") if method != "grpo" else interval([])
-            before = float(np.mean([row["before"] for row in results]))
+            before = interval([row["before"] for row in results]).mean
             standings.append(Standing(world, method, results[0]["rate"], before, after, ahead))
     return standings
 

@@ -4,6 +4,8 @@ The latest few and the best are kept. A save is atomic: a kill in the middle lea
 show when a checkpoint differs from what was saved.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from sgpo_jax.runtime import checksums, distributed
+from sgpo_jax.stats import is_score
 from sgpo_jax.training.state import TrainState
 
 FORMAT = 1  # version of the checkpoint format; any other version is refused
@@ -22,6 +25,35 @@ _PIECE = 2**24
 
 class Damaged(ValueError):
     """The error that a checkpoint differs from what was saved."""
+
+
+@dataclass
+class _KeepBest(policies.PreservationPolicy):
+    """Keeps the checkpoint with the best score, the latest if several tie; one without a score is never the best.
+
+    Orbax's own `BestN` sorts the scores, and a sequence with a NaN in it has no order.
+    """
+
+    metric: str
+    higher_is_better: bool
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Returns for each checkpoint, in the order of their steps, whether it is the best one."""
+        scores = [score_in(checkpoint.metrics, self.metric) for checkpoint in checkpoints]
+        best = better(scores, self.higher_is_better)
+        last = max((i for i, score in enumerate(scores) if score is not None and score == best), default=None)
+        return [i == last for i in range(len(checkpoints))]
+
+
+def score_in(metrics: Any, name: str) -> float | None:
+    """Returns the score of this name in the metrics of a checkpoint; None if it is absent or not finite."""
+    score = metrics.get(name) if isinstance(metrics, dict) else None
+    return score if is_score(score) else None
+
+
+def better(scores: Sequence[float | None], higher_is_better: bool) -> float | None:
+    """Returns the best of the scores that are not None, or None if there is none."""
+    return (max if higher_is_better else min)((score for score in scores if score is not None), default=None)
 
 
 class Checkpoints:
@@ -61,12 +93,7 @@ class Checkpoints:
         self._higher_is_better = higher_is_better
         preserved = [
             policies.LatestN(keep),
-            policies.BestN(
-                get_metric_fn=lambda metrics: metrics[best],
-                reverse=not higher_is_better,
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            ),
+            _KeepBest(best, higher_is_better),
         ]
         # Without best_fn the manager would not write the metrics, and a resumed run could not tell its best checkpoint.
         options = ocp.CheckpointManagerOptions(
@@ -97,21 +124,19 @@ class Checkpoints:
         return sorted(map(int, self._manager.all_steps()))  # with several processes the manager returns numpy integers
 
     def best_step(self) -> int | None:
-        """Returns the step of the best checkpoint, the earliest if several tie; the latest if none has the metric."""
+        """Returns the step of the best checkpoint, the earliest if several tie; the latest if none has a score."""
         return distributed.first(self._best_step)
 
     def _best_step(self) -> int | None:
-        scores = {step: score for step in self.all_steps() if (score := self._score(step)) is not None}
-        if not scores:
-            return self.latest_step()
-        return (max if self._higher_is_better else min)(scores, key=lambda step: scores[step])
-
-    def _score(self, step: int) -> float | None:
-        metrics = self._manager.metrics(step)
-        return None if metrics is None else metrics.get(self._best)
+        steps = self.all_steps()
+        scores = [score_in(self._manager.metrics(step), self._best) for step in steps]
+        best = better(scores, self._higher_is_better)
+        return self.latest_step() if best is None else steps[scores.index(best)]
 
     def save(self, step: int, state: TrainState, score: float | None = None) -> None:
         """Saves the state after `step`; `score` is its value of the metric `best`.
+
+        A score that is not finite is no score: the checkpoint is saved as one that was not evaluated.
 
         Raises:
           OSError: this or an earlier save failed, and `stop_on_error` is set.
@@ -120,7 +145,9 @@ class Checkpoints:
         run = {"format": FORMAT, "seed": self._seed}
         pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_PIECE), state)
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(state, pieces), run=ocp.args.JsonSave(run))
-        metrics = None if score is None else {self._best: float(score)}
+        metrics = {self._best: float(score)} if is_score(score) else None
+        if score is not None and metrics is None and distributed.is_first():
+            print(f"warning: step {step}: {self._best} is {score}; its checkpoint cannot become the best", flush=True)
         try:
             self._manager.save(step, args=args, metrics=metrics)
         except Exception as error:

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from sgpo_jax.stats import is_score
+
 # field of config.monitor -> (metric, whether the limit is the least or the most, what it is a sign of)
 LIMITS = {
     "least_entropy": ("entropy", "least", "the policy hardly explores"),
@@ -49,7 +51,7 @@ def signs(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any]) -> dict[
     messages = {}
     for field, (metric, kind, meaning) in LIMITS.items():
         values = [row.get(metric) for row in rows[-window:]]
-        if not all(isinstance(value, int | float) and np.isfinite(value) for value in values):
+        if not all(is_score(value) for value in values):
             continue
         mean = float(np.mean(values))  # type: ignore[arg-type]
         if mean < limits[field] if kind == "least" else mean > limits[field]:

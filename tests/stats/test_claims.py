@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sgpo_jax.methods import METHODS
 from sgpo_jax.stats import claims
@@ -116,3 +118,34 @@ def test_methods_of_one_world_or_without_grpo_are_not_compared_across_worlds():
     rows = [row(m, 0, 0.5, world=w, before=0.1) for w in ("base", "rare") for m in ("sft", "sgpo", "no_kl_clip")]
     assert claims.across_worlds(rows) == []
     assert claims.across_worlds([*rows, row("grpo", 0, 0.5, before=0.1)]) == []
+
+
+NO_SCORES = (math.nan, math.inf, -math.inf, None)
+
+
+@pytest.mark.parametrize("value", NO_SCORES)
+def test_what_is_no_score_counts_as_absent(value):
+    """In every statistic: as if its row were not there."""
+    assert claims.interval([0.25, value, 0.75]) == claims.interval([0.25, 0.75])
+    rows = [row("sgpo", s, 0.5 + s / 16, sets={}, before=0.5) for s in range(3)]
+    rows += [row("grpo", s, 0.25 + s / 32, sets={}, before=0.5) for s in range(3)]
+    rows += [{**r, "world": "rare", "accuracy": r["accuracy"] / 2} for r in rows]
+    more = [row(m, 3, value, w, sets={}, before=value) for m in ("sgpo", "grpo") for w in ("base", "rare")]
+    assert claims.by_seed(rows + more, "base", "sgpo") == claims.by_seed(rows, "base", "sgpo")
+    assert claims.claims(rows + more, "base") == claims.claims(rows, "base")
+    assert claims.across_worlds(rows + more) == claims.across_worlds(rows)
+    assert claims.percent(claims.interval([value])) == ""
+    measured = ((0.5, value), (1.0, 0.75), (2.0, 0.25), (4.0, value))
+    rates = [row("sgpo", seed, accuracy, rate=rate) for rate, accuracy in measured for seed in (7, 8)]
+    for order in (rates, rates[::-1]):
+        assert claims.best_rate(order, "base", "sgpo") == 1.0
+    cells = claims.tables([], rates, "base")[0][2]
+    assert cells == [["base", "sgpo", "", "75.0", "25.0", ""]]
+    with pytest.raises(ValueError, match="'sgpo' in world 'base': no tuning results"):
+        claims.best_rate([row("sgpo", 7, value)], "base", "sgpo")
+
+
+@given(st.lists(st.one_of(st.sampled_from(NO_SCORES), st.floats(0, 1)), max_size=8))
+def test_intervals_are_those_of_the_scores_alone(values):
+    scores = [value for value in values if value is not None and math.isfinite(value)]
+    assert repr(claims.interval(values)) == repr(claims.interval(scores))

@@ -1,6 +1,7 @@
 """Checkpoints that are not what was saved: found, named, and the last good one used."""
 
 import errno
+import math
 import os
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from sgpo_jax.runtime import checksums
 from sgpo_jax.training.checkpoint import Checkpoints
@@ -21,6 +24,9 @@ def state(value, width=40):
     kernel = value + jnp.arange(50.0 * width).reshape(50, width)
     params = {"layers": {"kernel": kernel}, "scale": jnp.full(3, value, float)}
     return TrainState(step=jnp.int32(value), params=params, opt_state=(jnp.float32(value),), skipped=jnp.int32(0))
+
+
+SMALL = TrainState(step=jnp.int32(0), params={"scale": jnp.zeros(2)}, opt_state=(), skipped=jnp.int32(0))
 
 
 def checkpoints(folder, **more):
@@ -230,3 +236,69 @@ def test_a_limit_of_the_system_in_the_middle_of_a_save(saved, tmp_path, how):
     with checkpoints(tmp_path / "run") as found:
         assert found.all_steps()[-1] == 5
         jax.tree.map(np.testing.assert_array_equal, found.restore_latest(state(0)), state(5))
+
+
+SCORES = st.one_of(
+    st.sampled_from([None, math.nan, math.inf, -math.inf]), st.integers(-3, 3).map(float), st.floats(-1e30, 1e30)
+)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(SCORES, min_size=1, max_size=7), st.integers(1, 3), st.booleans(), st.sets(st.integers(1, 7)))
+@example([2.0, 1.0, math.nan, 1.5, 1.6], 1, False, set())
+@example([math.nan, 2.0, 1.0, 1.5], 1, False, {2})
+@example([math.inf, 2.0, 1.0, 1.5], 1, True, set())
+@example([0.2, 0.9, None, math.nan, 0.5, 0.4], 1, True, {4})
+@example([math.nan, math.inf, -math.inf, None], 2, True, {1, 2, 3})
+def test_the_best_checkpoint_stays_whatever_the_scores(tmp_path_factory, scores, keep, higher, resumed):
+    """Only finite scores count; the best is kept and named at each moment, and in a run that resumes."""
+    folder = tmp_path_factory.mktemp("scores")
+    more = {"keep": keep, "higher_is_better": higher}
+    saved = checkpoints(folder, **more)
+    for step, score in enumerate(scores, 1):
+        saved.save(step, SMALL.replace(step=jnp.int32(step)), score)
+        saved.wait()
+        finite = {i: s for i, s in enumerate(scores[:step], 1) if s is not None and math.isfinite(s)}
+        best = (max if higher else min)(finite.values(), default=None)
+        latest = [*range(max(step - keep, 0) + 1, step + 1)]
+        assert set(latest) <= set(saved.all_steps()) and len(saved.all_steps()) <= keep + 1
+        if best is None:
+            assert (saved.best_step(), saved.all_steps()) == (step, latest)
+        else:
+            assert finite[saved.best_step()] == best
+            assert saved.best_step() in saved.all_steps()
+        if step in resumed:
+            before = saved.all_steps(), saved.best_step()
+            saved.__exit__()
+            saved = checkpoints(folder, **more)
+            assert (saved.all_steps(), saved.best_step()) == before
+    saved.__exit__()
+    with checkpoints(folder, **more, reading=True) as again:
+        assert again.best_step() in again.all_steps()
+
+
+def test_a_score_that_is_not_finite_is_said(tmp_path, capsys):
+    with checkpoints(tmp_path) as saved:
+        saved.save(1, SMALL, 0.5)
+        saved.save(2, SMALL, None)
+        assert "warning" not in capsys.readouterr().out
+        saved.save(3, SMALL, float("nan"))
+        assert "warning: step 3: score is nan; its checkpoint cannot become the best" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stored", ["NaN", "Infinity", "-Infinity", "null"])
+def test_a_checkpoint_of_an_earlier_version_with_such_a_score_is_not_the_best(tmp_path, stored):
+    """Earlier versions wrote the score itself."""
+    with checkpoints(tmp_path) as saved:
+        for step, score in ((1, 0.25), (2, 0.5), (3, 0.75)):
+            saved.save(step, SMALL.replace(step=jnp.int32(step)), score)
+    (metrics,) = (tmp_path / "3").rglob("metrics/metrics")
+    metrics.write_text(f'{{"score": {stored}}}')
+    (tmp_path / "3.files.json").unlink()
+    for higher, best in ((True, 2), (False, 1)):
+        with checkpoints(tmp_path, higher_is_better=higher, reading=True) as saved:
+            assert saved.best_step() == (best if best in saved.all_steps() else 2)
+    with checkpoints(tmp_path, keep=1) as saved:
+        saved.save(4, SMALL.replace(step=jnp.int32(4)), 0.1)
+        saved.wait()
+        assert (saved.all_steps(), saved.best_step()) == ([2, 4], 2)
