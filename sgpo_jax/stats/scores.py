@@ -1,4 +1,4 @@
-"""What counts as a score. Anything else chooses nothing: no checkpoint, no rate, no verdict."""
+"""The rule for scores: what is not a finite number chooses nothing, no checkpoint, no rate and no verdict."""
 
 import math
 from numbers import Real
