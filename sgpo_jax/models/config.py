@@ -15,6 +15,13 @@ _FAMILIES = {
     "LlamaForCausalLM": ("llama", False, False, None),
 }
 
+# rope_type: the keys of its rotary dictionary, in addition to those of every type.
+_ROPE_KEYS: dict[str, set[str]] = {
+    "default": set(),
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+}
+_ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+
 _MAX_SIZE = 2**24  # for every size, so that a damaged file is refused before memory is taken for it
 
 
@@ -216,8 +223,11 @@ def _refuse_unsupported(hf: Mapping[str, Any], architecture: str) -> None:
 
 
 def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Returns base and scaling, from rope_parameters (transformers 5) or from rope_theta and rope_scaling."""
-    field = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+    """Returns base and scaling, from rope_parameters (transformers 5) or from rope_theta and rope_scaling.
+
+    A key that this rule does not use is refused: most such keys ask for another embedding.
+    """
+    field = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"  # transformers gives it precedence too
     rope = hf.get(field) or {}
     if not isinstance(rope, Mapping):
         raise ValueError(f"{field} is {rope!r}; it must be an object")
@@ -226,15 +236,27 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     if partial != 1.0:
         raise ValueError(f"{field}.partial_rotary_factor is {partial!r}; supported: 1.0")
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in [*_ROPE_KEYS]:
+        raise ValueError(f"{field}.rope_type is {kind!r}; supported: {', '.join(map(repr, _ROPE_KEYS))}")
+    if rope.get("type", kind) != kind:
+        raise ValueError(f"{field}.type is {rope['type']!r}; rope_type beside it is {kind!r}")
+    for key in sorted(rope.keys() - _ROPE_KEYS[kind] - _ROPE_COMMON):
+        if rope[key] is not None:
+            allowed = ", ".join(sorted(_ROPE_KEYS[kind] | _ROPE_COMMON))
+            raise ValueError(f"{field}.{key} is {rope[key]!r}; supported with rope_type {kind!r}: {allowed}")
     if kind == "default":
         return theta, None
-    if kind != "llama3":
-        raise ValueError(f"{field}.rope_type is {kind!r}; supported: 'default', 'llama3'")
+    original = _required(rope, "original_max_position_embeddings", field)
+    if hf.get("original_max_position_embeddings") not in (None, original):  # transformers would take this one
+        raise ValueError(
+            f"original_max_position_embeddings is {hf['original_max_position_embeddings']!r}; "
+            f"supported: that of {field}, {original!r}"
+        )
     return theta, RopeScaling(
         factor=_required(rope, "factor", field),
         low_freq_factor=_required(rope, "low_freq_factor", field),
         high_freq_factor=_required(rope, "high_freq_factor", field),
-        original_max_positions=_required(rope, "original_max_position_embeddings", field),
+        original_max_positions=original,
     )
 
 

@@ -219,3 +219,51 @@ def test_switches_must_fit_the_architecture():
     for change in ({"qkv_bias": False}, {"qk_norm": True}):
         with pytest.raises(ValueError, match=next(iter(change))):
             dataclasses.replace(from_hf(QWEN2), **change)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "rope_theta": 1e6}
+
+
+@pytest.mark.parametrize("base", [QWEN2, QWEN3, LLAMA], ids=["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize(
+    ("rope", "key"),
+    [
+        ({"rope_parameters": {"full_attention": YARN}}, "full_attention"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}}, "full_attention"),
+        ({"rope_parameters": {"sliding_attention": {"rope_theta": 1e4}, "rope_theta": 1e6}}, "sliding_attention"),
+        ({"rope_scaling": {"factor": 4.0}}, "rope_scaling.factor is 4.0"),
+        ({"rope_scaling": {"rope_type": "default", "factor": 2}}, "rope_scaling.factor is 2"),
+        ({"rope_scaling": {"mrope_section": [16, 24, 24]}}, "mrope_section"),
+        ({"rope_scaling": {"type": "mrope", "rope_type": "default"}}, "rope_scaling.type is 'mrope'"),
+        ({"rope_scaling": {"type": ["llama3"]}}, "rope_type is \\['llama3'\\]"),
+        ({"rope_scaling": {"rope_type": None}}, "rope_type is None"),
+        ({"rope_scaling": {"original_max_position_embeddings": 4096}}, "original_max_position_embeddings is 4096"),
+        ({"rope_scaling": {"attention_factor": 0.0}}, "attention_factor is 0.0"),
+        ({"rope_scaling": {"truncate": False}}, "truncate is False"),
+        ({"rope_scaling": {**LLAMA3_ROPE, "attention_factor": 2.0}}, "attention_factor is 2.0"),
+        ({"rope_scaling": {**LLAMA3_ROPE, "long_factor": [1.0]}}, "long_factor is"),
+        ({"rope_scaling": LLAMA3_ROPE, "original_max_position_embeddings": 4096}, "is 4096; .*8192"),
+        ({"rope_scaling": without(LLAMA3_ROPE, "original_max_position_embeddings")}, "original_max_position_embeddings"),
+    ],
+)  # fmt: skip
+def test_a_rotary_dictionary_is_understood_or_refused_by_name(base, rope, key):
+    with pytest.raises(ValueError, match=key):
+        from_hf({**without(base, "rope_scaling", "rope_parameters"), **rope})
+
+
+@pytest.mark.parametrize(
+    ("rope", "theta"),
+    [
+        ({}, 1e4),
+        ({"rope_scaling": None, "rope_theta": 5e5}, 5e5),
+        ({"rope_scaling": {}, "rope_parameters": {"rope_theta": 1e6}}, 1e6),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_theta": 1e4}, 1e6),
+        ({"rope_scaling": {"type": "default", "rope_type": "default"}, "rope_theta": 5e5}, 5e5),
+        ({"rope_parameters": {"type": "default", "partial_rotary_factor": 1.0}, "rope_theta": 5e5}, 5e5),
+        ({"rope_parameters": {"rope_theta": 1e6, "factor": None, "beta_fast": None}}, 1e6),
+    ],
+)
+@pytest.mark.parametrize("base", [QWEN2, QWEN3, LLAMA], ids=["qwen2", "qwen3", "llama"])
+def test_plain_rotary_embeddings_in_every_style(base, rope, theta):
+    config = from_hf({**without(base, "rope_scaling", "rope_parameters", "rope_theta"), **rope})
+    assert (config.rope_theta, config.rope_scaling) == (theta, None)
