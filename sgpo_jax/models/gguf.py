@@ -37,6 +37,36 @@ _STEMS = {
 }
 _ROPE_FACTORS = "rope_freqs.weight"
 
+_NAMESPACE = "llama."
+# Keys of the namespace that `_config` reads, and those that say nothing about the computation.
+_READ = {
+    "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
+    "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
+    "rope.dimension_count", "rope.freq_base",
+}  # fmt: skip
+_HARMLESS = {"vocab_size", "rope.scaling.original_context_length", "rope.scaling.finetuned"}
+# Keys that change the computation unless they have one of these values. In llama.cpp 0 turns a scale off.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "rope.scaling.type": ("none",),
+    "rope.scaling.factor": (0, 1),
+    "rope.scaling.attn_factor": (1,),
+    "rope.scale_linear": (0, 1),
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.scale": (0,),
+    "attention.sliding_window": (0,),
+    "embedding_scale": (0, 1),
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "use_parallel_residual": (False,),
+    "tensor_data_layout": ("Meta AI original pth",),  # the order of the rows that `_unpermuted` expects
+}
+
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 # Ends of a text and of a turn. The metadata names only one token as the end.
 _END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>")
@@ -209,9 +239,7 @@ def _contents(reader: Any) -> tuple[dict[str, Any], ModelConfig]:
 
 
 def _config(reader: Any, tensors: dict[str, Any], factors: Any) -> ModelConfig:
-    scaling = _field(reader, "llama.rope.scaling.type", "none")
-    if scaling != "none":
-        raise ValueError(f"llama.rope.scaling.type is {scaling!r}; supported: 'none'")
+    _refuse_unsupported(reader)
     if "model.embed_tokens.weight" not in tensors:
         raise ValueError("the GGUF file has no tensor token_embd.weight")
     hidden_size = _size(reader, "llama.embedding_length")
@@ -251,6 +279,18 @@ def _config(reader: Any, tensors: dict[str, Any], factors: Any) -> ModelConfig:
     if factors.data.shape != expected.shape or not np.allclose(factors.data, expected, rtol=1e-4):
         raise ValueError(f"tensor {_ROPE_FACTORS} is not the rotary scaling of Llama 3; no other is supported")
     return scaled
+
+
+def _refuse_unsupported(reader: Any) -> None:
+    """Refuses a key of the architecture's namespace that is not understood, or asks for another computation."""
+    for name in reader.fields:
+        key = name.removeprefix(_NAMESPACE)
+        if not name.startswith(_NAMESPACE) or key in _READ | _HARMLESS:
+            continue
+        value, neutral = _field(reader, name), _NEUTRAL.get(key, ())
+        if value not in neutral:
+            allowed = " or ".join(map(repr, neutral)) or "a file without this key"
+            raise ValueError(f"{name} is {value!r}; supported: {allowed}")
 
 
 def _shortest(value: float) -> float:

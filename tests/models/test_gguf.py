@@ -1,6 +1,7 @@
 """GGUF files: a small one that the tests write, and SmolLM2's tokenizer and template on real text."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,7 @@ def random_tensors(seed=0, tied=False):
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def write(path, tensors, architecture="llama", kind="F32", **metadata):
+def write(path, tensors, architecture="llama", kind="F32", keys=None, **metadata):
     """Writes float32 matrices as `kind` and every other tensor unchanged."""
     writer = gguf_package.GGUFWriter(path, architecture)
     writer.add_block_count(LAYERS)
@@ -55,6 +56,9 @@ def write(path, tensors, architecture="llama", kind="F32", **metadata):
     writer.add_rope_dimension_count(HEAD_DIM)
     writer.add_rope_freq_base(100000.0)
     writer.add_layer_norm_rms_eps(1e-5)
+    for name, value in (keys or {}).items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
+        add.get(type(value), writer.add_float32)(name, value)
     for name, value in metadata.items():
         getattr(writer, f"add_{name}")(value)
     for name, tensor in tensors.items():
@@ -171,6 +175,41 @@ def test_what_is_not_understood_is_named(tmp_path):
     refused("missing tensors: model.layers.1.mlp.down_proj.weight", tensors)
     del tensors["token_embd.weight"]
     refused("no tensor token_embd.weight", tensors)
+
+
+OTHER_COMPUTATION = {
+    "rope.scaling.type": "linear", "rope.scaling.factor": 4.0, "rope.scale_linear": 4.0,
+    "rope.scaling.attn_factor": 0.5, "rope.scaling.yarn_log_multiplier": 0.1, "rope.dimension_sections": [2, 2],
+    "rope.freq_base_swa": 1e4, "attention.causal": False, "attention.clamp_kqv": 8.0, "attention.scale": 0.5,
+    "attention.max_alibi_bias": 8.0, "attention.sliding_window": 16, "attention.layer_norm_epsilon": 1e-5,
+    "attention.temperature_scale": 0.1, "attention.a_key_of_tomorrow": 1, "embedding_scale": 12.0,
+    "logit_scale": 0.5, "residual_scale": 0.5, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+    "expert_count": 8, "expert_used_count": 2, "use_parallel_residual": True, "swin_norm": True, "pooling_type": 1,
+    "tensor_data_layout": "another", "a_key_of_tomorrow": "x",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", OTHER_COMPUTATION)
+def test_a_key_that_asks_for_another_computation_is_refused(tmp_path, key):
+    value = OTHER_COMPUTATION[key]
+    path = write(tmp_path / "m.gguf", random_tensors(), keys={f"llama.{key}": value})
+    shown = re.escape(repr(value)) if not isinstance(value, float) else r"\d"
+    for read in (gguf.load, gguf.read_config):
+        with pytest.raises(ValueError, match=f"llama.{key} is {shown}.*; supported: "):
+            read(path)
+
+
+def test_keys_that_say_nothing_or_ask_for_nothing_are_read(tmp_path):
+    keys = {
+        "llama.vocab_size": 32, "llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 1.0,
+        "llama.rope.scaling.original_context_length": 64, "llama.rope.scaling.finetuned": False,
+        "llama.rope.scale_linear": 1.0, "llama.attention.causal": True, "llama.attention.sliding_window": 0,
+        "llama.attention.scale": 0.0, "llama.logit_scale": 0.0, "llama.residual_scale": 1.0, "llama.expert_count": 0,
+        "llama.expert_used_count": 0, "llama.use_parallel_residual": False, "general.rope.scaling.factor": 4.0,
+        "llama.tensor_data_layout": "Meta AI original pth", "llamas.logit_scale": 0.5, "quantize.imatrix.chunks": 3,
+    }  # fmt: skip
+    plain = gguf.read_config(write(tmp_path / "plain.gguf", random_tensors()))
+    assert gguf.read_config(write(tmp_path / "more.gguf", random_tensors(), keys=keys)) == plain
 
 
 @pytest.mark.parametrize("size", [0, 3, 100, 2000, -5000])

@@ -243,7 +243,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ({"rope_scaling": {**LLAMA3_ROPE, "attention_factor": 2.0}}, "attention_factor is 2.0"),
         ({"rope_scaling": {**LLAMA3_ROPE, "long_factor": [1.0]}}, "long_factor is"),
         ({"rope_scaling": LLAMA3_ROPE, "original_max_position_embeddings": 4096}, "is 4096; .*8192"),
-        ({"rope_scaling": without(LLAMA3_ROPE, "original_max_position_embeddings")}, "original_max_position_embeddings"),
+        ({"rope_scaling": without(LLAMA3_ROPE, "original_max_position_embeddings")}, "original_max_position_emb"),
     ],
 )  # fmt: skip
 def test_a_rotary_dictionary_is_understood_or_refused_by_name(base, rope, key):
