@@ -151,11 +151,13 @@ def tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
             if kind in (_CONTROL, _USER_DEFINED)
         ]
     )
-    special = {
-        f"{role}_token": tokens[token]
-        for role, field in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-        if (token := _field(reader, f"tokenizer.ggml.{field}_token_id", None)) is not None
-    }
+    special = {}
+    for role, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        token = _field(reader, field := f"tokenizer.ggml.{name}_token_id", None)
+        if token is not None and token not in range(len(tokens)):
+            raise ValueError(f"{field} of {path} is {token!r}; allowed: 0 to {len(tokens) - 1}, its tokens")
+        if token is not None:
+            special[f"{role}_token"] = tokens[token]
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=_field(reader, "tokenizer.chat_template", None),

@@ -185,7 +185,7 @@ def save(
         path: _checked_dtype(f"dtype of {path}", leaf.dtype if dtype is None else dtype)
         for path, leaf in leaves.items()
     }
-    ids = _special_ids(tokenizer, stop_ids, config.vocab_size)
+    ids = special_ids(tokenizer, stop_ids, config.vocab_size)
     num_bytes = {name: math.prod(slot.shape) * dtypes[slot.path].itemsize for name, slot in layout.items()}
     shards = _shards(num_bytes, shard_bytes)
     leaves = {path: _on_mesh(path, leaf) for path, leaf in leaves.items()}
@@ -321,10 +321,13 @@ def _shards(num_bytes: dict[str, int], shard_bytes: int) -> dict[str, list[str]]
     return {f"model-{i:05}-of-{count:05}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
-def _special_ids(tokenizer: Any, stop_ids: Sequence[int], vocab_size: int) -> dict[str, Any]:
+def special_ids(tokenizer: Any, stop_ids: Sequence[int], vocab_size: int) -> dict[str, Any]:
     """Returns the special ids for config.json and generation_config.json.
 
     An unknown id is null. For a missing one, transformers would take an id of the first Llama.
+
+    Raises:
+        ValueError: an id lies outside the vocabulary.
     """
     fields = ("bos_token_id", "eos_token_id", "pad_token_id")
     ids = {field: getattr(tokenizer, field, None) for field in fields}

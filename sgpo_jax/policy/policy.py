@@ -65,7 +65,7 @@ def load(
       (policy, `initial(key, mesh) -> params`), params float32 on the mesh; only a model from scratch uses the key.
 
     Raises:
-      ValueError: the model or the tokenizer cannot be read.
+      ValueError: the model or the tokenizer cannot be read, or one of its special ids is outside the vocabulary.
     """
     folder: Path | None = None
     listed: tuple[int, ...] = ()  # stop tokens that a GGUF file names
@@ -100,6 +100,12 @@ def load(
     if len(tok) > config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tok)} tokens, the model's vocabulary {config.vocab_size}")
     stops = tuple(dict.fromkeys(tokenizers.stop_ids(tok, folder) + listed))
+    try:
+        huggingface.special_ids(tok, stops, config.vocab_size)  # else the export would refuse them, after the training
+    except ValueError as error:
+        raise ValueError(
+            f"model {source!r}: {error} (from generation_config.json, config.json, the GGUF file or the tokenizer)"
+        ) from error
     return Policy(config, tok, stops, tokenizers.pad_id(tok), dtype, instruction), initial
 
 

@@ -190,13 +190,15 @@ def stop_ids(tokenizer: PreTrainedTokenizerFast, folder: str | Path | None = Non
     """Returns all token ids that end a response; the first one closes an assistant's turn.
 
     They are the token that the chat template writes after an assistant's text, the tokenizer's end-of-text token, and,
-    for a Hugging Face folder, those of its generation_config.json.
+    for a Hugging Face folder, those at which transformers stops: eos_token_id of generation_config.json or, only where
+    that file is missing, of config.json.
 
     Raises:
       ValueError: there is no such token, or the file is damaged.
     """
     ids = [*_end_of_turn(tokenizer), tokenizer.eos_token_id]
-    if folder is not None and (path := Path(folder) / "generation_config.json").is_file():
+    files = [] if folder is None else [Path(folder) / name for name in ("generation_config.json", "config.json")]
+    if path := next((path for path in files if path.is_file()), None):
         listed = read_json(path).get("eos_token_id")
         listed = listed if isinstance(listed, list) else [listed]
         if not all(i is None or type(i) is int and i >= 0 for i in listed):

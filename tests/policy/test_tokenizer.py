@@ -110,6 +110,49 @@ def test_stop_ids_from_template_eos_and_generation_config(tmp_path):
         tokenizer.stop_ids(byte_level(NO_CLOSING, eos_token=None))
 
 
+def test_stop_ids_of_a_folder_are_those_of_transformers(tmp_path):
+    """Those of config.json count only where there is no generation_config.json, as if it were one."""
+    tok, plain = byte_level(), byte_level(NO_CLOSING, eos_token=None)
+    eot, eos, begin, head = (
+        tok.convert_tokens_to_ids(t) for t in ("<|eot|>", "<|endoftext|>", "<|begin|>", "<|head|>")
+    )
+    config, generation = tmp_path / "config.json", tmp_path / "generation_config.json"
+    for listed, expected in ((head, (eot, eos, head)), ([begin, head], (eot, eos, begin, head)), (None, (eot, eos))):
+        config.write_text(json.dumps({"eos_token_id": listed}))
+        assert tokenizer.stop_ids(tok, tmp_path) == expected
+    config.write_text(json.dumps({"eos_token_id": head}))
+    assert tokenizer.stop_ids(plain, tmp_path) == (head,)
+    generation.write_text(json.dumps({"eos_token_id": begin}))
+    assert tokenizer.stop_ids(tok, tmp_path) == (eot, eos, begin)
+    generation.write_text("{}")
+    assert tokenizer.stop_ids(tok, tmp_path) == (eot, eos)
+    generation.unlink()
+    for wrong in (-1, "2", [True], [2.0], [[2]], {"a": 2}):
+        config.write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(ValueError, match="config.json: eos_token_id is .*; allowed: token ids"):
+            tokenizer.stop_ids(tok, tmp_path)
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_an_id_outside_the_vocabulary_is_refused_before_the_run(tmp_path, file):
+    """The export refuses it, but only after the training."""
+    tok = byte_level()
+    config = policy.scratch_config(len(tok) + 3, layers=1, hidden=8, heads=2, mlp=8)
+    shapes = jax.eval_shape(lambda: init(jax.random.key(0), config))
+    huggingface.save(tmp_path / "m", jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes), config, tokenizer=tok)
+    (tmp_path / "m" / "generation_config.json").unlink()
+    content = json.loads((tmp_path / "m" / "config.json").read_text())
+    shape = dict(layers=1, hidden=1, heads=1, mlp=1, dtype=np.float32)
+    last = len(tok) + 2
+    (tmp_path / "m" / file).write_text(json.dumps(content | {"eos_token_id": [0, last]}))
+    chosen, _ = policy.load(str(tmp_path / "m"), "", **shape, instruction="")
+    assert chosen.stop_ids[-2:] == (0, last)
+    huggingface.special_ids(chosen.tokenizer, chosen.stop_ids, chosen.config.vocab_size)
+    (tmp_path / "m" / file).write_text(json.dumps(content | {"eos_token_id": [0, last + 1]}))
+    with pytest.raises(ValueError, match=f"eos_token_id is {last + 1}; vocab_size allows 0 to {last}"):
+        policy.load(str(tmp_path / "m"), "", **shape, instruction="")
+
+
 def test_pad_id_falls_back_to_a_stop_token(world):
     tok = byte_level()
     assert tokenizer.pad_id(tok) == tok.convert_tokens_to_ids("<|eot|>")
