@@ -15,6 +15,8 @@ from sgpo_jax import config as configs
 def get_config(folder: str = "data") -> ConfigDict:
     config = configs.paper("", tensor=1)
     config.data.train = ""
+    # The paper's 32,768 less a prompt: Qwen2.5 has 32,768 positions. A model with fewer needs a smaller number.
+    config.eval.max_new_tokens = 32_768 - 1024
     for name, benchmark in config.eval.sets.items():
         benchmark.source = f"{folder}/{name.lower()}.jsonl"
     return config

@@ -13,4 +13,6 @@ from sgpo_jax import methods
 
 
 def get_config(method: str = "sgpo") -> ConfigDict:
-    return methods.select(configs.paper("Qwen/Qwen2.5-1.5B-Instruct", tensor=2), method)
+    config = configs.paper("Qwen/Qwen2.5-1.5B-Instruct", tensor=2)
+    config.eval.max_new_tokens = 32_768 - 1024  # the paper's 32,768 less a prompt: the model has 32,768 positions
+    return methods.select(config, method)

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from sgpo_jax import cli, config_checks, rewards, sharding
 from sgpo_jax import config as configs
-from sgpo_jax.evaluation import evaluate_sets
+from sgpo_jax.evaluation import check_sets, evaluate_sets
 from sgpo_jax.policy import Run
 from sgpo_jax.runtime import is_first, preemption, tables, write_text
 from sgpo_jax.stats import benchmark, paper
@@ -51,6 +51,7 @@ def run(config: ConfigDict, checkpoint: str | None, out: str | None, paper_row: 
     folder = cli.folder("out", out) if out else Path(str(workdir)) / "evaluate"
     policy, load = stage.load_policy(config)
     run = Run(config, workdir or folder, policy, mesh)
+    check_sets(run, limit)
     if workdir:
         params, model = stage.params_at(run, trained_in, step), f"{workdir} after {trained_in} step {step}"
     else:

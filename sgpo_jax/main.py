@@ -36,6 +36,7 @@ def run(config, workdir: Path) -> None:
 def _run_stages(config, workdir: Path, mesh: Mesh) -> None:
     policy, load = stage.load_policy(config)
     run = Run(config, workdir, policy, mesh)
+    stage.check_positions(run)
     initial = partial(load, jax.random.key(config.seed))
     warmed_up = partial(stage.warmed_up, run, initial)
     try:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from sgpo_jax import data, rewards
 from sgpo_jax.data import unsolvable
 from sgpo_jax.evaluation import generations
-from sgpo_jax.policy import Policy, Run
+from sgpo_jax.policy import Policy, Run, positions
 from sgpo_jax.policy.generation import encode_prompts, grade, noise_key, pad_prompts, respond
 from sgpo_jax.rollout import Rollout, Sampling
 from sgpo_jax.runtime import distributed, preemption
@@ -136,6 +136,29 @@ def summarize(numbers: np.ndarray) -> dict[str, Any]:
     }
 
 
+def check_sets(run: Run, limit: int = 0) -> None:
+    """Checks that prompts and responses of every set fit into the model's positions.
+
+    Args:
+      run: the config and the policy.
+      limit: first problems of each set that are evaluated; 0 is all.
+
+    Raises:
+      ValueError: `eval.max_new_tokens` is too large; see `positions.check_limit`.
+    """
+    fields = run.config.eval
+    for context in benchmark.contexts(fields.guided):
+        for name, chosen in fields.sets.items():
+            rows = _rows(chosen.source, guided=context == "guided")[: limit or None]
+            prompts = encode_prompts(run.policy, rows, guided=context == "guided")
+            what = f"{name}, {context}"
+            positions.check_limit(run.policy, prompts, "eval.max_new_tokens", fields.max_new_tokens, what)
+
+
+def _rows(source: str, guided: bool) -> list[dict]:
+    return [row for row in data.load(source) if "strategy" in row or not guided]
+
+
 def evaluate_sets(
     run: Run,
     params: Any,
@@ -164,7 +187,7 @@ def evaluate_sets(
     config, fields = run.config, run.config.eval
     results = {}
     for name, chosen in fields.sets.items():
-        rows = [row for row in data.load(chosen.source) if "strategy" in row or not guided]
+        rows = _rows(chosen.source, guided)
         if not rows:
             continue
         settings = Settings(

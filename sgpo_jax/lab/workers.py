@@ -51,6 +51,7 @@ def run_cell(config: ConfigDict, cell: Cell, workdir: Path) -> dict[str, Any]:
         environment.record(folder)
         policy, load = stage.load_policy(config)
         run = Run(config, folder, policy, mesh)
+        stage.check_positions(run)
         initial = functools.partial(load, jax.random.key(config.seed))
         warm_up = dataclasses.replace(run, workdir=workdir / str(cell.warm_up))
         warmed_up = functools.partial(stage.warmed_up, warm_up, initial)

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from sgpo_jax import data, logprobs, rewards, sharding
 from sgpo_jax.data import filtering
 from sgpo_jax.evaluation import evaluate_sets
-from sgpo_jax.policy import Run
+from sgpo_jax.policy import Run, positions
 from sgpo_jax.policy.generation import Graded, demonstrate, encode_prompts, grade, noise_key, respond_in_groups
 from sgpo_jax.rollout import STOP, Rollout, Sampling
 from sgpo_jax.strategies import self_written
@@ -39,6 +39,9 @@ def train(run: Run, initial: Callable[[], Any]) -> None:
     """
     rl = run.config.rl
     rows, prompts = load_rows(run)
+    for name, tokens in prompts.items():
+        what = f"RL, {name}"
+        positions.check_limit(run.policy, [*tokens.values()], "rl.max_new_tokens", rl.max_new_tokens, what)
     batches = data.batches(rows, rl.batch, run.config.seed)
     total = rl.steps or rl.epochs * data.steps_per_epoch(rows, rl.batch)
     weighting, objective = Weighting.from_config(rl), Objective.from_config(rl)

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from sgpo_jax import data, logprobs, sharding
 from sgpo_jax.data import filtering
-from sgpo_jax.policy import Policy, Run
+from sgpo_jax.policy import Policy, Run, positions
 from sgpo_jax.policy import tokenizer as tokenizers
 from sgpo_jax.policy.generation import encode_solution
 from sgpo_jax.training import packing, stage
@@ -67,7 +67,7 @@ def load_rows(run: Run) -> tuple[list[dict], list[dict], dict[str, Encoded]]:
       (training rows, validation rows, id -> prompt and response tokens).
 
     Raises:
-      ValueError: there are too few rows, or others than the run began with.
+      ValueError: there are too few rows, or others than the run began with, or one exceeds the model's positions.
     """
     config, policy = run.config, run.policy
     sieve = stage.sift(config, config.sft.train or config.data.train)
@@ -89,7 +89,11 @@ def load_rows(run: Run) -> tuple[list[dict], list[dict], dict[str, Encoded]]:
             f"SFT has {len(training)} rows for training and {len(validation)} for validation; "
             f"it needs sft.batch={config.sft.batch} and at least 1"
         )
-    return training, validation, {row["id"]: encoded[row["id"]] for row in sieve.rows}
+    encoded = {row["id"]: encoded[row["id"]] for row in sieve.rows}
+    limits = f"config.data.max_prompt_tokens={config.data.max_prompt_tokens}"
+    limits += f", config.sft.max_response_tokens={config.sft.max_response_tokens}"
+    positions.check_rows(policy, encoded, limits)
+    return training, validation, encoded
 
 
 def _encode(config: ConfigDict, policy: Policy, row: dict) -> Encoded:

@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 from sgpo_jax import data, models, sharding
 from sgpo_jax import policy as policies
 from sgpo_jax.data import filtering
-from sgpo_jax.policy import Policy, Run
+from sgpo_jax.evaluation import check_sets
+from sgpo_jax.policy import Policy, Run, positions
 from sgpo_jax.policy.prompts import INSTRUCTION
 from sgpo_jax.runtime import distributed
 from sgpo_jax.training.checkpoint import Checkpoints
@@ -43,6 +44,21 @@ def load_policy(config: ConfigDict) -> tuple[Policy, Callable[[jax.Array], Any]]
 def forward(run: Run) -> Forward:
     """Returns how the run's training applies its model."""
     return Forward(run.policy.config, run.policy.dtype, run.config.model.remat)
+
+
+def check_positions(run: Run) -> None:
+    """Checks before the first stage what the later ones would refuse: responses longer than the model's positions.
+
+    Each stage checks its own prompts; those of RL are known only when it begins.
+
+    Raises:
+      ValueError: a limit of the config does not fit into them.
+    """
+    config = run.config
+    if "rl" in config.stages:
+        positions.check_limit(run.policy, [[0]], "rl.max_new_tokens", config.rl.max_new_tokens, "RL")
+    if "eval" in config.stages or ("rl" in config.stages and config.rl.eval_every):
+        check_sets(run)
 
 
 def sift(config: ConfigDict, source: str) -> filtering.Sieve:
