@@ -13,6 +13,7 @@ from sgpo_jax.runtime import is_first, preemption
 from sgpo_jax.runtime.metric_writer import Writer
 from sgpo_jax.sharding import row_ways
 from sgpo_jax.training import collapse, rollback, skipped_batch, stage
+from sgpo_jax.training.optimizer import updates_taken
 from sgpo_jax.training.state import TrainState
 
 # (parameters, finished steps) -> (score that tells the best checkpoint, metrics)
@@ -66,7 +67,7 @@ class Loop:
         evaluate_every: int = 0,
         updates: int = 1,
     ):
-        self._run, self._name, self._total, self._updates = run, name, total, updates
+        self._run, self._name, self._total = run, name, total
         self._evaluate, self._evaluate_every = evaluate, evaluate_every
         self.optimizer, self._rate = stage.optimizer(run.config, name, total * updates)
         _, self.shardings = stage.state_shardings(run.policy, self.optimizer, run.mesh)
@@ -89,6 +90,7 @@ class Loop:
         state = stage.start(self._saved, initial, self._run.policy, self.optimizer, self._run.mesh)
         self._initial = initial
         self.first = self._done = int(state.step)
+        self._taken = updates_taken(state.opt_state)
         workdir, limits = self._run.workdir, self._run.config.monitor
         self._rollbacks = rollback.read(workdir) if self._name == "rl" else []
         rows = rollback.recent_rows(workdir, self._done, limits.window) if self._name == "rl" else []
@@ -126,7 +128,9 @@ class Loop:
         skipped_batch.handle(self._run, self._name, done, int(metrics["skipped"]), rows, batch)
         if done == self.first + 1:
             advise_packing(self._run, self._name, metrics["rows_filled"])
-        metrics["learning_rate"] = float(self._rate(self._done * self._updates))
+        # The rate of the step's first update. Skipped updates do not move the optimizer's own count.
+        metrics["learning_rate"] = float(self._rate(self._taken))
+        self._taken = updates_taken(state.opt_state)
         score, last = None, done == self._total
         if self._evaluate and self._evaluate_every and (done % self._evaluate_every == 0 or last):
             score, measured = self._evaluate(state.params, done)

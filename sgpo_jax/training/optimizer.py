@@ -10,7 +10,10 @@ import optax
 def schedule(
     peak: float, total_steps: int, *, warmup_share: float = 0.0, decay: Literal["constant", "cosine"] = "constant"
 ) -> optax.Schedule:
-    """Returns the learning rate as a function of the optimizer step.
+    """Returns the learning rate as a function of the updates taken so far.
+
+    A skipped update does not count: warm-up and decay wait for the next one. A cosine after k skipped updates therefore
+    ends k updates before its 0.
 
     Args:
       peak: rate after warm-up.
@@ -31,6 +34,13 @@ def schedule(
     # Start above 0: with a rate of 0 the first update would change nothing.
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     return optax.join_schedules([rise, after], [warmup])
+
+
+def updates_taken(opt_state: optax.OptState) -> int:
+    """Returns the number of updates that the optimizer of `adamw` has taken; skipped ones do not count."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
+    (state,) = (node for node in nodes if isinstance(node, optax.ScaleByScheduleState))
+    return int(state.count)
 
 
 def adamw(
