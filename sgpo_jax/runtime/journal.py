@@ -19,7 +19,8 @@ class Journal:
     """An open journal. One process at a time can open it; `append` and `reply` may be called from any thread.
 
     Every record is a dict with the entry `kind`: "settings", "reply" (whose `Key` is id, stage, index and prompt) or
-    "verdict" (with id; the last one of an id counts). Only the records' offsets are held in memory.
+    "verdict" (with id; the last one of an id counts). Records of other kinds are for people. Only the records'
+    offsets are held in memory.
 
     Args:
       path: the file; it and its folder are created if missing.

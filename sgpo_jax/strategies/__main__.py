@@ -6,6 +6,7 @@ python -m sgpo_jax.strategies --config=configs/strategies.py --workdir=DIR --aud
 The first command appends every reply and verdict to DIR/extraction.jsonl and writes the problems with strategies to
 FILE, DIR/strategies.jsonl by default, which `data.load` reads. The second has another model rate a sample of the
 strategies, in DIR/audit.jsonl. Both may be killed at any moment: the same command resumes and pays for nothing twice.
+The exit status is 0 only if every problem has a verdict.
 """
 
 import sys
@@ -25,7 +26,7 @@ def main(config, flag_values) -> None:
     to = Path(flag_values.to).expanduser() if flag_values.to else workdir / "strategies.jsonl"
     cli.folder("to", str(to.parent))
     if why := audit(config, workdir) if flag_values.audit else run(config, workdir, to):
-        sys.exit(f"sgpo_jax: stopped early: {why}. The same command resumes")
+        sys.exit(f"sgpo_jax: {why}. The same command resumes")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """The budget of an extraction: counts what it has spent, and works on many problems at once within the limits."""
 
 import hashlib
+import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from sgpo_jax.runtime.journal import Journal
 from sgpo_jax.strategies import prompts
-from sgpo_jax.strategies.clients import Ask, Denied, Refused, Reply, Request, Unavailable
+from sgpo_jax.strategies.clients import Ask
+from sgpo_jax.strategies.replies import Denied, Refused, Reply, Request, Unavailable
 
 # (stage, index, prompt, choices, max_tokens) -> reply, from the journal if it is there
 Paid = Callable[[str, int, str, int, int], Reply]
@@ -37,6 +40,8 @@ class Meter:
         self._changed = threading.Condition()
         self._reserved = [0, 0]  # most tokens in and out of the requests under way
         self.calls = self.retries = self.tokens_in = self.tokens_out = 0
+        self.reasons: Counter[str] = Counter()  # retries by the kind of fault, which a reason has before its first ":"
+        self.last: dict[str, str] = {}  # kind of fault -> the last reason
 
     def cost(self, tokens_in: int, tokens_out: int) -> float:
         """Returns the cost of some tokens."""
@@ -49,8 +54,11 @@ class Meter:
 
     def retried(self, why: str) -> None:
         """Counts a retry."""
+        kind = kind_of(why)
         with self._changed:
             self.retries += 1
+            self.reasons[kind] += 1
+            self.last[kind] = why
 
     def count(self, tokens_in: int, tokens_out: int) -> None:
         """Counts a call with its tokens."""
@@ -86,6 +94,11 @@ class Meter:
         tokens_in = self.tokens_in + self._reserved[0] + most[0]
         tokens_out = self.tokens_out + self._reserved[1] + most[1]
         return tokens_in + tokens_out <= self._limits[0] and self.cost(tokens_in, tokens_out) <= self._limits[1]
+
+
+def kind_of(why: str) -> str:
+    """Returns the kind of fault in a reason such as "429: slow down"."""
+    return re.sub("^[0-9]+ tries, the last one: ", "", why).partition(":")[0][:60]
 
 
 def digest(*parts: str | None) -> str:
@@ -150,7 +163,7 @@ def work_through(
       done: called after each row with the reason of its verdict, or with "left_open".
 
     Returns:
-      Why it stopped early, or "".
+      What is not finished and why, or "".
     """
 
     def guarded(row: dict[str, str]) -> str | None:
@@ -162,7 +175,8 @@ def work_through(
             stop.set()  # at once, so that no other thread starts a request
             raise
 
-    why, failures = "", 0
+    why, failures, last = "", 0, ""
+    left_open: Counter[str] = Counter()
     with ThreadPoolExecutor(concurrency) as pool:
         futures = [pool.submit(guarded, row) for row in rows]
         try:
@@ -170,19 +184,25 @@ def work_through(
                 try:
                     reason = future.result()
                 except (Denied, BudgetReached) as error:
-                    why = why or str(error)
+                    why = why or f"stopped early: {error}"
                 except (Refused, Unavailable) as error:
                     done("left_open")
                     failures += 1
+                    if not stop.is_set():
+                        last = str(error)
+                        left_open[kind_of(last)] += 1
                     if failures >= max_failures and not stop.is_set():
-                        why = f"{failures} problems in a row could not be finished, the last because of {error}"
+                        why = f"stopped early: {failures} problems in a row could not be finished"
                         stop.set()
                 else:
                     failures = 0
                     if reason is not None:
                         done(reason)
         except KeyboardInterrupt:
-            why = "interrupted"
+            why = "stopped early: interrupted"
         finally:
             stop.set()
+    if left_open:
+        counts = ", ".join(f"{count} for {kind}" for kind, count in left_open.most_common(8))
+        why += f"{'; ' if why else ''}left open: {counts}; the last because of {last}"
     return why

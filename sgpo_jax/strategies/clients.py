@@ -4,15 +4,15 @@ Both are a function `ask(request) -> reply` that may be called from many threads
 trusted: every reply is cut to size, turned into plain strings and numbers, and cleared of the key.
 """
 
-import json
 import random
+import re
 import threading
 import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -22,48 +22,27 @@ from sgpo_jax.policy import Policy
 from sgpo_jax.policy import tokenizer as tokenizers
 from sgpo_jax.policy.generation import noise_key, pad_prompts, respond
 from sgpo_jax.rollout import STOP, Sampling
+from sgpo_jax.strategies.replies import (
+    MAX_TEXT,
+    Denied,
+    Fault,
+    Filtered,
+    Reply,
+    Request,
+    TooLong,
+    Unavailable,
+    read_fault,
+    read_reply,
+    refused_parameter,
+)
 
-MAX_TEXT = 1_000_000  # characters of a reply; the rest is cut off
 MAX_BODY = 64 * 2**20  # bytes of a response from the server; a longer one is dropped
 LONGEST_WAIT = 300.0  # seconds; most that a server can delay a retry
 SHORTEST_SECRET = 12  # characters; a shorter key, such as "EMPTY" for a server without keys, may be a word of a text
 
 
-class Request(NamedTuple):
-    """A request for replies to one prompt."""
-
-    id: str  # different for every request of an extraction; the noise of a local model derives from it
-    prompt: str  # the user's turn
-    choices: int  # replies requested
-    max_tokens: int  # of each reply
-
-
-class Reply(NamedTuple):
-    """The reply to a request: from one text to as many as were requested."""
-
-    texts: list[str]
-    finish: list[str]  # "stop", "length" (cut at the limit) or "refused" (by the server's own filter), for each text
-    prompt_tokens: int
-    completion_tokens: int  # of all texts together
-
-
-class Denied(Exception):
-    """No request can succeed: the key, the balance, the permission or the model's name is wrong."""
-
-
-class Refused(Exception):
-    """The server rejects this request, or it is too long for a local model."""
-
-
-class TooLong(Refused):
-    """The prompt does not fit into the model's context."""
-
-
-class Unavailable(Exception):
-    """The retries are used up, or the caller stopped waiting."""
-
-
 Ask = Callable[[Request], Reply]
+_OTHER_LIMIT = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
 
 
 @dataclass(frozen=True)
@@ -96,17 +75,22 @@ class LocalModel:
 
 
 def endpoint(
-    server: Endpoint, stop: threading.Event | None = None, retried: Callable[[str], None] = lambda why: None
+    server: Endpoint,
+    stop: threading.Event | None = None,
+    retried: Callable[[str], None] = lambda why: None,
+    notice: Callable[[str], None] = lambda text: None,
 ) -> Ask:
     """Returns `ask` for a model behind an endpoint.
 
     Rate limits, server errors, timeouts, broken connections and malformed replies are retried after a wait, which
-    doubles every time and is at least as long as the server requests.
+    doubles every time and is at least as long as the server requests. What no retry mends is not retried. A prompt that
+    the server's filter stops has a reply that is refused. A parameter that the model does not support is left out.
 
     Args:
       server: the endpoint.
       stop: ends all waiting for a retry when it is set.
       retried: called with the reason before every retry, from any thread.
+      notice: called once for every parameter that is left out, from any thread.
 
     Raises:
       ValueError: the base URL is not one, or has a password in it.
@@ -121,21 +105,29 @@ def endpoint(
         base_url=server.base_url, api_key=server.key or "none", max_retries=0, timeout=server.timeout
     )
     stop = stop or threading.Event()
+    address = f"{server.base_url.rstrip('/')}/chat/completions"
+    left_out: set[str] = set()  # parameters that the model refused
+    lock = threading.Lock()
 
     def clean(text: str) -> str:
         text = text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be written to a file
         text = text.replace(server.key, "[key]") if len(server.key) >= SHORTEST_SECRET else text
         return text[:MAX_TEXT]  # cut last, because a cut could leave a part of the key
 
-    def send(request: Request) -> bytes:
-        deadline = time.monotonic() + server.timeout
+    def parameters(request: Request) -> dict[str, Any]:
+        limit = server.limit_field
+        if limit in left_out:
+            limit = _OTHER_LIMIT[limit]
         # One choice is the default of every server, even of one that does not know "n".
         several = {"n": request.choices} if request.choices > 1 else {}
-        body: dict[str, Any] = {server.limit_field: request.max_tokens, **several}
+        chosen = {"top_p": server.top_p, "temperature": server.temperature, **several}
+        return {limit: request.max_tokens} | {name: chosen[name] for name in chosen if name not in left_out}
+
+    def send(request: Request, body: dict[str, Any]) -> bytes:
+        deadline = time.monotonic() + server.timeout
         with client.chat.completions.with_streaming_response.create(
-            model=server.model, messages=[{"role": "user", "content": request.prompt}],
-            temperature=server.temperature, top_p=server.top_p, extra_body=body,
-        ) as response:  # fmt: skip
+            model=server.model, messages=[{"role": "user", "content": request.prompt}], extra_body=body
+        ) as response:
             parts, size = [], 0
             for part in response.iter_bytes():
                 parts.append(part)
@@ -146,39 +138,57 @@ def endpoint(
                     raise TimeoutError(f"no whole reply in {server.timeout:g} s")
             return b"".join(parts)
 
+    def leave_out(fault: Fault, sent: dict[str, Any]) -> bool:
+        """Leaves out the parameter that a fault refuses, and returns whether there is one to leave out."""
+        name = refused_parameter(fault, list(sent))
+        limit = name in _OTHER_LIMIT
+        if not name or (limit and name != server.limit_field):
+            return False  # a request must have a limit, so only the other name is tried
+        with lock:
+            new = name not in left_out
+            left_out.add(name)
+        if new:
+            instead = f"{_OTHER_LIMIT[name]} is sent instead" if limit else "it is left out of all requests"
+            notice(f"{server.model} refuses {name}, so {instead}. {clean(str(fault))[:500]}")
+        return True
+
     def ask(request: Request) -> Reply:
         lost = (0, 0)  # tokens of replies without a text, which are paid for too
-        for attempt in range(server.retries + 1):
+        attempt = 0
+        while True:
             wait = min(60.0, server.backoff * 2**attempt)
             wait *= random.uniform(0.75, 1.25)  # so that the threads do not retry at the same moment
+            sent = parameters(request)
             try:
-                reply = read_reply(send(request), request, clean)
-                reply = reply._replace(
+                try:
+                    reply = read_reply(send(request, sent), request, clean)
+                except openai.APIStatusError as error:
+                    wait = max(wait, retry_after(error.response.headers.get("retry-after", "")))
+                    raise read_fault(error.response.content, error.status_code) from None
+                return reply._replace(
                     prompt_tokens=reply.prompt_tokens + lost[0], completion_tokens=reply.completion_tokens + lost[1]
                 )
-                if reply.texts:
-                    return reply
-                lost = reply.prompt_tokens, reply.completion_tokens
-                why = "a reply without choices"
-            except openai.APIStatusError as error:
-                why = error.message.removeprefix(f"Error code: {error.status_code} - ")
-                why = clean(f"{error.status_code}: {why}")[:500]
-                code = error.body.get("code") if isinstance(error.body, dict) else None
-                if error.status_code in (401, 402, 403, 404) or code == "insufficient_quota":
-                    raise Denied(why) from None
-                if code == "context_length_exceeded" or "maximum context length" in why:
-                    raise TooLong(why) from None
-                if error.status_code not in (408, 409, 425, 429) and error.status_code < 500:
-                    raise Refused(why) from None
-                wait = max(wait, retry_after(error.response.headers.get("retry-after", "")))
-            # Anything else: the HTTP library's own exceptions for a broken connection, RecursionError for nested JSON.
+            except Fault as fault:
+                lost = lost[0] + fault.tokens[0], lost[1] + fault.tokens[1]
+                why, kind = clean(str(fault))[:500], fault.kind()
+                # Slips in the base URL give these.
+                why += f" (from {address})" if fault.status in (404, 405, 410) or "HTML" in fault.words else ""
+                if kind is Filtered:
+                    return Reply([why] * request.choices, ["refused"] * request.choices, *lost)
+                if leave_out(fault, sent):
+                    continue
+                if kind is not None:
+                    raise kind(why) from None
+            # Anything else: the HTTP library's own exceptions for a broken connection.
             except Exception as error:
-                why = clean(f"{type(error).__name__}: {error}")[:500]
-            if attempt < server.retries:
-                retried(why)
-                if stop.wait(wait):
-                    raise Unavailable(f"stopped while waiting after {why}")
-        raise Unavailable(f"{server.retries + 1} tries, the last one: {why}")
+                cause = f" ({error.__cause__}; {address})" if error.__cause__ else ""
+                why = clean(f"{type(error).__name__}: {error}{cause}")[:500]
+            if attempt == server.retries:
+                raise Unavailable(f"{server.retries + 1} tries, the last one: {why}")
+            attempt += 1
+            retried(why)
+            if stop.wait(wait):
+                raise Unavailable(f"stopped while waiting after {why}")
 
     return ask
 
@@ -187,13 +197,21 @@ def check_base_url(base_url: str) -> None:
     """Checks the URL of an endpoint.
 
     Raises:
-      ValueError: it is not an HTTP URL, or has a password in it, which the message does not repeat.
+      ValueError: it is not an HTTP URL to which /chat/completions can be added, or has a password in it, which the
+        message does not repeat.
     """
     parts = urlsplit(base_url)
     if parts.username or parts.password or "@" in parts.netloc:
         raise ValueError("the base URL has a user or password in it; a key goes into an environment variable")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"base URL {base_url!r}: must begin with http:// or https:// and name a host")
+    place = f"base URL {parts.scheme}://{parts.netloc}{parts.path}"
+    if "?" in base_url or "#" in base_url:  # may hold a key
+        raise ValueError(f"{place}: has a query or fragment after it; allowed: none")
+    if base_url.split() != [base_url]:
+        raise ValueError(f"{place!r}: has a space or line break in it; allowed: none")
+    if re.search("/(?:completions|responses|messages|models)/*$", parts.path):
+        raise ValueError(f"{place}: ends with the address of a request; allowed: the part before it, such as .../v1")
 
 
 def retry_after(value: str) -> float:
@@ -206,56 +224,6 @@ def retry_after(value: str) -> float:
         except (ValueError, TypeError, OverflowError, IndexError):
             return 0.0
     return min(LONGEST_WAIT, seconds) if seconds > 0 else 0.0  # NaN gives 0 too
-
-
-def read_reply(body: bytes, request: Request, clean: Callable[[str], str]) -> Reply:
-    """Reads the reply in a response's body; it has no texts if the body has no choices.
-
-    Args:
-      body: the response's body, which may be anything.
-      request: the request that it answers.
-      clean: applied to every text.
-
-    Raises:
-      ValueError: the body is not a JSON object.
-    """
-    content = json.loads(body)
-    if not isinstance(content, dict):
-        raise ValueError(f"not a JSON object but a {type(content).__name__}")
-    choices = content.get("choices")
-    texts, finish = [], []
-    for choice in choices[: request.choices] if isinstance(choices, list) else []:
-        if isinstance(choice, dict) and isinstance(choice.get("message"), dict):
-            text = _text(choice["message"])
-            reason = choice.get("finish_reason")
-            refused = reason == "content_filter" or (not text and bool(choice["message"].get("refusal")))
-            texts.append(clean(text))
-            cut = reason == "length" or len(text) > MAX_TEXT
-            finish.append("refused" if refused else "length" if cut else "stop")
-    usage = content.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
-    most = sum(len(text.encode()) for text in texts)  # a token has at least one byte
-    return Reply(
-        texts,
-        finish,
-        _count(usage.get("prompt_tokens"), len(request.prompt.encode()) if texts else 0),
-        _count(usage.get("completion_tokens"), most),
-    )
-
-
-def _text(message: dict[str, Any]) -> str:
-    """Returns a message's text, after its thought if the server sends that separately."""
-    content, thought = message.get("content"), message.get("reasoning_content")
-    if isinstance(content, list):  # a list of parts
-        parts = [part.get("text") for part in content if isinstance(part, dict)]
-        content = "".join(part for part in parts if isinstance(part, str))
-    text = content if isinstance(content, str) else ""
-    return f"<think>\n{thought}\n</think>\n\n{text}" if isinstance(thought, str) and thought else text
-
-
-def _count(value: Any, otherwise: int) -> int:
-    """Returns a token count from the server, or `otherwise` if the value cannot be a count."""
-    return value if type(value) is int and 0 <= value < 10**9 else otherwise
 
 
 def local(model: LocalModel, gather: float = 0.5) -> Ask:

@@ -4,6 +4,7 @@
 extraction resumes by calling the function again from the start.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from ml_collections import ConfigDict
 from sgpo_jax import rewards
 from sgpo_jax.strategies import leakage, parsing, prompts
 from sgpo_jax.strategies.budget import Paid
-from sgpo_jax.strategies.clients import TooLong
+from sgpo_jax.strategies.replies import TooLong
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ def extract(row: dict[str, str], paid: Paid, limits: Limits) -> dict[str, Any]:
     try:
         solution = row.get("solution")
         if solution is None:
-            solution = _expert(row, paid, limits)
+            solution, why = _expert(row, paid, limits)
             if solution is None:
-                return verdict | {"reason": "no_expert", "detail": f"none of {limits.expert_tries} tries was right"}
+                return verdict | {"reason": "no_expert", "detail": why}
             verdict["solution"] = solution
         # The solution after a long thought has all that a strategy needs.
         shown = parsing.visible(solution) or solution
@@ -74,14 +75,18 @@ def extract(row: dict[str, str], paid: Paid, limits: Limits) -> dict[str, Any]:
     return verdict | {"strategy": winner["strategy"], "score": winner["score"], "reason": "kept"}
 
 
-def _expert(row: dict[str, str], paid: Paid, limits: Limits) -> str | None:
-    """Returns the strong model's first response that has the right answer and is not cut."""
+def _expert(row: dict[str, str], paid: Paid, limits: Limits) -> tuple[str | None, str]:
+    """Returns (the strong model's first response that has the right answer and is not cut, or None; why)."""
+    ends: Counter[str] = Counter()
     for index in range(limits.expert_tries):
         reply = paid("expert", index, prompts.expert(row["problem"]), 1, limits.max_expert_tokens)
         (verdict,) = rewards.score(reply.texts[:1], [row["answer"]])
         if reply.finish[0] == "stop" and verdict.outcome == "correct":
-            return reply.texts[0]
-    return None
+            return reply.texts[0], ""
+        ends[reply.finish[0]] += 1
+    why = f"none of {limits.expert_tries} tries was right"
+    others = [f"{count} {end}" for end, count in ends.items() if end not in ("stop", "length")]
+    return None, why + (f" ({', '.join(others)})" if others else "")
 
 
 def _candidates(row: dict[str, str], solution: str, paid: Paid, limits: Limits) -> list[dict[str, Any]]:

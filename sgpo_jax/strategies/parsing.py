@@ -56,7 +56,7 @@ def parse(reply: str, finish: str = "stop") -> Parsed:
 
     Args:
       reply: the model's text.
-      finish: why the model stopped: "stop", "length" or "refused".
+      finish: why the model stopped, as in `replies.Reply`.
     """
     text, wrong = _readable(reply, finish)
     if wrong:
@@ -90,7 +90,9 @@ def parse(reply: str, finish: str = "stop") -> Parsed:
 def _readable(reply: str, finish: str) -> tuple[str, Parsed | None]:
     """Returns (text to parse, None), or ("", the reason why there is none)."""
     if finish == "refused":
-        return "", Parsed(None, "refusal", "the server says so")
+        return "", Parsed(None, "refusal", reply.strip()[:200] or "the server says so")
+    if finish not in ("stop", "length"):
+        return "", Parsed(None, "unknown_finish", finish)
     text = visible(reply)
     if text is None or finish == "length":
         return "", Parsed(None, "truncated", f"{len(reply)} characters")

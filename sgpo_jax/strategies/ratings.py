@@ -28,7 +28,7 @@ def audit(config: ConfigDict, workdir: Path) -> str:
       workdir: folder of the extraction; the ratings go to audit.jsonl there.
 
     Returns:
-      Why it stopped early, or "".
+      What is not finished and why, or "".
 
     Raises:
       ValueError: there is no strategy to rate, or the judge is the model that wrote the strategies.

@@ -28,7 +28,7 @@ def run(config: ConfigDict, workdir: Path, to: Path) -> str:
       to: file for the problems with strategies, which `data.load` reads.
 
     Returns:
-      Why it stopped early, or "".
+      What is not finished and why, or "".
 
     Raises:
       ValueError: something is wrong with the config, the problems or an earlier run in `workdir`.

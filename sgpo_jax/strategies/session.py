@@ -50,7 +50,7 @@ class Session:
           work: row -> reason of its verdict.
 
         Returns:
-          Why it stopped early, or "".
+          What is not finished and why, or "".
         """
         before, reasons = total - len(rows), Counter[str]()
         with Progress(name, total, before, live=True) as progress:
@@ -74,7 +74,10 @@ class Session:
         lines: list[tuple[str, object, str]] = [
             (name, format(now - before, form), format(now, form)) for name, form, before, now in numbers
         ]
-        tables.table("Spent", ["", "this run", "in all"], [*lines, ("retries", self.meter.retries, "")])
+        lines.append(("retries", self.meter.retries, ""))
+        # Why requests were tried again; the reasons' last words may differ from one to the next.
+        lines += [(f"  {self.meter.last[kind][:80]}", n, "") for kind, n in self.meter.reasons.most_common(8)]
+        tables.table("Spent", ["", "this run", "in all"], lines)
 
 
 @contextlib.contextmanager
@@ -101,7 +104,12 @@ def open_session(config: ConfigDict, role: str, path: Path, settings: dict[str, 
         if model.engine == "local":
             ask = clients.local(_local_model(config, name))
         else:
-            ask = clients.endpoint(_endpoint(config, role), stop, meter.retried)
+
+            def notice(text: str) -> None:
+                print(text, flush=True)
+                journal.append({"kind": "notice", "text": text})
+
+            ask = clients.endpoint(_endpoint(config, role), stop, meter.retried, notice)
         yield Session(name, journal, fields, ask, meter, stop, spent_before)
 
 

@@ -14,12 +14,12 @@ from ml_collections import ConfigDict
 from sgpo_jax import config as configs
 from sgpo_jax import config_checks, strategies
 from sgpo_jax.runtime.files import read_jsonl
-from sgpo_jax.strategies import clients
+from sgpo_jax.strategies import clients, replies
 
 pytest.importorskip("openai", reason="needs the extra 'extract'")
 
 KEY = "sk-canary-fedcba9876543210"
-REQUEST = clients.Request("1", "What is 2 + 3?", 1, 50)
+REQUEST = replies.Request("1", "What is 2 + 3?", 1, 50)
 
 
 class Clock(threading.Event):
@@ -66,7 +66,7 @@ def run(tmp_path, url, **fields):
     return why, read_jsonl(tmp_path / "out.jsonl")
 
 
-def replies(tmp_path):
+def paid_for(tmp_path):
     return [record for record in read_jsonl(tmp_path / "work/extraction.jsonl") if record["kind"] == "reply"]
 
 
@@ -86,12 +86,12 @@ def test_the_waits_of_a_long_outage_are_bounded():
     clock, fields = Clock(), configs.base().extract
     with ChatServer(lambda *_: failure(503, "down")) as server:
         ask = client(server.url, stop=clock, retries=fields.retries, backoff=fields.backoff)
-        with pytest.raises(clients.Unavailable, match="7 tries, the last one: 503"):
+        with pytest.raises(replies.Unavailable, match="7 tries, the last one: 503"):
             ask(REQUEST)
     assert len(server.requests) == 7 and 63 * 0.75 <= clock.waited <= 63 * 1.25
     clock = Clock()
     with ChatServer(lambda *_: failure(429, **{"Retry-After": "1e300"})) as server:
-        with pytest.raises(clients.Unavailable):
+        with pytest.raises(replies.Unavailable):
             client(server.url, stop=clock, retries=3)(REQUEST)
     assert len(server.requests) == 4 and clock.waited == 3 * clients.LONGEST_WAIT
 
@@ -141,7 +141,7 @@ def test_a_redirect_does_not_take_the_key_to_another_server(status):
         with ChatServer(lambda *_: there) as server:
             try:
                 client(server.url, stop=Clock(), retries=1)(REQUEST)
-            except (clients.Unavailable, clients.Refused):
+            except (replies.Unavailable, replies.Refused):
                 pass
     assert KEY not in json.dumps(seen)
 
@@ -173,7 +173,7 @@ def test_every_token_is_counted_once_whatever_the_server_does(tmp_path, capsys):
     with ChatServer(answer) as server:
         why, written = run(tmp_path, server.url, retries=30, timeout=0.5, backoff=0.001)
     assert why == "" and len(written) == 8
-    paid = replies(tmp_path)
+    paid = paid_for(tmp_path)
     assert len({(record["id"], record["stage"], record["index"]) for record in paid}) == len(paid) == 48
     assert sum(record["prompt_tokens"] for record in paid) == sum(a for a, _ in charged)
     assert sum(record["completion_tokens"] for record in paid) == sum(b for _, b in charged)
@@ -188,12 +188,12 @@ def test_a_server_that_goes_away_in_the_middle_costs_no_reply(tmp_path):
     with ChatServer(lambda *rest: helpful(*rest) if rest[-1] < 14 else failure(503, "down")) as server:
         why, _ = run(tmp_path, server.url, retries=1, max_failures=3)
     assert "problems in a row could not be finished" in why
-    paid = replies(tmp_path)
+    paid = paid_for(tmp_path)
     assert len(paid) == 14
     with ChatServer(helpful) as server:
         why, written = run(tmp_path, server.url)
     assert why == "" and len(written) == 6 and len(server.requests) == 36 - 14
-    assert replies(tmp_path)[:14] == paid
+    assert paid_for(tmp_path)[:14] == paid
 
 
 def test_a_full_disk_stops_an_extraction_and_the_next_goes_on(tmp_path):
@@ -206,7 +206,7 @@ def test_a_full_disk_stops_an_extraction_and_the_next_goes_on(tmp_path):
                 run(tmp_path, server.url, concurrency=2)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        first, kept = len(server.requests), len(replies(tmp_path))
+        first, kept = len(server.requests), len(paid_for(tmp_path))
         assert 1 <= kept < 36 and first <= kept + 4, "those under way when the disk was full"
         why, written = run(tmp_path, server.url, concurrency=2)
     assert why == "" and len(written) == 6 and len(server.requests) == first + 36 - kept

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from sgpo_jax import policy, sharding
 from sgpo_jax.policy.generation import respond
-from sgpo_jax.strategies import clients
+from sgpo_jax.strategies import clients, replies
 
 pytest.importorskip("openai", reason="needs the extra 'extract'")
 
 KEY = "sk-canary-0123456789abcdef"
-REQUEST = clients.Request("1", "What is 2 + 3?", 1, 50)
+REQUEST = replies.Request("1", "What is 2 + 3?", 1, 50)
 
 
 def client(server, stop=None, **options):
@@ -44,7 +44,7 @@ def test_a_normal_reply_and_what_was_asked():
 
     with ChatServer(answer) as server:
         ask, reasons = client(server)
-        assert ask(REQUEST) == clients.Reply(["five"], ["stop"], 9, 4)
+        assert ask(REQUEST) == replies.Reply(["five"], ["stop"], 9, 4)
         ask, _ = client(server, limit_field="max_completion_tokens", key="")
         assert ask(REQUEST._replace(choices=3)).texts == ["five"]
     wanted = {"model": "big-model", "messages": [{"role": "user", "content": "What is 2 + 3?"}]}
@@ -93,7 +93,7 @@ def test_tokens_of_replies_without_choices_are_counted():
 def test_tries_end():
     with scripted(failure(503, "down")) as server:
         ask, reasons = client(server, retries=2)
-        with pytest.raises(clients.Unavailable, match="3 tries, the last one: 503"):
+        with pytest.raises(replies.Unavailable, match="3 tries, the last one: 503"):
             ask(REQUEST)
     assert len(server.requests) == 3 and len(reasons) == 2
 
@@ -117,15 +117,15 @@ def test_retry_after():
 @pytest.mark.parametrize(
     ("bad", "error"),
     [
-        (failure(401, f"wrong key {KEY}"), clients.Denied),
-        (failure(402, "no money"), clients.Denied),
-        (failure(403, "not you"), clients.Denied),
-        (failure(404, "no such model"), clients.Denied),
-        (failure(429, "pay first", "insufficient_quota"), clients.Denied),
-        (failure(400, "odd"), clients.Refused),
-        (failure(422, "odd"), clients.Refused),
-        (failure(400, "long", "context_length_exceeded"), clients.TooLong),
-        (failure(400, "maximum context length is 4096 tokens"), clients.TooLong),
+        (failure(401, f"wrong key {KEY}"), replies.Denied),
+        (failure(402, "no money"), replies.Denied),
+        (failure(403, "not you"), replies.Denied),
+        (failure(404, "no such model"), replies.Denied),
+        (failure(429, "pay first", "insufficient_quota"), replies.Denied),
+        (failure(400, "odd"), replies.Refused),
+        (failure(422, "odd"), replies.Refused),
+        (failure(400, "long", "context_length_exceeded"), replies.TooLong),
+        (failure(400, "maximum context length is 4096 tokens"), replies.TooLong),
     ],
 )
 def test_what_no_retry_mends_is_not_tried_again(bad, error):
@@ -143,7 +143,7 @@ def test_stopping_ends_the_wait():
         ask, _ = client(server, stop=stop)
         threading.Timer(0.3, stop.set).start()
         started = time.monotonic()
-        with pytest.raises(clients.Unavailable, match="stopped while waiting"):
+        with pytest.raises(replies.Unavailable, match="stopped while waiting"):
             ask(REQUEST)
     assert time.monotonic() - started < 5
 
@@ -152,7 +152,7 @@ def test_stopping_ends_the_wait():
     ("reply", "texts", "finish", "tokens"),
     [
         (completion(None), [""], ["stop"], (11, 7)),
-        (completion(None, refusal="no"), [""], ["refused"], (11, 7)),
+        (completion(None, refusal="no"), ["no"], ["refused"], (11, 7)),
         (completion("x", finish="content_filter"), ["x"], ["refused"], (11, 7)),
         (completion("x", finish="length"), ["x"], ["length"], (11, 7)),
         (completion("a", "b", "c"), ["a", "b"], ["stop", "stop"], (11, 7)),
@@ -164,13 +164,13 @@ def test_stopping_ends_the_wait():
         (completion("é", usage=None), ["é"], ["stop"], (14, 2)),
         (completion("x", usage={"prompt_tokens": -3, "completion_tokens": "many"}), ["x"], ["stop"], (14, 1)),
         (completion("x", usage={"prompt_tokens": True, "completion_tokens": 1e300}), ["x"], ["stop"], (14, 1)),
-        (completion("y" * 2_000_000), ["y" * clients.MAX_TEXT], ["length"], (11, 7)),
+        (completion("y" * 2_000_000), ["y" * replies.MAX_TEXT], ["length"], (11, 7)),
     ],
 )
 def test_odd_replies_become_plain_ones(reply, texts, finish, tokens):
     with scripted(reply) as server:
         found = client(server)[0](REQUEST._replace(choices=2))
-    assert found == clients.Reply(texts, finish, *tokens)
+    assert found == replies.Reply(texts, finish, *tokens)
 
 
 JSON = st.recursive(
@@ -192,7 +192,7 @@ JSON = st.recursive(
 def test_any_body_is_a_reply_or_a_value_error(content, noise):
     for body in (json.dumps(content).encode(), noise, json.dumps({"choices": [{"message": content}]}).encode()):
         try:
-            reply = clients.read_reply(body, REQUEST, str)
+            reply = replies.read_reply(body, REQUEST, str)
         except ValueError:
             continue
         assert all(isinstance(text, str) for text in reply.texts) and len(reply.finish) == len(reply.texts) <= 1
@@ -212,6 +212,31 @@ def test_a_password_in_the_url_is_refused_and_not_repeated(url):
     with pytest.raises(ValueError, match="environment variable") as error:
         clients.check_base_url(url)
     assert "secretpass" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("https://host/v1/chat/completions", "https://host/v1/chat/completions: ends with the address of a request"),
+        ("https://host/v1/chat/completions/", "ends with the address of a request"),
+        ("https://host/v1/models", "ends with the address of a request"),
+        ("https://host/v1?key=secretpass", "https://host/v1: has a query or fragment"),
+        ("https://host/v1#top", "has a query or fragment"),
+        ("https://host/v1 ", "has a space or line break"),
+        ("https://host/a b/v1", "has a space or line break"),
+    ],
+)
+def test_a_url_to_which_no_path_can_be_added_is_refused(url, said):
+    with pytest.raises(ValueError) as error:
+        clients.check_base_url(url)
+    assert said in str(error.value) and "secretpass" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://host", "http://host/", "https://host:8000/v1/", "https://host/openai/my-models/v1"]
+)
+def test_other_urls_are_accepted(url):
+    clients.check_base_url(url)
 
 
 @pytest.mark.parametrize("url", ["", "api.example.com/v1", "ftp://host/v1", "https://"])
@@ -249,7 +274,7 @@ def local(small, seed=0, gather=0.05):
 
 
 def requests(count):
-    return [clients.Request(f"r{i}", f"Prices at copper market: {i} 3", 2, 6) for i in range(count)]
+    return [replies.Request(f"r{i}", f"Prices at copper market: {i} 3", 2, 6) for i in range(count)]
 
 
 def test_replies_of_our_own_model_depend_on_seed_and_id_alone(small):
@@ -270,11 +295,11 @@ def test_waiting_requests_share_a_batch(small, monkeypatch):
     monkeypatch.setattr(clients, "respond", lambda *args: calls.append(args[6].max_new_tokens) or respond(*args))
     ask = local(small, gather=0.5)
     first, *rest = requests(4)
-    mixed = [first, clients.Request("long", "Prices at copper market: 1 1", 2, 7), *rest]
+    mixed = [first, replies.Request("long", "Prices at copper market: 1 1", 2, 7), *rest]
     with ThreadPoolExecutor(5) as pool:
-        replies = list(pool.map(ask, mixed))
+        answers = list(pool.map(ask, mixed))
     assert sorted(calls) == [6, 7], "four of one shape at once, the fifth by itself"
-    assert len(replies) == 5
+    assert len(answers) == 5
 
 
 def test_tokens_and_ends_are_counted(small):
@@ -287,10 +312,10 @@ def test_tokens_and_ends_are_counted(small):
 
 
 def test_what_does_not_fit_is_refused(small):
-    with pytest.raises(clients.TooLong, match="at most 24 fit"):
-        local(small)(clients.Request("1", "3 " * 40, 1, 6))
-    with pytest.raises(clients.Denied, match="4096 positions"):
-        local(small)(clients.Request("1", "3 3", 1, 5000))
+    with pytest.raises(replies.TooLong, match="at most 24 fit"):
+        local(small)(replies.Request("1", "3 " * 40, 1, 6))
+    with pytest.raises(replies.Denied, match="4096 positions"):
+        local(small)(replies.Request("1", "3 3", 1, 5000))
 
 
 def test_an_error_of_the_engine_reaches_everybody_who_waits(small, monkeypatch):

@@ -19,7 +19,7 @@ from sgpo_jax import config as configs
 from sgpo_jax import config_checks, data, strategies
 from sgpo_jax.runtime import journal
 from sgpo_jax.runtime.files import read_jsonl
-from sgpo_jax.strategies import budget, clients, leakage, prompts
+from sgpo_jax.strategies import budget, leakage, prompts, replies
 
 pytest.importorskip("openai", reason="needs the extra 'extract'")
 
@@ -219,6 +219,56 @@ def test_the_expert_tries_until_the_answer_is_right_and_whole(tmp_path, rows):
     assert stages(server)["expert"] == 3
 
 
+def test_a_filter_gives_verdicts_and_nothing_is_asked_again(tmp_path, rows, capsys):
+    """The filter answers with an error for some prompts; those problems are done, and others are not affected."""
+    rows(problems(4) + [row | {"id": "x/" + row["id"]} for row in problems(1, solved=False)])
+
+    def answer(prompt, *rest):
+        if "What is 138 " in prompt or stage_of(prompt) == "expert":
+            return failure(400, "stopped by the content management policy", "content_filter")
+        return helpful(prompt, *rest)
+
+    with ChatServer(answer) as server:
+        why, written, verdicts = run(tmp_path, server, max_failures=1, concurrency=1)
+        assert why == "" and [row["id"] for row in written] == ["sum/0", "sum/2", "sum/3"]
+        candidates = verdicts["sum/1"]["candidates"]
+        assert verdicts["sum/1"]["reason"] == "no_candidate" and len(candidates) == 5
+        assert {candidate["reason"] for candidate in candidates} == {"refusal"}
+        assert "content management policy" in candidates[0]["detail"]
+        assert verdicts["x/sum/0"]["detail"] == "none of 4 tries was right (4 refused)"
+        shown = tables(capsys.readouterr().out)
+        assert shown["left open"] == ["0"] and shown["refusal"] == ["5"]
+        asked = len(server.requests)
+        assert run(tmp_path, server)[0] == "" and len(server.requests) == asked
+
+
+def test_a_parameter_that_is_left_out_is_said_and_noted(tmp_path, rows, capsys):
+    rows(problems(3))
+
+    def answer(prompt, body, headers, number):
+        if "temperature" in body:
+            return failure(400, "Unsupported value: 'temperature' does not support 0.6 with this model.")
+        return helpful(prompt, body, headers, number)
+
+    with ChatServer(answer) as server:
+        why, written, _ = run(tmp_path, server)
+        assert why == "" and len(written) == 3
+        assert 18 < len(server.requests) <= 18 + 3, "once for each problem under way"
+        (notice,) = [record["text"] for record in records(tmp_path) if record["kind"] == "notice"]
+        assert notice.startswith("big refuses temperature") and capsys.readouterr().out.count(notice) == 1
+        asked = len(server.requests)
+        assert len(run(tmp_path, server)[1]) == 3 and len(server.requests) == asked, "the journal is read as any other"
+
+
+def test_retries_are_counted_by_their_reason(tmp_path, rows, capsys):
+    rows(problems(1))
+    bad = [failure(429, "slow down"), failure(429, "slow down"), failure(502, "bad gateway")]
+    with ChatServer(lambda *rest: bad[rest[-1]] if rest[-1] < 3 else helpful(*rest)) as server:
+        run(tmp_path, server, retries=5)
+    shown = tables(capsys.readouterr().out)
+    assert [shown[name][0] for name in ("retries", "429: slow down", "502: bad gateway")] == ["3", "2", "1"]
+
+
 def test_scores_that_cannot_be_read_are_asked_for_again(tmp_path, rows):
     rows(problems(1))
     said = iter(["Score: [0.5]", "Score: [0.1, 0.2, 0.9, 0.4, 0.3]"])
@@ -275,7 +325,7 @@ def test_a_wrong_key_stops_at_once_and_nothing_is_lost(tmp_path, rows):
 
     with ChatServer(answer) as server:
         why, written, verdicts = run(tmp_path, server, concurrency=2)
-        assert why == "401: expired: [key]"
+        assert why == "stopped early: 401: expired: [key]"
         assert len(server.requests) <= 15, "one more for each problem under way"
         paid = sum(record["kind"] == "reply" for record in records(tmp_path))
         assert paid == 13 and 1 <= len(written) == len(verdicts) <= 2
@@ -290,7 +340,8 @@ def test_problems_are_left_open_where_requests_fail(tmp_path, rows):
         lambda prompt, *rest: failure(503, "down") if "145" in prompt else helpful(prompt, *rest)
     ) as server:
         why, written, _ = run(tmp_path, server, max_failures=2)
-    assert why == "" and [row["id"] for row in written] == [f"sum/{i}" for i in (0, 1, 3, 4, 5)]
+    assert why == "left open: 1 for 503; the last because of 3 tries, the last one: 503: down"
+    assert [row["id"] for row in written] == [f"sum/{i}" for i in (0, 1, 3, 4, 5)]
     with ChatServer(helpful) as server:
         _, written, _ = run(tmp_path, server)
     assert len(written) == 6 and len(server.requests) == 6
@@ -303,19 +354,19 @@ def test_failures_count_in_a_row(tmp_path, rows):
         lambda prompt, *rest: failure(400) if any(b in prompt for b in broken) else helpful(prompt, *rest)
     ) as server:
         why, written, _ = run(tmp_path, server, max_failures=2, concurrency=1)
-    assert why == "" and len(written) == 4
+    assert why == "left open: 2 for 400; the last because of 400: no" and len(written) == 4
 
 
 def test_nothing_new_is_asked_for_once_it_stops(tmp_path):
     stop, asked = threading.Event(), []
-    reply = clients.Reply(["x"], ["stop"], 1, 1)
+    reply = replies.Reply(["x"], ["stop"], 1, 1)
     with journal.Journal(tmp_path / "j.jsonl", {}) as log:
         meter = budget.Meter(0.0, 0.0)
         paid = budget.payer("p", lambda request: asked.append(request) or reply, log, meter, "m", stop)
         assert paid("score", 0, "prompt", 1, 5) == reply
         stop.set()
         assert paid("score", 0, "prompt", 1, 5) == reply, "what is paid for can be used"
-        with pytest.raises(clients.Unavailable, match="stopped"):
+        with pytest.raises(replies.Unavailable, match="stopped"):
             paid("score", 1, "prompt", 1, 5)
     assert [request.id for request in asked] == ["p/score/0"]
 
@@ -324,7 +375,8 @@ def test_a_server_that_is_down_stops_the_command(tmp_path, rows):
     rows(problems(30))
     with ChatServer(lambda *_: failure(400, "unknown parameter")) as server:
         why, written, verdicts = run(tmp_path, server, max_failures=4, concurrency=2)
-    assert "4 problems in a row could not be finished" in why and "unknown parameter" in why
+    assert why.startswith("stopped early: 4 problems in a row could not be finished; left open: 4 for 400; ")
+    assert why.endswith("the last because of 400: unknown parameter")
     assert len(server.requests) <= 8 and not verdicts and not written
 
 
@@ -341,7 +393,7 @@ def test_an_interrupt_ends_it_after_what_is_under_way():
 
     rows = [{"id": str(i)} for i in range(50)]
     why = budget.work_through(rows, work, concurrency=2, max_failures=1, stop=stop, done=interrupt)
-    assert why == "interrupted" and stop.is_set() and 1 <= len(finished) <= 5
+    assert why == "stopped early: interrupted" and stop.is_set() and 1 <= len(finished) <= 5
 
 
 # ---- budgets
@@ -562,6 +614,26 @@ def test_a_killed_extraction_goes_on_and_pays_for_nothing_twice(tmp_path, rows):
     assert len(data.load(str(tmp_path / "work/strategies.jsonl"))) == 10
     shown = tables(done.stdout)
     assert shown["kept"] == ["10"] and shown["calls"] == [str(70 - len(replies)), "70"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (failure(400, "Unsupported field: 'stop'"), "400: Unsupported field: 'stop'"),
+        (failure(429, "too many tokens per minute"), "429: too many tokens per minute"),
+    ],
+    ids=["400", "429"],
+)
+def test_a_command_whose_requests_are_all_refused_fails_with_the_reason(tmp_path, rows, answer, said):
+    """There are fewer problems than failures in a row that would stop it."""
+    rows(problems(3))
+    with ChatServer(lambda *_: answer) as server:
+        start = command(tmp_path, server, "--config.extract.retries=1")
+        done = subprocess.run(start, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("sgpo_jax: left open: 3 for ") and last.endswith(f"{said}. The same command resumes")
+    assert tables(done.stdout)["left open"] == ["3"]
 
 
 def test_the_key_appears_nowhere(tmp_path, rows):
