@@ -3,10 +3,13 @@
 The docstring of `rows` says how to write a source; that module also turns raw rows into problems.
 """
 
+import contextlib
+import gzip
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +18,12 @@ import numpy as np
 
 from sgpo_jax.data.generators import arithmetic, gym
 
-SUFFIXES = (".jsonl", ".parquet")
+SUFFIXES = (".jsonl", ".parquet")  # files that are read from a folder
+# Files that are read by their own name, in capitals or not.
+FILES = re.compile(r"(.+)\.(?:parquet|(?:jsonl|ndjson)(\.gz)?)", re.IGNORECASE | re.DOTALL)
 ALLOWED = (
     "a .jsonl or .parquet file, a folder of them, tfds:NAME, or a Hugging Face dataset id, each with its options after "
-    "'?'; arithmetic:..., reasoning_gym:..."
+    "'?'; arithmetic:..., reasoning_gym:...; by its own name also a .ndjson, .jsonl.gz or .ndjson.gz file"
 )
 _PARQUET_ROWS = 1024  # rows per read
 
@@ -57,9 +62,13 @@ def read(source: str, fields: Sequence[str]) -> tuple[dict[str, str], Iterator[R
     elif name and os.path.isdir(path):  # pathlib would raise on too long a name
         _reject_unknown(source, options, ("files", *fields))
         rows = _folder(source, path, options.pop("files", "*"))
-    elif path.suffix in SUFFIXES:
+    elif FILES.fullmatch(path.name):
         _reject_unknown(source, options, fields)
         rows = _file(path)
+    elif name and os.path.lexists(path):
+        kind = f"a {path.suffix} file" if path.suffix else "a file without suffix"
+        kind = kind if os.path.isfile(path) else "no file that can be read"
+        raise ValueError(f"source {source!r} is {kind}; allowed: {ALLOWED}")
     elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         _reject_unknown(source, options, ("split", "name", *fields))
         rows = _hub(source, name, options.pop("name", None), options.pop("split", "train"))
@@ -96,7 +105,9 @@ def _folder(source: str, path: Path, pattern: str) -> Iterator[Raw]:
     except (ValueError, NotImplementedError) as error:
         raise ValueError(f"source {source!r}: files={pattern} ({error}); allowed: names in the folder") from error
     if not files:
-        raise ValueError(f"source {source!r}: the folder has no .jsonl or .parquet file named {pattern}")
+        others = sorted({"".join(file.suffixes) for file in path.glob(pattern) if file.is_file()})
+        kinds = f"; its files are {', '.join(suffix or 'without suffix' for suffix in others[:8])}" if others else ""
+        raise ValueError(f"source {source!r}: the folder has no .jsonl or .parquet file named {pattern}{kinds}")
     for file in files:
         yield from _file(file)
 
@@ -104,14 +115,27 @@ def _folder(source: str, path: Path, pattern: str) -> Iterator[Raw]:
 def _file(path: Path) -> Iterator[Raw]:
     if not os.path.isfile(path):
         raise ValueError(f"source {str(path)!r}: there is no such file")
-    rows = _parquet(path) if path.suffix == ".parquet" else _jsonl(path)
+    match = FILES.fullmatch(path.name)
+    assert match is not None
+    rows = _parquet(path) if path.suffix.lower() == ".parquet" else _jsonl(path, packed=bool(match[2]))
     for number, row in rows:
-        yield Raw(f"{path}:{number}", f"{path.stem}/{number}", row)
+        yield Raw(f"{path}:{number}", f"{match[1]}/{number}", row)
 
 
-def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
+def _lines(path: Path, packed: bool) -> Generator[tuple[int, bytes]]:
+    """Yields (number, line) of a file, which gzip may have packed."""
+    number = 0
+    with gzip.open(path) if packed else path.open("rb") as lines:
+        try:
+            for number, line in enumerate(lines, start=1):
+                yield number, line
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}: cannot be unpacked after line {number} ({error})") from error
+
+
+def _jsonl(path: Path, packed: bool) -> Iterator[tuple[int, Any]]:
+    with contextlib.closing(_lines(path, packed)) as lines:
+        for number, line in lines:
             if not line.strip():
                 continue
             try:
@@ -155,10 +179,28 @@ def _hub(source: str, name: str, config: str | None, split: str) -> Iterator[Raw
     except (OSError, ValueError) as error:
         raise ValueError(
             f"source {source!r} is neither a local file or folder, nor a Hugging Face dataset "
-            f"that can be loaded ({error})"
+            f"that can be loaded ({_one_line(error)}); a file is a .jsonl or .parquet file whose name has no ';' or '?'"
         ) from error
-    for number, row in enumerate(table):
-        yield Raw(f"{source}, row {number}", f"{name}/{split}/{number}", row)
+    except Exception as error:  # its files are broken or do not fit together
+        raise ValueError(f"source {source!r}: the data set's files cannot be read ({_one_line(error)})") from error
+    number = -1
+    try:
+        for number, row in enumerate(table):
+            yield Raw(f"{source}, row {number}", f"{name}/{split}/{number}", row)
+    except Exception as error:  # a value that is decoded when it is read, such as an image
+        raise ValueError(f"source {source!r}: cannot be read after row {number} ({_one_line(error)})") from error
+
+
+def _one_line(error: BaseException) -> str:
+    """Returns an error's message and that of its first cause on one line."""
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    texts = [" ".join(str(part).split()) for part in (error, cause)]
+    texts = [text if len(text) <= 300 else f"{text[:300]}..." for text in texts]
+    return "; ".join(
+        dict.fromkeys(f"{type(e).__name__}: {text}" for e, text in zip((error, cause), texts, strict=True))
+    )
 
 
 def _tfds(source: str, name: str, split: str, folder: str | None) -> Iterator[Raw]:

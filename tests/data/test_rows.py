@@ -1,3 +1,4 @@
+import gzip
 import json
 import subprocess
 import sys
@@ -89,6 +90,62 @@ def test_the_home_folder_may_be_a_tilde(tmp_path, monkeypatch):
     assert data.load("~/a.jsonl") == data.load("~?files=a*") == [row(0)]
 
 
+ROW = '{"id": "1", "problem": "What is 2 + 3?", "answer": "5"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("set.ndjson", ROW.encode()),
+        ("set.JSONL", ROW.encode()),
+        ("set.jsonl.gz", gzip.compress(ROW.encode())),
+        ("set.ndjson.gz", gzip.compress(b"\xef\xbb\xbf" + ROW.encode() + b"\r\n\n")),
+        ("my set, v2.jsonl", ROW.encode()),
+    ],
+)
+def test_lines_of_json_by_other_names_are_read(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert data.load(str(tmp_path / name)) == [json.loads(ROW)]
+    number = name.removesuffix(".gz").rpartition(".")[0] + "/1"
+    assert data.load(f"{tmp_path / name}?id=")[0]["id"] == number, "as of the file that is not packed"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("set.json", "is a .json file; allowed: a .jsonl or .parquet file"),
+        ("data/set.csv", "is a .csv file; allowed: a .jsonl"),
+        ("set.parquet.gz", "is a .gz file; allowed: a .jsonl"),
+        ("set", "is a file without suffix; allowed: a .jsonl"),
+    ],
+)
+def test_a_file_of_another_kind_is_no_data_set_of_the_hub(tmp_path, monkeypatch, name, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(ROW)
+    for source in (name, f"{name}?split=test", str(tmp_path / name)):
+        with pytest.raises(ValueError) as error:
+            data.load(source)
+        assert said in str(error.value) and repr(source) in str(error.value)
+
+
+def test_a_folder_without_data_says_what_it_has(tmp_path):
+    for name in ("a.json", "b.csv", "c.json", "d"):
+        (tmp_path / name).write_text(ROW)
+    with pytest.raises(
+        ValueError, match=r"no .jsonl or .parquet file named \*; its files are without suffix, .csv, .json$"
+    ):
+        data.load(str(tmp_path))
+
+
+def test_a_broken_gzip_file_is_named(tmp_path):
+    packed = gzip.compress("\n".join([ROW] * 5000).encode())
+    for content in (b"not packed", packed[:-20], packed[:50] + b"x" * 50 + packed[100:]):
+        (tmp_path / "set.jsonl.gz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"set.jsonl.gz: cannot be unpacked after line \d+ \("):
+            data.load(f"{tmp_path / 'set.jsonl.gz'}?id=")
+
+
 def test_missing_files_and_strange_sources(tmp_path):
     with pytest.raises(ValueError, match="there is no such file"):
         data.load(str(tmp_path / "absent.jsonl"))
@@ -173,6 +230,47 @@ def test_hugging_face_datasets(monkeypatch):
         data.load("owner/sums?problem=task")
     with pytest.raises(ValueError, match="option 'spilt'; allowed: split, name, schema, id"):
         data.load("owner/sums?spilt=test")
+
+
+HUB_FILES = {
+    "more columns in a later file": {"a": [ROW], "b": ['{"id": "2", "problem": "q", "answer": "5", "level": "3"}']},
+    "broken JSON": {"a": [ROW, '{"id": "2", "problem": ']},
+    "a column that is null in the first file": {
+        "a": [ROW[:-1] + ', "solution": null}'], "b": [ROW[:-1] + ', "solution": "2 + 3 = 5"}'],
+    },
+    "an empty file": {"a": [""]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HUB_FILES)
+def test_hub_files_that_do_not_fit_together_are_told_in_a_line(tmp_path, monkeypatch, name):
+    """The hub is replaced by local files with the same defects, so the exceptions are those of the library."""
+    datasets = pytest.importorskip("datasets", reason="needs the extra 'hub'")
+    for file, lines in HUB_FILES[name].items():
+        (tmp_path / f"{file}.jsonl").write_text("\n".join(lines) + "\n")
+    real, files = datasets.load_dataset, sorted(map(str, tmp_path.glob("*.jsonl")))
+
+    def load_dataset(name, config, split):
+        return real("json", data_files=files, split=split, cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError) as error:
+        data.load("somebody/problems")
+    message = str(error.value)
+    assert message.startswith("source 'somebody/problems'") and "\n" not in message and len(message) < 900
+    assert any(kind in message for kind in ("CastError", "ArrowInvalid", "TypeError", "ValueError", "ArrowTypeError"))
+
+
+def test_a_value_of_the_hub_that_cannot_be_decoded_is_told(monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="needs the extra 'hub'")
+
+    def table():
+        yield json.loads(ROW)
+        raise RuntimeError("no decoder\nfor images")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table())
+    with pytest.raises(ValueError, match=r"cannot be read after row 0 \(RuntimeError: no decoder for images\)"):
+        data.load("somebody/problems")
 
 
 @pytest.mark.parametrize(
