@@ -3,6 +3,7 @@
 Shapes: N rows, P the common length of padded rows.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import cast
@@ -141,13 +142,43 @@ def encode_turn(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 def continuation(tokenizer: PreTrainedTokenizerFast, prompt: list[int], response: str) -> str:
-    """Returns the response without a leading "<think>\\n" if the prompt ends with it, as in some chat templates."""
-    opening = "<think>\n"
-    if not response.startswith(opening):
-        return response
-    # The opening is at most as many tokens as characters.
-    end = tokenizer.decode(prompt[-len(opening) :], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return response.removeprefix(opening) if str(end).endswith(opening) else response
+    """Returns the response as the continuation of a prompt, so that both together have one thought.
+
+    Some chat templates end a prompt with "<think>", or with a thought that is empty. `thought_change` says what differs
+    from the response.
+    """
+    return _continued(tokenizer, prompt, response)[0]
+
+
+def thought_change(tokenizer: PreTrainedTokenizerFast, prompt: list[int], response: str) -> str:
+    """Returns what `continuation` changes in a response, or what is wrong with its thought; "" for neither."""
+    return _continued(tokenizer, prompt, response)[1]
+
+
+_TAIL = 32  # tokens of a prompt that hold what a template opens; a tag is at most as many tokens as characters
+_LEAD = re.compile(r"\s*(?:<think>\s*)*<think>(\s*)")
+
+
+def _continued(tokenizer: PreTrainedTokenizerFast, prompt: list[int], response: str) -> tuple[str, str]:
+    """Returns (the response as a continuation, what was changed or is wrong)."""
+    tail = str(tokenizer.decode(prompt[-_TAIL:], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    opened = re.search(r"<think>(\s*)\Z", tail)
+    lead = _LEAD.match(response)
+    if opened is None:
+        if lead and "</think>" not in response:
+            return response, "a thought without an end"
+        if re.search(r"<think>\s*</think>\s*\Z", tail) and "</think>" in response:
+            return response.partition("</think>")[2].lstrip(), "its thought left out, since the template has closed it"
+        return response, ""
+    if lead is None:
+        if "</think>" in response:
+            return response, ""
+        first = "" if opened[1].endswith("\n") else "\n"
+        return f"{first}\n</think>\n\n{response}", "an empty thought closed, since the template has opened it"
+    # White space that the template has written is not repeated.
+    space = lead[1].removeprefix(opened[1]) if lead[1].startswith(opened[1]) else ""
+    closed = "</think>" in response
+    return space + response[lead.end() :], "its <think> left to the template" if closed else "a thought without an end"
 
 
 def encode_response(tokenizer: PreTrainedTokenizerFast, text: str, stop_id: int) -> list[int]:

@@ -151,6 +151,8 @@ def load_rows(run: Run) -> tuple[list[dict], dict[str, Tokens]]:
     # The guided prompt is the longer one.
     long = filtering.too_long(sieve.rows, encoded[names[-1]], config.data.max_prompt_tokens)
     sieve.leave_out("prompt too long", long)
+    if needed == "solution":
+        stage.count_thoughts(sieve, policy, dict(zip(ids, encoded["autonomous"], strict=True)))
     stage.account(sieve, run.workdir, "rl")
     if len(sieve.rows) < config.rl.batch:
         raise ValueError(f"RL has {len(sieve.rows)} problems, fewer than rl.batch={config.rl.batch}")

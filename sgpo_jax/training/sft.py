@@ -81,6 +81,7 @@ def load_rows(run: Run) -> tuple[list[dict], list[dict], dict[str, Encoded]]:
     long_responses = filtering.too_long(sieve.rows, responses, config.sft.max_response_tokens)
     sieve.leave_out("prompt too long", long_prompts)
     sieve.leave_out("response too long", long_responses)
+    stage.count_thoughts(sieve, policy, {id: prompt for id, (prompt, _) in encoded.items()})
     stage.account(sieve, run.workdir, "sft")
     training, validation = data.split_validation(sieve.rows, config.sft.validation_share)
     print(f"SFT: {len(training)} rows for training, {len(validation)} for validation", flush=True)

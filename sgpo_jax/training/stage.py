@@ -1,6 +1,6 @@
 """A stage of a run and its folder: policy, optimizer, state and checkpoints, as the config and the disk have them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from sgpo_jax import policy as policies
 from sgpo_jax.data import filtering
 from sgpo_jax.evaluation import check_sets
 from sgpo_jax.policy import Policy, Run, positions
+from sgpo_jax.policy import tokenizer as tokenizers
 from sgpo_jax.policy.prompts import INSTRUCTION
 from sgpo_jax.runtime import distributed
 from sgpo_jax.training.checkpoint import Checkpoints
@@ -66,6 +67,22 @@ def sift(config: ConfigDict, source: str) -> filtering.Sieve:
     sets = {name: chosen.source for name, chosen in config.eval.sets.items()}
     fields = config.data
     return data.sift(source, sets, remove_duplicates=fields.remove_duplicates, decontaminate=fields.decontaminate)
+
+
+def count_thoughts(sieve: filtering.Sieve, policy: Policy, prompts: Mapping[str, list[int]]) -> None:
+    """Counts the rows whose solutions' thoughts are changed for the chat template, or have no end; all rows stay.
+
+    Args:
+      sieve: the rows, which have solutions.
+      policy: its tokenizer is used.
+      prompts: id -> prompt tokens of every row.
+    """
+    changes: dict[str, dict[str, str]] = {}  # what is changed -> its rows
+    for row in sieve.rows:
+        if change := tokenizers.thought_change(policy.tokenizer, prompts[row["id"]], row["solution"]):
+            changes.setdefault(change, {})[row["id"]] = ""
+    for change, ids in changes.items():
+        sieve.leave_out(change, ids, keep=True)
 
 
 def account(sieve: filtering.Sieve, workdir: Path, stage: str) -> None:

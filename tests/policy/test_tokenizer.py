@@ -70,14 +70,56 @@ def test_special_tokens_in_a_text_are_plain_text():
     assert tokenizer.decode(tok, response, len(response)) == problem
 
 
-@pytest.mark.parametrize("opening", ["<think>\n", "<think>\n\n", "\n", "no <think>", ""])
-def test_a_response_does_not_repeat_what_the_template_has_opened(opening):
+def opening_prompt(opening):
+    """Returns (a tokenizer whose template ends a prompt with `opening`, a prompt)."""
     tok = byte_level(LLAMA.replace("assistant<|/head|>{%", f"assistant<|/head|>{opening}{{%"))
     prompt = tokenizer.encode_prompt(tok, "<think>\n", instruction="")
     assert str(tok.decode(prompt)).endswith(f"<|/head|>{opening}")
-    for text in ("<think>\nso", "<think>so", "so <think>\n", "<think>\n<think>\n"):
-        expected = text.removeprefix("<think>\n") if opening == "<think>\n" else text
-        assert tokenizer.continuation(tok, prompt, text) == expected
+    return tok, prompt
+
+
+LEFT = "its <think> left to the template"
+ENDLESS = "a thought without an end"
+CLOSED = "an empty thought closed, since the template has opened it"
+DROPPED = "its thought left out, since the template has closed it"
+
+
+@pytest.mark.parametrize("opening", ["<think>\n", "<think>", "<think>\n\n", "<think> ", "well <think>"])
+@pytest.mark.parametrize(
+    "lead", ["<think>\n", "<think>", "<think> ", "<think>\n\n", "\n<think>\n", "<think>\n<think>\n", "<think>\r\n"]
+)
+def test_a_thought_that_the_template_opens_is_not_opened_again(opening, lead):
+    tok, prompt = opening_prompt(opening)
+    for body, said in (("so\n</think>\n\n5", LEFT), ("so", ENDLESS)):
+        response = tokenizer.continuation(tok, prompt, lead + body)
+        assert response.lstrip() == body and (opening + response).count("<think>") == 1
+        assert tokenizer.thought_change(tok, prompt, lead + body) == said
+
+
+@pytest.mark.parametrize(
+    ("opening", "solution", "response", "said"),
+    [
+        ("<think>\n", "<think>\nso</think>5", "so</think>5", LEFT),
+        ("<think>", "<think>\nso</think>5", "\nso</think>5", LEFT),
+        ("<think>\n", "<think>\n\nso</think>5", "\nso</think>5", LEFT),
+        ("<think>\n", "so</think>5", "so</think>5", ""),
+        ("<think>\n", "5", "\n</think>\n\n5", CLOSED),
+        ("<think>", "5", "\n\n</think>\n\n5", CLOSED),
+        ("<think>\n\n</think>\n\n", "<think>\nso\n</think>\n\n5", "5", DROPPED),
+        ("<think></think>", "so</think> 5", "5", DROPPED),
+        ("<think></think>", "5", "5", ""),
+        ("<think></think>", "<think>so", "<think>so", ENDLESS),
+        ("", "<think>\nso</think>5", "<think>\nso</think>5", ""),
+        ("", " <think>so", " <think>so", ENDLESS),
+        ("", "so", "so", ""),
+        ("\n", "<think>\n<think>so</think>5", "<think>\n<think>so</think>5", ""),
+        ("so <thinking>", "5", "5", ""),
+    ],
+)
+def test_prompt_and_solution_have_one_thought(opening, solution, response, said):
+    tok, prompt = opening_prompt(opening)
+    assert tokenizer.continuation(tok, prompt, solution) == response
+    assert tokenizer.thought_change(tok, prompt, solution) == said
     letter_by_letter = tok.convert_tokens_to_ids([*"<think>", "\u010a"])  # a model that has no token for it
     assert tokenizer.continuation(tok, prompt + letter_by_letter, "<think>\nso") == "so"
 

@@ -96,6 +96,23 @@ def test_the_warm_up_leaves_out_what_the_template_has_opened(tmp_path, policy, m
         assert response == sft.tokenizers.encode_response(policy.tokenizer, " 7", policy.stop_ids[0])
 
 
+def test_what_becomes_of_thoughts_is_counted(tmp_path, policy, monkeypatch, capsys):
+    said = iter(["closed", "", "closed", "endless"])
+    monkeypatch.setattr(stage.tokenizers, "thought_change", lambda *_: next(said, ""))
+    config = small_config()
+    config.sft.train = "arithmetic:train,count=30"
+    training, validation, _ = sft.load_rows(run(config, tmp_path, policy))
+    assert len(training + validation) == 30
+    (counts,) = json.loads((tmp_path / "data.json").read_text())["sft"]["sources"].values()
+    assert counts["kept_although"] == {"duplicate": counts["kept_although"]["duplicate"], "closed": 2, "endless": 1}
+    assert "although: closed" in capsys.readouterr().out
+    said = iter(["closed"])
+    config.data.train, config.rl.guide = config.sft.train, "demonstration"
+    rl.load_rows(run(config, tmp_path, policy))
+    (counts,) = json.loads((tmp_path / "data.json").read_text())["rl"]["sources"].values()
+    assert counts["kept_although"]["closed"] == 1, "expert solutions are responses in RL, too"
+
+
 def test_a_stage_with_checkpoints_refuses_other_rows(tmp_path, policy):
     config = small_config()
     config.data.train = "arithmetic:train,count=30"
