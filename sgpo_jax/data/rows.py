@@ -183,3 +183,4 @@ def _last_message(value: Any, role: str) -> Any:
 def _short(text: str) -> str:
     """Cuts a text for a message."""
     return text if len(text) <= 200 else f"{text[:200]}..."
+

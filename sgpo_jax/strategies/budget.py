@@ -6,11 +6,12 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
 
-from sgpo_jax.runtime.journal import Journal
+from sgpo_jax.runtime.journal import Journal, Key
 from sgpo_jax.strategies import prompts
 from sgpo_jax.strategies.clients import Ask
-from sgpo_jax.strategies.replies import Denied, Refused, Reply, Request, Unavailable
+from sgpo_jax.strategies.replies import Denied, Failed, Refused, Reply, Request, Unavailable
 
 # (stage, index, prompt, choices, max_tokens) -> reply, from the journal if it is there
 Paid = Callable[[str, int, str, int, int], Reply]
@@ -120,6 +121,15 @@ def payer(id: str, ask: Ask, journal: Journal, meter: Meter, model: str, stop: t
       stop: no new request is sent once it is set.
     """
 
+    def keep(key: Key, reply: Reply) -> dict[str, Any]:
+        named_key = dict(zip(("id", "stage", "index", "prompt"), key, strict=True))
+        origin = {"model": model, "version": prompts.PROMPT_VERSION}
+        cost = meter.cost(reply.prompt_tokens, reply.completion_tokens)
+        record = {"kind": "reply", **named_key, **reply._asdict(), "cost": cost, **origin}
+        meter.count(reply.prompt_tokens, reply.completion_tokens)
+        journal.append(record)
+        return record
+
     def paid(stage: str, index: int, prompt: str, choices: int, max_tokens: int) -> Reply:
         key = id, stage, index, digest(prompt)
         record = journal.reply(key)
@@ -129,13 +139,11 @@ def payer(id: str, ask: Ask, journal: Journal, meter: Meter, model: str, stop: t
             most = len(prompt.encode()) + _OVERHEAD, choices * max_tokens
             meter.reserve(most)
             try:
-                reply = ask(Request(f"{id}/{stage}/{index}", prompt, choices, max_tokens))
-                named_key = dict(zip(("id", "stage", "index", "prompt"), key, strict=True))
-                origin = {"model": model, "version": prompts.PROMPT_VERSION}
-                cost = meter.cost(reply.prompt_tokens, reply.completion_tokens)
-                record = {"kind": "reply", **named_key, **reply._asdict(), "cost": cost, **origin}
-                meter.count(reply.prompt_tokens, reply.completion_tokens)
-                journal.append(record)
+                record = keep(key, ask(Request(f"{id}/{stage}/{index}", prompt, choices, max_tokens)))
+            except Failed as error:
+                if any(error.lost):  # counts for the budget of all runs; nothing asks for a reply of this stage
+                    keep((id, f"{stage}/lost", index, key[3]), Reply([], [], *error.lost))
+                raise
             finally:
                 meter.release(most)
         return Reply(*(record[field] for field in Reply._fields))

@@ -25,6 +25,7 @@ from sgpo_jax.rollout import STOP, Sampling
 from sgpo_jax.strategies.replies import (
     MAX_TEXT,
     Denied,
+    Failed,
     Fault,
     Filtered,
     Reply,
@@ -152,6 +153,10 @@ def endpoint(
             notice(f"{server.model} refuses {name}, so {instead}. {clean(str(fault))[:500]}")
         return True
 
+    def failed(error: Failed, lost: tuple[int, int]) -> Failed:
+        error.lost = lost
+        return error
+
     def ask(request: Request) -> Reply:
         lost = (0, 0)  # tokens of replies without a text, which are paid for too
         attempt = 0
@@ -178,17 +183,17 @@ def endpoint(
                 if leave_out(fault, sent):
                     continue
                 if kind is not None:
-                    raise kind(why) from None
+                    raise failed(kind(why), lost) from None
             # Anything else: the HTTP library's own exceptions for a broken connection.
             except Exception as error:
                 cause = f" ({error.__cause__}; {address})" if error.__cause__ else ""
                 why = clean(f"{type(error).__name__}: {error}{cause}")[:500]
             if attempt == server.retries:
-                raise Unavailable(f"{server.retries + 1} tries, the last one: {why}")
+                raise failed(Unavailable(f"{server.retries + 1} tries, the last one: {why}"), lost)
             attempt += 1
             retried(why)
             if stop.wait(wait):
-                raise Unavailable(f"stopped while waiting after {why}")
+                raise failed(Unavailable(f"stopped while waiting after {why}"), lost)
 
     return ask
 

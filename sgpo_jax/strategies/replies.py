@@ -33,11 +33,17 @@ class Reply(NamedTuple):
     completion_tokens: int  # of all texts together
 
 
-class Denied(Exception):
+class Failed(Exception):
+    """A request has no reply."""
+
+    lost = (0, 0)  # (prompt tokens, completion tokens) that the server charged all the same
+
+
+class Denied(Failed):
     """No request can succeed: the key, the balance, the permission, the address or the model's name is wrong."""
 
 
-class Refused(Exception):
+class Refused(Failed):
     """The server rejects this request, or it is too long for a local model."""
 
 
@@ -49,7 +55,7 @@ class Filtered(Refused):
     """The server's filter stopped the prompt or the text."""
 
 
-class Unavailable(Exception):
+class Unavailable(Failed):
     """The retries are used up, or the caller stopped waiting."""
 
 
@@ -81,7 +87,7 @@ class Fault(ValueError):
         self.words, self.status, self.codes, self.parameter = words if told else "", status, codes, parameter
         self.tokens = tokens
 
-    def kind(self) -> type[Exception] | None:
+    def kind(self) -> type[Failed] | None:
         """Returns the exception of a fault that no retry mends; None for a fault that may pass."""
         if self.codes & _FILTER_CODES or (self.status in _BY_WORDS and _FILTER_WORDS.search(self.words)):
             return Filtered

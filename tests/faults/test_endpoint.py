@@ -183,6 +183,20 @@ def test_every_token_is_counted_once_whatever_the_server_does(tmp_path, capsys):
     assert len(server.requests) < 48 * 10
 
 
+def test_tokens_of_requests_that_fail_count_for_all_runs_together(tmp_path):
+    """Every answer is charged and has no usable text."""
+    write_problems(tmp_path, 2)
+    with ChatServer(lambda *_: completion("half", finish="error", usage=(30, 20))) as server:
+        why, written = run(tmp_path, server.url, retries=2, max_failures=20)
+        assert why.startswith("left open: 2 for an error in a 200; ") and not written and len(server.requests) == 6
+        assert sum(record["prompt_tokens"] for record in paid_for(tmp_path)) == 6 * 30
+        assert sum(record["completion_tokens"] for record in paid_for(tmp_path)) == 6 * 20
+        why, _ = run(tmp_path, server.url, budget_tokens=310)
+        assert "the budget (310) is reached: 300 tokens" in why and len(server.requests) == 6
+    with ChatServer(helpful) as server:
+        assert len(run(tmp_path, server.url)[1]) == 2 and len(server.requests) == 12
+
+
 def test_a_server_that_goes_away_in_the_middle_costs_no_reply(tmp_path):
     write_problems(tmp_path, 6)
     with ChatServer(lambda *rest: helpful(*rest) if rest[-1] < 14 else failure(503, "down")) as server:
