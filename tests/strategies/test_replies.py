@@ -340,6 +340,7 @@ def test_the_limit_goes_by_its_other_name_but_is_never_left_out():
     "message",
     [
         "temperature must be between 0 and 1",
+        "Unsupported value: 'temperature' must be between 0 and 0.5",
         "'top_p' must be less than or equal to 0.9",
         "'max_tokens' is too large: 50. This model supports at most 20 completion tokens",
         "Unsupported value: 'stop'",
