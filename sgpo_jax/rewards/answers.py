@@ -8,60 +8,28 @@ import re
 from itertools import product
 from typing import Any
 
+from sgpo_jax.rewards.structure import CONNECTIVE, has_ratio, same_ratio, split, with_colons
+from sgpo_jax.rewards.symbols import to_latex
+from sgpo_jax.rewards.units import MONTHS, NUMBERS, SET, without_units, without_words
+
 MAX_ANSWER = 1000  # characters; a longer answer is wrong unless it is identical to the gold answer
 
-# A box, an escaped character (\{ opens no group) or a brace. In `\\boxed` the first \ is a slip.
-_TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\(?:\\(?!boxed|fbox)|[^\\])|[{}]", re.DOTALL)
-
-
-def extract_boxed(text: str) -> str | None:
-    r"""Returns the content of the balanced \boxed{...} that closes last, after the last "</think>"; None without one.
-
-    Of nested boxes the outermost counts. The time is linear in the length of the text.
-    """
-    text = text.rpartition("</think>")[2]
-    if text.lstrip().startswith("<think>"):
-        return None  # an unfinished thought
-    last: slice | None = None
-    opened: list[re.Match[str]] = []
-    for token in _TOKEN.finditer(text):
-        if token[0] == "}":
-            start = opened.pop() if opened else token
-            if len(start[0]) > 1:  # a box, not a plain group
-                last = slice(start.end(), token.start())
-        elif token[0] == "{" or len(token[0]) > 2:
-            opened.append(token)
-    return None if last is None else text[last]
-
-
-_SYMBOLS: dict[str, str | int | None] = {
-    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ",
-    "π": r"\pi ", "°": r"^\circ ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
-    "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "，": ",",
-    "²": "^2", "³": "^3", "¢": r"\text{ cents}", "€": "", "£": "", "½": r"\frac{1}{2}",
-}  # fmt: skip
-_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-_MAGNITUDES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_BOX = r"\\(?:text|textbf|textrm|textit|textsf|mbox|hbox|mathrm|mathbf|mathit|mathsf|operatorname)\s*"
-# Units of two or more letters, which cannot be variables. For units of one letter see `_without_words`.
-_UNIT = (
-    r"(?:(?:sq(?:uare|\.)?|cu(?:bic|\.)?) ?)?"
-    r"(?:[cmkd]m|[km]g|lbs?|oz|ft|in|mi|yd|mph|kmh|km/h|m/s|k?Hz|hrs?|mins?|secs?|"
-    r"(?:inch|foot|feet|yard|mile|(?:centi|milli|kilo|deci)?met(?:er|re)|(?:milli)?lit(?:er|re)|(?:kilo)?gram|pound|"
-    r"ounce|hour|minute|second|day|week|month|year|degree|radian|cent|dollar|unit|point)(?:s|es)?|USD)"
-)
-_POWER = r"(?:\s*\^\s*\{?-?[0-9]\}?)?"
+_MAGNITUDES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _DECIMAL, _DEGREES, _RADIANS = r"([0-9]+(?:\.[0-9]+)?)", r"\^ ?\{? ?\\circ ?\}?", r"\\\1(\\frac{\2 \\pi}{180})"
 _PMATRIX = r"\\begin{pmatrix}\1\\end{pmatrix}"
-_MONTHS = "jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec"
-# Words that change the meaning of a number, so they must not be removed as if they were units.
-_QUALIFIER = re.compile(
-    r"\b(?:not|or (?:more|less|fewer|greater)|at (?:least|most)|(?:more|less|greater|fewer|other) than|except)\b"
-)
+_INDEX = r"(?:\{ ?([0-9a-z]{1,3}(?: ?[-+] ?[0-9a-z]{1,3})?) ?\}|([0-9a-z]))"
+_SIZES = "tiny|scriptsize|footnotesize|small|normalsize|large|Large|LARGE|huge|Huge"
+_FONTS = "bf|it|rm|sf|tt|sc|em|bfseries|itshape|displaystyle|textstyle|scriptstyle|boldmath"
 
-_REWRITES = [
+_REWRITES: list[tuple[str, Any]] = [
+    # Fonts, sizes and colours.
+    (rf"\\(?:{_SIZES}|{_FONTS})(?![A-Za-z])\s*", ""),
+    (r"\\(?:text)?color\s*(?:\[[^\]{}]{0,40}\])?\s*\{[^{}]{0,40}\}\s*", ""),
+    (r"\\(?:boldsymbol|bm|pmb)\s*(?=\{)", r"\\mathbf"),
+    (r"^\s*(\*\*|__)([^*_]+)\1\s*$", r"\2"),
     (r"(?<!\\)\\[()\[\]]|\\?\$", ""),  # math delimiters and dollars
     (r"√\s*([0-9]+|[a-z])", r"\\sqrt{\1}"),
+    (r"∛\s*([0-9]+|[a-z])", r"\\sqrt[3]{\1}"),
     (r"\b(?:np|numpy|math)\.([a-z]+)", r"\\\1"),
     (r"\*\*", "^"),
     (r"\\(?:mathrm|text)\{([ie])\}", r"\1"),
@@ -70,6 +38,8 @@ _REWRITES = [
     # Thousands separators: 10,\!080 and 10\,080 and 10{,}080; further below 10 080.
     (r"(?<=[0-9])(?:,?\\!|\\[,;: ]|\{,\}|~)\s*(?=[0-9]{3}(?![0-9]))", ""),
     (r"\\!", ""),
+    (r"(?:\\(?:text|mathrm|mathbin|mathrel) ?)?\{ ?: ?\}|\\colon(?![a-z])", ":"),
+    (r"\\lg(?![a-z])", r"\\log_{10} "),
     (r"(?<!\\)(?:\\[ ,;:]|~|\\q?quad\b)|\s+", " "),
     (r"(?<=[0-9]) (?=[0-9]{3}(?: [0-9]{3}){0,5}$)", ""),
     # 1e-05, which LaTeX reads as 1*e - 05. In "2e - 3", with spaces, e stays Euler's number.
@@ -87,48 +57,55 @@ _READABLE: list[tuple[str, Any]] = [
     (r"\\\\\[[^\]]{0,9}\]", r"\\\\"),  # the row spacing of a matrix
     (r"(?:\\left ?)?[(\[] ?\\begin\{array\} ?\{[clr| ]*\}(.*)\\end\{array\} ?(?:\\right ?)?[)\]]", _PMATRIX),
     (r"([a-z0-9])!\^", r"(\1!)^"),
+    (r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"\^ ?\{?([0-9]+)\}? ?/ ?_ ?\{?([0-9]+)\}?", r"\\frac{\1}{\2}"),  # ^3/_4
+    (rf"^([0-9]+) ?(?:\^ ?)?\{{? ?(?:{SET}\{{ ?)?(?:st|nd|rd|th)\b ?\}}? ?\}}?$", r"\1"),  # 4th
+    (rf"(?<![A-Za-z\\])(?:{SET}\{{ ?C ?\}}|C) ?_ ?{_INDEX} ?\^ ?{_INDEX}", lambda match: _combinations(match)),
     (r"^[a-z] ?(\([^()\[\]]*\]|\[[^()\[\]]*\))$", r"\1"),  # t(0,4], a slip for t \in (0,4]
     (r"\\varnothing(?![a-z])", r"\\emptyset "),
+    (rf"^(?:{SET}\{{)? ?[Nn]o solutions? ?\}}?$", r"\\emptyset"),
     (r"\\log_\{? ?e ?\}?(?![a-z])", r"\\ln "),
     (r" ?(?:=|\\approx) ?-?[0-9]*\.[0-9]+ ?(?:\\[lc]?dots|\.\.\.)$", ""),  # \frac13 = 0.333...
-    (r"^" + _BOX + r"\{ ?([A-Z](?: ?, ?[A-Z])+) ?\}$", r"\1"),  # \text{A, B}
+    (r"^" + SET + r"\{ ?([A-Z](?: ?, ?[A-Z])+) ?\}$", r"\1"),  # \text{A, B}
     (r"^([-+]?[0-9]+) ([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}"),  # 1 4/5
     # Bases: (52)_8, 52_{\text{base }8}, 52_{\text{eight}} (`_base` replaces the word).
     (r"\(([0-9]+)\)_", r"\1_"),
-    (r"_\{? ?" + _BOX + r"\{ ?(?:base )?([a-z]{2,8}|[0-9]{1,2})? ?\} ?([0-9]{0,2})\}?", lambda match: _base(match)),
+    (rf"(?<=[0-9]) ?{SET}\{{ ?\(? ?base ([0-9]{{1,2}}) ?\)? ?\}}$", r"_{\1}"),
+    (r"_\{? ?" + SET + r"\{ ?(?:base )?([a-z]{2,8}|[0-9]{1,2})? ?\} ?([0-9]{0,2})\}?", lambda match: _base(match)),
     # Prose around an answer.
-    (r"^" + _BOX + r"\{ ?(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer(?: is)?:? ?\}", ""),
-    (r"^" + _BOX + r"\{ ?([-+]?[0-9][0-9,.]*)( [A-Za-z .]+)\}$", r"\1\\text{\2}"),  # \text{12 ways}
-    (r",? ?(?:" + _BOX + r"\{[ ,]*for (?:all|any|every|each)\b[^{}<>=]*\}|\\forall\b|\bfor all\b)[^0-9<>=]*$", ""),
-    (r" ?\(?" + _BOX + r"\{ ?percent(?:age)? ?\}\)?|(?<=[0-9]) ?percent\b", r"\\%"),
-    (r"(?<=[0-9]) ?(?:" + _BOX + r"\{)? ?(thousand|million|billion|trillion)\b ?\}?", lambda match: _magnitude(match)),
+    (r"^" + SET + r"\{ ?(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer(?: is)?:? ?\}", ""),
+    (r"^" + SET + r"\{ ?([-+]?[0-9][0-9,.]*)( [A-Za-z .]+)\}$", r"\1\\text{\2}"),  # \text{12 ways}
+    (r",? ?(?:" + SET + r"\{[ ,]*for (?:all|any|every|each)\b[^{}<>=]*\}|\\forall\b|\bfor all\b)[^0-9<>=]*$", ""),
+    (r" ?\(?" + SET + r"\{ ?percent(?:age)? ?\}\)?|(?<=[0-9]) ?percent\b", r"\\%"),
+    (
+        rf"(?<=[0-9]) ?(?:{SET}\{{ ?({'|'.join(_MAGNITUDES)})\b ?([^{{}}]*)\}}|({'|'.join(_MAGNITUDES)})\b)",
+        lambda match: _magnitude(match),
+    ),
     # Inside a trigonometric function degrees are converted to radians; elsewhere they are dropped.
     (rf"\\(sin|cos|tan|cot|sec|csc) ?(?:\\left ?)?[({{]? ?{_DECIMAL} ?{_DEGREES}(?: ?(?:\\right ?)?[)}}])?", _RADIANS),
-    (rf"{_DEGREES}(?: ?(?:[CF]\b|{_BOX}\{{ ?[CF] ?\}}))?", ""),
+    (rf"{_DEGREES}(?: ?(?:[CF]\b|{SET}\{{ ?[CF] ?\}}))?", ""),
     (r"(-?)([0-9]*)\.([0-9]*)\\(?:overline|bar|dot) ?(?:\{ ?([0-9]+) ?\}|([0-9]))", lambda match: _repeating(match)),
 ]
-# In \text{} any words except an hour of the day or a month. Other fonts are also used for variables: there only units.
-_SET_UNIT = (
-    rf"(?:\\(?:text|mbox|hbox) ?\{{(?! ?(?i:[ap]\.? ?m\b|(?:{_MONTHS})[a-z]*))[^{{}}]*\}}"
-    rf"|{_BOX}\{{ ?(?:[mghsL]|{_UNIT}){_POWER} ?\}})"
-)
-_SET_UNIT = rf"(?:{_SET_UNIT}|\\[dt]?frac ?\{{ ?{_SET_UNIT} ?\}} ?\{{ ?{_SET_UNIT}{_POWER} ?\}})"
-_TRAILING_UNIT = re.compile(
-    rf"(?<=[0-9A-Za-z}})\]!]) ?(?:{_SET_UNIT}{_POWER}|(?<![A-Za-z]){_UNIT}{_POWER}(?![A-Za-z]))"
-    rf"(?: ?(?:/|\\cdot|per) ?(?:{_SET_UNIT}|{_UNIT}|[hsm]){_POWER})?$",
-)
-
-
 def _base(match: re.Match[str]) -> str:
     """Returns a number's base as a subscript in digits."""
     name = match[1] or match[2]
-    if name in _NUMBERS:
-        name = str(_NUMBERS.index(name))
+    if name in NUMBERS:
+        name = str(NUMBERS.index(name))
     return f"_{{{name}}}" if name else ""
 
 
 def _magnitude(match: re.Match[str]) -> str:
-    return rf" \times 10^{{{_MAGNITUDES[match[1]]}}}"
+    """Returns a word such as million as a power of ten, with the words after it: `3 \\text{ million people}`."""
+    rest = rf"\text{{ {match[2]}}}" if match[2] else ""
+    return rf" \times 10^{{{_MAGNITUDES[match[1] or match[3]]}}}{rest}"
+
+
+def _combinations(match: re.Match[str]) -> str:
+    r"""Returns C_{10}^3 as \binom{10}{3}, unless there are none: then C is a variable."""
+    above, below = match[1] or match[2], match[3] or match[4]
+    if above.isdigit() and below.isdigit() and int(above) < int(below):
+        return match[0]
+    return rf"\binom{{{above}}}{{{below}}}"
 
 
 def _repeating(match: re.Match[str]) -> str:
@@ -145,27 +122,38 @@ def normalize_answer(text: str) -> str:
     Removes dollars, thousands separators, spacing commands, units and a final full stop. Rewrites e-notation, Python's
     notation (`**`, `1./3`, `np.arcsin`), repeating decimals, unions of inequalities and common Unicode symbols.
     """
-    text = text.translate(str.maketrans(_SYMBOLS))
+    text = to_latex(text)
     for pattern, replacement in _REWRITES:
         text = re.sub(pattern, replacement, text)
     text = text.strip()
     if len(text) > MAX_ANSWER:
         return text
-    text = _without_braces(text)
+    text = _unwrapped(text)
     for pattern, replacement in _READABLE:
         text = re.sub(pattern, replacement, text)
     text = text.strip()
-    if not _QUALIFIER.search(text):
-        bare = _TRAILING_UNIT.sub("", text)
-        while bare != text:
-            text, bare = bare, _TRAILING_UNIT.sub("", bare)
-    if _plain(text).lower() in _NUMBERS:
-        return str(_NUMBERS.index(_plain(text).lower()))
+    text = without_units(text)
+    if _plain(text).lower() in NUMBERS:
+        return str(NUMBERS.index(_plain(text).lower()))
     return (_union(text) or text).strip()
 
 
+_WRAP = re.compile(r"\\(?:underline|uline|emph|(?:boxed|fbox)(?![A-Za-z]))\s*(?=\{)|\\(?:boxed|fbox)(?![A-Za-z])\s*")
+
+
+def _unwrapped(text: str) -> str:
+    """Removes braces, a box and a line under the whole text: {5} becomes 5."""
+    text = _without_braces(text)
+    while wrap := _WRAP.match(text):
+        inner = text[wrap.end() :].strip()
+        if inner.startswith("{") and _without_braces(inner) == inner:
+            break  # only a part is wrapped
+        text = _without_braces(inner)
+    return text
+
+
 def _without_braces(text: str) -> str:
-    """Removes braces around the whole text: {5} becomes 5."""
+    """Removes braces around the whole text."""
     if re.search(r"\\(?:choose|over|atop)\b", text):
         return text
     while text.startswith("{") and text.endswith("}") and not text.endswith(r"\}"):
@@ -179,14 +167,10 @@ def _without_braces(text: str) -> str:
 
 
 _RELATION = re.compile(r"\\(?:leqslant|geqslant|leq?|geq?|lt|gt)(?![a-z])|[<>]=?|=")
-_CONNECTIVE = re.compile(
-    r",? ?(?:\\text ?\{ ?(or|and) ?\}|(?<![A-Za-z\\])(or|and)(?![A-Za-z])|\\(lor|vee|land|wedge)(?![a-z]))"
-)
-
 
 def _union(text: str) -> str | None:
     r"""Returns `x<2 \text{ or } x>3` as a union of intervals and "and" as an intersection; None for any other text."""
-    pieces = _CONNECTIVE.split(text)
+    pieces = CONNECTIVE.split(text)
     words = {word for i, word in enumerate(pieces) if i % 4 and word}
     sides = [_interval(piece) for piece in pieces[::4]]
     if len(sides) == 1 and sides[0] and len(re.findall(">|\\\\g", text)) == 2:
@@ -234,15 +218,15 @@ def _interval(piece: str) -> tuple[str, str] | None:
 
 
 _INTEGER = re.compile(r"([+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+))(?:\.0*)?(?:_\{?([0-9]+)\}?)?")
-_WRAPPED = re.compile(_BOX + r"\{([A-Za-z .'()-]*)\}")
-_CHOICE = re.compile(rf"{_BOX}\{{ ?\(?([A-Z])\)? ?\}}|\(([A-Z])\)")
+_WRAPPED = re.compile(SET + r"\{([A-Za-z .'()-]*)\}")
+_CHOICE = re.compile(rf"{SET}\{{ ?\(?([A-Z])\)? ?\}}|\(([A-Z])\)")
 _CHOSEN = re.compile(
     r"(?:option|choice|answer)?:? ?(?!.*\b(?:and|or)\b|.*\([a-z]\).*\([a-z]\))(?:\(([a-z])\).*|([a-z])(?:[).:].*)?)",
     re.IGNORECASE,
 )
 _CLOCK = re.compile(r"([0-9]{1,2})(?: ?: ?([0-5][0-9]))? *(?:([ap])\.? ?m\.?)?", re.IGNORECASE)
 _DOTS = re.compile(r"\\[lc]?dots|\.\.\.")
-_MONTH = re.compile(rf"\b({_MONTHS})[a-z]*\b\.?", re.IGNORECASE)
+_MONTH = re.compile(rf"\b({MONTHS})[a-z]*\b\.?", re.IGNORECASE)
 
 
 def _words(text: str) -> list[str] | None:
@@ -259,7 +243,7 @@ def _words(text: str) -> list[str] | None:
 
 def _plain(text: str) -> str:
     r"""Unwraps \text{...} and similar commands."""
-    return re.sub(_BOX + r"\{([^{}]*)\}", r"\1", text).replace("{:}", ":").strip()
+    return re.sub(SET + r"\{([^{}]*)\}", r"\1", text).strip()
 
 
 def _clock(text: str) -> tuple[int, int, str] | None:
@@ -288,6 +272,16 @@ def _choice(gold: str, answer: str) -> bool | None:
     return chosen is not None and (chosen[1] or chosen[2]).upper() == (letter[1] or letter[2])
 
 
+# A triangle or a segment of named points. \angle ABC is something else.
+_FIGURE = re.compile(r"\\(?:var)?triangle ?[A-Z]{3}|\\overline ?\{ ?[A-Z]{2} ?\}|[A-Z]{2,3}")
+
+
+def _same_figure(gold: str, answer: str) -> bool:
+    r"""Returns True for \triangle ABC and ABC, or \overline{AB} and AB."""
+    first, second = _FIGURE.fullmatch(gold), _FIGURE.fullmatch(answer)
+    return bool(first and second) and "".join(re.findall("[A-Z]", gold)) == "".join(re.findall("[A-Z]", answer))
+
+
 def compare_text(gold: str, answer: str) -> bool | None:
     """Returns True if two normalised answers are equal, False if they differ, None if text cannot decide."""
     if gold == answer:
@@ -300,8 +294,13 @@ def compare_text(gold: str, answer: str) -> bool | None:
         return same_base and int(left[1].replace(",", "")) == int(right[1].replace(",", ""))
     if bool(_DOTS.search(gold)) != bool(_DOTS.search(answer)):
         return False
+    gold, answer = with_colons(gold, answer)
+    if has_ratio(gold) or has_ratio(answer):
+        return same_ratio(gold, answer)
     if (same := _choice(gold, answer)) is not None:
         return same
+    if _same_figure(gold, answer):
+        return True
     times = _clock(gold), _clock(answer)
     if times[0] and times[1]:
         same = times[0][:2] == times[1][:2] and times[0][2] in ("", times[1][2])
@@ -320,7 +319,8 @@ def readings(gold: str, answer: str) -> list[tuple[str, str]]:
     The first pair is the answers as they are. In further pairs every \pm is written out, and a column vector is a tuple
     if the other answer is a tuple.
     """
-    answer = _without_words(answer) if not _has_letters(gold) else answer
+    gold, answer = with_colons(gold, answer)
+    answer = without_words(answer) if not _has_letters(gold) else answer
     golds, answers = [gold, *_signs(gold)], [answer, *_signs(answer)]
     if ("matrix" in gold) != ("matrix" in answer):
         golds, answers = ([_vector(text) for text in texts] for texts in (golds, answers))
@@ -329,15 +329,6 @@ def readings(gold: str, answer: str) -> list[tuple[str, str]]:
 
 def _has_letters(text: str) -> bool:
     return bool(re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text)))
-
-
-def _without_words(answer: str) -> str:
-    """Removes words and units of one letter after an answer's number: `12 hours`, `27 m`."""
-    if _QUALIFIER.search(answer):
-        return answer
-    word = "(?!(?:and|or)\\b)[A-Za-z]"
-    words = rf"(?<=[0-9}})]) ?(?:{word}{{3,}}(?: {word}{{2,}})*| [mghsL](?:\^\{{?[23]\}}?|/[hs])?)$"
-    return re.sub(words, "", answer)
 
 
 def _vector(text: str) -> str:
@@ -355,7 +346,7 @@ def _signs(text: str) -> list[str]:
     if not 1 <= count <= 4:
         return []
     inner = re.fullmatch(r"(?:\\left ?)?\\\{(.*?)(?:\\right ?)?\\\}", text)
-    items = _split(inner[1] if inner else text)
+    items = split(inner[1] if inner else text)
     together = [variant for item in items for variant in _vary(item, linked=True)]
     apart = [variant for item in items for variant in _vary(item, linked=r"\mp" in item)]
     return [", ".join(variants) for variants in ([together, apart] if together != apart else [together])]
@@ -374,15 +365,3 @@ def _vary(item: str, linked: bool) -> list[str]:
                    for i, sign in enumerate(parts)]  # fmt: skip
         variants.append(re.sub(r"(^|[(\[{,=]) ?\+", r"\1", "".join(written)).strip())
     return variants
-
-
-def _split(text: str) -> list[str]:
-    """Splits a text at the commas outside brackets."""
-    parts, depth = [""], 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part.strip() for part in parts]

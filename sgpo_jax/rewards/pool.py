@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any, Literal, cast, get_args
 
+from sgpo_jax.rewards import structure
 from sgpo_jax.rewards.answers import readings
 
 Outcome = Literal["correct", "wrong", "no_box", "timeout", "crash", "invalid"]
@@ -111,6 +112,15 @@ def _checked(reply: Any) -> dict[str, Any]:
     raise ValueError(f"a grading worker replied {reply!r:.100}")
 
 
+def _request(gold: str, answer: str) -> dict[str, Any]:
+    """Returns what a worker has to compare: the parts of two ratios, or readings of both answers with their items."""
+    ratios = [structure.ratio(text) for text in structure.with_colons(gold, answer)]
+    if all(ratios):
+        return {"ratios": ratios}
+    pairs = readings(gold, answer)
+    return {"pairs": pairs, "items": [structure.items(*pair) for pair in pairs]}
+
+
 class Pool:
     """A pool of grading processes. Each is driven by its own thread and starts with that thread's first item.
 
@@ -133,7 +143,7 @@ class Pool:
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Outcome]:
         """Grades (gold, answer) pairs of normalised answers; the outcomes are in the same order."""
-        return [reply["outcome"] for reply in self.ask([{"pairs": readings(*pair)} for pair in pairs])]
+        return [reply["outcome"] for reply in self.ask([_request(*pair) for pair in pairs])]
 
     def ask(self, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Returns the workers' replies, in the order of the requests."""

@@ -12,7 +12,9 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sgpo_jax.rewards.answers import MAX_ANSWER, compare_text, extract_boxed, normalize_answer
+from sgpo_jax.rewards.answers import MAX_ANSWER, compare_text, normalize_answer
+from sgpo_jax.rewards.boxes import extract_boxed
+from sgpo_jax.rewards.golds import read_gold
 from sgpo_jax.rewards.pool import Outcome, Pool, Worker
 
 FAILURES: tuple[Outcome, ...] = ("no_box", "timeout", "crash", "invalid")  # ways to score 0 without being wrong
@@ -69,7 +71,7 @@ def score(responses: list[str], answers: list[str], *, pool: Pool | None = None)
                 raise ValueError(f"{name}[{i}] is {text!r:.80}; it must be a str")
     boxes = [extract_boxed(response) for response in responses]
     pairs = [
-        None if box is None else (normalize_answer(gold), normalize_answer(box))
+        None if box is None else (normalize_answer(read_gold(gold)), normalize_answer(box))
         for gold, box in zip(answers, boxes, strict=True)
     ]
     compared = _compare([pair for pair in pairs if pair], pool or _shared_pool)

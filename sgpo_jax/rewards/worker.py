@@ -94,11 +94,57 @@ def _calling(reward: str, path: list[str]) -> Callable[[dict], dict[str, Any]]:
 
 
 def _compare(request: dict) -> dict[str, Any]:
-    """Returns the reply to {"pairs": [(gold, answer), ...]}, normalised texts: "correct" if any pair is equal."""
+    """Returns the reply to a comparison of normalised texts.
+
+    Args:
+      request: {"ratios": [gold's parts, answer's parts]}; or {"pairs": [(gold, answer), ...], "items": [...]}, where
+        one equal pair suffices. A pair of lists has its `structure.Items`, another pair None.
+    """
     try:
-        return {"outcome": "correct" if any(_equal(gold, answer) for gold, answer in request["pairs"]) else "wrong"}
+        if "ratios" in request:
+            same = _proportional(*request["ratios"])
+        else:
+            both = zip(request["pairs"], request["items"], strict=True)
+            same = any(_equal_lists(*pair, *items) if items else _equal(*pair) for pair, items in both)
+        return {"outcome": "correct" if same else "wrong"}
     except Exception:  # from a library, on unexpected text
         return {"outcome": "crash"}
+
+
+def _proportional(golds: list[str], answers: list[str]) -> bool:
+    """Returns True if two ratios of the same number of parts are equal part by part, up to a common factor."""
+    zeros = [[_equal("0", part) for part in parts] for parts in (golds, answers)]
+    if zeros[0] != zeros[1] or all(zeros[0]):
+        return False
+    first = zeros[0].index(False)
+    return all(
+        _equal(f"({gold}) \\cdot ({answers[first]})", f"({golds[first]}) \\cdot ({answer})")
+        for gold, answer in zip(golds, answers, strict=True)
+    )
+
+
+def _equal_lists(gold: str, answer: str, golds: list[str], answers: list[str], decide: bool) -> bool:
+    """Returns True if two lists are equal as sets and have every item equally often.
+
+    math-verify drops repeated items, so that it cannot tell 1,2,2 from 1,2.
+    """
+    if not decide:
+        if not _equal(gold, answer):
+            return False
+        if not (_repeats(golds) or _repeats(answers)):
+            return True
+    rest = list(answers)
+    for item in golds:
+        match = next((i for i, other in enumerate(rest) if _equal(item, other)), None)
+        if match is None:
+            return False
+        del rest[match]
+    return not rest
+
+
+def _repeats(items: list[str]) -> bool:
+    """Returns True if a value is repeated among the items."""
+    return any(_equal(first, later) for i, later in enumerate(items) for first in items[:i])
 
 
 @lru_cache(maxsize=1024)

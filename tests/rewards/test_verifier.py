@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from sgpo_jax import rewards
 from sgpo_jax.rewards import Pool, score
-from sgpo_jax.rewards.answers import compare_text, extract_boxed, normalize_answer, readings
+from sgpo_jax.rewards.answers import compare_text, normalize_answer, readings
+from sgpo_jax.rewards.boxes import extract_boxed
 from sgpo_jax.rewards.verifier import _shared_pool
 
 BOMBS = [
@@ -92,7 +93,11 @@ def gone(pid: int) -> bool:
         (r"\fbox{5}", "5"),
         (r"\\boxed{5}", "5"),
         (r"\boxed{\boxed{5}}", r"\boxed{5}"),
-        (r"\boxed{5} and \boxed{6", "5"),
+        (r"\boxed{5} and \boxed{6", None),
+        (r"\boxed{5} and \boxed{", "5"),
+        (r"\boxed{5}, in \boxed{} as asked", "5"),
+        (r"\boxed{5}, in \boxed{ ... } or \boxed{\ldots} as asked", "5"),
+        (r"\boxed{5}. It is in a \boxed as asked", "5"),
         (r"\boxed{ is the command: \boxed{6}", "6"),
         (r"}} \boxed{5} }", "5"),
         (r"\boxed{}", ""),
@@ -101,7 +106,22 @@ def gone(pid: int) -> bool:
         (r"<think> perhaps \boxed{1}", None),
         (r"a</think> <think> perhaps \boxed{1}", None),
         (r"no <think> here: \boxed{1}", "1"),
-        (r"\boxed 5", None),
+        (r"\boxed 5", "5"),
+        (r"so $\boxed7$.", "7"),
+        (r"first \boxed{5}, then $\fbox 7$", "7"),
+        (r"\(\boxed\frac{1}{2}\)", r"\frac{1}{2}"),
+        (r"$\boxed\frac12$", r"\frac12"),
+        (r"$\boxed\text{A}$", r"\text{A}"),
+        (r"$\boxed A$", "A"),
+        (r"$\boxed -3$.", "-3"),
+        (r"it is \boxed 7. Done", "7"),
+        (r"it is \boxed 7.5.", "7.5"),
+        (r"$\boxed 7\sqrt{2}$", r"7\sqrt{2}"),
+        (r"$\boxed 72$", "72"),
+        (r"{\boxed 7} more", "7"),
+        (r"\boxed{\boxed 7}", r"\boxed 7"),
+        (r"$\boxed\frac{1", None),
+        (r"a \boxed answer", None),
         ("the answer is 204", None),
         ("", None),
     ],
@@ -136,6 +156,13 @@ def test_extract_and_normalize_take_any_text(text: str) -> None:
         "\\boxed{",
         "\\boxed ",
         "\\fbox{}",
+        "\\boxed 7",
+        "\\boxed{ ",
+        "\\boxed{.",
+        "\\boxed\\text{",
+        "\\bf ",
+        "\\color{a",
+        "x²",
         "a{b$c\\(d ",
         "9",
         " 000",

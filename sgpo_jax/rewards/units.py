@@ -1,0 +1,67 @@
+"""Units and other words after a number that do not change it, and words that do."""
+
+import re
+
+SET = r"\\(?:text|textbf|textrm|textit|textsf|textnormal|mbox|hbox|mathrm|mathbf|mathit|mathsf|operatorname)\s*"
+# Units of two or more letters, which cannot be variables. For units of one letter see `without_words`.
+_UNIT = (
+    r"(?:(?:sq(?:uare|\.)?|cu(?:bic|\.)?) ?)?"
+    r"(?:[cmkd]m|[km]g|lbs?|oz|ft|in|mi|yd|mph|kmh|km/h|m/s|k?Hz|hrs?|mins?|secs?|"
+    r"(?:inch|foot|feet|yard|mile|(?:centi|milli|kilo|deci)?met(?:er|re)|(?:milli)?lit(?:er|re)|(?:kilo)?gram|pound|"
+    r"ounce|hour|minute|second|day|week|month|year|degree|radian|cent|dollar|unit|point)(?:s|es)?|USD)"
+)
+_POWER = r"(?:\s*\^\s*\{?-?[0-9]\}?)?"
+MONTHS = "jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec"
+NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+# Words that scale, negate, limit or doubt a number, or add another one. A number beside such a word is not that number.
+_TENS = (
+    "thirteen fourteen fifteen sixteen seventeen eighteen nineteen "
+    "twenty thirty forty fifty sixty seventy eighty ninety"
+)
+_SCALES = (
+    "hundred thousand million billion trillion quadrillion mil mln bil bln mio mrd lakh crore dozen gross "
+    "half halve third quarter fourth fifth sixth seventh eighth ninth tenth hundredth thousandth millionth billionth "
+    "double twice triple thrice quadruple doubled tripled halved fold squared cubed factorial reciprocal inverse "
+    "percent"
+)
+_DOUBTS = (
+    "not no never neither nor none without except excluding but minus negative opposite plus about around approx "
+    "approximately roughly nearly almost circa maybe perhaps probably possibly likely unlikely unless if when wrong "
+    "incorrect false impossible invalid unknown unclear least most than under over below beneath beyond exceeding "
+    "maximum minimum between other instead otherwise remainder mod modulo isn't aren't cannot can't"
+)
+QUALIFIER = re.compile(
+    rf"(?<![\\A-Za-z])(?:(?:{'|'.join([*NUMBERS, *_TENS.split(), *_SCALES.split(), 'halves'])})s?"
+    rf"|{'|'.join(_DOUBTS.split())}|up to"
+    r"|(?:and|or) (?:up|down|above|below|more|less|fewer|greater|higher|lower|larger|smaller|so|counting))(?![A-Za-z])",
+    re.IGNORECASE,
+)
+# In \text{} any words except an hour of the day or a month. Other fonts are also used for variables: there only units.
+# A digit is allowed only as a power (cm2, m^2): any other says more than the number before it.
+_SET_UNIT = (
+    rf"(?:\\(?:text|mbox|hbox|textnormal) ?\{{(?! ?(?i:[ap]\.? ?m\b|(?:{MONTHS})[a-z]*))"
+    r"(?:[^{}0-9]|(?<=[A-Za-z^])[23](?![0-9]))*\}"
+    rf"|{SET}\{{ ?(?:[mghsL]|{_UNIT}){_POWER} ?\}})"
+)
+_SET_UNIT = rf"(?:{_SET_UNIT}|\\[dt]?frac ?\{{ ?{_SET_UNIT} ?\}} ?\{{ ?{_SET_UNIT}{_POWER} ?\}})"
+_TRAILING = re.compile(
+    rf"(?<=[0-9A-Za-z}})\]!]) ?(?:{_SET_UNIT}{_POWER}|(?<![A-Za-z]){_UNIT}{_POWER}(?![A-Za-z]))"
+    rf"(?: ?(?:/|\\cdot|per) ?(?:{_SET_UNIT}|{_UNIT}|[hsm]){_POWER})?$",
+)
+_WORD = r"(?!(?:and|or)\b)[A-Za-z]"
+_WORDS = re.compile(rf"(?<=[0-9}})]) ?(?:{_WORD}{{3,}}(?: {_WORD}{{2,}})*| [mghsL](?:\^\{{?[23]\}}?|/[hs])?)$")
+
+
+def without_units(text: str) -> str:
+    """Removes the units after an answer, unless a word changes its meaning."""
+    if QUALIFIER.search(text):
+        return text
+    bare = _TRAILING.sub("", text)
+    while bare != text:
+        text, bare = bare, _TRAILING.sub("", bare)
+    return text
+
+
+def without_words(answer: str) -> str:
+    """Removes words and units of one letter after an answer's number: `12 hours`, `27 m`."""
+    return answer if QUALIFIER.search(answer) else _WORDS.sub("", answer)
