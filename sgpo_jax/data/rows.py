@@ -23,10 +23,12 @@ for the hub and TFDS.
 """
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
+from sgpo_jax import rewards
 from sgpo_jax.data import sources
 
 REQUIRED = ("id", "problem", "answer")
@@ -76,7 +78,25 @@ def load_parts(source: str) -> dict[str, list[dict]]:
                 )
             places[row["id"]] = place
             rows.append(row)
+        _report_golds(part, rows)
     return parts
+
+
+def _report_golds(source: str, rows: list[dict]) -> None:
+    """Warns of gold answers that are read out of a longer text, and of those in which the verifier finds no answer."""
+    golds = rewards.survey(row["answer"] for row in rows)
+    if golds.read:
+        warnings.warn(
+            f"source {source!r}: the verifier reads {golds.read} of {len(rows)} gold answers out of a longer text, "
+            f"such as {golds.example}",
+            stacklevel=2,
+        )
+    if golds.unclear:
+        warnings.warn(
+            f"source {source!r}: {golds.unclear} of {len(rows)} gold answers name no single answer, such as "
+            f"{golds.unclear_example}; the verifier will find no response equal to them",
+            stacklevel=2,
+        )
 
 
 def _read(source: str) -> Iterator[tuple[str, dict]]:

@@ -137,6 +137,7 @@ def find(strategy: str, problem: str, answer: str, solution: str) -> tuple[str, 
     The reasons are "leak_answer"; "leak_value" for a value that the expert calculated; and "leak_unchecked" if there
     are too many formulas, or comparing one with the answer takes too long.
     """
+    answer = rewards.read_gold(answer)
     if "\\boxed" in strategy or "\\fbox" in strategy:
         return "leak_answer", "a box"
     in_problem = {number.value for number in numbers(problem)}
