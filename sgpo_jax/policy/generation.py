@@ -42,9 +42,21 @@ def encode_prompts(policy: Policy, rows: Sequence[dict], guided: bool) -> list[l
     ]
 
 
+def opens_thought(policy: Policy, prompt: list[int]) -> bool:
+    """Returns True if a prompt ends with an opened thought, as some chat templates write it."""
+    # The opening is at most as many tokens as characters.
+    tail = policy.tokenizer.decode(prompt[-16:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return str(tail).rstrip().endswith("<think>")
+
+
 def encode_solution(policy: Policy, prompt: list[int], row: dict) -> list[int]:
-    """Returns the token ids of the expert's solution as a response to the prompt; the last one is the stop token."""
+    """Returns the token ids of the expert's solution as a response to the prompt; the last one is the stop token.
+
+    If the prompt opens a thought that the solution does not close, it is closed first: it would have no answer else.
+    """
     solution = tokenizers.continuation(policy.tokenizer, prompt, row["solution"])
+    if "</think>" not in solution and opens_thought(policy, prompt):
+        solution = f"</think>\n\n{solution}"
     return tokenizers.encode_response(policy.tokenizer, solution, policy.stop_ids[0])
 
 
@@ -123,7 +135,8 @@ def respond_in_groups(
 def grade(policy: Policy, rollout: Rollout, rows: Sequence[dict], reward: str = "") -> Graded:
     """Decodes and grades a rollout; a response cut at the limit gets reward 0.
 
-    The problems are split over the processes.
+    If the chat template opens a thought, the verifier grades a response as if it had opened the thought itself: a box
+    in a thought that does not end is no answer. The problems are split over the processes.
 
     Args:
       policy: the policy that sampled, for its tokenizer.
@@ -132,11 +145,14 @@ def grade(policy: Policy, rollout: Rollout, rows: Sequence[dict], reward: str = 
       reward: name of the reward function, see `rewards.judge`; "" is the default.
     """
     size = rollout.lengths.shape[1]
+    opening = ""
+    if not reward and opens_thought(policy, tokenizers.encode_turn(policy.tokenizer, "problem")):
+        opening = "<think>"
 
     def texts_and_verdicts(problems):
         pairs = [(i, k) for i in problems for k in range(size)]
         texts = [tokenizers.decode(policy.tokenizer, rollout.tokens[pair], rollout.lengths[pair]) for pair in pairs]
-        verdicts = rewards.judge(texts, [rows[i] for i, _ in pairs], reward)
+        verdicts = rewards.judge([opening + text for text in texts], [rows[i] for i, _ in pairs], reward)
         graded = [(text, astuple(verdict)) for text, verdict in zip(texts, verdicts, strict=True)]
         return [graded[i : i + size] for i in range(0, len(graded), size)]
 
