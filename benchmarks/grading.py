@@ -1,4 +1,4 @@
-"""Measures gradings per second of the verifier's pool, on gold answers and predictions from your data.
+"""Measures the verifier on gold answers and predictions from your data: wrong verdicts, and gradings per second.
 
     python benchmarks/grading.py FILE.jsonl [...] [--seconds=20] [--workers=N] [--json=OUT.json]
 
@@ -6,19 +6,24 @@ A row with "gold" and "prediction" is one pair. For a row with "answer" the gold
 another way to write it, and with the answer of the next row. The first pass parses every pair. In later passes the
 workers remember what they parsed last, as in training, where the responses of a group share a gold answer. The share
 "by mathematics" counts the pairs that text cannot decide. Hostile cases are left out.
+
+For rows with "answer" every gold answer is also graded against answers made from it. Those of the same value (written
+in other LaTeX, a list in another order) must be right: the others count as false negatives. Those of another value (an
+item dropped, repeated, negated or doubled, a tuple in another order) must be wrong: the others are false positives.
 """
 
 import argparse
 import json
 import os
 import platform
+import re
 import time
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 
 from sgpo_jax import rewards
-from sgpo_jax.rewards import answers
+from sgpo_jax.rewards import answers, boxes, structure
 from sgpo_jax.runtime import tables
 from sgpo_jax.runtime.files import read_jsonl
 
@@ -39,12 +44,59 @@ def read(path: str) -> list[tuple[str, str]]:
     return pairs
 
 
+def variants(gold: str) -> list[tuple[str, bool]]:
+    """Returns answers made from a gold answer, each with whether it has the same value."""
+    same = [gold, f"{{{gold}}}", rf"\displaystyle {gold}", f"  {gold} ."]
+    if "frac" in gold:
+        same += [gold.replace(r"\frac", r"\dfrac"), gold.replace(r"\frac", r"\tfrac")]
+    changed: list[str] = []
+    entries = re.fullmatch(r"(?:\\left ?)?\(([^()]*)(?:\\right ?)?\)", gold)
+    items = structure.split(entries[1] if entries else gold)
+    thousands = re.fullmatch(r"(?:\\\$)?[-+]?[0-9]{1,3}(,(\\!)? ?[0-9]{3})+", gold)
+    prose = re.search(r"(?<![\\A-Za-z])[a-z]{4}", gold)
+    if len(items) > 1 and not thousands and not prose:
+        frame = "({})" if entries else "{}"
+        lists = [items[:-1], [*items, items[0]]]
+        if _number(items[0]):
+            lists.append([f"-({items[0]})", *items[1:]])
+        if entries and len(set(items)) > 1:
+            lists.append(items[1:] + items[:1])
+        elif not entries:
+            same.append(", ".join(items[::-1]))
+        changed += [frame.format(", ".join(parts)) for parts in lists]
+    elif _number(gold):
+        changed += [f"-({gold})", rf"2 \cdot ({gold})", f"{gold} + 1", rf"{gold} \text{{ million}}", f"{gold}, {gold}"]
+    return [(answer, True) for answer in same] + [(answer, False) for answer in changed]
+
+
+def _number(text: str) -> bool:
+    """Returns True for a number other than 0, written with digits, roots, fractions and pi."""
+    return bool(re.fullmatch(r"(?:[-+0-9. {}]|\\d?frac|\\sqrt|\\pi)+", text) and re.search("[1-9]|pi", text))
+
+
+def count_errors(golds: list[str], workers: int | None) -> dict:
+    """Returns how many answers made from gold answers are graded wrongly, with the first few of each kind."""
+    cases = [(gold, answer, same) for gold in golds for answer, same in variants(gold)]
+    with closing(rewards.Pool(workers=workers)) as pool:
+        verdicts = rewards.score([rf"\boxed{{{case[1]}}}" for case in cases], [case[0] for case in cases], pool=pool)
+    graded = [(*case, verdict.outcome == "correct") for case, verdict in zip(cases, verdicts, strict=True)]
+    positives = [f"{gold} ¦ {answer}" for gold, answer, same, right in graded if right and not same]
+    negatives = [f"{gold} ¦ {answer}" for gold, answer, same, right in graded if same and not right]
+    return {
+        "same_value": sum(case[2] for case in cases),
+        "other_value": sum(not case[2] for case in cases),
+        "false_negatives": len(negatives),
+        "false_positives": len(positives),
+        "examples": negatives[:10] + positives[:10],
+    }
+
+
 def measure(pairs: list[tuple[str, str]], seconds: float, workers: int | None) -> dict:
     """Returns gradings per second over about `seconds`, the first pass separately; starting workers is not counted."""
     undecided = 0
     for gold, response in pairs:
-        box = answers.extract_boxed(response)
-        pair = box is not None and (answers.normalize_answer(gold), answers.normalize_answer(box))
+        box = boxes.extract_boxed(response)
+        pair = box is not None and (answers.normalize_answer(rewards.read_gold(gold)), answers.normalize_answer(box))
         undecided += bool(pair) and answers.compare_text(*pair) is None
     with closing(rewards.Pool(workers=workers)) as pool:
         rewards.score([r"\boxed{x+1}"] * 64, [f"1+x+{i}" for i in range(64)], pool=pool)  # starts the workers
@@ -67,13 +119,16 @@ def measure(pairs: list[tuple[str, str]], seconds: float, workers: int | None) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Gradings per second of the verifier's pool.")
+    parser = argparse.ArgumentParser(description="Wrong verdicts and gradings per second of the verifier.")
     parser.add_argument("files", nargs="+")
     parser.add_argument("--seconds", type=float, default=20.0, help="for each file")
     parser.add_argument("--workers", type=int, default=None, help="processes; by default one per CPU, at most 8")
     parser.add_argument("--json", default="", help="file for the figures")
     arguments = parser.parse_args()
     results = {Path(file).name: measure(read(file), arguments.seconds, arguments.workers) for file in arguments.files}
+    for file in arguments.files:
+        if golds := [row["answer"] for row in read_jsonl(file) if "answer" in row]:
+            results[Path(file).name]["errors"] = count_errors(golds, arguments.workers)
     machine = {
         "cpus": os.cpu_count(), "processor": platform.processor() or platform.machine(), "load": os.getloadavg(),
         "python": platform.python_version(), **{name: version(name) for name in ("math-verify", "sympy")},
@@ -87,6 +142,18 @@ def main() -> None:
         for name, result in results.items()
     ]  # fmt: skip
     tables.table(f"Gradings per second: {machine}", columns, rows)
+    errors = {name: result["errors"] for name, result in results.items() if "errors" in result}
+    tables.table(
+        "Answers made from the gold answers",
+        ["file", "of the same value", "false negatives", "of another value", "false positives"],
+        [
+            [name, counts["same_value"], counts["false_negatives"], counts["other_value"], counts["false_positives"]]
+            for name, counts in errors.items()
+        ],
+    )
+    for name, counts in errors.items():
+        for example in counts["examples"]:
+            print(f"{name}: {example}")
     if arguments.json:
         Path(arguments.json).write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
 

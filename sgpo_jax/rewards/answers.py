@@ -76,7 +76,7 @@ _READABLE: list[tuple[str, Any]] = [
     (r"^" + SET + r"\{ ?(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer(?: is)?:? ?\}", ""),
     (r"^" + SET + r"\{ ?([-+]?[0-9][0-9,.]*)( [A-Za-z .]+)\}$", r"\1\\text{\2}"),  # \text{12 ways}
     (r",? ?(?:" + SET + r"\{[ ,]*for (?:all|any|every|each)\b[^{}<>=]*\}|\\forall\b|\bfor all\b)[^0-9<>=]*$", ""),
-    (r" ?\(?" + SET + r"\{ ?percent(?:age)? ?\}\)?|(?<=[0-9]) ?percent\b", r"\\%"),
+    (r" ?\(?" + SET + r"\{ ?per ?cent(?:age)? ?\}\)?|(?<=[0-9]) ?per ?cent\b", r"\\%"),
     (
         rf"(?<=[0-9]) ?(?:{SET}\{{ ?({'|'.join(_MAGNITUDES)})\b ?([^{{}}]*)\}}|({'|'.join(_MAGNITUDES)})\b)",
         lambda match: _magnitude(match),
@@ -321,7 +321,7 @@ def readings(gold: str, answer: str) -> list[tuple[str, str]]:
     """
     gold, answer = with_colons(gold, answer)
     answer = without_words(answer) if not _has_letters(gold) else answer
-    golds, answers = [gold, *_signs(gold)], [answer, *_signs(answer)]
+    golds, answers = [gold, *with_signs(gold)], [answer, *with_signs(answer)]
     if ("matrix" in gold) != ("matrix" in answer):
         golds, answers = ([_vector(text) for text in texts] for texts in (golds, answers))
     return [pair for pair in product(golds, answers) if max(map(len, pair)) <= MAX_ANSWER]
@@ -337,7 +337,7 @@ def _vector(text: str) -> str:
     return "(" + ", ".join(filter(None, map(str.strip, column[1].split(r"\\")))) + ")" if column else text
 
 
-def _signs(text: str) -> list[str]:
+def with_signs(text: str) -> list[str]:
     r"""Returns a list with every \pm written out: with signs that change together, and with independent signs.
 
     Where an item has a \mp, its signs always change together.

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any, Literal, cast, get_args
 
 from sgpo_jax.rewards import structure
-from sgpo_jax.rewards.answers import readings
+from sgpo_jax.rewards.answers import readings, with_signs
 
 Outcome = Literal["correct", "wrong", "no_box", "timeout", "crash", "invalid"]
 
@@ -118,7 +118,9 @@ def _request(gold: str, answer: str) -> dict[str, Any]:
     if all(ratios):
         return {"ratios": ratios}
     pairs = readings(gold, answer)
-    return {"pairs": pairs, "items": [structure.items(*pair) for pair in pairs]}
+    # In a list, 1 and \pm 1 have an item in common.
+    written = [[(with_signs(text) or [text])[0] for text in pair] for pair in pairs]
+    return {"pairs": pairs, "items": [structure.items(*pair) for pair in written]}
 
 
 class Pool:

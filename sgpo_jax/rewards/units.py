@@ -22,7 +22,7 @@ _SCALES = (
     "hundred thousand million billion trillion quadrillion mil mln bil bln mio mrd lakh crore dozen gross "
     "half halve third quarter fourth fifth sixth seventh eighth ninth tenth hundredth thousandth millionth billionth "
     "double twice triple thrice quadruple doubled tripled halved fold squared cubed factorial reciprocal inverse "
-    "percent"
+    "percent ppm ppb permille"
 )
 _DOUBTS = (
     "not no never neither nor none without except excluding but minus negative opposite plus about around approx "
@@ -33,14 +33,16 @@ _DOUBTS = (
 QUALIFIER = re.compile(
     rf"(?<![\\A-Za-z])(?:(?:{'|'.join([*NUMBERS, *_TENS.split(), *_SCALES.split(), 'halves'])})s?"
     rf"|{'|'.join(_DOUBTS.split())}|up to"
-    r"|(?:and|or) (?:up|down|above|below|more|less|fewer|greater|higher|lower|larger|smaller|so|counting))(?![A-Za-z])",
+    r"|(?:and|or)(?: |\W+text\W+)(?:up|down|above|below|more|less|fewer|greater|higher|lower|larger|smaller|so)"
+    r")(?![A-Za-z])",
     re.IGNORECASE,
 )
 # In \text{} any words except an hour of the day or a month. Other fonts are also used for variables: there only units.
-# A digit is allowed only as a power (cm2, m^2): any other says more than the number before it.
+# A digit is allowed only as a power (cm2, m^2): any other says more than the number before it. So do signs. A single
+# letter that is no unit may be a variable or a scale (5 \text{k}).
 _SET_UNIT = (
     rf"(?:\\(?:text|mbox|hbox|textnormal) ?\{{(?! ?(?i:[ap]\.? ?m\b|(?:{MONTHS})[a-z]*))"
-    r"(?:[^{}0-9]|(?<=[A-Za-z^])[23](?![0-9]))*\}"
+    r"(?! ?(?:[^\W\d_mghslLNJWVACF]|[bmt]n) ?\})(?:[^\W\d_]|[ .,/'()^%\\-]|(?<=[A-Za-z^])[23](?![0-9]))*\}"
     rf"|{SET}\{{ ?(?:[mghsL]|{_UNIT}){_POWER} ?\}})"
 )
 _SET_UNIT = rf"(?:{_SET_UNIT}|\\[dt]?frac ?\{{ ?{_SET_UNIT} ?\}} ?\{{ ?{_SET_UNIT}{_POWER} ?\}})"

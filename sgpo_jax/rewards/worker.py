@@ -144,6 +144,8 @@ def _equal_lists(gold: str, answer: str, golds: list[str], answers: list[str], d
 
 def _repeats(items: list[str]) -> bool:
     """Returns True if a value is repeated among the items."""
+    if all(re.fullmatch("[-+]?[0-9]{1,30}", item) for item in items):
+        return len(set(map(int, items))) < len(items)
     return any(_equal(first, later) for i, later in enumerate(items) for first in items[:i])
 
 
