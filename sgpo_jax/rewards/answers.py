@@ -10,7 +10,7 @@ from typing import Any
 
 from sgpo_jax.rewards.structure import CONNECTIVE, has_ratio, same_ratio, split, with_colons
 from sgpo_jax.rewards.symbols import to_latex
-from sgpo_jax.rewards.units import MONTHS, NUMBERS, SET, without_units, without_words
+from sgpo_jax.rewards.units import MONTHS, NUMBERS, SET, number_alone, without_units, without_words
 
 MAX_ANSWER = 1000  # characters; a longer answer is wrong unless it is identical to the gold answer
 
@@ -319,7 +319,7 @@ def readings(gold: str, answer: str) -> list[tuple[str, str]]:
     The first pair is the answers as they are. In further pairs every \pm is written out, and a column vector is a tuple
     if the other answer is a tuple.
     """
-    gold, answer = with_colons(gold, answer)
+    gold, answer = with_colons(number_alone(gold), answer)
     answer = without_words(answer) if not _has_letters(gold) else answer
     golds, answers = [gold, *with_signs(gold)], [answer, *with_signs(answer)]
     if ("matrix" in gold) != ("matrix" in answer):

@@ -51,7 +51,12 @@ _TRAILING = re.compile(
     rf"(?: ?(?:/|\\cdot|per) ?(?:{_SET_UNIT}|{_UNIT}|[hsm]){_POWER})?$",
 )
 _WORD = r"(?!(?:and|or)\b)[A-Za-z]"
-_WORDS = re.compile(rf"(?<=[0-9}})]) ?(?:{_WORD}{{3,}}(?: {_WORD}{{2,}})*| [mghsL](?:\^\{{?[23]\}}?|/[hs])?)$")
+_WORDS = re.compile(rf"(?<=[0-9}})]) (?:({_WORD}{{3,}})(?: {_WORD}{{2,}})*|[mghsL](?:\^\{{?[23]\}}?|/[hs])?)$")
+# Names of variables and functions, which are no units.
+_NAMES = (
+    "alpha beta gamma delta epsilon zeta theta iota kappa lambda sigma tau upsilon phi chi psi omega rho sqrt sin cos "
+    "tan cot sec csc log exp choose dots infinity inf nan"
+).split()
 
 
 def without_units(text: str) -> str:
@@ -66,4 +71,16 @@ def without_units(text: str) -> str:
 
 def without_words(answer: str) -> str:
     """Removes words and units of one letter after an answer's number: `12 hours`, `27 m`."""
-    return answer if QUALIFIER.search(answer) else _WORDS.sub("", answer)
+    match = None if QUALIFIER.search(answer) else _WORDS.search(answer)
+    if not match:
+        return answer
+    word = (match[1] or "").lower()
+    if word in _NAMES or len(word) > 2 and list(word) == sorted(set(word)):  # abc, xyz: variables
+        return answer
+    return answer[: match.start()]
+
+
+def number_alone(gold: str) -> str:
+    """Returns the number of a gold answer such as `72 beads`; any other text stays."""
+    bare = without_words(gold)
+    return bare if re.fullmatch(r"[-+]?[0-9][0-9.,/]*", bare) and re.search("[A-Za-z]{3}", gold) else gold
