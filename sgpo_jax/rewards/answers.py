@@ -138,7 +138,10 @@ def normalize_answer(text: str) -> str:
     return (_union(text) or text).strip()
 
 
-_WRAP = re.compile(r"\\(?:underline|uline|emph|(?:boxed|fbox)(?![A-Za-z]))\s*(?=\{)|\\(?:boxed|fbox)(?![A-Za-z])\s*")
+_WRAP = re.compile(
+    r"\\(?:underline|uline|emph|texttt|textsf|mathtt|mathsf|colorbox\s*\{[^{}]*\}|fcolorbox\s*\{[^{}]*\}\s*\{[^{}]*\}"
+    r"|bbox\s*\[[^\]]*\])\s*(?=\{)|\\(?:boxed|fbox)(?![A-Za-z])\s*"
+)
 
 
 def _unwrapped(text: str) -> str:
