@@ -18,7 +18,7 @@ _ANSWER = re.compile(
 
 
 class Survey(NamedTuple):
-    """Counts of the gold answers that are read out of a longer text, and of the unclear ones, with the first of each."""
+    """Counts of gold answers that are read out of a longer text, and of unclear ones, with the first of each."""
 
     read: int
     unclear: int
