@@ -52,11 +52,9 @@ def opens_thought(policy: Policy, prompt: list[int]) -> bool:
 def encode_solution(policy: Policy, prompt: list[int], row: dict) -> list[int]:
     """Returns the token ids of the expert's solution as a response to the prompt; the last one is the stop token.
 
-    If the prompt opens a thought that the solution does not close, it is closed first: it would have no answer else.
+    Prompt and solution together have one thought: see `tokenizer.continuation`.
     """
     solution = tokenizers.continuation(policy.tokenizer, prompt, row["solution"])
-    if "</think>" not in solution and opens_thought(policy, prompt):
-        solution = f"</think>\n\n{solution}"
     return tokenizers.encode_response(policy.tokenizer, solution, policy.stop_ids[0])
 
 

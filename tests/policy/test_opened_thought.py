@@ -63,8 +63,8 @@ def test_a_function_of_the_user_gets_the_response_as_it_is():
 def test_a_solution_without_a_thought_closes_the_one_that_the_template_opened():
     for opening, written in [
         ("", ROW["solution"]),
-        ("<think>\n", "</think>\n\n" + ROW["solution"]),
-        ("<think>", "</think>\n\n" + ROW["solution"]),
+        ("<think>\n", "\n</think>\n\n" + ROW["solution"]),
+        ("<think>", "\n\n</think>\n\n" + ROW["solution"]),
     ]:
         student = policy(opening)
         (prompt,) = encode_prompts(student, [ROW], guided=False)
