@@ -37,14 +37,15 @@ def reward(student: Policy, text: str, function: str = "") -> float:
     return float(grade(student, rollout, [ROW], function).rewards[0, 0])
 
 
-@pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize(
-    ("opening", "prefix"),
-    [("", "<think>\n"), ("<think>\n", ""), ("<think>", "\n"), ("<think>\n\n", ""), ("<think> ", "")],
-)
+    ("opening", "prefix", "special"),
+    [
+        ("", "<think>\n", False),  # a special token would be left out of the text
+        *((o, p, s) for o, p in [("<think>\n", ""), ("<think>", "\n"), ("<think>\n\n", ""), ("<think> ", "")]
+          for s in (False, True)),
+    ],
+)  # fmt: skip
 def test_a_box_in_an_unfinished_thought_is_no_answer(opening, prefix, special):
-    if special and not opening:
-        pytest.skip("a special token is left out of the text")
     student = policy(opening, special)
     assert reward(student, prefix + THOUGHT) == 0.0
     assert reward(student, prefix + THOUGHT + "</think>\n\nDone.") == 0.0
