@@ -98,13 +98,13 @@ ROW = '{"id": "1", "problem": "What is 2 + 3?", "answer": "5"}'
     [
         ("set.ndjson", ROW.encode()),
         ("set.JSONL", ROW.encode()),
-        ("set.jsonl.gz", gzip.compress(ROW.encode())),
-        ("set.ndjson.gz", gzip.compress(b"\xef\xbb\xbf" + ROW.encode() + b"\r\n\n")),
+        ("set.jsonl.gz", ROW.encode()),
+        ("set.ndjson.gz", b"\xef\xbb\xbf" + ROW.encode() + b"\r\n\n"),
         ("my set, v2.jsonl", ROW.encode()),
     ],
 )
 def test_lines_of_json_by_other_names_are_read(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     assert data.load(str(tmp_path / name)) == [json.loads(ROW)]
     number = name.removesuffix(".gz").rpartition(".")[0] + "/1"
     assert data.load(f"{tmp_path / name}?id=")[0]["id"] == number, "as of the file that is not packed"
@@ -139,7 +139,7 @@ def test_a_folder_without_data_says_what_it_has(tmp_path):
 
 
 def test_a_broken_gzip_file_is_named(tmp_path):
-    packed = gzip.compress("\n".join([ROW] * 5000).encode())
+    packed = gzip.compress("\n".join([ROW] * 5000).encode(), mtime=0)
     for content in (b"not packed", packed[:-20], packed[:50] + b"x" * 50 + packed[100:]):
         (tmp_path / "set.jsonl.gz").write_bytes(content)
         with pytest.raises(ValueError, match=r"set.jsonl.gz: cannot be unpacked after line \d+ \("):
