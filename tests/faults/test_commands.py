@@ -84,7 +84,7 @@ def place(tmp_path_factory):
     (place / "refused/config.json").write_text('{"sft": {"train": "another"}}')
     (place / "odd/sft/checkpoints/1").mkdir(parents=True)
     sizes = {"vocab_size": 200, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-             "num_attention_heads": 2, "rms_norm_eps": 1e-6, "max_position_embeddings": 64}  # fmt: skip
+             "num_attention_heads": 2, "rms_norm_eps": 1e-6, "max_position_embeddings": 128}  # fmt: skip
     (place / "pickled/config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **sizes}))
     (place / "pickled/pytorch_model.bin").write_bytes(b"cos\nsystem\n")
     return place
