@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from helpers.chat_server import Answer, ChatServer, completion, failure, helpful, problems
-from ml_collections import ConfigDict
+from helpers.configs import extraction
 
 from sgpo_jax import config as configs
-from sgpo_jax import config_checks, strategies
+from sgpo_jax import strategies
 from sgpo_jax.runtime.files import read_jsonl
 from sgpo_jax.strategies import clients, replies
 
@@ -39,19 +39,6 @@ def client(url, stop, retried=lambda why: None, **options):
     return clients.endpoint(clients.Endpoint("big-model", url, **fields), stop, retried)
 
 
-def config_for(tmp_path, url, **fields) -> ConfigDict:
-    config = configs.base()
-    chosen = {
-        "source": str(tmp_path / "problems.jsonl"), "strong.name": "big", "strong.base_url": url, "backoff": 0.01,
-        "timeout": 5.0, "retries": 8, "concurrency": 3, "strong.price_in": 1.0, "strong.price_out": 2.0,
-    }  # fmt: skip
-    for name, value in (chosen | fields).items():
-        node, _, last = name.rpartition(".")
-        (config.extract[node] if node else config.extract)[last] = value
-    config_checks.check_extract(config)
-    return config
-
-
 @pytest.fixture(autouse=True)
 def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -62,7 +49,8 @@ def write_problems(tmp_path, count):
 
 
 def run(tmp_path, url, **fields):
-    why = strategies.run(config_for(tmp_path, url, **fields), tmp_path / "work", tmp_path / "out.jsonl")
+    config = extraction(tmp_path, url, **{"retries": 8} | fields)
+    why = strategies.run(config, tmp_path / "work", tmp_path / "out.jsonl")
     return why, read_jsonl(tmp_path / "out.jsonl")
 
 
@@ -239,7 +227,7 @@ def test_the_key_is_nowhere_in_what_an_audit_leaves(tmp_path, capsys, caplog):
             return completion(f"{KEY}\nRatings: [0.9, 0.7, 0.8, 1]")
 
         with ChatServer(indiscreet) as judge:
-            config = config_for(tmp_path, server.url, **{"judge.name": "judge", "judge.base_url": judge.url})
+            config = extraction(tmp_path, server.url, retries=8, **{"judge.name": "judge", "judge.base_url": judge.url})
             assert strategies.audit(config, tmp_path / "work") == ""
     (tmp_path / "config.json").write_text(configs.to_json(config))
     texts = [path.read_text() for path in Path(tmp_path).rglob("*") if path.is_file()]

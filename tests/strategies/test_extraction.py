@@ -12,11 +12,11 @@ from importlib.util import find_spec
 
 import pytest
 from helpers.chat_server import ChatServer, completion, failure, helpful, problems, stage_of, strategy
+from helpers.configs import extraction
 from helpers.paths import ROOT
 from ml_collections import ConfigDict
 
-from sgpo_jax import config as configs
-from sgpo_jax import config_checks, data, strategies
+from sgpo_jax import data, strategies
 from sgpo_jax.runtime import journal
 from sgpo_jax.runtime.files import read_jsonl
 from sgpo_jax.strategies import budget, leakage, prompts, replies
@@ -43,17 +43,9 @@ def rows(tmp_path):
 
 
 def config_for(tmp_path, server, **fields) -> ConfigDict:
-    config = configs.base()
-    chosen = {
-        "source": str(tmp_path / "problems.jsonl"), "strong.name": "big", "strong.base_url": server.url,
-        "judge.name": "judge", "judge.base_url": server.url, "strong.price_in": 1.0, "strong.price_out": 2.0,
-        "backoff": 0.01, "timeout": 5.0, "retries": 2, "concurrency": 3,
-    }  # fmt: skip
-    for name, value in (chosen | fields).items():
-        node, _, last = name.rpartition(".")
-        (config.extract[node] if node else config.extract)[last] = value
-    config_checks.check_extract(config)
-    return config
+    return extraction(
+        tmp_path, server.url, **{"judge.name": "judge", "judge.base_url": server.url, "retries": 2} | fields
+    )
 
 
 def run(tmp_path, server, **fields):
