@@ -247,22 +247,33 @@ def _insert(cache: models.Cache, prompts: models.Cache, refilled: jax.Array, pro
     shards = len(refilled)
     refilled_first = jnp.argsort(~refilled, axis=1, stable=True)
 
-    @partial(jax.vmap, in_axes=(2, 2, 0, 0, 0), out_axes=2)
-    def replace(slots, prompts, slot, prompt, refilled):
-        # The caches of one shard: slots [K,L,R,S,N], prompts [K,L,B/W,P-1,N].
-        new = jax.lax.dynamic_slice_in_dim(prompts, prompt, 1, axis=2)
-        old = jax.lax.dynamic_slice(slots, (0, 0, slot, 0, 0), new.shape)
-        return jax.lax.dynamic_update_slice(slots, jnp.where(refilled, new, old), (0, 0, slot, 0, 0))
+    # The shards are a batch dimension of gather and scatter where they stand. `jax.vmap` would move them to the front
+    # and back; XLA for GPUs up to jaxlib 0.10.2 folds these transposes into a scatter that it then refuses.
+    of_prompt = jax.lax.GatherDimensionNumbers(
+        offset_dims=(0, 1, 3, 4), collapsed_slice_dims=(3,), start_index_map=(3,),
+        operand_batching_dims=(2,), start_indices_batching_dims=(0,),
+    )  # fmt: skip
+    of_slot = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(0, 1, 3, 4), inserted_window_dims=(3,), scatter_dims_to_operand_dims=(3,),
+        operand_batching_dims=(2,), scatter_indices_batching_dims=(0,),
+    )  # fmt: skip
+
+    def replace(slots, prompts, slot, prompt):
+        # slots [K,L,W,R,S,N], prompts [K,L,W,B/W,P-1,N], slot and prompt [W]; nothing is written to a slot R.
+        heads, layers, _, _, length, size = prompts.shape
+        window = (heads, layers, 1, 1, length, size)
+        new = jax.lax.gather(prompts, prompt[:, None], of_prompt, window, mode="promise_in_bounds")
+        return jax.lax.scatter(slots, slot[:, None], new, of_slot, unique_indices=True, mode="drop")
 
     def by_shard(rows):
         return rows.reshape(*rows.shape[:2], shards, rows.shape[2] // shards, *rows.shape[3:])
 
     def copy(i, caches):
         slot = refilled_first[:, i]
-        prompt_and_refilled = (jnp.take_along_axis(x, slot[:, None], axis=1)[:, 0] for x in (prompt, refilled))
-        indices = slot, *prompt_and_refilled
+        chosen, due = (jnp.take_along_axis(x, slot[:, None], axis=1)[:, 0] for x in (prompt, refilled))
+        slot = jnp.where(due, slot, refilled.shape[1])
         return tuple(
-            replace(by_shard(slots), by_shard(source), *indices).reshape(slots.shape)
+            replace(by_shard(slots), by_shard(source), slot, chosen).reshape(slots.shape)
             for slots, source in zip(caches, (prompts["key"], prompts["value"]), strict=True)
         )
 

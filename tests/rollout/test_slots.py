@@ -9,7 +9,7 @@ import pytest
 from sgpo_jax import policy, sharding
 from sgpo_jax.policy import generation
 from sgpo_jax.rollout import STOP, LanguageModel, Prompts, Rollout, Sampling, generate
-from sgpo_jax.rollout.engine import narrowed
+from sgpo_jax.rollout.engine import _insert, narrowed
 from sgpo_jax.rollout.schedule import schedule
 
 COUNT, GROUP, NEW, LENGTH, PAD = 24, 2, 24, 7, 63
@@ -72,6 +72,29 @@ def test_prompts_of_one_token(tiny, tiny_params):
     for rollout in (one[1], *longer):
         assert_same(rollout, one[0])
     assert len(set(one[0].lengths.ravel())) > 3
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+def test_a_refill_copies_the_prompts_of_the_refilled_slots_and_nothing_else(shards):
+    rng, width, batch, length = np.random.default_rng(shards), 5, 4, 6
+    shapes = {"slots": (2, 3, shards * width, 9, 8), "prompts": (2, 3, shards * batch, length, 8)}
+    caches = {
+        name: {field: rng.normal(size=shape).astype(np.float32) for field in ("key", "value")}
+        | {"length": rng.integers(1, length, shape[2]).astype(np.int32)}
+        for name, shape in shapes.items()
+    }
+    prompt = rng.integers(0, batch, (shards, width)).astype(np.int32)
+    refilled = rng.random((shards, width)) < 0.5
+    refilled[0] = [True, False, True, False, False]  # another number than in another shard
+    refilled[-1, 1:] = True
+    expected = jax.tree.map(np.copy, caches["slots"])
+    for shard, slot in np.argwhere(refilled):
+        source, target = shard * batch + prompt[shard, slot], shard * width + slot
+        for field in ("key", "value"):
+            expected[field][:, :, target, :length] = caches["prompts"][field][:, :, source]
+        expected["length"][target] = caches["prompts"]["length"][source]
+    got = jax.jit(_insert)(caches["slots"], caches["prompts"], refilled, prompt)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(got), expected)
 
 
 @pytest.mark.parametrize(("slots", "shards"), [(8, 4), (4, 2), (0, 3)])
