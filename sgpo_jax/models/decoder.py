@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from sgpo_jax.models.attention import SAVED, append, attend, attend_cache, cache_length
+from sgpo_jax.models.attention import SAVED, append, attend, attend_cache, cache_shape
 from sgpo_jax.models.config import ModelConfig
-from sgpo_jax.sharding import BATCH, constrain, platform, spec_for
+from sgpo_jax.sharding import BATCH, constrain, exact_products, platform, spec_for
 
 Cache = dict[str, jax.Array]
 
@@ -224,7 +224,8 @@ def apply(
       (hidden `[B,T,D]` after the final norm, cache or None).
     """
     module = Decoder(config, dtype, remat)
-    return module.apply({"params": params}, tokens, positions, mask, cache)  # type: ignore[return-value]
+    with exact_products(dtype):
+        return module.apply({"params": params}, tokens, positions, mask, cache)  # type: ignore[return-value]
 
 
 def head(params: dict[str, Any], config: ModelConfig) -> jax.Array:
@@ -240,7 +241,7 @@ def head_weight(params: dict[str, Any], config: ModelConfig) -> jax.Array:
 
 def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any = jnp.float32) -> Cache:
     """Returns an empty cache for `slots` tokens a row: key and value `[K,L,B,S,N]`, and `[B]` tokens in each row."""
-    shape = (config.num_kv_heads, config.num_layers, batch, cache_length(slots), config.head_dim)
+    shape = (config.num_kv_heads, config.num_layers, batch, *cache_shape(slots, config.head_dim))
     return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype), "length": jnp.zeros(batch, jnp.int32)}
 
 

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from sgpo_jax import logprobs
-from sgpo_jax.models import ModelConfig, attention, huggingface, init_cache, presets
+from sgpo_jax.models import ModelConfig, attention_tpu, huggingface, init_cache, presets
 from sgpo_jax.plan import workload
 from sgpo_jax.plan.phases import Scopes
 from sgpo_jax.plan.workload import Assumed
@@ -255,7 +255,7 @@ def _decoding(stages: list[Stage], responses: int, token_bytes: int) -> Scopes:
     trips, reads = [("refill/while$", refills), ("refill/while/body/while$", responses / refills)], []
     for decoding in stages:
         kernel = f"decode_{decoding.width}/.*paged_attention"
-        blocks = decoding.cached / decoding.width / (attention.PAGES_PER_BLOCK * attention.LANES)
+        blocks = decoding.cached / decoding.width / (attention_tpu.PAGES_PER_BLOCK * attention_tpu.LANES)
         trips += [(kernel, blocks), (f"decode_{decoding.width}/while$", decoding.steps / max(decoding.refills, 1))]
         reads.append((kernel, decoding.cached * token_bytes))
     return Scopes("prefill", (("decode_", "decode"), ("refill", "refill")), tuple(trips), tuple(reads))

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sgpo_jax import models
+from sgpo_jax import models, output_head
 from sgpo_jax.rollout.sampling import Sampling, sample
-from sgpo_jax.sharding import BATCH, constrain, path_name, spec_for
+from sgpo_jax.sharding import BATCH, constrain, path_name, platform, spec_for
 
 Array = Any  # JAX's, or numpy's on the host
 
@@ -137,7 +137,7 @@ def generate(
             params, config, *(x.reshape(-1, 1) for x in (slots.token, position, active)), slots.cache, dtype=dtype
         )
         assert cache is not None
-        logits = jnp.dot(hidden[:, 0], head, preferred_element_type=jnp.float32)
+        logits = output_head.product(hidden[:, 0], head)
         # Each device computes the logits of its part of the vocabulary, and then samples its part of the rows.
         logits = constrain(constrain(logits, BATCH, "tensor"), (*BATCH, "tensor"), None)
         slot_keys, slot_samples = (values[slots.response % per_problem] for values in (keys[kinds], samples))
@@ -247,35 +247,12 @@ def _insert(cache: models.Cache, prompts: models.Cache, refilled: jax.Array, pro
     shards = len(refilled)
     refilled_first = jnp.argsort(~refilled, axis=1, stable=True)
 
-    # The shards are a batch dimension of gather and scatter where they stand. `jax.vmap` would move them to the front
-    # and back; XLA for GPUs up to jaxlib 0.10.2 folds these transposes into a scatter that it then refuses.
-    of_prompt = jax.lax.GatherDimensionNumbers(
-        offset_dims=(0, 1, 3, 4), collapsed_slice_dims=(3,), start_index_map=(3,),
-        operand_batching_dims=(2,), start_indices_batching_dims=(0,),
-    )  # fmt: skip
-    of_slot = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(0, 1, 3, 4), inserted_window_dims=(3,), scatter_dims_to_operand_dims=(3,),
-        operand_batching_dims=(2,), scatter_indices_batching_dims=(0,),
-    )  # fmt: skip
-
-    def replace(slots, prompts, slot, prompt):
-        # slots [K,L,W,R,S,N], prompts [K,L,W,B/W,P-1,N], slot and prompt [W]; nothing is written to a slot R.
-        heads, layers, _, _, length, size = prompts.shape
-        window = (heads, layers, 1, 1, length, size)
-        new = jax.lax.gather(prompts, prompt[:, None], of_prompt, window, mode="promise_in_bounds")
-        return jax.lax.scatter(slots, slot[:, None], new, of_slot, unique_indices=True, mode="drop")
-
-    def by_shard(rows):
-        return rows.reshape(*rows.shape[:2], shards, rows.shape[2] // shards, *rows.shape[3:])
-
     def copy(i, caches):
         slot = refilled_first[:, i]
         chosen, due = (jnp.take_along_axis(x, slot[:, None], axis=1)[:, 0] for x in (prompt, refilled))
         slot = jnp.where(due, slot, refilled.shape[1])
-        return tuple(
-            replace(by_shard(slots), by_shard(source), slot, chosen).reshape(slots.shape)
-            for slots, source in zip(caches, (prompts["key"], prompts["value"]), strict=True)
-        )
+        sources = prompts["key"], prompts["value"]
+        return tuple(_copy_row(slots, source, slot, chosen) for slots, source in zip(caches, sources, strict=True))
 
     # One slot of each shard at a time, because most slots keep their response.
     count = refilled.sum(axis=1).max()
@@ -285,8 +262,42 @@ def _insert(cache: models.Cache, prompts: models.Cache, refilled: jax.Array, pro
     return {"key": keys, "value": values, "length": lengths.reshape(-1)}
 
 
+def _copy_row(target: jax.Array, source: jax.Array, row: jax.Array, source_row: jax.Array) -> jax.Array:
+    """Copies a row of each shard's part of a cache to the beginning of a row of another cache.
+
+    Args:
+      target: `[K,L,W*R,S,N]`.
+      source: `[K,L,W*B,P,N]`, P at most S.
+      row: `[W]` index within the shard; R or more copies nothing.
+      source_row: `[W]` index within the shard, below B.
+    """
+    # The shards are a batch dimension of gather and scatter where they stand. `jax.vmap` would move them to the front
+    # and back; XLA for GPUs up to jaxlib 0.10.2 folds these transposes into a scatter that it then refuses.
+    from_row = jax.lax.GatherDimensionNumbers(
+        offset_dims=(0, 1, 3, 4), collapsed_slice_dims=(3,), start_index_map=(3,),
+        operand_batching_dims=(2,), start_indices_batching_dims=(0,),
+    )  # fmt: skip
+    to_row = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(0, 1, 3, 4), inserted_window_dims=(3,), scatter_dims_to_operand_dims=(3,),
+        operand_batching_dims=(2,), scatter_indices_batching_dims=(0,),
+    )  # fmt: skip
+
+    def by_shard(cache):
+        return cache.reshape(*cache.shape[:2], len(row), cache.shape[2] // len(row), *cache.shape[3:])
+
+    heads, layers, _, length, size = source.shape
+    window = (heads, layers, 1, 1, length, size)
+    copied = jax.lax.gather(by_shard(source), source_row[:, None], from_row, window, mode="promise_in_bounds")
+    written = jax.lax.scatter(by_shard(target), row[:, None], copied, to_row, unique_indices=True, mode="drop")
+    return written.reshape(target.shape)
+
+
 def _active_first(slots: _Slots, responses: int, width: int) -> _Slots:
-    """Returns `width` slots of each shard; all responses that have not ended are among them."""
+    """Returns `width` slots of each shard; all responses that have not ended are among them.
+
+    On GPUs their caches move to the first rows of the cache, which keeps its size: a quarter of it would not fit beside
+    it. On other platforms the cache becomes narrower.
+    """
     chosen = jnp.argsort(slots.response == responses, axis=1, stable=True)[:, :width]
     shards, rows = slots.response.shape
 
@@ -296,7 +307,17 @@ def _active_first(slots: _Slots, responses: int, width: int) -> _Slots:
         picked = jax.vmap(lambda x, i: jnp.take(x, i, axis=axis), in_axes=(axis, 0), out_axes=axis)(values, chosen)
         return picked.reshape(*shape[:axis], -1, *shape[axis + 1 :])
 
-    cache = {"length": pick(slots.cache["length"], 0)} | {name: pick(slots.cache[name], 2) for name in ("key", "value")}
+    def move(i, caches):
+        # No row is read after it is written: the i-th of the chosen ones is the i-th or a later one.
+        row = jnp.full(shards, i, jnp.int32)
+        return tuple(_copy_row(cache, cache, row, chosen[:, i]) for cache in caches)
+
+    both = slots.cache["key"], slots.cache["value"]
+    if platform() == "gpu":
+        keys, values = jax.lax.fori_loop(0, width, move, both)
+    else:
+        keys, values = (pick(cache, 2) for cache in both)
+    cache = {"key": keys, "value": values, "length": pick(slots.cache["length"], 0)}
     response, sampled, token = (jnp.take_along_axis(field, chosen, axis=1) for field in slots[:3])
     return _Slots(response, sampled, token, _constrain_cache(cache))
 
