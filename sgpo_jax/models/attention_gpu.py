@@ -21,7 +21,7 @@ from sgpo_jax.models.attention import SAVED
 from sgpo_jax.sharding import BATCH, exact_products, fit_spec, per_device
 
 LEAST = 16  # rows and columns of the smallest matrix that Triton multiplies
-BLOCK = 128  # queries that the forward kernel takes at once
+BLOCK, BLOCK_BYTES = 128, 2**15  # most queries, or keys, of a block, and most bytes
 PAGE = 64  # tokens of a row's cache that are read at once
 SPLITS = 16  # parts of a row's cache that are read in parallel; fewer for a short cache
 
@@ -84,10 +84,11 @@ _flash.defvjp(_flash_forward, _flash_backward)
 
 
 def _block_sizes(query: jax.Array) -> BlockSizes:
-    """Returns blocks that fit into the shared memory and the registers of an A100."""
-    import os
-    s = [min(b, query.shape[1]) for b in eval(os.environ.get("SIZES", "(128,128,32,32,32,32)"))]
-    return BlockSizes(*s)
+    """Returns sizes for `[B,T,K,N]` whose blocks fit into the shared memory of an A100."""
+    row = _power_of_two(query.shape[-1]) * query.dtype.itemsize
+    forward = min(BLOCK, BLOCK_BYTES // row, query.shape[1])
+    backward = max(forward // 2, LEAST)  # it keeps twice as many sums in registers
+    return BlockSizes(forward, forward, backward, backward, backward, backward)
 
 
 def cache_shape(slots: int, size: int) -> tuple[int, int]:

@@ -19,12 +19,13 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from sgpo_jax import logprobs
-from sgpo_jax.models import ModelConfig, attention_tpu, huggingface, init_cache, presets
+from sgpo_jax.models import ModelConfig, attention_tpu, huggingface, presets
 from sgpo_jax.plan import workload
 from sgpo_jax.plan.phases import Scopes
 from sgpo_jax.plan.workload import Assumed
 from sgpo_jax.policy import Policy
 from sgpo_jax.rollout import Prompts, Sampling, generate
+from sgpo_jax.rollout.memory import cache_bytes, head_ways
 from sgpo_jax.rollout.schedule import Stage, schedule
 from sgpo_jax.sharding import BATCH, row_ways
 from sgpo_jax.training import packing, rl, sft, stage, train_step
@@ -229,12 +230,8 @@ def _generation(
     responses = workload.lengths(count, assumed.response_tokens, fields.max_new_tokens)
     waiting, slots = responses.reshape(shards, -1), min(fields.slots or count, count)
     stages = schedule(waiting, np.full_like(waiting, assumed.prompt_tokens), slots // shards)
-    split = mesh.shape["tensor"] if policy.config.num_kv_heads % mesh.shape["tensor"] == 0 else 1
-    with jax.set_mesh(mesh):
-        cache = jax.eval_shape(
-            partial(init_cache, policy.config, slots, longest - 1 + fields.max_new_tokens, policy.dtype)
-        )
-    setting = Setting(f"{section}.slots", slots, whole_bytes(cache) // shards // split)
+    cache = cache_bytes(policy.config, slots, longest - 1 + fields.max_new_tokens, policy.dtype, mesh)
+    setting, split = Setting(f"{section}.slots", slots, cache), head_ways(policy.config, mesh)
     token_bytes = 2 * policy.config.num_kv_heads // split * policy.config.head_dim * policy.dtype.itemsize
     scopes = _decoding(stages, count // shards, token_bytes)
     return Program(

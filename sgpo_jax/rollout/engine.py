@@ -338,6 +338,8 @@ def _resident(params: Any, dtype: Any) -> Any:
     def prepare(path, leaf):
         name = path_name(path)
         leaf = leaf.astype(dtype) if name.endswith(("kernel", "embedding")) else leaf
+        if platform() == "gpu":  # else the partitioner gathers first and casts then, with twice the memory
+            leaf = constrain(leaf, *spec_for(name, leaf.shape))
         return constrain(leaf, *("tensor" if axis == "tensor" else None for axis in spec_for(name, leaf.shape)))
 
     return jax.tree_util.tree_map_with_path(prepare, params)
