@@ -19,10 +19,10 @@ GIB = 2**30
 def test_bytes_of_a_cache():
     mesh = sharding.make_mesh(1, 4, 2)
     # Keys and values of 28 layers, 2 heads of 128 in 2 bytes, halved by the tensor axis; and a length.
-    assert cache_bytes(SHAPE, 8, 1000, jnp.bfloat16, mesh) == 2 * (2 * 28 * 1000 * 128 * 2) + 8 * 4 // 8
+    assert cache_bytes(SHAPE, 8, 1000, jnp.bfloat16, mesh) == 2 * (2 * 28 * 1000 * 128 * 2) + 4
     # Four devices do not divide two heads, so each has both.
     mesh = sharding.make_mesh(1, 2, 4)
-    assert cache_bytes(SHAPE, 8, 1000, jnp.bfloat16, mesh) == 4 * (2 * 28 * 1000 * 2 * 128 * 2) + 8 * 4 // 8
+    assert cache_bytes(SHAPE, 8, 1000, jnp.bfloat16, mesh) == 4 * (2 * 28 * 1000 * 2 * 128 * 2) + 16
 
 
 @pytest.mark.parametrize(
@@ -49,16 +49,18 @@ def sampling(monkeypatch):
     return sampling
 
 
-# On a device: 1.54e9 parameters / 8 of 12 bytes, and their copy of 2 bytes in halves: 3.6 GiB. The prompts take 0.44 GiB;
-# a slot of 17,407 tokens 0.2324 GiB, so that 128 of a shard take 29.75.
-@pytest.mark.parametrize(("slots", "gib", "fit"), [(0, None, 0), (0, 60, 0), (256, 60, 256), (0, 20, 4 * 60), (512, 34, 512)])
+# On a device: 1.54e9 parameters / 8 of 12 bytes, and their copy of 2 bytes in halves: 3.6 GiB. The prompts take
+# 0.44 GiB, a slot of 17,407 tokens 0.2324 GiB, so that 128 of a shard take 29.75.
+@pytest.mark.parametrize(
+    ("slots", "gib", "fit"), [(0, None, 0), (0, 60, 0), (256, 60, 256), (0, 20, 4 * 60), (512, 34, 512)]
+)
 def test_as_many_slots_as_fit(sampling, slots, gib, fit, capsys):
     assert sampling(slots, gib).slots == fit
     assert ("config.rl.slots=0: 240 of 512 responses are decoded at once" in capsys.readouterr().out) == (gib == 20)
 
 
 def test_slots_that_do_not_fit_are_refused(sampling):
-    with pytest.raises(ValueError, match=r"config.rl.slots=512: the caches take 29.8 of 16.0 GiB .*; 240 slots fit"):
+    with pytest.raises(ValueError, match=r"config.rl.slots=512: the caches take 29.7 of 16.0 GiB .*; 240 slots fit"):
         sampling(512, 20)
     with pytest.raises(ValueError, match=r"config.rl.slots=0: the cache of one slot takes 0.2 of 0.0 GiB"):
         sampling(0, 4.05)

@@ -240,7 +240,7 @@ SEES = """
 import sys, jax
 from sgpo_jax.runtime import distributed
 distributed.start(sys.argv[1], 1, 0)
-print(jax.config.jax_cuda_visible_devices)
+print(jax.config.read("jax_cuda_visible_devices"))
 """
 
 
