@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
@@ -67,7 +67,7 @@ def mesh_shape(sizes: tuple[int, int, int], num_devices: int) -> tuple[int, int,
     return resolved  # type: ignore[return-value]
 
 
-def row_ways(mesh: Mesh) -> int:
+def row_ways(mesh: Mesh | AbstractMesh) -> int:
     """Returns the number of parts into which the mesh splits the rows of a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH)
 

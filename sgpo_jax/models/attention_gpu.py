@@ -12,12 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
 from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
 from jax.sharding import PartitionSpec as P
 
-from sgpo_jax.models.attention import SAVED
 from sgpo_jax.sharding import BATCH, exact_products, fit_spec, per_device
 
 LEAST = 16  # rows and columns of the smallest matrix that Triton multiplies
@@ -69,10 +67,8 @@ def _flash_forward(scale, interpret, query, key, value, segments):
         sizes = _block_sizes(query)
         return mha(query, key, value, segments, scale, causal=True, block_sizes=sizes, interpret=interpret)
 
-    with exact_products(query.dtype):
-        out, backward = jax.vjp(kernel, query, key, value)
-    # The only residual of rank 3 is the log-sum-exp `[B,K,T]`. Saved, it spares the backward pass the forward kernel.
-    return out, jax.tree.map(lambda x: checkpoint_name(x, SAVED) if x.ndim == 3 else x, backward)
+    with exact_products(query.dtype):  # here and below, because the kernel's backward pass is traced there
+        return jax.vjp(kernel, query, key, value)
 
 
 def _flash_backward(scale, interpret, backward, gradient):

@@ -18,7 +18,7 @@ import numpy as np
 
 from sgpo_jax import models, output_head
 from sgpo_jax.rollout.sampling import Sampling, sample
-from sgpo_jax.sharding import BATCH, constrain, path_name, platform, spec_for
+from sgpo_jax.sharding import BATCH, constrain, path_name, platform, row_ways, spec_for
 
 Array = Any  # JAX's, or numpy's on the host
 
@@ -299,8 +299,8 @@ def _copy_row(target: jax.Array, source: jax.Array, row: jax.Array, source_row: 
 def _active_first(slots: _Slots, responses: int, width: int) -> _Slots:
     """Returns `width` slots of each shard; all responses that have not ended are among them.
 
-    On GPUs their caches move to the first rows of the cache, which keeps its size: a quarter of it would not fit beside
-    it. On other platforms the cache becomes narrower.
+    On GPUs with a shard each, their caches move to the first rows of the cache, which keeps its size: a quarter of it
+    would not fit beside it. Elsewhere the cache becomes narrower.
     """
     chosen = jnp.argsort(slots.response == responses, axis=1, stable=True)[:, :width]
     shards, rows = slots.response.shape
@@ -317,7 +317,8 @@ def _active_first(slots: _Slots, responses: int, width: int) -> _Slots:
         return tuple(_copy_row(cache, cache, row, chosen[:, i]) for cache in caches)
 
     both = slots.cache["key"], slots.cache["value"]
-    if platform() == "gpu":
+    mesh = jax.sharding.get_abstract_mesh()
+    if platform() == "gpu" and shards == (1 if mesh.empty else row_ways(mesh)):
         keys, values = jax.lax.fori_loop(0, width, move, both)
     else:
         keys, values = (pick(cache, 2) for cache in both)

@@ -1,5 +1,6 @@
 """The kernels of TPUs and GPUs in interpret mode, against the plain paths and float64 numpy."""
 
+import re
 from functools import partial
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from sgpo_jax import sharding
+from sgpo_jax import output_head, sharding
 from sgpo_jax.models import attention, attention_gpu, attention_tpu
 
 RNG = np.random.default_rng(0)
@@ -87,6 +88,22 @@ def test_the_kernel_of_gpus_and_its_gradient_are_those_of_plain_attention(length
 def test_the_kernel_of_gpus_in_bfloat16():
     # Operands and outputs of size 1 to 4 are rounded to 8 bits.
     assert_same_outcome(flash, inputs(2, 100, 6, 2, 64), value=0.04, gradient=0.2, dtype=jnp.bfloat16)
+
+
+@pytest.mark.parametrize(("dtype", "precise"), [(jnp.float32, True), (jnp.bfloat16, False)])
+def test_gpus_multiply_float32_as_float32(monkeypatch, dtype, precise):
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    *arrays, segments = inputs(1, 32, 2, 1, 16)
+    query, keys, values = cached(2, 64, 2, 1, 16)
+
+    def loss(arrays, query, keys, values):
+        decoded = gpu_cache(query, keys, values, 1, np.array([3, 60], np.int32))
+        return flash(*arrays, segments).sum() + output_head.product(decoded, decoded.T).sum()
+
+    casted = jax.tree.map(lambda x: jnp.asarray(x, dtype), (arrays, query, keys, values))
+    text = str(jax.make_jaxpr(jax.grad(loss))(*casted))
+    assert text.count("dot_general[") >= 2 + 5 + 2 + 1  # forward, backward, decoding, head
+    assert text.count("(Precision.HIGHEST, Precision.HIGHEST)") == text.count("dot_general[") * precise
 
 
 def cached(batch, slots, heads, kv_heads, size, layers=3):

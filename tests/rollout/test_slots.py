@@ -1,14 +1,16 @@
 """Continuous batching: the same responses from any number of slots, and few idle slot-steps."""
 
 import math
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 
 from sgpo_jax import policy, sharding
+from sgpo_jax.models import attention, attention_gpu
 from sgpo_jax.policy import generation
-from sgpo_jax.rollout import STOP, LanguageModel, Prompts, Rollout, Sampling, generate
+from sgpo_jax.rollout import STOP, LanguageModel, Prompts, Rollout, Sampling, engine, generate
 from sgpo_jax.rollout.engine import _insert, narrowed
 from sgpo_jax.rollout.schedule import schedule
 
@@ -157,6 +159,29 @@ def test_groups_sampled_at_once_are_those_sampled_alone(sampled_alone, tiny, tin
     for actual, expected in zip(rollouts, sampled_alone, strict=True):
         assert_same(actual, expected)
     assert slot_steps >= sum(expected.lengths.sum() for expected in sampled_alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shards", "ways"), [(1, (1, 1, 1)), (2, (1, 2, 1))])
+def test_the_kernels_of_gpus_give_the_same_responses(monkeypatch, at_once, tiny, tiny_params, shards, ways):
+    """Refilled and narrowed, where the cache keeps the rows that the last responses no longer use."""
+    for module in (attention, engine):
+        monkeypatch.setattr(module, "platform", lambda: "gpu")
+    for name in ("attend", "attend_cache"):
+        monkeypatch.setattr(attention_gpu, name, partial(getattr(attention_gpu, name), interpret=True))
+    monkeypatch.setattr(engine, "LEAST", (4, 2))
+    model, ids = LanguageModel(tiny, STOPS, PAD), np.arange(COUNT, dtype=np.uint32) * 7
+    mesh = sharding.make_mesh(*ways, devices=jax.devices()[:shards])
+
+    def sampled(params, prompts, key):  # traced anew
+        return generate.__wrapped__(
+            params, model, prompts, key, ids, sampling=Sampling(NEW, slots=40), group=GROUP, shards=shards
+        )
+
+    with jax.set_mesh(mesh):
+        batch = Prompts(*sharding.put_rows(tuple(prompts()), mesh))
+        rollout, _ = jax.jit(sampled)(policy.place(tiny_params, mesh), batch, jax.random.key(0))
+    assert_same(Rollout(*jax.device_get(rollout)), at_once[0])
 
 
 def test_groups_sampled_at_once_need_fewer_steps(sampled_alone):
