@@ -52,7 +52,7 @@ def measure(program: Program, mesh: Mesh, chip: Chip, reached: Reached, limit: i
         per_host = mesh.size // len(hosts(mesh)) if chip.network else 0
         collectives = hlo_cost.collectives(module, program.scopes, per_host)
         hbm_bytes = hlo_cost.hbm_bytes(module, program.scopes)
-        hbm |= _memory(compiled.memory_analysis())
+        hbm |= memory(compiled.memory_analysis())
         if chip.network:
             hbm["workspace"] = hlo_cost.workspace(module)  # one of the temporaries
         hbm["needed"] = program.resident + hbm["arguments"] + hbm["outputs"] + hbm["temporaries"] + hbm["code"]
@@ -72,7 +72,7 @@ def measure(program: Program, mesh: Mesh, chip: Chip, reached: Reached, limit: i
     return result | {"hbm": hbm, "phases": phases, "compile_seconds": time.monotonic() - started}
 
 
-def _memory(stats: Any) -> dict[str, int]:
+def memory(stats: Any) -> dict[str, int]:
     """Returns the compiler's figures in bytes. Outputs that reuse donated arguments are not counted twice."""
     return {
         "arguments": stats.argument_size_in_bytes,
