@@ -98,6 +98,11 @@ def takes(cache: jax.Array) -> bool:
     return cache.shape[-2:] == cache_shape(*cache.shape[-2:])
 
 
+def tokens_at_once(slots: int) -> int:
+    """Returns how many tokens of a row `attend_cache` reads in one round of its loop, with S slots: a page of each part."""
+    return PAGE * _splits(slots)
+
+
 def append(cache: jax.Array, new: jax.Array, layer: Any, slots: jax.Array) -> jax.Array:
     """Computes `attention.append` for the first B of each device's rows."""
 

@@ -57,6 +57,11 @@ def takes(cache: jax.Array) -> bool:
     return cache.shape[-1] % LANES == 0 and cache.shape[-2] % LANES == 0
 
 
+def tokens_at_once(slots: int) -> int:
+    """Returns how many tokens of a row `attend_cache` reads in one round of its loop, with S slots."""
+    return math.gcd(slots // LANES, PAGES_PER_BLOCK) * LANES
+
+
 def attend_cache(query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any, lengths: jax.Array) -> jax.Array:
     """Computes `attention.attend_cache` with the paged kernel, which reads the pages in use.
 

@@ -24,6 +24,7 @@ _REDUCE_SCATTER = "all-reduce-scatter"  # stands in the name of a fusion that is
 _SLICING = ("dynamic-slice", "gather", "slice")
 # Operations that write a part of their first operand in place, which is the operand of this number.
 _IN_PLACE = {"dynamic-update-slice": 1, "scatter": -1}
+_COUNTED = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # the numbers of devices as `_counted` takes them
 _WORKSPACE = ("s8", "u8")  # types of the scratch memory that libraries of matrix products ask for on GPUs
 
 
@@ -124,28 +125,30 @@ def _groups(module: Module, op: Op) -> list[list[int]]:
     Raises:
         ValueError: the text of the groups is in none of the known notations.
     """
-    everyone = list(range(module.devices))
     match = re.search(r"(replica_groups|source_target_pairs)=(.*)", op.attributes)
-    if not match or match[2].startswith("{}"):
-        return [everyone]
-    text = match[2]
+    text = match[2] if match else "{}"
+    if text.startswith("{}"):
+        return [list(range(module.devices))]
     if listed := re.match(r"\{(\{[\d,]+\}(?:,\{[\d,]+\})*)\}", text):
         return [[int(device) for device in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
-    # Groups x size, from numbers that are counted in a shape, whose axes are then put into another order.
-    if counted := re.match(r"\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        shape = [int(size) for size in counted[3].split(",")]
-        order = [int(axis) for axis in counted[4].split(",")] if counted[4] else None
-        numbers = np.arange(math.prod(shape)).reshape(shape).transpose(order)
-        return numbers.reshape(int(counted[1]), int(counted[2])).tolist()
+    # Groups x size.
+    if counted := re.match(rf"\[(\d+),(\d+)\]<={_COUNTED}", text):
+        return _counted(*counted.groups()[2:]).reshape(int(counted[1]), int(counted[2])).tolist()
     # Axes of a mesh along which the devices of a group lie.
-    if named := re.match(r"mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
+    if named := re.match(rf"mesh\[([^\]]*)\](?:, device_ids=\({_COUNTED}\))? ?\{{([^}}]*)\}}", text):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        along = re.findall(r"'(\w+)'", named[2])
-        across = [name for name in sizes if name not in along]
-        numbers = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
-        order = [list(sizes).index(name) for name in (*across, *along)]
+        along = re.findall(r"'(\w+)'", named[4])
+        order = sorted(range(len(sizes)), key=lambda axis: list(sizes)[axis] in along)  # those of a group at the end
+        numbers = _counted(named[2] or str(math.prod(sizes.values())), named[3]).reshape(list(sizes.values()))
         return numbers.transpose(order).reshape(-1, math.prod(sizes[name] for name in along)).tolist()
     raise ValueError(f"{op.name}: the groups of this collective are written in an unknown way: {text[:80]}")
+
+
+def _counted(shape: str, order: str | None) -> np.ndarray:
+    """Returns the numbers of devices, counted in a shape such as "2,4", whose axes are then put into another order."""
+    sizes = [int(size) for size in shape.split(",")]
+    axes = [int(axis) for axis in order.split(",")] if order else None
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(axes)
 
 
 def hbm_bytes(module: Module, scopes: Scopes) -> dict[str, float]:
