@@ -48,7 +48,7 @@ def main() -> None:
         shape=("qwen1p5b", workload.SHAPE_HELP), problems=(8, "problems of the RL step"),
         prompt=(1024, "tokens of a prompt"), longest=(4096, "tokens of a response"),
         micro_batch=(4, "rows of the update whose activations are in memory at once"),
-        minutes=(8.0, "limit of all parts together"), parts=(",".join(LIMITS), "which parts, separated by commas"),
+        minutes=(8.0, "limit of all parts together"), slack=(1.0, "factor on the limit of each part"), parts=(",".join(LIMITS), "which parts, separated by commas"),
         part=("", "the one part that this process runs; for the script itself"),
     )  # fmt: skip
     flags = parser.parse_args()
@@ -60,8 +60,9 @@ def main() -> None:
         parser.error(f"--parts={flags.parts}: {unknown[0]} is none of {', '.join(LIMITS)}")
     deadline, results = time.monotonic() + 60 * flags.minutes, {}
     for part in flags.parts.split(","):
-        results[part] = run_part(part, sys.argv[1:], min(LIMITS[part], deadline - time.monotonic()))
+        results[part] = run_part(part, sys.argv[1:], min(LIMITS[part] * flags.slack, deadline - time.monotonic()))
         print(f"{part}: {results[part]['status']}, {results[part]['wall']:.0f} s", flush=True)
+        print("".join(f"    {line}\n" for line in results[part].get("output", "").splitlines()[-4:]), end="", flush=True)
     rows = [
         [part, name, f"{value:.4g}" if isinstance(value, float) else str(value)]
         for part, result in results.items() for name, value in result.items() if name != "output"

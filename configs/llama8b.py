@@ -14,7 +14,10 @@ from sgpo_jax import methods
 
 
 # Fields with which the run fits, according to the plans in benchmarks/plans.
-CARDS = {"h100x8": {"rl.slots": 512}, "h100x32": {"rl.slots": 512}}
+CARDS = {
+    "h100x8": {"mesh.tensor": 8, "sft.micro_batch": 16, "rl.micro_batch": 16, "rl.slots": 128, "eval.slots": 64},
+    "h100x32": {"rl.slots": 512, "eval.slots": 256},
+}
 
 
 def get_config(choice: str = "sgpo") -> ConfigDict:

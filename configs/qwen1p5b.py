@@ -14,7 +14,10 @@ from sgpo_jax import methods
 
 
 # Fields with which the run fits, according to the plans in benchmarks/plans.
-CARDS = {"h100x8": {"rl.slots": 512}, "h100x32": {"rl.slots": 512}}
+CARDS = {
+    "h100x8": {"rl.slots": 512, "eval.slots": 256},
+    "h100x32": {"rl.slots": 1536, "eval.slots": 1024},
+}
 
 
 def get_config(choice: str = "sgpo") -> ConfigDict:

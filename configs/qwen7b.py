@@ -14,7 +14,10 @@ from sgpo_jax import methods
 
 
 # Fields with which the run fits, according to the plans in benchmarks/plans.
-CARDS = {"h100x8": {"rl.slots": 512}, "h100x32": {"rl.slots": 512}}
+CARDS = {
+    "h100x8": {"sft.micro_batch": 16, "rl.micro_batch": 16, "rl.slots": 256, "eval.slots": 128},
+    "h100x32": {"rl.slots": 1024, "eval.slots": 512},
+}
 
 
 def get_config(choice: str = "sgpo") -> ConfigDict:

@@ -142,14 +142,14 @@ def test_paged_attention_computes_the_blocks_in_use():
     assert counts == {"all": 2 * 2 * rows * kv_heads * group * (blocks * 4 * 128) * SIZE}
 
 
-def causal(own):
-    """Products of `own` rows at a time with what lies before the diagonal, of TOKENS x TOKENS."""
-    return (TOKENS + own) / 2 / TOKENS
+def causal(block):
+    """Share of TOKENS x TOKENS up to the diagonal, in blocks whose longer side is `block`."""
+    return (TOKENS + block) / 2 / TOKENS
 
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_flash_attention_computes_the_blocks_up_to_the_diagonal(gradient):
-    # Forward: scores and values, for 128 queries at a time. Backward: four products for 32 keys at a time, three for 64
+    # Forward: scores and values. Backward: four products for the gradients of keys and values, three for those of
     # queries. The group of three query heads that share a key head is mapped over, as the model does it.
     batch, group = 2, 3
     sizes = gpu_attention.BlockSizes(128, 32, block_q_dkv=64, block_kv_dkv=32, block_q_dq=32, block_kv_dq=64)
@@ -162,7 +162,7 @@ def test_flash_attention_computes_the_blocks_up_to_the_diagonal(gradient):
     query, key = shape(batch, TOKENS, HEADS, group, SIZE), shape(batch, TOKENS, HEADS, SIZE)
     count = flops(fn, query, key, key, shape(batch, TOKENS, dtype=jnp.int32))["all"]
     one = 2 * batch * HEADS * group * TOKENS * TOKENS * SIZE
-    assert count == one * (2 * causal(128) + gradient * (4 + 3) * causal(32))
+    assert count == one * (2 * causal(128) + gradient * (4 + 3) * causal(64))
 
 
 def test_paged_attention_on_gpus_computes_the_pages_in_use():
