@@ -48,7 +48,8 @@ def main() -> None:
         shape=("qwen1p5b", workload.SHAPE_HELP), problems=(8, "problems of the RL step"),
         prompt=(1024, "tokens of a prompt"), longest=(4096, "tokens of a response"),
         micro_batch=(4, "rows of the update whose activations are in memory at once"),
-        minutes=(8.0, "limit of all parts together"), slack=(1.0, "factor on the limit of each part"), parts=(",".join(LIMITS), "which parts, separated by commas"),
+        minutes=(8.0, "limit of all parts together"), slack=(1.0, "factor on the limit of each part"),
+        parts=(",".join(LIMITS), "which parts, separated by commas"),
         part=("", "the one part that this process runs; for the script itself"),
     )  # fmt: skip
     flags = parser.parse_args()
@@ -62,7 +63,8 @@ def main() -> None:
     for part in flags.parts.split(","):
         results[part] = run_part(part, sys.argv[1:], min(LIMITS[part] * flags.slack, deadline - time.monotonic()))
         print(f"{part}: {results[part]['status']}, {results[part]['wall']:.0f} s", flush=True)
-        print("".join(f"    {line}\n" for line in results[part].get("output", "").splitlines()[-4:]), end="", flush=True)
+        for line in results[part].get("output", "").splitlines()[-4:]:
+            print(f"    {line}", flush=True)
     rows = [
         [part, name, f"{value:.4g}" if isinstance(value, float) else str(value)]
         for part, result in results.items() for name, value in result.items() if name != "output"
@@ -73,7 +75,7 @@ def main() -> None:
 
 
 def run_part(part: str, arguments: list[str], limit: float) -> dict[str, Any]:
-    """Runs a part in a process of its own; returns its figures with "status", and the end of its output if it failed."""
+    """Runs a part in a process of its own; returns its figures, "status", and the end of the output of one that failed."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         result_file, log = Path(folder) / "result.json", Path(folder) / "log"
@@ -113,9 +115,9 @@ def card() -> dict[str, Any]:
 
     device = jax.local_devices()[0]
     name, words = device.device_kind, device.device_kind.upper().replace("-", " ").split()
-    kind = next((kind for kind in ("h100", "h200", "b200", "a100") if kind.upper() in words and "PCIE" not in words), "")
+    kind = next((kind for kind in gpus.CHIPS if kind.upper() in words), "")
     kind += "-40gb" * (kind == "a100" and "40GB" in words)
-    chip = gpus.CHIPS.get(kind)
+    chip = None if "PCIE" in words else gpus.CHIPS.get(kind)  # the peaks are those of the SXM cards
     return {"device": name, "peak_flops": chip and chip.flops, "peak_hbm": chip and chip.hbm}
 
 
@@ -236,7 +238,7 @@ def _sample(config: Any, shape: Any, mesh: Any, assumed: Any) -> tuple[Any, Call
 
 
 def _decoding(here: Any, cpu: Any) -> tuple[Any, Any]:
-    """Returns the log-probabilities of sampled tokens: the sampler's own here, and those of a forward pass on the CPU."""
+    """Returns the log-probabilities of sampled tokens: the sampler's here, and those of a forward pass on the CPU."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -251,12 +253,15 @@ def _decoding(here: Any, cpu: Any) -> tuple[Any, Any]:
     per_prompt = np.array([config.rl.autonomous, config.rl.guided] * config.rl.batch)
     tokens = rollout.tokens.reshape(-1, rollout.tokens.shape[-1])
     rows = np.concatenate([np.repeat(np.asarray(prompts.tokens), per_prompt, axis=0), tokens], axis=1)
-    with jax.set_mesh(_small(cpu)[2]), jax.default_device(cpu):
-        params = jax.device_put(jax.device_get(params), cpu)
+
+    def forward(params, rows, tokens):
         positions = jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape)
-        hidden, _ = models.apply(params, shape, jnp.asarray(rows), positions, jnp.ones(rows.shape, jnp.int32))
+        hidden, _ = models.apply(params, shape, rows, positions, jnp.ones(rows.shape, jnp.int32))
         logits = hidden[:, assumed.prompt_tokens - 1 : -1] @ models.head(params, shape)
-        logp = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(tokens)[..., None], axis=-1)[..., 0]
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
+
+    with jax.set_mesh(_small(cpu)[2]):
+        logp = jax.jit(forward)(*jax.device_put((jax.device_get(params), rows, tokens), cpu))
     real = np.arange(tokens.shape[1]) < rollout.lengths.reshape(-1, 1)
     return np.where(real, rollout.logp.reshape(tokens.shape), 0), np.where(real, np.asarray(logp), 0)
 
@@ -421,7 +426,7 @@ def _clock(torch: Any) -> float:
 
 
 def generate(flags: Any) -> dict[str, Any]:
-    """Decodes a few tokens with Hugging Face `generate` after contexts that are as long as those of a rollout on average."""
+    """Decodes a few tokens with Hugging Face `generate`, after contexts as long as those of a rollout on average."""
     torch, model = _torch(flags)
     model = model.to(torch.bfloat16).eval()
     rows, new = flags.problems * 12, min(64, flags.longest)
@@ -440,7 +445,7 @@ def generate(flags: Any) -> dict[str, Any]:
 
 
 def torch_update(flags: Any) -> dict[str, Any]:
-    """Times the GRPO loss with its gradient and AdamW in torch: bfloat16 products, layers computed again, one row at once."""
+    """Times the GRPO loss, its gradient and AdamW in torch: bfloat16 products, layers computed again, one row at once."""
     torch, model = _torch(flags)
     model.gradient_checkpointing_enable()
     model.train()

@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 from sgpo_jax import config as configs
 from sgpo_jax import methods
 
-
 # Fields with which the run fits, according to the plans in benchmarks/plans.
 CARDS = {
     "h100x8": {"rl.slots": 512, "eval.slots": 256},

@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 from sgpo_jax import config as configs
 from sgpo_jax import methods
 
-
 # Fields with which the run fits, according to the plans in benchmarks/plans.
 CARDS = {
     "h100x8": {"sft.micro_batch": 16, "rl.micro_batch": 16, "rl.slots": 256, "eval.slots": 128},

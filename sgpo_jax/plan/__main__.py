@@ -55,7 +55,7 @@ def main(config: ConfigDict, given: Any) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("topology", None, "Chips to plan for, as in v5e:16x16, v5p:4x4x4, h100:8, h100:4x8; auto searches.")
+    flags.DEFINE_string("topology", None, "Chips to plan for, as in v5e:16x16, h100:8 or h100:4x8; auto searches.")
     flags.DEFINE_string("chips", "", "With --topology=auto: the chips to search a mesh for, as in v5e:16x16.")
     flags.DEFINE_string("json", "", "File that the plan is written to as JSON.")
     flags.DEFINE_integer("response_tokens", 0, "Mean length of responses; 0 is a quarter of rl.max_new_tokens.")

@@ -136,8 +136,8 @@ def remarks(mesh: Mesh, chip: Chip) -> list[str]:
     if not chip.network or count == 1:
         return []
     return [
-        f"mesh.tensor={mesh.shape['tensor']} reaches over {count} hosts: every layer sums activations over it, so keep it "
-        f"within the {mesh.size // len(hosts(mesh))} GPUs of a host"
+        f"mesh.tensor={mesh.shape['tensor']} reaches over {count} hosts: every layer sums activations over it, so keep "
+        f"it within the {mesh.size // len(hosts(mesh))} GPUs of a host"
     ]
 
 

@@ -81,7 +81,7 @@ def _kernel_runs(grid: tuple[int, ...], path: str) -> float:
 
 
 def _kernel_loops(kernel: Any, grid_mapping: Any) -> dict[int, float]:
-    """Returns id of a `while` -> how often it runs on average over the grid, for loops bounded by the place in the grid.
+    """Returns id of a `while` -> how often it runs on average, for loops that are bounded by the place in the grid.
 
     Such are the loops of JAX's flash attention for GPUs, which end at the diagonal or begin there. A loop whose bounds
     depend on data is not in the result.
@@ -97,7 +97,8 @@ def _kernel_loops(kernel: Any, grid_mapping: Any) -> dict[int, float]:
         name, values = equation.primitive.name, [value(atom) for atom in equation.invars]
         if name == "program_id":
             axis = equation.params["axis"]
-            known[equation.outvars[0]] = np.arange(axes[axis]).reshape([-1 if i == axis else 1 for i in range(len(axes))])
+            shape = [size if i == axis else 1 for i, size in enumerate(axes)]
+            known[equation.outvars[0]] = np.arange(axes[axis]).reshape(shape)
         elif name in _SCALAR and all(x is not None for x in values):
             known[equation.outvars[0]] = _SCALAR[name](*values)
         elif name == "while":

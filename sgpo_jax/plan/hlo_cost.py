@@ -178,7 +178,7 @@ def _moved(module: Module, computation: Computation, op: Op, usage: dict[str, li
     scratch = _WORKSPACE if _is_product(op) else ()
     results = [array.bytes * (array.space == 0 and array.dtype not in scratch) for array in op.arrays]
     reads = [sum(a.bytes for a in computation.ops[name].arrays if a.space == 0) for name in op.operands]
-    if op.kind.endswith("-start"):  # (destination, source, ...) of a copy; on GPUs an all-reduce returns only its result
+    if op.kind.endswith("-start"):  # (destination, source, ...) of a copy; an all-reduce on GPUs has only its result
         return float(sum(results[:2]) if len(results) > 1 else results[0] + sum(reads))
     if op.kind in _SLICING:
         return float(results[0] + min(sum(reads[:1]), op.arrays[0].bytes))

@@ -11,7 +11,6 @@ from jax.sharding import SingleDeviceSharding
 
 from sgpo_jax.plan.roofline import Chip
 
-
 # From the system architecture pages of the Cloud TPU documentation. They give the total of all links of a chip, both
 # directions: 400 GB/s on 4 links, 800 on 4, 1200 on 6. A ring uses two links, and a link has half its rate each way.
 # The prices are Google's for one hour on demand in us-east5; docs/pods.md has their source.

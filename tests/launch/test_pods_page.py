@@ -1,4 +1,4 @@
-"""Keeps docs/pods.md and docs/gpus.md true: its commands run dry, its figures follow from each other, and no file holds a secret."""
+"""Keeps docs/pods.md and docs/gpus.md true: commands run dry, figures follow from each other, no file has a secret."""
 
 import ast
 import math

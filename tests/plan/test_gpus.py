@@ -23,7 +23,7 @@ CHIP = Chip(flops=100.0, hbm=10.0, ici=8.0, network=2.0, start=0.25, hop=0.125, 
 HALF = Reached(0.5, 0.5, 0.5, 0.5)
 
 
-@pytest.mark.parametrize("name", ["h300:8", "h100", "h100:", "h100:0", "h100:9", "h100:0x8", "h100:2x2x2", "h100:8x", "auto"])
+@pytest.mark.parametrize("name", ["h300:8", "h100", "h100:", "h100:0", "h100:9", "h100:0x8", "h100:2x2x2", "h100:8x"])
 def test_a_topology_that_does_not_exist_is_refused_with_what_is_allowed(name):
     message = rf"--topology={name}: must be v5e, v6e, v5p, .* or h100, h200, b200, a100, a100-40gb, .* as in h100:4x8"
     with pytest.raises(ValueError, match=message):
@@ -32,7 +32,7 @@ def test_a_topology_that_does_not_exist_is_refused_with_what_is_allowed(name):
 
 def test_the_compiler_is_asked_for(monkeypatch):
     monkeypatch.setattr(gpus.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"XLA's compiler for GPUs is not installed: pip install 'sgpo_jax\[gpu-compil"):
+    with pytest.raises(ValueError, match=r"XLA's compiler for GPUs is not installed: pip install 'sgpo_jax\[gpu"):
         hardware.topology("h100:8")
 
 
@@ -117,7 +117,8 @@ def test_a_tensor_axis_that_leaves_a_host_is_remarked_on():
 
 # ---- a plan, with the compiler for GPUs
 
-P, T, D, F, V, H, N, G = 64, 192, 256, 512, 1000, 4, 64, 8  # prompt, response, hidden, MLP, vocabulary, heads, size, group
+# Prompt, response, hidden, MLP, vocabulary, heads, head size, group.
+P, T, D, F, V, H, N, G = 64, 192, 256, 512, 1000, 4, 64, 8
 CONFIG = f"""
 from sgpo_jax import config as configs
 
@@ -142,15 +143,16 @@ SHAPE = {
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
-    """Plans RL of a small model on two hosts with two H100 each, in a separate process; returns the plan and the text."""
+    """Plans RL of a small model on two hosts with two H100 each; returns the plan and the printed text."""
     if not any(importlib.util.find_spec(name) for name in gpus.PLUGINS):
         pytest.skip("needs XLA's compiler for GPUs: pip install -e '.[gpu-compiler]'")
     place = tmp_path_factory.mktemp("plan")
     (place / "config.json").write_text(json.dumps(SHAPE))
     (place / "config.py").write_text(CONFIG.format(model=place))
-    arguments = [f"--config={place}/config.py", "--topology=h100:2x2", f"--json={place}/plan.json", "--memory_share=0.9"]
+    arguments = [f"--config={place}/config.py", "--topology=h100:2x2", "--memory_share=0.9"]
     done = subprocess.run(
-        [sys.executable, "-m", "sgpo_jax.plan", *arguments, "--response_tokens=96", "--prompt_tokens=64"],
+        [sys.executable, "-m", "sgpo_jax.plan", *arguments, f"--json={place}/plan.json", "--response_tokens=96",
+         "--prompt_tokens=64"],
         cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -179,8 +181,10 @@ def test_decoding_on_gpus_moves_the_weights_and_the_live_cache(planned):
     steps, cached = sum(stage.steps for stage in stages), sum(stage.steps * stage.cached for stage in stages)
     least = steps * weights + cached * 2 * 2 * 2 * N
     assert least <= decoding["hbm_bytes"]
-    # Activations and logits are a large part of so small a model, and a copy of the cache would be more.
-    assert decoding["hbm_bytes"] <= 3 * least
+    # The sampler halves an interval 32 times, and writes and reads the logits each time; weights are copied out of the
+    # stack of layers; and activations are a large part of so small a model.
+    logits = 4 * V * 2 * G / 2
+    assert decoding["hbm_bytes"] <= 3 * least + steps * 32 * 4 * logits
 
 
 @pytest.mark.slow
