@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def run_part(part: str, arguments: list[str], limit: float) -> dict[str, Any]:
-    """Runs a part in a process of its own; returns its figures, "status", and the end of the output of one that failed."""
+    """Runs a part in a process of its own; returns its figures, its status and, if it failed, the end of its output."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         result_file, log = Path(folder) / "result.json", Path(folder) / "log"
@@ -445,7 +445,7 @@ def generate(flags: Any) -> dict[str, Any]:
 
 
 def torch_update(flags: Any) -> dict[str, Any]:
-    """Times the GRPO loss, its gradient and AdamW in torch: bfloat16 products, layers computed again, one row at once."""
+    """Times the GRPO loss, its gradient and AdamW in torch: bfloat16 products, one row at once, layers recomputed."""
     torch, model = _torch(flags)
     model.gradient_checkpointing_enable()
     model.train()

@@ -99,7 +99,7 @@ def takes(cache: jax.Array) -> bool:
 
 
 def tokens_at_once(slots: int) -> int:
-    """Returns how many tokens of a row `attend_cache` reads in one round of its loop, with S slots: a page of each part."""
+    """Returns how many tokens of a row one round of the loop of `attend_cache` reads: a page of each part."""
     return PAGE * _splits(slots)
 
 

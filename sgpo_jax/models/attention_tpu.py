@@ -58,7 +58,7 @@ def takes(cache: jax.Array) -> bool:
 
 
 def tokens_at_once(slots: int) -> int:
-    """Returns how many tokens of a row `attend_cache` reads in one round of its loop, with S slots."""
+    """Returns how many tokens of a row one round of the loop of `attend_cache` reads."""
     return math.gcd(slots // LANES, PAGES_PER_BLOCK) * LANES
 
 

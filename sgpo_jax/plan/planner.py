@@ -52,8 +52,10 @@ def make(
         config_checks.check_mesh(config, sharding.row_ways(mesh))
         measured = []
         for program in programs(config, shape, mesh, assumed):
-            print(f"compiling {program.name}", flush=True)
-            measured.append((program, measure(program, mesh)))
+            print(f"compiling {program.name}", end=": ", flush=True)
+            result = measure(program, mesh)
+            print(f"{result['hbm']['needed'] / hardware.GIB:.2f} of {limit / hardware.GIB:.2f} GiB", flush=True)
+            measured.append((program, result))
     results = {program.name: result for program, result in measured}
     run_hours = estimate.hours(results) if results else None
     assumptions: dict[str, Any] = {"reached": reached._asdict(), "chip": chip._asdict()}
