@@ -1,6 +1,5 @@
 """The kernels of TPUs and GPUs in interpret mode, against the plain paths and float64 numpy."""
 
-import re
 from functools import partial
 
 import jax
