@@ -51,5 +51,5 @@ def test_a_part_that_fails_says_why(tmp_path):
 
 
 def test_an_unknown_part_is_refused(tmp_path):
-    with pytest.raises(AssertionError, match="--parts=speed: speed is none of parity, quickstart, rollout"):
+    with pytest.raises(AssertionError, match="--parts=speed: speed is none of parity, rollout, update"):
         run(tmp_path, "--parts=speed")

@@ -89,7 +89,8 @@ class Device(NamedTuple):
 def mesh_of(hosts, each, tensor):
     devices = [Device(i, i // each) for i in range(hosts * each)]
     grid = np.empty(len(devices), object)
-    grid[:] = devices
+    for i, device in enumerate(devices):  # numpy would take a tuple apart
+        grid[i] = device
     return Mesh(grid.reshape(1, -1, tensor), ("data", "fsdp", "tensor"))
 
 
