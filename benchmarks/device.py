@@ -217,7 +217,7 @@ def _params(config: Any, shape: Any, mesh: Any) -> Any:
 
     from sgpo_jax import models, sharding
 
-    init = partial(models.init, config=shape)
+    init = functools.partial(models.init, config=shape)
     shardings = sharding.tree_shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
     return jax.jit(init, out_shardings=shardings)(jax.random.key(0))
 
