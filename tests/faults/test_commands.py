@@ -135,6 +135,7 @@ def results(started):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_says_what_is_wrong_in_one_line(results, place, name):
     code, output, errors = results[name]
@@ -143,12 +144,14 @@ def test_a_command_says_what_is_wrong_in_one_line(results, place, name):
     assert "Traceback" not in output and not (place / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_device_that_jax_does_not_have_is_named(results):
     code, _, errors = results["no such device"]
     line = r"sgpo_jax: JAX_PLATFORMS='abacus': JAX finds no such devices here \(.*\)\n"
     assert code == 1 and re.fullmatch(line, errors), errors
 
 
+@pytest.mark.slow
 def test_an_old_jax_is_named(results):
     code, _, errors = results["old jax"]
     assert code == 1

@@ -212,6 +212,7 @@ def test_a_lab_from_beginning_to_end(config, tmp_path, capsys, monkeypatch):
         lab.run(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_cell_that_fails_does_not_cost_the_others(config, tmp_path, monkeypatch):
     config.lab.update({"rates": (1.0,), "worlds": ("base",), "methods": ("sgpo",), "seeds": (0, 1)})
     real = workers.rl.train

@@ -361,6 +361,7 @@ def test_bad_input_is_named() -> None:
 # Hostile answers
 
 
+@pytest.mark.slow
 def test_bombs_cost_their_time_and_nothing_else() -> None:
     with closing(Pool(workers=2, seconds=1.5)) as pool:
         score(boxed(["x+1", "y+1"]), ["1+x", "1+y"], pool=pool)

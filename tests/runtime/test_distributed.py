@@ -226,6 +226,7 @@ def test_the_other_commands_in_two_processes_do_what_the_run_did(undisturbed, tm
     assert all(0 < kl < 1 for line in lines for kl in line["token_kl"])
 
 
+@pytest.mark.slow
 def test_a_run_in_a_locked_folder_is_refused_in_every_process(tmp_path):
     with lock.hold(tmp_path):
         refused = end(start(tmp_path, 2, 1))

@@ -204,6 +204,7 @@ def test_nothing_is_written_after_the_first_step(student, replies, tmp_path):
     assert replies.calls == 0
 
 
+@pytest.mark.slow
 def test_a_run_trains_with_what_its_student_wrote(tmp_path, monkeypatch):
     """The whole path: half of the problems have a strategy; the other half are shown as they are."""
     config = methods.select(load(ROOT / "configs" / "quickstart.py"), "self_strategies")
