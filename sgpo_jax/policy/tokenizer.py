@@ -10,7 +10,7 @@ from typing import cast
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from sgpo_jax.data.generators import arithmetic
 from sgpo_jax.models.huggingface import read_json
@@ -64,6 +64,8 @@ def load(source: str) -> PreTrainedTokenizerFast:
 
 
 def _hugging_face(source: str) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer  # imports torch where that is installed, which takes longer than all else
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # a damaged folder can raise any error

@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-from tensorboardX import SummaryWriter
-
 from sgpo_jax.runtime.files import read_jsonl, write_text
 from sgpo_jax.runtime.progress import Progress
 
@@ -54,6 +52,8 @@ class Writer:
     def __enter__(self) -> Self:
         if not self._enabled:
             return self
+        from tensorboardX import SummaryWriter  # imports torch where that is installed, which takes a second
+
         self._path.parent.mkdir(parents=True, exist_ok=True)
         _drop_rows_after(self._path, self._last_step)
         self._rows: TextIO = self._path.open("a", encoding="utf-8")
