@@ -4,8 +4,9 @@ A file in `configs/` starts from `base()`, changes what it needs and returns the
 single fields: `--config.rl.batch=64`. Sections, equations and tables are those of arXiv 2606.24064.
 """
 
+import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ MAY_CHANGE = (
     "stages", "grace", "max_skipped", "report_seconds", "rl.steps", "rl.epochs", "rl.eval_every", "monitor", "eval",
     "checkpoint", "mesh", "extract", "lab",
 )  # fmt: skip
+FREE = ("eval.sets", "lab.changes", "lab.fast")  # sections whose names the user chooses
 
 
 def base() -> ConfigDict:
@@ -48,6 +50,8 @@ def base() -> ConfigDict:
     config.data.decontaminate = True  # leave out problems that share 13 words in a row with eval.sets; False only lists
     config.data.sft_share = 1 / 3  # share of the problems used for the warm-up; Sec. 4.1
     config.data.instruction = "default"  # last line of every prompt; "default" is prompts.INSTRUCTION
+    # Text of the system's turn before every prompt; "" writes none, and a chat template may then put in its own.
+    config.data.system = ""
     config.data.max_prompt_tokens = 1024  # tokens; longer prompts are left out and counted
 
     config.optimizer = ConfigDict()  # AdamW
@@ -127,6 +131,7 @@ def base() -> ConfigDict:
 
     config.eval = ConfigDict()
     config.eval.sets = ConfigDict()  # name -> ConfigDict(source=..., samples=k), k responses per problem for avg@k
+    config.eval.limit = 0  # first problems of each set that are evaluated; 0 is all
     config.eval.guided = False  # also evaluate with the strategy in the prompt, on rows that have one
     config.eval.batch = 64  # problems per generation batch
     config.eval.temperature = 0.6
@@ -159,7 +164,7 @@ def base() -> ConfigDict:
     config.extract.budget_cost = 0.0  # cost of all runs together, in the currency of the prices; 0 is no limit
     config.extract.audit_sample = 500  # accepted strategies to rate; App. H
 
-    config.lab = ConfigDict()  # comparison of methods over seeds and worlds: python -m sgpo_jax.lab
+    config.lab = ConfigDict()  # comparison of methods over seeds and worlds: sgpo lab
     config.lab.methods = ()  # names from methods.METHODS
     config.lab.seeds = (0, 1, 2, 3, 4)  # seeds of a method's training runs; each replaces `seed`
     config.lab.rates = (0.5, 1.0, 2.0)  # factors of a method's learning rate; the tuning seeds choose the best
@@ -262,7 +267,9 @@ def check_resume(config: ConfigDict, path: Path, only: Sequence[str] = ("",)) ->
     if not path.is_file():
         return
     try:
-        before, now = flat(json.loads(path.read_text(encoding="utf-8"))), flat(to_dict(config))
+        # A run that is older than a field had its default.
+        before = flat(to_dict(base())) | flat(json.loads(path.read_text(encoding="utf-8")))
+        now = flat(to_dict(config))
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path}: is not the config of an earlier run ({error}); choose another --workdir") from error
     for field in sorted(before.keys() | now.keys()):
@@ -292,6 +299,42 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return fields
 
 
+def from_json(path: Path) -> ConfigDict:
+    """Reads the config of a run from its config.json; fields that the run did not have yet are at their defaults.
+
+    Raises:
+      ValueError: the file is not such a config.
+    """
+    config = base()
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        with config.unlocked():
+            _fill(config, fields)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: cannot be read as the config of a run: {error}; give --config=FILE") from error
+    return config.lock()
+
+
+def _fill(config: ConfigDict, fields: dict[str, Any], section: str = "") -> None:
+    """Sets fields to values from JSON; only the sections of FREE take new names."""
+    for name, value in fields.items():
+        field = f"{section}.{name}".removeprefix(".")
+        if name not in config and not section.startswith(FREE):
+            raise ValueError(f"config.{field}: is not a field{nearest(name, config)}")
+        if isinstance(value, dict):
+            if name not in config:
+                config[name] = ConfigDict()
+            _fill(config[name], value, field)
+        else:
+            config[name] = tuple(value) if isinstance(value, list) else value
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Returns a question about the one of the names that is most like a wrong one, or ""."""
+    found = difflib.get_close_matches(name, [*names], n=1)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
 def unknown_field(config: ConfigDict, arguments: Sequence[str]) -> str | None:
     """Returns a message about the first argument `--config.FIELD=value` whose field does not exist, or None."""
     for argument in arguments:
@@ -303,6 +346,7 @@ def unknown_field(config: ConfigDict, arguments: Sequence[str]) -> str | None:
             if not isinstance(node, ConfigDict) or part not in node:
                 where = ".".join([name, *path[:depth]])
                 allowed = f"one of {', '.join(node)}" if isinstance(node, ConfigDict) else "nothing, it is a value"
-                return f"{argument}: {where} has no field {part!r}; allowed: {allowed}"
+                close = nearest(part, node) if isinstance(node, ConfigDict) else ""
+                return f"{argument}: {where} has no field {part!r}{close}; allowed: {allowed}"
             node = node[part]
     return None

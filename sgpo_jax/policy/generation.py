@@ -36,7 +36,7 @@ def encode_prompts(policy: Policy, rows: Sequence[dict], guided: bool) -> list[l
     """Returns the token ids of each row's prompt, with its strategy if `guided`."""
     return [
         tokenizers.encode_prompt(
-            policy.tokenizer, row["problem"], row["strategy"] if guided else None, policy.instruction
+            policy.tokenizer, row["problem"], row["strategy"] if guided else None, policy.instruction, policy.system
         )
         for row in rows
     ]
