@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 from absl import flags, logging
 
-from sgpo_jax import __version__
+import sgpo_jax
 from sgpo_jax import config as configs
 from sgpo_jax.cli import parsing
 from sgpo_jax.cli.command import Command
@@ -37,7 +37,7 @@ def start(name: str, command: Command, arguments: Sequence[str] | None = None) -
             config = (parsing.load(file) if file else configs.base()) if command.config else None
             print(help_text(name, command, config, file), end="")
         elif "--version" in arguments:
-            print(f"sgpo_jax {__version__}")
+            print(f"sgpo_jax {sgpo_jax.__version__}")
         else:
             config, given = parsing.parse(command, arguments)
             _run(name, command, config, given)
@@ -82,7 +82,7 @@ def _announce(name: str, command: Command, given: SimpleNamespace) -> None:
     if getattr(given, "process", None):  # the first process prints
         return
     where = f", {command.folder} {folder}" if folder else ""
-    print(f"sgpo_jax {__version__} {name}{where}", flush=True)
+    print(f"sgpo_jax {sgpo_jax.__version__} {name}{where}", flush=True)
     if getattr(given, "distributed", False) or getattr(given, "coordinator", None):
         return  # no device may be used before the processes have met
     started = time.perf_counter()

@@ -2,7 +2,8 @@
 
 import sys
 
-from sgpo_jax import __version__, cli
+import sgpo_jax
+from sgpo_jax import cli
 from sgpo_jax.cli import Command, Flag
 
 __all__ = ["COMMANDS", "main", "start"]
@@ -179,9 +180,9 @@ def main() -> None:
     """Runs `sgpo COMMAND ...`."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("--version", "version"):
-        print(f"sgpo_jax {__version__}")
+        print(f"sgpo_jax {sgpo_jax.__version__}")
     elif name in ("--help", "-h", "help"):
-        print(cli.overview(COMMANDS, __version__), end="")
+        print(cli.overview(COMMANDS, sgpo_jax.__version__), end="")
     elif name in COMMANDS:
         cli.start(name, COMMANDS[name], arguments)
     else:

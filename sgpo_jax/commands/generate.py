@@ -102,7 +102,7 @@ def answer(
 
 def _noise_id(row: dict, guided: bool) -> int:
     """Returns the number that tells the noise of a question from that of others, wherever it stands."""
-    text = row["problem"] + ("\0" + row["strategy"]) * guided
+    text = "\0".join([row["problem"], row["strategy"]] if guided else [row["problem"]])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 

@@ -1,16 +1,19 @@
-"""One self-contained HTML page of a run or a lab: figures, tables, config, environment, generations with verdicts.
+"""Writes one self-contained HTML page: of a run, of a lab, or of several runs that are compared.
 
     sgpo report --workdir=DIR [--to=FILE]
+    sgpo report RUN RUN ... [--to=FILE]
 
-It only reads DIR, so it can be used while the run is running. A run also writes this page itself; see docs/report.md.
+It only reads the folders, so it can be used while a run is running. A run also writes its page itself; see
+docs/report.md.
 """
 
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from sgpo_jax import lab
-from sgpo_jax.report import page
+from sgpo_jax.report import comparison, page
 
 
 def write(workdir: Path, to: Path) -> None:
@@ -30,9 +33,15 @@ def write(workdir: Path, to: Path) -> None:
         page.write_run(workdir, to=to)
 
 
-def main(flag_values) -> None:
-    """Runs the command."""
-    workdir = Path(flag_values.workdir).expanduser()
-    to = Path(flag_values.to).expanduser() if flag_values.to else workdir / "report.html"
-    write(workdir, to)
+def main(given: Any) -> None:
+    """Writes the page that the flags ask for, and prints its path."""
+    runs = [Path(run).expanduser() for run in (*filter(None, [given.workdir]), *given.runs)]
+    if not runs:
+        raise ValueError("--workdir: must name the folder of a run or a lab; or give two or more runs to compare")
+    name = "report.html" if len(runs) == 1 else "compared.html"
+    to = Path(given.to).expanduser() if given.to else runs[0] / name
+    if len(runs) == 1:
+        write(runs[0], to)
+    else:
+        comparison.write(runs, to)
     print(f"{to}", flush=True)
