@@ -1,5 +1,6 @@
 """The commands: one module each, and the table of their flags, which imports none of them."""
 
+import os
 import sys
 
 import sgpo_jax
@@ -178,6 +179,8 @@ def start(name: str) -> None:
 
 def main() -> None:
     """Runs `sgpo COMMAND ...`."""
+    if os.getcwd() not in sys.path:  # as with `python -m`: configs and rewards of the user's own lie there
+        sys.path.insert(0, os.getcwd())
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("--version", "version"):
         print(f"sgpo_jax {sgpo_jax.__version__}")

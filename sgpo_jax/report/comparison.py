@@ -1,4 +1,4 @@
-"""One page that compares several runs: accuracies side by side, curves in the same panels, what differs in the configs."""
+"""One page that compares several runs: accuracies, curves in the same panels, what differs in the configs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +36,7 @@ def write(runs: Sequence[Path], to: Path) -> Path:
     lines.sort(key=lambda line: order[tuple(line[1:4])])  # the runs of a set stand below each other
     columns = ["run", *page.EVALUATION_COLUMNS]
     return page.render(
-        to.parent, to, "", False, kind="comparison", title=f"{len(runs)} runs compared", commit="",
+        to.parent, to, "", False, kind="comparison", name="", title=f"{len(runs)} runs compared", commit="",
         facts=[f"{name}: {titles.title_of(config)}" for name, config in read.items()],
         cards=[card for name, result in results.items() for card in _cards(name, result)], notes=[],
         charts={name: figures.svg(figure, name) for name, figure in figures.overlay_panels(trained).items()},

@@ -53,8 +53,8 @@ def write_run(workdir: Path, status: str = "", running: bool = False, to: Path |
         charts = {"SFT loss": figures.svg(curve, "SFT loss")} | charts
     starts = _starts(workdir)
     return render(
-        workdir, to, status, running, kind="run", title=titles.title_of(config), commit=titles.commit_of(starts), facts=facts,
-        cards=accuracy_cards(results) or _training_cards(rl), notes=_fallen(results), charts=charts,
+        workdir, to, status, running, kind="run", title=titles.title_of(config), commit=titles.commit_of(starts),
+        facts=facts, cards=accuracy_cards(results) or _training_cards(rl), notes=_fallen(results), charts=charts,
         tables=evaluation_table(results), legend=[], wide=[], config=config, samples=_samples(workdir, config),
         analysis=_analysis(workdir / "analysis.jsonl"), starts=starts,
         downloads=[] if running else downloads({"sft.jsonl": sft, "rl.jsonl": rl}, results),
