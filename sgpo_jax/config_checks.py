@@ -36,6 +36,9 @@ def check(config: ConfigDict) -> None:
     need("seed", 0 <= config.seed < 2**32, "between 0 and 2**32 - 1")
     positive("grace")
     whole(1, "max_skipped", "checkpoint.every", "checkpoint.keep")
+    steps = config.profile
+    ordered_steps = len(steps) == 2 and all(type(step) is int for step in steps) and 1 <= steps[0] <= steps[-1]
+    need("profile", len(steps) == 0 or ordered_steps, "() or (first, last), steps counted from 1")
     need("report_seconds", 0 <= config.report_seconds < float("inf"), "a finite number, at least 0")
 
     need("model.source", bool(config.model.source), "a folder, hub id, .gguf file, 'smollm2' or 'scratch'")

@@ -1,4 +1,4 @@
-"""docs/own_data.md, carried out on rows like GSM8K's with a tiny model: training, evaluation, questions, export, page."""
+"""docs/own_data.md, carried out on rows like those of GSM8K with a tiny model: training, questions, export, page."""
 
 import json
 import os

@@ -12,7 +12,8 @@ from sgpo_jax import config as configs
 from sgpo_jax.cli.processes import join
 from sgpo_jax.models import huggingface
 from sgpo_jax.policy import Run
-from sgpo_jax.runtime import is_first
+from sgpo_jax.report import model_card
+from sgpo_jax.runtime import files, is_first
 from sgpo_jax.training import stage
 
 
@@ -24,11 +25,14 @@ def run(config, workdir: Path, from_stage: str, folder: Path, dtype: str) -> Non
     """
     configs.check_resume(config, workdir / "config.json")
     policy, _ = stage.load_policy(config)
-    params = stage.best_params(Run(config, workdir, policy, sharding.make_mesh(**config.mesh)), from_stage)
-    if params is None:
+    step = stage.find_step(config, workdir, from_stage, "best")
+    if step is None:
         raise ValueError(f"workdir={str(workdir)!r}: there is no checkpoint of stage {from_stage!r}")
+    params = stage.params_at(Run(config, workdir, policy, sharding.make_mesh(**config.mesh)), from_stage, step)
     huggingface.save(folder, params, policy.config, tokenizer=policy.tokenizer, stop_ids=policy.stop_ids, dtype=dtype)
     if is_first():
+        card = model_card.model_card(workdir, from_stage, step, dtype)
+        files.write_text(folder / "README.md", card)
         print(f"exported to {folder}", flush=True)
 
 

@@ -12,6 +12,7 @@ from sgpo_jax.policy import Run
 from sgpo_jax.report import page
 from sgpo_jax.runtime import compilation, is_first, preemption
 from sgpo_jax.runtime.metric_writer import Writer
+from sgpo_jax.runtime.profile import Profile
 from sgpo_jax.sharding import row_ways
 from sgpo_jax.training import collapse, rollback, skipped_batch, stage
 from sgpo_jax.training.optimizer import updates_taken
@@ -73,6 +74,7 @@ class Loop:
         self.optimizer, self._rate = stage.optimizer(run.config, name, total * updates)
         _, self.shardings = stage.state_shardings(run.policy, self.optimizer, run.mesh)
         self.forward = stage.forward(run)
+        self._profile = Profile(run.config.profile, run.workdir / name / "profile")
         self._began: tuple[float, float] | None = None  # clock and compiling time before the first step
         self._show = page.live(run.workdir, run.config.report_seconds * is_first(), name.upper(), total)
 
@@ -85,6 +87,7 @@ class Loop:
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        self._profile.close()
         self._stack.__exit__(*exception)
 
     def start(self, initial: Callable[[], Any]) -> TrainState:
@@ -110,7 +113,9 @@ class Loop:
             compilation.watch()
             self._began = time.perf_counter(), compilation.seconds()
         while self._done < self._total:
-            yield self._done
+            with self._profile.step(self._name, self._done + 1):
+                yield self._done
+            self._profile.end(self._done)
 
     def position(self, step: int) -> int:
         """Returns the place of a step among the batches and in the noise: its number, plus the steps taken back."""

@@ -18,6 +18,7 @@ from sgpo_jax.policy import Policy, Run, positions
 from sgpo_jax.policy import tokenizer as tokenizers
 from sgpo_jax.policy.generation import encode_solution
 from sgpo_jax.runtime import distributed
+from sgpo_jax.runtime.profile import phase
 from sgpo_jax.training import packing, stage
 from sgpo_jax.training.forward import Forward, MicroBatch, Tokens, listed, response_logprobs, response_loss
 from sgpo_jax.training.gradients import Metrics, accumulate, apply_gradients, in_micro_batches
@@ -49,7 +50,7 @@ def train(run: Run, initial: Callable[[], Any]) -> None:
         return loss, {"validation_loss": loss}
 
     with Loop(run, "sft", total, validate, sft.validate_every or epoch) as loop:
-        update = make_update(loop.forward, loop.optimizer, shardings=loop.shardings)
+        update = phase("update")(make_update(loop.forward, loop.optimizer, shardings=loop.shardings))
         state = loop.start(initial)
         for step in loop.steps():
             clock, rows = Clock(), batches[step]
