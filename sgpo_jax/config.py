@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 STAGES = ("sft", "rl", "eval")
 # Fields and sections that a resumed run may change: how long, how often and where it runs, and how it is evaluated.
 MAY_CHANGE = (
-    "stages", "grace", "max_skipped", "report_seconds", "profile", "rl.steps", "rl.epochs", "rl.eval_every", "monitor", "eval",
-    "checkpoint", "mesh", "extract", "lab",
+    "stages", "grace", "max_skipped", "report_seconds", "profile", "rl.steps", "rl.epochs", "rl.eval_every", "monitor",
+    "eval", "checkpoint", "mesh", "extract", "lab",
 )  # fmt: skip
 FREE = ("eval.sets", "lab.changes", "lab.fast")  # sections whose names the user chooses
 
@@ -59,8 +59,8 @@ def base() -> ConfigDict:
     config.optimizer = ConfigDict()  # AdamW
     config.optimizer.b1 = 0.9  # decay rate of the first moment
     config.optimizer.b2 = 0.999  # decay rate of the second moment
-    config.optimizer.eps = 1e-8
-    config.optimizer.weight_decay = 0.01
+    config.optimizer.eps = 1e-8  # added to the root of the second moment
+    config.optimizer.weight_decay = 0.01  # decoupled, times the learning rate
     config.optimizer.clip_norm = 1.0  # global gradient norm
     config.optimizer.mu_dtype = "float32"  # type of the first moment; "bfloat16" saves 2 bytes per parameter
 
@@ -68,9 +68,9 @@ def base() -> ConfigDict:
     config.sft.train = ""  # separate rows for the warm-up; "" takes the sft_share of data.train
     config.sft.use_strategy = False  # put a row's strategy in its prompt where it has one (never in the paper)
     config.sft.batch = 64  # responses per step
-    config.sft.epochs = 10
+    config.sft.epochs = 10  # passes over the rows of the warm-up; unused if sft.steps is set
     config.sft.steps = 0  # total steps; 0 uses epochs
-    config.sft.learning_rate = 1e-5
+    config.sft.learning_rate = 1e-5  # the highest, after the rise and before the decay
     config.sft.warmup_share = 0.1  # share of the steps with a rising learning rate
     config.sft.decay = "cosine"  # or "constant"; not given in the paper
     config.sft.max_response_tokens = 16384  # tokens; longer responses are left out and counted
@@ -82,14 +82,14 @@ def base() -> ConfigDict:
     config.rl.batch = 128  # problems per step (derived: the paper's curves end near step 440)
     config.rl.autonomous = 8  # G1, responses to the problem alone
     config.rl.guided = 4  # G2, responses to strategy and problem; 0 is GRPO
-    config.rl.epochs = 10
+    config.rl.epochs = 10  # passes over the problems; unused if rl.steps is set
     config.rl.steps = 0  # total steps; 0 uses epochs
     config.rl.updates_per_batch = 1  # optimizer steps on each batch of rollouts
-    config.rl.learning_rate = 1e-6
+    config.rl.learning_rate = 1e-6  # the highest, after the rise and before the decay
     config.rl.warmup_share = 0.0  # share of the steps with a rising learning rate
     config.rl.decay = "constant"  # or "cosine"
-    config.rl.temperature = 1.0
-    config.rl.top_p = 0.95
+    config.rl.temperature = 1.0  # of the sampling in training
+    config.rl.top_p = 0.95  # keep the likeliest tokens up to this probability; 1 keeps all
     config.rl.top_k = 0  # 0 keeps the whole vocabulary
     config.rl.max_new_tokens = 16384  # tokens; a longer response is cut and gets reward 0
     config.rl.reward = ""  # "" is the verifier, else "module:function" with function(row, response) -> 0..1
@@ -136,8 +136,8 @@ def base() -> ConfigDict:
     config.eval.limit = 0  # first problems of each set that are evaluated; 0 is all
     config.eval.guided = False  # also evaluate with the strategy in the prompt, on rows that have one
     config.eval.batch = 64  # problems per generation batch
-    config.eval.temperature = 0.6
-    config.eval.top_p = 0.95
+    config.eval.temperature = 0.6  # 0 takes the likeliest token
+    config.eval.top_p = 0.95  # keep the likeliest tokens up to this probability; 1 keeps all
     config.eval.top_k = 0  # 0 keeps the whole vocabulary
     config.eval.max_new_tokens = 32768  # tokens; a longer response is cut and gets reward 0
     config.eval.slots = 0  # responses decoded at once, over all devices; 0 is all. No effect on responses
@@ -152,7 +152,7 @@ def base() -> ConfigDict:
     config.extract.choices = 1  # strategies per request; above 1 the server must support "n"
     config.extract.score_tries = 3  # requests for a score or rating until one can be parsed
     config.extract.temperature = 0.6  # not given in the paper; recommended by DeepSeek-R1's authors
-    config.extract.top_p = 0.95
+    config.extract.top_p = 0.95  # of the strong model's sampling
     config.extract.max_expert_tokens = 16384  # tokens of a solution, including its thought
     config.extract.max_strategy_tokens = 8192  # tokens of a strategy, including its thought
     config.extract.max_score_tokens = 8192  # tokens of a score, including its thought

@@ -46,7 +46,7 @@ def gsm8k(count, start=0):
 
 
 def test_the_config_is_short_and_passes_the_check(tmp_path, monkeypatch):
-    from sgpo_jax import cli, config_checks
+    from sgpo_jax import config_checks
     from sgpo_jax.cli import parsing
     from sgpo_jax.commands import COMMANDS
 
@@ -60,7 +60,7 @@ def test_the_config_is_short_and_passes_the_check(tmp_path, monkeypatch):
     for line in block("commands").splitlines():  # every flag is known
         program, name, *arguments = shlex.split(line)
         if name == "train":
-            assert program == "sgpo" and cli.parsing.parse(COMMANDS[name], arguments)[1].workdir == "runs/mine"
+            assert program == "sgpo" and parsing.parse(COMMANDS[name], arguments)[1].workdir == "runs/mine"
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ def help_text(name: str, command: Command, config: configs.ConfigDict | None, fi
         lines += _item("--config=FILE[:ARGUMENT]", _config_help(command), width)
     for flag in command.all_flags:
         lines += _item(_form(flag), flag.help + _note(flag), width)
-    lines += ["", "Examples", *(f"  {line}" for line in command.examples)]
+    lines += ["", "Examples", *(line for example in command.examples for line in _example(example, width))]
     if config is not None and command.fields:
         whose = f"in {file}" if file else "in the paper's recipe, config.base()"
         about = f"Fields of the config: --config.FIELD=VALUE changes one. The values here are those {whose}."
@@ -82,6 +82,12 @@ def _wrapped(text: str, indent: str, width: int) -> list[str]:
     )
 
 
+def _example(text: str, width: int) -> list[str]:
+    """Returns a command in lines that a shell reads as one."""
+    parts = _wrapped(text, "", width - 8)
+    return [("    " if i else "  ") + part + " \\" * (part is not parts[-1]) for i, part in enumerate(parts)]
+
+
 def _item(title: str, text: str, width: int) -> list[str]:
     return [f"  {title}", *_wrapped(text, _INDENT, width)]
 
@@ -90,9 +96,12 @@ def _fields(config: configs.ConfigDict, prefixes: Sequence[str], width: int) -> 
     """Returns the lines of all fields that start with one of the prefixes, under their sections."""
     lines: list[str] = []
     shown = ""  # the section of the line before
-    for field, value in configs.flat(config.to_dict()).items():
+    values = configs.flat(config.to_dict())
+    place = {field: i for i, field in enumerate(comments())}  # as in config.py
+    for field in sorted(values, key=lambda field: place.get(field, place.get(field.rpartition(".")[0], len(place)))):
         if not field.startswith(tuple(prefixes)):
             continue
+        value = values[field]
         section = field.rpartition(".")[0]
         if section != shown:
             about = comments().get(section, "")
