@@ -1,6 +1,6 @@
 """The paper's comparisons on the embedded world, on two CPU cores.
 
-    python -m sgpo_jax.lab --config=configs/lab.py --workdir=/tmp/lab [--fast]
+    sgpo lab --config=configs/lab.py --workdir=/tmp/lab [--fast]
 
 All methods are tuned alike and run with five seeds. Some also run in other worlds. Worlds differ in how competent the
 base model is (`preference`), how many methods compete at a stage, how long the chains are, how often a strategy is

@@ -4,8 +4,9 @@ A file in `configs/` starts from `base()`, changes what it needs and returns the
 single fields: `--config.rl.batch=64`. Sections, equations and tables are those of arXiv 2606.24064.
 """
 
+import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from ml_collections import ConfigDict
 STAGES = ("sft", "rl", "eval")
 # Fields and sections that a resumed run may change: how long, how often and where it runs, and how it is evaluated.
 MAY_CHANGE = (
-    "stages", "grace", "max_skipped", "report_seconds", "rl.steps", "rl.epochs", "rl.eval_every", "monitor", "eval",
-    "checkpoint", "mesh", "extract", "lab",
+    "stages", "grace", "max_skipped", "report_seconds", "profile", "rl.steps", "rl.epochs", "rl.eval_every", "monitor",
+    "eval", "checkpoint", "mesh", "extract", "lab",
 )  # fmt: skip
+FREE = ("eval.sets", "lab.changes", "lab.fast")  # sections whose names the user chooses
 
 
 def base() -> ConfigDict:
@@ -27,6 +29,8 @@ def base() -> ConfigDict:
     config.grace = 30.0  # seconds after SIGTERM in which a run finishes its step and saves
     config.max_skipped = 3  # consecutive non-finite updates that stop the run
     config.report_seconds = 60.0  # between two updates of report.html during a run; 0 writes it only at the end
+
+    config.profile = ()  # (first, last): a trace of these steps of each stage goes to STAGE/profile; () is none
 
     config.model = ConfigDict()
     config.model.source = ""  # Hugging Face folder or hub id, a .gguf file, "smollm2", or "scratch"
@@ -48,13 +52,15 @@ def base() -> ConfigDict:
     config.data.decontaminate = True  # leave out problems that share 13 words in a row with eval.sets; False only lists
     config.data.sft_share = 1 / 3  # share of the problems used for the warm-up; Sec. 4.1
     config.data.instruction = "default"  # last line of every prompt; "default" is prompts.INSTRUCTION
+    # Text of the system's turn before every prompt; "" writes none, and a chat template may then put in its own.
+    config.data.system = ""
     config.data.max_prompt_tokens = 1024  # tokens; longer prompts are left out and counted
 
     config.optimizer = ConfigDict()  # AdamW
     config.optimizer.b1 = 0.9  # decay rate of the first moment
     config.optimizer.b2 = 0.999  # decay rate of the second moment
-    config.optimizer.eps = 1e-8
-    config.optimizer.weight_decay = 0.01
+    config.optimizer.eps = 1e-8  # added to the root of the second moment
+    config.optimizer.weight_decay = 0.01  # decoupled, times the learning rate
     config.optimizer.clip_norm = 1.0  # global gradient norm
     config.optimizer.mu_dtype = "float32"  # type of the first moment; "bfloat16" saves 2 bytes per parameter
 
@@ -62,9 +68,9 @@ def base() -> ConfigDict:
     config.sft.train = ""  # separate rows for the warm-up; "" takes the sft_share of data.train
     config.sft.use_strategy = False  # put a row's strategy in its prompt where it has one (never in the paper)
     config.sft.batch = 64  # responses per step
-    config.sft.epochs = 10
+    config.sft.epochs = 10  # passes over the rows of the warm-up; unused if sft.steps is set
     config.sft.steps = 0  # total steps; 0 uses epochs
-    config.sft.learning_rate = 1e-5
+    config.sft.learning_rate = 1e-5  # the highest, after the rise and before the decay
     config.sft.warmup_share = 0.1  # share of the steps with a rising learning rate
     config.sft.decay = "cosine"  # or "constant"; not given in the paper
     config.sft.max_response_tokens = 16384  # tokens; longer responses are left out and counted
@@ -76,14 +82,14 @@ def base() -> ConfigDict:
     config.rl.batch = 128  # problems per step (derived: the paper's curves end near step 440)
     config.rl.autonomous = 8  # G1, responses to the problem alone
     config.rl.guided = 4  # G2, responses to strategy and problem; 0 is GRPO
-    config.rl.epochs = 10
+    config.rl.epochs = 10  # passes over the problems; unused if rl.steps is set
     config.rl.steps = 0  # total steps; 0 uses epochs
     config.rl.updates_per_batch = 1  # optimizer steps on each batch of rollouts
-    config.rl.learning_rate = 1e-6
+    config.rl.learning_rate = 1e-6  # the highest, after the rise and before the decay
     config.rl.warmup_share = 0.0  # share of the steps with a rising learning rate
     config.rl.decay = "constant"  # or "cosine"
-    config.rl.temperature = 1.0
-    config.rl.top_p = 0.95
+    config.rl.temperature = 1.0  # of the sampling in training
+    config.rl.top_p = 0.95  # keep the likeliest tokens up to this probability; 1 keeps all
     config.rl.top_k = 0  # 0 keeps the whole vocabulary
     config.rl.max_new_tokens = 16384  # tokens; a longer response is cut and gets reward 0
     config.rl.reward = ""  # "" is the verifier, else "module:function" with function(row, response) -> 0..1
@@ -127,10 +133,11 @@ def base() -> ConfigDict:
 
     config.eval = ConfigDict()
     config.eval.sets = ConfigDict()  # name -> ConfigDict(source=..., samples=k), k responses per problem for avg@k
+    config.eval.limit = 0  # first problems of each set that are evaluated; 0 is all
     config.eval.guided = False  # also evaluate with the strategy in the prompt, on rows that have one
     config.eval.batch = 64  # problems per generation batch
-    config.eval.temperature = 0.6
-    config.eval.top_p = 0.95
+    config.eval.temperature = 0.6  # 0 takes the likeliest token
+    config.eval.top_p = 0.95  # keep the likeliest tokens up to this probability; 1 keeps all
     config.eval.top_k = 0  # 0 keeps the whole vocabulary
     config.eval.max_new_tokens = 32768  # tokens; a longer response is cut and gets reward 0
     config.eval.slots = 0  # responses decoded at once, over all devices; 0 is all. No effect on responses
@@ -145,7 +152,7 @@ def base() -> ConfigDict:
     config.extract.choices = 1  # strategies per request; above 1 the server must support "n"
     config.extract.score_tries = 3  # requests for a score or rating until one can be parsed
     config.extract.temperature = 0.6  # not given in the paper; recommended by DeepSeek-R1's authors
-    config.extract.top_p = 0.95
+    config.extract.top_p = 0.95  # of the strong model's sampling
     config.extract.max_expert_tokens = 16384  # tokens of a solution, including its thought
     config.extract.max_strategy_tokens = 8192  # tokens of a strategy, including its thought
     config.extract.max_score_tokens = 8192  # tokens of a score, including its thought
@@ -159,7 +166,7 @@ def base() -> ConfigDict:
     config.extract.budget_cost = 0.0  # cost of all runs together, in the currency of the prices; 0 is no limit
     config.extract.audit_sample = 500  # accepted strategies to rate; App. H
 
-    config.lab = ConfigDict()  # comparison of methods over seeds and worlds: python -m sgpo_jax.lab
+    config.lab = ConfigDict()  # comparison of methods over seeds and worlds: sgpo lab
     config.lab.methods = ()  # names from methods.METHODS
     config.lab.seeds = (0, 1, 2, 3, 4)  # seeds of a method's training runs; each replaces `seed`
     config.lab.rates = (0.5, 1.0, 2.0)  # factors of a method's learning rate; the tuning seeds choose the best
@@ -262,7 +269,9 @@ def check_resume(config: ConfigDict, path: Path, only: Sequence[str] = ("",)) ->
     if not path.is_file():
         return
     try:
-        before, now = flat(json.loads(path.read_text(encoding="utf-8"))), flat(to_dict(config))
+        # A run that is older than a field had its default.
+        before = flat(to_dict(base())) | flat(json.loads(path.read_text(encoding="utf-8")))
+        now = flat(to_dict(config))
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path}: is not the config of an earlier run ({error}); choose another --workdir") from error
     for field in sorted(before.keys() | now.keys()):
@@ -292,6 +301,42 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return fields
 
 
+def from_json(path: Path) -> ConfigDict:
+    """Reads the config of a run from its config.json; fields that the run did not have yet are at their defaults.
+
+    Raises:
+      ValueError: the file is not such a config.
+    """
+    config = base()
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        with config.unlocked():
+            _fill(config, fields)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: cannot be read as the config of a run: {error}; give --config=FILE") from error
+    return config.lock()
+
+
+def _fill(config: ConfigDict, fields: dict[str, Any], section: str = "") -> None:
+    """Sets fields to values from JSON; only the sections of FREE take new names."""
+    for name, value in fields.items():
+        field = f"{section}.{name}".removeprefix(".")
+        if name not in config and not section.startswith(FREE):
+            raise ValueError(f"config.{field}: is not a field{nearest(name, config)}")
+        if isinstance(value, dict):
+            if name not in config:
+                config[name] = ConfigDict()
+            _fill(config[name], value, field)
+        else:
+            config[name] = tuple(value) if isinstance(value, list) else value
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Returns a question about the one of the names that is most like a wrong one, or ""."""
+    found = difflib.get_close_matches(name, [*names], n=1)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
 def unknown_field(config: ConfigDict, arguments: Sequence[str]) -> str | None:
     """Returns a message about the first argument `--config.FIELD=value` whose field does not exist, or None."""
     for argument in arguments:
@@ -303,6 +348,7 @@ def unknown_field(config: ConfigDict, arguments: Sequence[str]) -> str | None:
             if not isinstance(node, ConfigDict) or part not in node:
                 where = ".".join([name, *path[:depth]])
                 allowed = f"one of {', '.join(node)}" if isinstance(node, ConfigDict) else "nothing, it is a value"
-                return f"{argument}: {where} has no field {part!r}; allowed: {allowed}"
+                close = nearest(part, node) if isinstance(node, ConfigDict) else ""
+                return f"{argument}: {where} has no field {part!r}{close}; allowed: {allowed}"
             node = node[part]
     return None

@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sgpo_jax.config import STAGES, base
+from sgpo_jax.config import FREE, STAGES, base
 from sgpo_jax.divergences import DIVERGENCES
 from sgpo_jax.methods import METHODS
 
@@ -19,7 +19,6 @@ _TYPES: dict[type, tuple[Any, str]] = {
     tuple: (tuple | list, "a tuple"),
     ConfigDict: (ConfigDict, "a section with fields"),
 }
-_FREE = ("config.eval.sets", "config.lab.changes", "config.lab.fast")  # sections whose names the user chooses
 
 
 def check(config: ConfigDict) -> None:
@@ -37,6 +36,9 @@ def check(config: ConfigDict) -> None:
     need("seed", 0 <= config.seed < 2**32, "between 0 and 2**32 - 1")
     positive("grace")
     whole(1, "max_skipped", "checkpoint.every", "checkpoint.keep")
+    steps = config.profile
+    ordered_steps = len(steps) == 2 and all(type(step) is int for step in steps) and 1 <= steps[0] <= steps[-1]
+    need("profile", len(steps) == 0 or ordered_steps, "() or (first, last), steps counted from 1")
     need("report_seconds", 0 <= config.report_seconds < float("inf"), "a finite number, at least 0")
 
     need("model.source", bool(config.model.source), "a folder, hub id, .gguf file, 'smollm2' or 'scratch'")
@@ -53,6 +55,8 @@ def check(config: ConfigDict) -> None:
     choice("optimizer.mu_dtype", "float32", "bfloat16")
     if config.model.tokenizer == "arithmetic":
         need("data.instruction", config.data.instruction == "", "'': the embedded world's vocabulary has no other text")
+    if config.model.tokenizer == "arithmetic" or config.model.tokenizer.startswith("words:"):
+        need("data.system", config.data.system == "", "'': the vocabulary of this tokenizer has no system's turn")
 
     whole(1, "data.max_prompt_tokens")
     within(0.0, 1.0, "data.sft_share")
@@ -114,7 +118,7 @@ def check(config: ConfigDict) -> None:
     if "eval" in stages or config.rl.eval_every:
         need("eval.sets", len(config.eval.sets) > 0, "at least one name -> ConfigDict(source=..., samples=...)")
         whole(1, "eval.batch", "eval.max_new_tokens")
-        whole(0, "eval.top_k", "eval.slots")
+        whole(0, "eval.top_k", "eval.slots", "eval.limit")
         within(0.0, float("inf"), "eval.temperature")
         greedy = config.eval.temperature == 0
         for name, chosen in config.eval.sets.items():
@@ -282,7 +286,7 @@ def _check_types(config: ConfigDict, expected: ConfigDict, section: str = "confi
         types, allowed = _TYPES[type(default)]
         if not isinstance(value, types) or isinstance(value, bool) > isinstance(default, bool):
             raise ValueError(f"{field}={value!r}: must be {allowed}")
-        if isinstance(value, ConfigDict) and field not in _FREE:
+        if isinstance(value, ConfigDict) and field.removeprefix("config.") not in FREE:
             _check_types(value, default, field)
 
 

@@ -5,10 +5,13 @@ per problem and step; only "self_strategies" draws more, before the first step. 
 says where a method differs from its authors' code.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
+
+from sgpo_jax.config import base
 
 # LUFFY and HPT both use the demonstration, do not clip the ratio, and weigh all tokens of a batch equally.
 _DEMONSTRATION: dict[str, Any] = {
@@ -44,6 +47,28 @@ METHODS: dict[str, Callable[[ConfigDict], dict[str, Any]]] = {
     "top_k_kl": lambda rl: {"distillation": "top_k_kl"},
     "self_strategies": lambda rl: {"guide": "self"},
 }  # fmt: skip
+
+
+def named(config: Mapping[str, Any]) -> str:
+    """Returns the name of the method that a config trains with, as in `METHODS`; "" for one that is not there.
+
+    Args:
+      config: with the fields of `config.base()`, as in config.json.
+    """
+    if "rl" not in config["stages"]:
+        return "sft"
+    recipe = base().rl
+    signatures = {name: _signature({**recipe, **change(recipe)}) for name, change in METHODS.items() if name != "sft"}
+    ours = _signature({**recipe, **config["rl"]})
+    return next((name for name, signature in signatures.items() if signature == ours), "")
+
+
+def _signature(rl: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what tells methods apart: the choices that are words, whether there is a guided group, and a KL clip."""
+    words = {name: value for name, value in rl.items() if isinstance(value, str) and name not in ("reward", "decay")}
+    if not rl["guided"]:
+        return {name: words[name] for name in ("advantage", "normaliser")}
+    return words | {"clips": math.isfinite(rl["delta"])}
 
 
 def select(config: ConfigDict, method: str) -> ConfigDict:

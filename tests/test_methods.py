@@ -13,7 +13,8 @@ from helpers.configs import load
 from helpers.paths import ROOT
 
 from sgpo_jax import config as configs
-from sgpo_jax import config_checks, main, methods
+from sgpo_jax import config_checks, methods
+from sgpo_jax.commands import train
 from sgpo_jax.methods import METHODS, select
 from sgpo_jax.runtime.files import read_jsonl
 from sgpo_jax.training.batch import Batch, pack_batch
@@ -281,7 +282,7 @@ def test_a_method_trains(name, tmp_path):
     config.stages = ("rl",)
     config.rl.update({"batch": 8, "micro_batch": 8, "steps": 2, "autonomous": 3, "max_new_tokens": 26})
     config.checkpoint.every = 1
-    main.run(config, tmp_path)
+    train.run(config, tmp_path)
     rows = read_jsonl(tmp_path / "rl.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
     for row in rows:
@@ -302,6 +303,6 @@ def test_a_collapse_stops_the_run_after_a_checkpoint(tmp_path):
     config.rl.update({"batch": 8, "micro_batch": 8, "steps": 4, "autonomous": 3, "max_new_tokens": 8})
     config.monitor.update({"window": 2, "most_truncated": 0.1, "action": "stop"})
     with pytest.raises(FloatingPointError, match="step 2: truncated is .*, above monitor.most_truncated=0.1"):
-        main.run(config, tmp_path)
+        train.run(config, tmp_path)
     assert [row["step"] for row in read_jsonl(tmp_path / "rl.jsonl")] == [1, 2]
     assert [path.name for path in (tmp_path / "rl" / "checkpoints").iterdir() if path.name.isdigit()] == ["2"]

@@ -80,7 +80,7 @@ def stop(workdir, stage, step, how):
 @pytest.mark.parametrize(("stage", "step"), [("rl", 1)])
 def test_a_preempted_run_saves_exits_with_0_and_resumes_bit_for_bit(undisturbed, tmp_path, stage, step):
     code, output = stop(tmp_path, stage, step, signal.SIGTERM)
-    assert code == 0 and output.rstrip().endswith("the same command resumes it")
+    assert code == 0 and output.rstrip().endswith("the same command resumes")
     done = len(rows(tmp_path, stage))
     assert (tmp_path / stage / "checkpoints" / str(done)).is_dir(), "no step is lost"
     run(tmp_path)

@@ -186,10 +186,10 @@ class Sieve:
         return tables.table(title, ("source", "rows", "for example"), lines)
 
     def fingerprint(self) -> str:
-        """Returns a hash of the content and order of the kept rows."""
+        """Returns a hash of the content and order of the kept rows, their `extra` fields left out."""
         digest = hashlib.sha256()
         for row in self.rows:
-            digest.update(repr(sorted(row.items())).encode())
+            digest.update(repr(sorted((name, text) for name, text in row.items() if name != "extra")).encode())
         return digest.hexdigest()
 
 

@@ -78,7 +78,8 @@ def evaluate(
         "model": settings.model, "set": settings.name, "seed": settings.seed, "step": settings.step,
         "guided": settings.guided, "samples": settings.samples, "reward": settings.reward,
         "instruction": policy.instruction, "dtype": jnp.dtype(policy.dtype).name,
-        **{name: value for name, value in asdict(sampling).items() if name != "slots"}, "problems": problems,
+        **{name: value for name, value in asdict(sampling).items() if name not in ("slots", "watch")},
+        **({"system": policy.system} if policy.system else {}), "problems": problems,
     }  # fmt: skip
     distributed.agree({f"the content of the problems of {settings.name}": problems})
     finished = distributed.first(lambda: generations.resume(path, record, rows, settings.samples, restart).tolist())
@@ -141,7 +142,7 @@ def check_sets(run: Run, limit: int = 0) -> None:
 
     Args:
       run: the config and the policy.
-      limit: first problems of each set that are evaluated; 0 is all.
+      limit: first problems of each set that are evaluated; 0 is `eval.limit` of the config.
 
     Raises:
       ValueError: `eval.max_new_tokens` is too large; see `positions.check_limit`.
@@ -149,7 +150,7 @@ def check_sets(run: Run, limit: int = 0) -> None:
     fields = run.config.eval
     for context in benchmark.contexts(fields.guided):
         for name, chosen in fields.sets.items():
-            rows = _rows(chosen.source, guided=context == "guided")[: limit or None]
+            rows = _rows(chosen.source, guided=context == "guided")[: limit or fields.limit or None]
             prompts = encode_prompts(run.policy, rows, guided=context == "guided")
             what = f"{name}, {context}"
             positions.check_limit(run.policy, prompts, "eval.max_new_tokens", fields.max_new_tokens, what)
@@ -176,7 +177,7 @@ def evaluate_sets(
       folder: for the generations.
       step: of the parameters.
       guided: show the strategies; rows without one are left out.
-      limit: first problems of each set; 0 is all.
+      limit: first problems of each set; 0 is `eval.limit` of the config.
       model: name of what is evaluated, for the record; "" is the config's.
       restart: begin anew where generations were made with other settings.
 
@@ -195,6 +196,7 @@ def evaluate_sets(
             config.rl.reward, model or config.model.source,
         )  # fmt: skip
         path = folder / f"{name}_{settings.context}_{step:06d}.jsonl"
-        result = evaluate(run.policy, params, rows[: limit or None], run.mesh, settings, path, restart)
+        first = rows[: limit or fields.limit or None]
+        result = evaluate(run.policy, params, first, run.mesh, settings, path, restart)
         results[name] = result | {"available": len(rows)}
     return results

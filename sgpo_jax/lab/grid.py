@@ -12,6 +12,9 @@ from ml_collections import ConfigDict
 from sgpo_jax import config as configs
 from sgpo_jax import config_checks, data, methods
 
+# Fields that are newer than the stored results. At their defaults they are left out of a digest, which stays the same.
+_NEWER = ("data.system", "eval.limit")
+
 
 class Cell(NamedTuple):
     """One training run of the lab. A cell of the method "sft" is the warm-up that other cells begin with."""
@@ -80,8 +83,11 @@ def cell_config(config: ConfigDict, cell: Cell) -> ConfigDict:
 
 def digest(config: ConfigDict) -> str:
     """Returns a hash of the fields that the result of a cell depends on, by which a row names its config."""
-    fields = configs.to_dict(config)
-    values = [value for name, value in sorted(fields.items()) if name not in ("lab", "report_seconds")]
+    fields, defaults = configs.to_dict(config), configs.to_dict(configs.base())
+    for section, name in (field.split(".") for field in _NEWER):
+        if fields[section][name] == defaults[section][name]:
+            del fields[section][name]
+    values = [value for name, value in sorted(fields.items()) if name not in ("lab", "report_seconds", "profile")]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 

@@ -15,6 +15,7 @@ from sgpo_jax.policy import Policy
 from sgpo_jax.policy import tokenizer as tokenizers
 from sgpo_jax.rollout import LENGTH, STOP, Prompts, Rollout, Sampling, generate
 from sgpo_jax.runtime import distributed
+from sgpo_jax.runtime.profile import phase
 
 
 class Graded(NamedTuple):
@@ -36,7 +37,7 @@ def encode_prompts(policy: Policy, rows: Sequence[dict], guided: bool) -> list[l
     """Returns the token ids of each row's prompt, with its strategy if `guided`."""
     return [
         tokenizers.encode_prompt(
-            policy.tokenizer, row["problem"], row["strategy"] if guided else None, policy.instruction
+            policy.tokenizer, row["problem"], row["strategy"] if guided else None, policy.instruction, policy.system
         )
         for row in rows
     ]
@@ -130,6 +131,7 @@ def respond_in_groups(
     return [Rollout(*fields) for fields in zip(*split, strict=True)], slot_steps
 
 
+@phase("reward")
 def grade(policy: Policy, rollout: Rollout, rows: Sequence[dict], reward: str = "") -> Graded:
     """Decodes and grades a rollout; a response cut at the limit gets reward 0.
 

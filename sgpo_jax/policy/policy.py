@@ -31,6 +31,7 @@ class Policy(NamedTuple):
     pad_id: int
     dtype: Any  # of activations, matrix products and the cache
     instruction: str  # closing line of every prompt
+    system: str = ""  # the system's turn before every prompt; "" for none
 
     @property
     def language_model(self) -> LanguageModel:
@@ -107,6 +108,24 @@ def load(
             f"model {source!r}: {error} (from generation_config.json, config.json, the GGUF file or the tokenizer)"
         ) from error
     return Policy(config, tok, stops, tokenizers.pad_id(tok), dtype, instruction), initial
+
+
+def with_system(policy: Policy, text: str) -> Policy:
+    """Returns the policy with a system's turn before every prompt; "" changes nothing.
+
+    Raises:
+      ValueError: the chat template has no such turn.
+    """
+    if not text:
+        return policy
+    try:
+        prompt = tokenizers.encode_turn(policy.tokenizer, "problem", text)
+        shown = policy.tokenizer.decode(prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    except Exception as error:  # a template is a program by the model's authors
+        raise ValueError(f"config.data.system={text!r}: the model's chat template refuses it ({error})") from error
+    if "".join(text.split()) not in "".join(shown.split()):
+        raise ValueError(f"config.data.system={text!r}: the model's chat template leaves it out; must be ''")
+    return policy._replace(system=text)
 
 
 def _texts(source: str, instruction: str) -> Iterator[str]:

@@ -119,22 +119,28 @@ def encode_prompt(
     problem: str,
     strategy: str | None = None,
     instruction: str = INSTRUCTION,
+    system: str = "",
 ) -> list[int]:
     """Returns the token ids of `prompts.user_turn` in the chat template, up to the start of the answer.
 
     Text inside the problem or strategy that looks like a control token is encoded as plain text.
     """
-    return encode_turn(tokenizer, user_turn(problem, strategy, instruction))
+    return encode_turn(tokenizer, user_turn(problem, strategy, instruction), system)
 
 
-def encode_turn(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+def encode_turn(tokenizer: PreTrainedTokenizerFast, text: str, system: str = "") -> list[int]:
     """Returns the token ids of a user's turn in the chat template, up to the start of the answer.
 
     Text that looks like a control token is encoded as plain text.
+
+    Args:
+      tokenizer: with a chat template.
+      text: of the user.
+      system: text of the system's turn before it; "" leaves it to the template.
     """
-    turn = {"role": "user", "content": text}
+    turns = [{"role": "system", "content": system}] if system else []
     ids = tokenizer.apply_chat_template(
-        [turn],
+        [*turns, {"role": "user", "content": text}],
         add_generation_prompt=True,
         return_dict=False,
         sanitize_control_tokens=True,

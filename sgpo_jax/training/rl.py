@@ -19,6 +19,7 @@ from sgpo_jax.evaluation import evaluate_sets
 from sgpo_jax.policy import Run, positions
 from sgpo_jax.policy.generation import Graded, demonstrate, encode_prompts, grade, noise_key, respond_in_groups
 from sgpo_jax.rollout import STOP, Rollout, Sampling
+from sgpo_jax.runtime.profile import phase
 from sgpo_jax.strategies import self_written
 from sgpo_jax.training import packing, stage
 from sgpo_jax.training.batch import Batch, Contexts, Group, pack_batch, specs
@@ -49,6 +50,7 @@ def train(run: Run, initial: Callable[[], Any]) -> None:
 
     with Loop(run, "rl", total, partial(_evaluate, run), rl.eval_every, rl.updates_per_batch) as loop:
         update = make_update(loop.forward, loop.optimizer, objective, shardings=loop.shardings)
+        update = phase("update")(update)
         state = loop.start(initial)
         if rl.guided and rl.guide == "self" and loop.first < total:
             prompts["guided"] = own_prompts(run, state.params, rows, loop.first)
@@ -76,6 +78,7 @@ def sampled_groups(rl: ConfigDict) -> dict[str, int]:
     return {"autonomous": rl.autonomous, **guided}
 
 
+@phase("rollout")
 def sample_groups(
     run: Run, params: Any, prompts: Mapping[str, Tokens], problems: Sequence[dict], position: int
 ) -> tuple[dict[str, Rollout], int]:
@@ -166,6 +169,7 @@ def _longest(prompts: Tokens) -> int:
     return max(map(len, prompts.values()))
 
 
+@phase("evaluation")
 def _evaluate(run: Run, params: Any, step: int) -> tuple[float, dict[str, float]]:
     """Returns (mean accuracy over the evaluation sets, metrics) after a step."""
     results = evaluate_sets(run, params, run.workdir / "rl" / "generations", step)

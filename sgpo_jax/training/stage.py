@@ -39,6 +39,7 @@ def load_policy(config: ConfigDict) -> tuple[Policy, Callable[[jax.Array], Any]]
         model.source, model.tokenizer, layers=model.layers, hidden=model.hidden, heads=model.heads, mlp=model.mlp,
         dtype=jnp.dtype(model.dtype), instruction=INSTRUCTION if instruction == "default" else instruction,
     )  # fmt: skip
+    policy = policies.with_system(policy, config.data.system)
     return policy, lambda key: initial(key, sharding.make_mesh(**config.mesh))
 
 

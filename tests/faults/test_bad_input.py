@@ -24,8 +24,9 @@ from helpers.paths import ROOT
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
-from sgpo_jax import cli, config_checks, data, export, models, policy, sharding
+from sgpo_jax import cli, config_checks, data, models, policy, sharding
 from sgpo_jax import config as configs
+from sgpo_jax.commands import export
 from sgpo_jax.models import gguf, huggingface
 from sgpo_jax.policy import tokenizer
 from sgpo_jax.runtime import journal

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from helpers.paths import ROOT
@@ -162,11 +163,9 @@ def test_an_old_jax_is_named(results):
 
 # ---- the flags alone
 
-FLAGS = r"""
-import sys
-from absl import app
+FLAGS = """
 from sgpo_jax import cli
-cli.start(lambda config, flags: None, ["config"])
+cli.start("nothing", cli.Command("", "builtins:print", announced=False))
 """
 WRONG_FLAGS = {
     "a value that is no number": ("--config.rl.batch=3.5", r"--config\.rl\.batch=3\.5: invalid literal for int"),
@@ -197,10 +196,8 @@ def test_an_error_is_one_line_and_a_bug_is_not_hidden(error, monkeypatch):
         def run(flags):
             raise raised
 
-        monkeypatch.setattr(cli.app, "run", lambda main, flags_parser: main(["main.py"]))
-        monkeypatch.setattr(cli.config_flags, "DEFINE_config_file", lambda *arguments, **options: None)
-        monkeypatch.setattr(cli.flags, "FLAGS", type("Flags", (), {"config": None}))
-        cli.start(run, [])
+        monkeypatch.setitem(sys.modules, "failing", SimpleNamespace(run=run))
+        cli.start("fail", cli.Command("", "failing:run", config="", announced=False), [])
 
     with pytest.raises(SystemExit) as exit:
         start(error("two\n  lines"))

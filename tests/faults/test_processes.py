@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import pytest
 from helpers.paths import ROOT
 
-from sgpo_jax import cli
 from sgpo_jax import config as configs
+from sgpo_jax.cli.processes import join
 from sgpo_jax.data import filtering
 from sgpo_jax.runtime import distributed, watchdog
 from sgpo_jax.training import stage
@@ -111,7 +111,7 @@ def test_sigterm_to_one_stops_all_at_the_same_step():
     results, _ = run(2, "stopped between steps")
     assert [(code, errors) for code, _, errors in results] == [(0, "")] * 2
     assert results[0][1].splitlines()[-1] == (
-        "sgpo_jax: stopped by SIGTERM; the finished work is saved and the same command resumes it"
+        "sgpo_jax: stopped by SIGTERM; the finished work is saved; the same command resumes"
     )
 
 
@@ -176,7 +176,7 @@ def test_flags_that_do_not_go_together_are_refused(name):
     given, message = FLAGS[name]
     flags = {"coordinator": None, "processes": None, "process": None, "distributed": True} | given
     with pytest.raises(ValueError, match=message):
-        cli.join(configs.base(), SimpleNamespace(**flags))
+        join(configs.base(), SimpleNamespace(**flags))
 
 
 # ---- the meeting

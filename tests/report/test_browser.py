@@ -5,7 +5,7 @@ import shutil
 import pytest
 from helpers.folders import make_lab, make_run
 
-from sgpo_jax.report import __main__ as report_command
+from sgpo_jax.commands import report as report_command
 from sgpo_jax.report import page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra 'browser'")

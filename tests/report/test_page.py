@@ -22,8 +22,9 @@ from helpers.folders import (
 from helpers.paths import ROOT
 from ml_collections import ConfigDict
 
-from sgpo_jax import lab, main
-from sgpo_jax.report import __main__ as report_command
+from sgpo_jax import lab
+from sgpo_jax.commands import report as report_command
+from sgpo_jax.commands import train
 from sgpo_jax.report import examples, figures, page
 
 
@@ -263,16 +264,16 @@ def test_a_run_writes_its_page_as_it_goes_and_does_not_depend_on_it(tmp_path, mo
         raise RuntimeError("no page today")
 
     monkeypatch.setattr(page, "write_run", fail)
-    main.run(config, tmp_path)
+    train.run(config, tmp_path)
     assert written == [(f"{stage} step {i} of 2", True) for stage in ("SFT", "RL") for i in (1, 2)] + [("", False)]
     assert capsys.readouterr().out.count("report: not written: RuntimeError: no page today") == 5
     (start,) = json.loads((tmp_path / "environment.json").read_text())
     assert {"started", "python", "jax", "flax", "device", "commit"} <= start.keys()
 
     written.clear()
-    monkeypatch.setattr(main.rl, "train", lambda *args: 1 / 0)
+    monkeypatch.setattr(train.rl, "train", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        main.run(config, tmp_path)
+        train.run(config, tmp_path)
     assert written == [("", False)], "a run that failed is not said to be running"
 
 

@@ -6,7 +6,8 @@ import pytest
 from helpers.configs import load
 from helpers.paths import ROOT
 
-from sgpo_jax import data, main, methods, rewards, sharding
+from sgpo_jax import data, methods, rewards, sharding
+from sgpo_jax.commands import train
 from sgpo_jax.policy import Run, generation, tokenizer
 from sgpo_jax.policy.generation import Graded
 from sgpo_jax.rollout import STOP, Rollout
@@ -230,7 +231,7 @@ def test_a_run_trains_with_what_its_student_wrote(tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr("sgpo_jax.training.rl.encode_prompts", encode)
-    main.run(config, tmp_path)
+    train.run(config, tmp_path)
     verdicts = read_jsonl(tmp_path / "rl" / "strategies.jsonl")[1:]
     kept = [verdict["strategy"] is not None for verdict in verdicts]
     assert len(kept) == 16 and 2 <= sum(kept) <= 8
@@ -241,5 +242,5 @@ def test_a_run_trains_with_what_its_student_wrote(tmp_path, monkeypatch):
     assert all(np.isfinite(row["loss"]) and row["skipped"] == 0 and "reward_guided" in row for row in steps)
     # One more step resumes from the checkpoint with the same strategies.
     config.rl.steps = 3
-    main.run(config, tmp_path)
+    train.run(config, tmp_path)
     assert prompts[2:] == prompts[:2] and len(read_jsonl(tmp_path / "rl.jsonl")) == 3

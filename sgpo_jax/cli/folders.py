@@ -1,0 +1,23 @@
+"""Folders that flags name."""
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def folder(flag: str, value: str) -> Path:
+    """Returns the folder that a flag names, after checking that it can be written to; it need not exist yet.
+
+    Raises:
+      ValueError: the folder cannot be created or written to.
+    """
+    path = Path(os.path.expanduser(value))
+    if path.parts[:1] and path.parts[0].startswith("~"):
+        raise ValueError(f"--{flag}={value}: there is no such home folder")
+    existing = next(place for place in (path, *path.absolute().parents) if os.path.exists(place))
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(f"--{flag}={value}: must be a folder that can be written to ({error})") from error
+    return path
