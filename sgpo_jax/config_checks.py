@@ -19,6 +19,7 @@ _TYPES: dict[type, tuple[Any, str]] = {
     tuple: (tuple | list, "a tuple"),
     ConfigDict: (ConfigDict, "a section with fields"),
 }
+_MOST = 2**31 - 1  # of counts and sizes, which become 32-bit numbers on a device
 
 
 def check(config: ConfigDict) -> None:
@@ -110,11 +111,13 @@ def check(config: ConfigDict) -> None:
         need(f"{stage}.top_p", 0 < _get(config, f"{stage}.top_p") <= 1, "above 0 and at most 1")
     for name, chosen in config.eval.sets.items():  # training reads them too, to decontaminate
         field = f"eval.sets.{name}"
+        if not re.fullmatch(r"\w[\w.-]*", name):  # it becomes a part of file names
+            raise ValueError(f"config.{field}: must have a name of letters, digits, '_', '-' and '.'")
         complete = isinstance(chosen, ConfigDict) and set(chosen) == {"source", "samples"}
         need(field, complete, "ConfigDict(source=..., samples=...)")
         # A ConfigDict checks the types of the fields of `base`, but not of these.
         need(f"{field}.source", isinstance(chosen.source, str) and bool(chosen.source), "a source: see data.load")
-        need(f"{field}.samples", isinstance(chosen.samples, int) and chosen.samples >= 1, "a whole number from 1")
+        need(f"{field}.samples", type(chosen.samples) is int and 1 <= chosen.samples <= _MOST, "a whole number from 1")
     if "eval" in stages or config.rl.eval_every:
         need("eval.sets", len(config.eval.sets) > 0, "at least one name -> ConfigDict(source=..., samples=...)")
         whole(1, "eval.batch", "eval.max_new_tokens")
@@ -164,8 +167,9 @@ def check_extract(config: ConfigDict) -> None:
     need, whole, within, positive, choice = _rules(config)
     need("seed", 0 <= config.seed < 2**32, "between 0 and 2**32 - 1")
     need("extract.source", bool(config.extract.source), "a source of problems: see data.load")
-    for name in ("problems", "expert_tries", "retries", "budget_tokens"):
+    for name in ("problems", "expert_tries", "retries"):
         whole(0, f"extract.{name}")
+    need("extract.budget_tokens", config.extract.budget_tokens >= 0, "at least 0")
     for name in ("candidates", "choices", "score_tries", "concurrency", "max_failures", "audit_sample"):
         whole(1, f"extract.{name}")
     for name in ("expert", "strategy", "score", "prompt"):
@@ -256,6 +260,7 @@ def _rules(config: ConfigDict) -> tuple[Callable, Callable, Callable, Callable, 
     def whole(least: int, *fields: str) -> None:
         for field in fields:
             need(field, _get(config, field) >= least, f"at least {least}")
+            need(field, _get(config, field) <= _MOST, f"at most {_MOST}")
 
     def within(low: float, high: float, *fields: str) -> None:
         for field in fields:

@@ -1,6 +1,7 @@
 """Runs a command: its flags first, then the imports, which take seconds; an error is one line, not a stack trace."""
 
 import importlib
+import io
 import logging as standard_logging
 import os
 import sys
@@ -31,6 +32,9 @@ def start(name: str, command: Command, arguments: Sequence[str] | None = None) -
       arguments: without the program's name; None takes those of this process.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    for stream in (sys.stdout, sys.stderr):  # whose encoding may lack what a name or a server's words have
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         if any(word in ("--help", "-h", "-help", "--helpfull", "--helpshort") for word in arguments):
             file = parsing.named_file(arguments)[0] if command.config else ""

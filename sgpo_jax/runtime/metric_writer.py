@@ -95,6 +95,12 @@ class Writer:
         self._last_step = step
         self._progress.show(step, values)
 
+    def sync(self) -> None:
+        """Puts every row on disk, because a run that resumes after a checkpoint does not write the rows before it."""
+        if self._enabled:
+            os.fsync(self._rows.fileno())
+            self._scalars.flush()
+
 
 def _drop_rows_after(path: Path, step: int) -> None:
     """Rewrites the file with the rows of steps 1..step only."""

@@ -162,6 +162,7 @@ class Loop:
             return self.start(self._initial)
         preempted = preemption.requested()
         if score is not None or done % config.checkpoint.every == 0 or last or preempted or collapsed:
+            self._writer.sync()
             self._saved.save(done, state, score)
         preemption.stop(preempted, f"saved at step {done}")
         if collapsed:

@@ -571,7 +571,7 @@ def test_no_worker_outlives_a_killed_parent() -> None:
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) == 2 and not any(map(gone, pids))
         parent.kill()
-        assert wait_until(lambda: all(map(gone, pids)), 5.0)
+        assert wait_until(lambda: all(map(gone, pids)), 60.0)  # both need the processor once, which may be busy
 
 
 def test_a_large_parent_does_not_cost_a_worker_per_answer() -> None:

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from sgpo_jax import data, strategies
 from sgpo_jax.runtime import journal
 from sgpo_jax.runtime.files import read_jsonl
-from sgpo_jax.strategies import budget, leakage, prompts, replies
+from sgpo_jax.strategies import budget, faults, leakage, prompts, replies
 
 pytest.importorskip("openai", reason="needs the extra 'extract'")
 
@@ -358,7 +358,7 @@ def test_nothing_new_is_asked_for_once_it_stops(tmp_path):
         assert paid("score", 0, "prompt", 1, 5) == reply
         stop.set()
         assert paid("score", 0, "prompt", 1, 5) == reply, "what is paid for can be used"
-        with pytest.raises(replies.Unavailable, match="stopped"):
+        with pytest.raises(faults.Unavailable, match="stopped"):
             paid("score", 1, "prompt", 1, 5)
     assert [request.id for request in asked] == ["p/score/0"]
 
