@@ -111,8 +111,8 @@ def check(config: ConfigDict) -> None:
         need(f"{stage}.top_p", 0 < _get(config, f"{stage}.top_p") <= 1, "above 0 and at most 1")
     for name, chosen in config.eval.sets.items():  # training reads them too, to decontaminate
         field = f"eval.sets.{name}"
-        if not re.fullmatch(r"\w[\w.-]*", name):  # it becomes a part of file names
-            raise ValueError(f"config.{field}: must have a name of letters, digits, '_', '-' and '.'")
+        if not re.fullmatch(r"\w[\w-]*", name):  # it becomes a part of file names
+            raise ValueError(f"config.{field}: must have a name of letters, digits, '_' and '-'")
         complete = isinstance(chosen, ConfigDict) and set(chosen) == {"source", "samples"}
         need(field, complete, "ConfigDict(source=..., samples=...)")
         # A ConfigDict checks the types of the fields of `base`, but not of these.

@@ -9,6 +9,8 @@ from typing import Any, Self, TextIO
 from sgpo_jax.runtime.files import read_jsonl, write_text
 from sgpo_jax.runtime.progress import Progress
 
+_FLUSH = 5  # seconds of scalars that TensorBoard loses when the process is killed
+
 
 class Writer:
     """A writer of one stage's metrics, one row a step; a context manager.
@@ -59,7 +61,7 @@ class Writer:
         self._rows: TextIO = self._path.open("a", encoding="utf-8")
         # purge_step makes TensorBoard ignore what an earlier run logged from that step on.
         events = self._path.parent / "tensorboard" / self._name
-        self._scalars = SummaryWriter(str(events), purge_step=self._last_step + 1)
+        self._scalars = SummaryWriter(str(events), purge_step=self._last_step + 1, flush_secs=_FLUSH)
         self._progress.__enter__()
         return self
 
@@ -96,10 +98,9 @@ class Writer:
         self._progress.show(step, values)
 
     def sync(self) -> None:
-        """Puts every row on disk, because a run that resumes after a checkpoint does not write the rows before it."""
+        """Puts every row of the file on disk: a run that resumes after a checkpoint does not write those before it."""
         if self._enabled:
             os.fsync(self._rows.fileno())
-            self._scalars.flush()
 
 
 def _drop_rows_after(path: Path, step: int) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import shutil
+import sys
 from collections.abc import Iterable, Sequence
 
 from rich import box
@@ -10,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 WIDTH = 200  # columns of a table in a file, and where there is no terminal
+_ASCII = str.maketrans("┏┳┓┡╇┩└┴┘╺╸┃│━─", "+++++++++++||--")  # for an output that has no lines
 _NAME = 20  # columns to which the first cell of a line may be broken inside a word
 
 
@@ -29,7 +31,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
         if len(line) != len(columns):
             raise ValueError(f"row {line!r} has {len(line)} cells for {len(columns)} columns")
     text = _drawn(title, columns, lines, WIDTH)
-    print(fitting(title, columns, lines, shutil.get_terminal_size((WIDTH, 50)).columns), flush=True)
+    shown = fitting(title, columns, lines, shutil.get_terminal_size((WIDTH, 50)).columns)
+    print(shown if _draws_lines() else shown.translate(_ASCII), flush=True)
     return text
 
 
@@ -55,6 +58,15 @@ def fitting(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], 
             for column, cell in zip(columns, line, strict=True):
                 console.print(Text(f"{column}: {cell}" if column else cell))
     return out.getvalue()
+
+
+def _draws_lines() -> bool:
+    """Returns whether standard output has characters for lines."""
+    try:
+        "┏─".encode(sys.stdout.encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
 
 
 def _drawn(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], width: int) -> str:

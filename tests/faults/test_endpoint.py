@@ -116,24 +116,6 @@ def test_a_small_body_that_unpacks_into_a_large_one_is_given_up(monkeypatch):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150 * 1024, "KiB"
 
 
-@pytest.mark.parametrize("status", [301, 302, 307, 308])
-def test_a_redirect_does_not_take_the_key_to_another_server(status):
-    seen = []
-
-    def elsewhere(prompt, body, headers, number):
-        seen.append(headers)
-        return completion("stolen")
-
-    with ChatServer(elsewhere) as other:
-        there = Answer(b"{}", status, {"Content-Type": "application/json", "Location": f"{other.url}/chat/completions"})
-        with ChatServer(lambda *_: there) as server:
-            try:
-                client(server.url, stop=Clock(), retries=1)(REQUEST)
-            except (faults.Unavailable, faults.Refused):
-                pass
-    assert KEY not in json.dumps(seen)
-
-
 # ---- whole extractions
 
 

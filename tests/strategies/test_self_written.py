@@ -1,5 +1,7 @@
 """Strategies that the student writes: which response is shown, what is refused, and that a kill changes nothing."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -244,3 +246,18 @@ def test_a_run_trains_with_what_its_student_wrote(tmp_path, monkeypatch):
     config.rl.steps = 3
     train.run(config, tmp_path)
     assert prompts[2:] == prompts[:2] and len(read_jsonl(tmp_path / "rl.jsonl")) == 3
+
+
+def test_prompts_leave_room_for_a_response_in_the_models_positions(student, replies, tmp_path):
+    policy, params, rows, mesh = student
+    path = tmp_path / "run/rl/strategies.jsonl"
+    write(student, path)
+    kept = [verdict["id"] for verdict in read_jsonl(path)[1:] if verdict["reason"] == "kept"]
+    longest = max(len(generation.encode_prompts(policy, [row], guided=False)[0]) for row in rows)
+    small = policy._replace(config=replace(policy.config, max_positions=longest + 24))
+    found = write((small, params, rows, mesh), tmp_path / "small/rl/strategies.jsonl")
+    verdicts = read_jsonl(tmp_path / "small/rl/strategies.jsonl")[1:]
+    long = [verdict for verdict in verdicts if verdict["reason"] == "prompt_too_long"]
+    assert kept and {verdict["id"] for verdict in long} >= set(kept), "their guided prompts are longer than the problem"
+    assert all(verdict["detail"].endswith(f" tokens; at most {longest} fit") for verdict in long)
+    assert not any(row["strategy"] for row in found)

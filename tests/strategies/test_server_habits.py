@@ -121,7 +121,7 @@ FAULTS = {  # what is sent, the exception, words of the message; one request, or
     "a body that is cut": (http(CUT, f"Content-Length: {len(WHOLE)}"), faults.Unavailable, "RemoteProtocolError"),
     "too small a length": (http(WHOLE, "Content-Length: 50"), faults.Unavailable, "not JSON"),
     "a connection that ends at once": (b"", faults.Unavailable, "disconnected without sending a response"),
-    "another protocol": (b"SSH-2.0-OpenSSH_9.2\r\n", faults.Unavailable, "RemoteProtocolError"),
+    "another protocol": (b"SSH-2.0-OpenSSH_9.2\r\n", faults.Unavailable, "APIConnectionError"),
     "gzip that is cut": (http(gzip.compress(WHOLE)[:-30]), faults.Unavailable, "not JSON"),
     "no content": (http(b"", status="204 No Content"), faults.Unavailable, "an empty body"),
     "still working": (http(b'{"status": "queued"}', status="202 Accepted"), faults.Unavailable, "queued"),
