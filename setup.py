@@ -53,6 +53,7 @@ EXTRAS = {
     "smollm2": ["gguf>=0.19.0"],
     "gym": ["reasoning-gym>=0.1.25"],  # procedurally generated text problems
     "extract": [OPENAI],
+    "llama": ["xllamacpp>=2026.10"],  # llama.cpp's own server in one wheel, which a test extracts strategies from
     "hub": ["datasets>=5.0"],  # parquet files and data sets of the Hugging Face hub
     "tfds": ["tensorflow-datasets>=4.9.10"],  # data sets of TFDS, read without TensorFlow
     "browser": ["playwright>=1.55"],  # the report's page in headless Chromium; `playwright install chromium` brings one

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-from sgpo_jax.runtime.files import read_jsonl, write_text
+from sgpo_jax.runtime.files import read_jsonl, sync, write_text
 from sgpo_jax.runtime.progress import Progress
 
 _FLUSH = 5  # seconds of scalars that TensorBoard loses when the process is killed
@@ -100,7 +100,7 @@ class Writer:
     def sync(self) -> None:
         """Puts every row of the file on disk: a run that resumes after a checkpoint does not write those before it."""
         if self._enabled:
-            os.fsync(self._rows.fileno())
+            sync(self._rows)
 
 
 def _drop_rows_after(path: Path, step: int) -> None:

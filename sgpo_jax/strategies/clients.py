@@ -114,7 +114,8 @@ def endpoint(
 
     def clean(text: str) -> str:
         text = text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be written to a file
-        text = text.replace(server.key, "[key]") if len(server.key) >= SHORTEST_SECRET else text
+        secret = server.key.strip()  # an error may show the key without the line break after it
+        text = text.replace(secret, "[key]") if len(secret) >= SHORTEST_SECRET else text
         return text[:MAX_TEXT]  # cut last, because a cut could leave a part of the key
 
     def say(text: str) -> None:

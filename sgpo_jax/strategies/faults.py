@@ -1,4 +1,4 @@
-"""What goes wrong with a request: the kinds of fault, and what is done about each.
+"""Faults of a request: their kinds, and what is done about each.
 
 docs/strategies.md has the rules of this module as a table. Codes and words are those of several servers.
 """

@@ -14,6 +14,7 @@ from helpers.configs import extraction
 
 from sgpo_jax import cli, strategies
 from sgpo_jax.runtime import journal, lock, tables, watchdog
+from sgpo_jax.strategies import clients, faults, replies
 
 
 @pytest.fixture
@@ -51,6 +52,13 @@ def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(key, tmp_path, m
     assert "canary" not in str(refused.value)
 
 
+def test_a_key_with_a_line_break_does_not_get_into_an_error():
+    pytest.importorskip("openai", reason="needs the extra 'extract'")
+    server = clients.Endpoint("m", "http://127.0.0.1:9/v1", "sk-canary-0123456789\n", temperature=1, top_p=1, retries=0)
+    with pytest.raises(faults.Unavailable, match=r"Illegal header value b'Bearer \[key\]"):
+        clients.endpoint(server)(replies.Request("1", "What is 2 + 3?", 1, 50))
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_a_stream_that_lacks_a_character_does_not_end_a_run(encoding, monkeypatch):
     names = ["stdout", "stderr"]
@@ -78,6 +86,13 @@ def test_a_folder_whose_name_is_no_text_is_refused(flag, tmp_path):
     with pytest.raises(ValueError, match=rf"--{flag}='.*\\udcff': must be a name in UTF-8"):
         cli.folder(flag, f"{tmp_path}/\udcff")
     assert cli.folder(flag, f"{tmp_path}/wörk dir [1] #%20;x?y")
+
+
+@pytest.mark.parametrize("value", ["", " "])
+def test_a_folder_without_a_name_is_not_the_current_one(value):
+    with pytest.raises(ValueError, match=r"--workdir= ?: must name a folder; '\.' is the current one"):
+        cli.folder("workdir", value)
+    assert str(cli.folder("workdir", ".")) == "."
 
 
 def test_links_to_folders_are_followed_and_those_to_nothing_are_named(tmp_path):

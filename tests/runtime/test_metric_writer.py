@@ -75,7 +75,7 @@ def test_rows_are_on_disk_before_a_checkpoint(tmp_path, monkeypatch):
         writer.write(1, {"loss": 0.5})
         monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")))
         writer.sync()
-    assert synced == [str(tmp_path / "sft.jsonl")]
+    assert str(tmp_path / "sft.jsonl") in synced  # TensorBoard's thread does so too, with its own file
     metric_writer.Writer(tmp_path, total_steps=3, name="rl", enabled=False).sync()
 
 
