@@ -13,6 +13,7 @@ import pytest
 from helpers.configs import extraction
 
 from sgpo_jax import cli, strategies
+from sgpo_jax.commands import COMMANDS
 from sgpo_jax.runtime import journal, lock, tables, watchdog
 from sgpo_jax.strategies import clients, faults, replies
 
@@ -61,16 +62,15 @@ def test_a_key_with_a_line_break_does_not_get_into_an_error():
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_a_stream_that_lacks_a_character_does_not_end_a_run(encoding, monkeypatch):
-    names = ["stdout", "stderr"]
-    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for name in names}
-    for name in names:
-        monkeypatch.setattr(sys, name, streams[name])
-    monkeypatch.setattr(cli.app, "run", lambda main, flags_parser: main(["main.py"]))
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    cli.start("train", COMMANDS["train"], ["--version"])
     text = "gewöhnlich €, and a file name that is no text: \udcff"
-    cli.start(lambda flags: [print(text, file=getattr(sys, name), flush=True) for name in names], [])
-    for name in names:
-        shown = streams[name].buffer.getvalue().decode(encoding)
-        assert shown == text.encode(encoding, "backslashreplace").decode(encoding) + "\n"
+    for stream in streams.values():
+        print(text, file=stream, flush=True)
+        shown = stream.buffer.getvalue().decode(encoding).splitlines()[-1]
+        assert shown == text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def test_a_table_is_readable_where_lines_cannot_be_drawn(monkeypatch):

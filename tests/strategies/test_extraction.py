@@ -11,7 +11,7 @@ from collections import Counter
 from importlib.util import find_spec
 
 import pytest
-from helpers.chat_server import ChatServer, completion, failure, helpful, problems, stage_of, strategy
+from helpers.chat_server import Answer, ChatServer, completion, failure, helpful, problems, stage_of, strategy
 from helpers.configs import extraction
 from helpers.paths import ROOT
 from ml_collections import ConfigDict
@@ -297,7 +297,8 @@ def test_only_the_solution_of_a_thought_is_shown(tmp_path, rows):
 
 def test_a_bad_server_costs_retries_and_nothing_else(tmp_path, rows, capsys):
     rows(problems(4))
-    bad = [failure(429, **{"Retry-After": "0.05"}), failure(500), completion("cut")._replace(cut=9), completion()]
+    cut = Answer(b'{"choices": [', cut=9)
+    bad = [failure(429, **{"Retry-After": "0.05"}), failure(500), cut, completion()]
 
     def answer(prompt, body, headers, number):
         return bad[number // 2 % 4] if number % 2 else helpful(prompt, body, headers, number)
