@@ -84,6 +84,7 @@ def read_reply(
     usage = usage if isinstance(usage, dict) else {}
     texts: list[str] = []
     finish: list[str] = []
+    reasons: list[Any] = []  # as the server has them
     words = ""
     choices = content.get("choices")
     for choice in choices[: request.choices] if isinstance(choices, list) else []:
@@ -92,6 +93,7 @@ def read_reply(
         if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
             continue
         reason = choice.get("finish_reason")
+        reasons.append(reason)
         end = ending(reason)
         if end == "error" or choice.get("error") or (content.get("error") and not reason):
             words = words or _choice_words(choice, content.get("error"), reason)  # a part of a text, which is no reply
@@ -114,7 +116,7 @@ def read_reply(
         tokens_out = sum(sizes)
     if not texts:
         raise _fault(content, words, (tokens_in, tokens_out))
-    if counted >= len(texts) * request.max_tokens and not any(choice.get("finish_reason") for choice in choices):
+    if counted >= len(texts) * request.max_tokens and not any(reasons):
         finish = ["length" if end == "stop" else end for end in finish]  # the limit says what the server does not
     if 0 <= counted < tokens_out:
         notice(f"the server counts too few tokens for {len(texts)} texts; one for each byte is counted instead")

@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+from helpers.chat_server import ChatServer, completion
 from helpers.configs import extraction
 
 from sgpo_jax import cli, strategies
@@ -55,9 +56,10 @@ def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(key, tmp_path, m
 
 def test_a_key_with_a_line_break_does_not_get_into_an_error():
     pytest.importorskip("openai", reason="needs the extra 'extract'")
-    server = clients.Endpoint("m", "http://127.0.0.1:9/v1", "sk-canary-0123456789\n", temperature=1, top_p=1, retries=0)
-    with pytest.raises(faults.Unavailable, match=r"Illegal header value b'Bearer \[key\]"):
-        clients.endpoint(server)(replies.Request("1", "What is 2 + 3?", 1, 50))
+    with ChatServer(lambda *_: completion("five")) as server:
+        endpoint = clients.Endpoint("m", server.url, "sk-canary-0123456789\n", temperature=1, top_p=1, retries=0)
+        with pytest.raises(faults.Unavailable, match=r"Illegal header value b'Bearer \[key\]"):
+            clients.endpoint(endpoint)(replies.Request("1", "What is 2 + 3?", 1, 50))
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

@@ -203,6 +203,10 @@ def test_a_text_without_an_end_has_ended_by_the_limit_if_the_count_says_so():
         assert asked(completion("x", finish=None, usage=(11, tokens)))[0].finish == [end]
     assert asked(completion("x", finish="stop", usage=(11, 60)))[0].finish == ["stop"]
     assert asked(completion("x", finish=None, usage=None))[0].finish == ["stop"]
+    odd = [None, 3, {"message": {"content": "x"}}]
+    usage = {"prompt_tokens": 11, "completion_tokens": 50}
+    reply, count, _, _ = asked(changed(choices=odd, usage=usage), REQUEST._replace(choices=3))
+    assert reply.texts == ["x"] and reply.finish == ["length"] and count == 1
 
 
 def test_a_server_that_ignores_the_limit_is_said_once_and_counted_in_full():
