@@ -213,13 +213,13 @@ def _same_equation(gold: list[Any], answer: list[Any]) -> bool:
 
 
 def _far_apart(gold: Any, answer: Any) -> bool:
-    """Returns True if two sympy numbers differ by more than 0.1 %: math-verify accepts 1e-20 for 1e-19."""
+    """Returns True if two sympy numbers differ in six digits: math-verify accepts 1e-20 for 1e-19."""
     expected, predicted = (getattr(value, "rhs", value) for value in (gold, answer))
     if not (getattr(expected, "is_number", False) and getattr(predicted, "is_number", False)):
         return False
     try:
         expected, predicted = expected.doit().evalf(), predicted.doit().evalf()
-        return expected not in (0, predicted) and bool(abs(expected - predicted) > 1e-3 * abs(expected))
+        return expected not in (0, predicted) and bool(abs(expected - predicted) > 5e-6 * abs(expected))
     except _NO_SENSE:  # not a number, such as 0 times infinity
         return True
 

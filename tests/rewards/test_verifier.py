@@ -40,7 +40,7 @@ BOMBS = [
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
-    with closing(Pool(workers=2, seconds=3.0)) as pool:
+    with closing(Pool(workers=2, seconds=10.0)) as pool:
         yield pool
 
 
