@@ -104,7 +104,7 @@ def test_the_command_writes_jsonl(tmp_path, capsys):
         ({"questions": ["a"], "guided": True}, "--guided: shows the strategies of --file"),
         ({"questions": ["a"], "temperature": 0.0, "samples": 2}, "--samples=2: must be 1 with --temperature=0"),
         ({"file": "none.jsonl"}, "--file=none.jsonl: there is no such file"),
-        ({"questions": ["a"], "max_new_tokens": 5000}, r"--max_new_tokens=5000: the model has 4096 positions, .* 4\d+$"),
+        ({"questions": ["a"], "max_new_tokens": 5000}, r"--max_new_tokens=5000: the model has 4096 .* 4\d+$"),
     ],
 )
 def test_what_does_not_go_together_is_refused(changes, message):

@@ -624,7 +624,8 @@ def test_wrong_batches():
 
 
 def test_other_fields_are_extra_and_the_first_rows_can_be_taken(tmp_path):
-    lines = [{"id": i, "question": "q", "answer": 1, "unit": "km", "weight": 0.5, "tags": ["a", None]} for i in range(5)]
+    line = {"question": "q", "answer": 1, "unit": "km", "weight": 0.5, "tags": ["a", None]}
+    lines = [{"id": i, **line} for i in range(5)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows = data.load(f"{tmp_path}/a.jsonl?problem=question,first=2")
     assert [row["id"] for row in rows] == ["0", "1"]

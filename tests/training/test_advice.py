@@ -15,8 +15,8 @@ from sgpo_jax.training import loop, sft, stage
 @pytest.mark.parametrize(
     ("truncated", "no_box", "reward", "said"),
     [
-        (1.0, 0.0, "", "RL step 1: cut 100 %: all responses reached rl.max_new_tokens=28 and got reward 0; raise it, as "
-                       "in --config.rl.max_new_tokens=112"),
+        (1.0, 0.0, "", "RL step 1: cut 100 %: all responses reached rl.max_new_tokens=28 and got reward 0; raise it, "
+                       "as in --config.rl.max_new_tokens=112"),
         (0.99, 0.9, "", ""),
         (0.5, 1.0, "", "RL step 1: no response has a \\boxed{} answer"),
         (0.5, 1.0, "mine:f", ""),
