@@ -15,7 +15,7 @@ from sgpo_jax.runtime.files import read_jsonl
 
 PAGE = (ROOT / "docs/own_data.md").read_text(encoding="utf-8")
 TINY = {
-    "model.source": "scratch", "model.tokenizer": "words:train.jsonl;test.jsonl;other.jsonl", "model.layers": 1,
+    "model.source": "scratch", "model.tokenizer": "words:train.jsonl;test.jsonl", "model.layers": 1,
     "model.hidden": 16, "model.heads": 2, "model.mlp": 16, "model.dtype": "float32", "data.system": "",
     "data.instruction": "", "data.max_prompt_tokens": 64, "sft.max_response_tokens": 32, "sft.steps": 2,
     "sft.batch": 4, "sft.micro_batch": 4, "rl.batch": 4, "rl.micro_batch": 4, "rl.steps": 2, "rl.eval_every": 0,

@@ -1,4 +1,4 @@
-"""What a command is: its flags, the config that it takes, and the function that runs it."""
+"""Commands as data: their flags, the config that they take, and the function that runs them."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -107,5 +107,7 @@ def _fields(config: configs.ConfigDict, prefixes: Sequence[str], width: int) -> 
             about = comments().get(section, "")
             lines += ["", *_wrapped(f"{section or 'top level'}{': ' * bool(about)}{about}", "  ", width)]
             shown = section
-        lines += [f"    --config.{field}={value!r}", *_wrapped(comments().get(field, ""), " " * 8, width)]
+        setting = f"--config.{field}={value!r}"
+        lines += textwrap.wrap(setting, width, initial_indent="    ", subsequent_indent=" " * 10)
+        lines += [*_wrapped(comments().get(field, ""), " " * 8, width)]
     return lines

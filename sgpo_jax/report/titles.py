@@ -1,4 +1,4 @@
-"""What a page calls a run: its method, model, data and commit."""
+"""Titles of a run: its method, model, data and commit."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

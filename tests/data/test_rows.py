@@ -621,3 +621,25 @@ def test_wrong_batches():
     with pytest.raises(ValueError, match="seed is -1"):
         data.batches(rows, 2, -1)
     assert len(data.batches(rows, 5, 0)[3]) == 5
+
+
+def test_other_fields_are_extra_and_the_first_rows_can_be_taken(tmp_path):
+    line = {"question": "q", "answer": 1, "unit": "km", "weight": 0.5, "tags": ["a", None]}
+    lines = [{"id": i, **line} for i in range(5)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = data.load(f"{tmp_path}/a.jsonl?problem=question,first=2")
+    assert [row["id"] for row in rows] == ["0", "1"]
+    assert rows[0]["extra"] == {"unit": "km", "weight": 0.5, "tags": ["a", None]}
+    assert json.loads(json.dumps(rows)) == rows, "a worker gets it as JSON"
+    # Rows that were written with their extra fields are read back as they were.
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert data.load(f"{tmp_path}/b.jsonl") == rows
+    for wrong in ("0", "-1", "x", "1.5", ""):
+        with pytest.raises(ValueError, match=f"first is '{wrong}'; allowed: a whole number from 1"):
+            data.load(f"{tmp_path}/a.jsonl?problem=question,first={wrong}")
+
+
+def test_extra_fields_do_not_change_which_rows_a_run_began_with(tmp_path):
+    row = {"id": "a", "problem": "q", "answer": "1"}
+    alone, more = (data.Sieve({"s": [row | extra]}).fingerprint() for extra in ({}, {"extra": {"unit": "km"}}))
+    assert alone == more != data.Sieve({"s": [row | {"level": "2"}]}).fingerprint()
