@@ -133,7 +133,8 @@ FAULTS = {  # what is sent, the exception, words of the message; one request, or
         http(b'{"code": 401, "msg": "token expired", "success": false}'), faults.Denied, "token expired",
     ),
     "an error of yet another name": (
-        http(b'{"error_code": 17, "error_msg": "daily limit reached"}'), faults.Unavailable, "daily limit reached",
+        http(b'{"error_code": 17, "error_msg": "daily limit reached"}'), faults.Unavailable,
+        "an error in a 200: daily limit reached",
     ),
     "an error in a broken body": (
         http(b'{"error": {"message": "no credit", "code": 402}}', "Content-Length: 999"), faults.Denied, "no credit",
