@@ -83,8 +83,8 @@ def _announce(name: str, command: Command, given: SimpleNamespace) -> None:
         return
     where = f", {command.folder} {folder}" if folder else ""
     print(f"sgpo_jax {sgpo_jax.__version__} {name}{where}", flush=True)
-    if getattr(given, "distributed", False) or getattr(given, "coordinator", None):
-        return  # no device may be used before the processes have met
+    if not command.processes or given.distributed or given.coordinator:
+        return  # no device may be used before the processes have met, nor by the lab, whose workers use them
     started = time.perf_counter()
     import jax
 
