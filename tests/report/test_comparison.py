@@ -85,7 +85,8 @@ def test_the_card_says_what_the_model_is_and_how_it_was_made(runs):
     source = {"read": 9, "kept": 7, "left_out": {"without strategy": 2, "prompt too long": 0}, "kept_although": {}}
     (run / "data.json").write_text(json.dumps({"rl": {"sources": {"t.jsonl": source}}}))
     text = model_card(run, "rl", 6, "bfloat16")
-    assert text.startswith("---\nlibrary_name: transformers\n") and "\nbase_model: Qwen/Qwen2.5-7B-Instruct\n---\n" in text
+    head = text.partition("\n---\n")[0].splitlines()
+    assert head[:2] == ["---", "library_name: transformers"] and head[-1] == "base_model: Qwen/Qwen2.5-7B-Instruct"
     for said in (
         "# SGPO · Qwen2.5-7B-Instruct · arithmetic:train", "after step 6 of the stage 'rl', in bfloat16",
         "| commit | 0123456789abcdef-dirty |", "sgpo train --config=c.py", "; the first 4 of each set",
