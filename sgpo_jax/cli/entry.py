@@ -35,12 +35,14 @@ def start(name: str, command: Command, arguments: Sequence[str] | None = None) -
         if any(word in ("--help", "-h", "-help", "--helpfull", "--helpshort") for word in arguments):
             file = parsing.named_file(arguments)[0] if command.config else ""
             config = (parsing.load(file) if file else configs.base()) if command.config else None
-            print(help_text(name, command, config, file), end="")
+            print(help_text(name, command, config, file), end="", flush=True)
         elif "--version" in arguments:
             print(f"sgpo_jax {sgpo_jax.__version__}")
         else:
             config, given = parsing.parse(command, arguments)
             _run(name, command, config, given)
+    except BrokenPipeError:  # what reads the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, ImportError, FloatingPointError, OSError) as error:
         sys.exit(f"sgpo_jax: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
