@@ -33,7 +33,7 @@ class Command:
     examples: tuple[str, ...] = ()
     arguments: str = ""  # name of the list of words without a flag, where it takes some
     processes: bool = False  # several processes can run it together
-    announced: bool = True  # its output opens with the version, the folder and the devices
+    announced: bool = True  # its output opens with the version and the folder, and the devices that it uses itself
 
     @property
     def all_flags(self) -> tuple[Flag, ...]:

@@ -39,12 +39,14 @@ def start(name: str, command: Command, arguments: Sequence[str] | None = None) -
         if any(word in ("--help", "-h", "-help", "--helpfull", "--helpshort") for word in arguments):
             file = parsing.named_file(arguments)[0] if command.config else ""
             config = (parsing.load(file) if file else configs.base()) if command.config else None
-            print(help_text(name, command, config, file), end="")
+            print(help_text(name, command, config, file), end="", flush=True)
         elif "--version" in arguments:
             print(f"sgpo_jax {sgpo_jax.__version__}")
         else:
             config, given = parsing.parse(command, arguments)
             _run(name, command, config, given)
+    except BrokenPipeError:  # what reads the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, ImportError, FloatingPointError, OSError) as error:
         sys.exit(f"sgpo_jax: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
@@ -87,8 +89,8 @@ def _announce(name: str, command: Command, given: SimpleNamespace) -> None:
         return
     where = f", {command.folder} {folder}" if folder else ""
     print(f"sgpo_jax {sgpo_jax.__version__} {name}{where}", flush=True)
-    if getattr(given, "distributed", False) or getattr(given, "coordinator", None):
-        return  # no device may be used before the processes have met
+    if not command.processes or given.distributed or given.coordinator:
+        return  # no device may be used before the processes have met, nor by the lab, whose workers use them
     started = time.perf_counter()
     import jax
 

@@ -84,8 +84,10 @@ def test_texts_of_problems_models_and_configs_stay_text(found):
     assert {tag for tag, _ in found.tags} & {"img", "iframe", "link", "object", "form"} == set()
     assert len(found.scripts) == 1 and "owned" not in found.scripts[0]
     assert not any(name.startswith("on") for _, attributes in found.tags for name in attributes)
-    # In the facts and two tables of the config, the environment, an analysis, and four problems with four responses.
-    assert found.text.count(HOSTILE) == 3 + 1 + 4 + 4 * (1 + 4)
+    # In two tables of the config, the environment, an analysis, and four problems with four responses.
+    assert found.text.count(HOSTILE) == 2 + 1 + 4 + 4 * (1 + 4)
+    end = HOSTILE.rpartition("/")[2]  # of the model's name, in both titles
+    assert found.text.count(end) == found.text.count(HOSTILE) + 2
 
 
 def test_nothing_is_loaded_and_no_other_script_may_run(run, found):
@@ -94,7 +96,9 @@ def test_nothing_is_loaded_and_no_other_script_may_run(run, found):
     assert policy.startswith("default-src 'none';") and f"script-src 'sha256-{digest}';" in policy
     for _, attributes in found.tags:
         for name in ("src", "href", "xlink:href", "action"):
-            assert attributes.get(name, "#").startswith("#")
+            target = attributes.get(name, "#")
+            kept = "download" in attributes and target.startswith("data:application/octet-stream;base64,")
+            assert target.startswith("#") or kept
     source = (run / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"https?://|@import|url\((?!#)", source)
 

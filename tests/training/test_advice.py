@@ -47,7 +47,7 @@ def test_solutions_that_the_reward_calls_wrong_are_counted_and_named(tmp_path):
 
 
 def test_a_system_turn_stands_before_the_prompt_or_is_refused():
-    tok = tokenizers.words(["add 2 and 3. you are a tutor."])
+    tok = tokenizers.words(["problem", "Problem:\nadd 2 and 3.", "you are a tutor."])
     policy = Policy(None, tok, (0,), 0, None, "")
     assert with_system(policy, "") is policy
     tok.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|system|>"]})
