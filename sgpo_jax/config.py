@@ -97,22 +97,52 @@ def base() -> ConfigDict:
     config.rl.clip_low = 0.2  # Eq. 1
     config.rl.clip_high = 0.28  # Eq. 1
     config.rl.delta = 1.0  # nats; tokens with a larger KL are masked; Eq. 5
+    # What delta does to a token whose KL is above it: "mask" drops it; "scale" gives it the weight delta / KL; "none".
+    config.rl.token_rule = "mask"
+    config.rl.delta_quantile = 0.0  # above 0: delta is this quantile of the KLs of a batch's target tokens
+    # Whose parameters the guided side has: "live" the student's, under stop-gradient, as published; "frozen" those that
+    # RL began with; "ema" a moving average; "trust_region" logits between the frozen ones and the student's; "gated"
+    # frozen, and taken from the student again when the reward has risen. docs/methods.md has the equations.
+    config.rl.teacher = "live"
+    config.rl.teacher_rate = 0.05  # part of the student in "ema", at each step, and in "trust_region"; SDPO
+    config.rl.teacher_dtype = "float32"  # of a teacher's own parameters; "bfloat16" halves their memory
+    config.rl.teacher_window = 10  # steps; a "gated" teacher is considered at the end of each
+    config.rl.teacher_margin = 0.01  # reward by which a window must be above the one of the last refresh; "gated"
     config.rl.alpha0 = 0.5  # Eq. 6
     config.rl.gamma = 0.1  # Eq. 6
     config.rl.alpha_max = 0.8  # Eq. 6
     # The fields from here to sft_weight turn SGPO into other methods: methods.py has those that are compared.
     # Where the guided group comes from: "strategy" is the data's; with "self" the student writes the strategy from one
-    # of its own correct responses; with "demonstration" the group is the expert's solution.
+    # of its own correct responses; with "demonstration" the group is the expert's solution. For target "own" the hint
+    # may also be the data's "solution", or a "sibling", another correct response to the problem.
     config.rl.guide = "strategy"
     config.rl.self_tries = 8  # responses to each problem before the first step; for guide "self"
-    config.rl.target = "reachable"  # Eq. 4; or "mean" over all correct guided responses, Eq. 2
+    # "reachable": Eq. 4; "mean" over all correct guided responses, Eq. 2; "own": the student's autonomous responses,
+    # as the guided side sees them; then no guided group is sampled.
+    config.rl.target = "reachable"
     config.rl.distillation = "forward_kl"  # Eq. 3; or "reverse_kl", "jensen_shannon", "top_k_kl", "nll", "shaped"
     config.rl.beta = 0.5  # weight of the guided distribution in "jensen_shannon"; SDPO
     config.rl.kl_top_k = 100  # likeliest guided tokens; "top_k_kl" treats all others as one token; SDPO
-    config.rl.advantage = "group"  # Eq. 1; or "mixed", "gated", "none"
+    config.rl.advantage = "group"  # Eq. 1; or "centred" (Dr. GRPO), "mixed", "gated", "none"
     config.rl.weight = "adaptive"  # Eq. 6; or "fixed", "group_advantage" (Eq. 8), "mixed", "gated"
-    config.rl.normaliser = "sequence"  # mean over a response's tokens; or "constant": their sum / max_new_tokens
+    # "sequence": mean over a response's tokens, then over responses; "tokens": mean over all tokens of a batch (DAPO);
+    # "constant": sum over a response's tokens / max_new_tokens, mean over responses (Dr. GRPO).
+    config.rl.normaliser = "sequence"
+    config.rl.surrogate = "clipped"  # Eq. 1; or "sequence" (GSPO), "cispo" (CISPO)
     config.rl.entropy_bonus = 0.0  # coefficient of the mean entropy of the responses
+    # Weight of trainer over sampler probabilities, as recorded: "none", of each "token", of the whole "sequence".
+    config.rl.importance = "none"
+    config.rl.importance_cap = 2.0  # largest weight
+    config.rl.importance_rule = "truncate"  # weights above the cap become the cap; or "mask": they become 0
+    config.rl.overlong_buffer = 0  # tokens before max_new_tokens over which a penalty of length grows; 0 is none; DAPO
+    config.rl.overlong_penalty = 1.0  # subtracted from the reward of a response at the limit; DAPO
+    # Rounds in which problems whose autonomous responses all have one reward are replaced by others; DAPO.
+    config.rl.resample = 0
+    config.rl.mask_cut = False  # responses that are cut at max_new_tokens have advantage 0; DAPO
+    config.rl.guided_grpo = 0.0  # coefficient of the policy loss of the guided responses, after their guided prompts
+    config.rl.reference_kl = 0.0  # coefficient of KL(policy || policy that RL began with)
+    config.rl.reference_kl_kind = "k3"  # estimate from the sampled tokens; or "full": over the vocabulary
+    config.rl.reference_kl_on = "guided"  # responses to guided prompts; or "all"
     config.rl.shaping = 0.1  # gamma of LUFFY
     config.rl.gate = 0.0  # largest mean reward at which HPT trains on the demonstration
     config.rl.sft_weight = 1.0  # weight of the demonstration in HPT
@@ -126,6 +156,9 @@ def base() -> ConfigDict:
     config.monitor.most_truncated = 0.9  # share of responses cut at max_new_tokens
     config.monitor.most_identical = 0.98  # share of problems whose responses are all identical
     config.monitor.most_clipped = 0.5  # share of the targets' tokens whose KL is above delta
+    config.monitor.least_guidance = -0.3  # reward of the guided group minus that of the autonomous one
+    config.monitor.most_forgotten = 0.5  # fall of the guided group's reward since the first window
+    config.monitor.most_lost = 0.5  # fall of the share of problems with a correct autonomous response, pass@G1
     # At a collapse: "warn"; "stop" after saving a checkpoint; "rollback" to a checkpoint from before the window, and
     # continue on other batches.
     config.monitor.action = "warn"

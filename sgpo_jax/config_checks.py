@@ -86,7 +86,9 @@ def check(config: ConfigDict) -> None:
         need("data.train", bool(config.data.train), "a source of problems: see data.load")
         whole(1, "monitor.window")
         whole(0, "monitor.least_entropy", "monitor.least_length")
-        within(0.0, 1.0, "monitor.most_truncated", "monitor.most_identical", "monitor.most_clipped")
+        shares = ("truncated", "identical", "clipped", "forgotten", "lost")
+        within(0.0, 1.0, *(f"monitor.most_{name}" for name in shares))
+        within(-1.0, 1.0, "monitor.least_guidance")
         choice("monitor.action", "warn", "stop", "rollback")
         whole(1, "monitor.most_rollbacks")
         # When a collapse shows, a checkpoint from before the window must still exist; `later` may have followed it.
@@ -137,24 +139,57 @@ def check(config: ConfigDict) -> None:
 
 def _check_method(need: Callable, within: Callable, positive: Callable, choice: Callable, rl: ConfigDict) -> None:
     """Checks the fields that define a method."""
-    choice("rl.guide", "strategy", "self", "demonstration")
-    choice("rl.target", "reachable", "mean")
+    own = rl.target == "own"
+    choice("rl.target", "reachable", "mean", "own")
+    choice("rl.guide", "strategy", *(("solution", "sibling") if own else ("self", "demonstration")))
     choice("rl.distillation", *DIVERGENCES, "nll", "shaped")
     need("rl.beta", 0 < rl.beta < 1, "between 0 and 1, both excluded")
     need("rl.kl_top_k", rl.kl_top_k >= 1, "at least 1")
-    choice("rl.advantage", "group", "mixed", "gated", "none")
+    choice("rl.token_rule", "mask", "scale", "none")
+    within(0.0, 1.0, "rl.delta_quantile")
+    choice("rl.advantage", "group", "centred", "mixed", "gated", "none")
     choice("rl.weight", "adaptive", "fixed", "group_advantage", "mixed", "gated")
-    choice("rl.normaliser", "sequence", "constant")
+    choice("rl.normaliser", "sequence", "tokens", "constant")
+    choice("rl.surrogate", "clipped", "sequence", "cispo")
+    choice("rl.importance", "none", "token", "sequence")
+    choice("rl.importance_rule", "truncate", "mask")
+    positive("rl.importance_cap")
+    need("rl.resample", rl.resample >= 0, "at least 0")
+    fits = 0 <= rl.overlong_buffer <= rl.max_new_tokens
+    need("rl.overlong_buffer", fits, f"between 0 and rl.max_new_tokens = {rl.max_new_tokens}")
     positive("rl.shaping")
     within(0.0, 1.0, "rl.gate")
-    within(0.0, float("inf"), "rl.sft_weight", "rl.entropy_bonus")
+    within(0.0, float("inf"), "rl.sft_weight", "rl.entropy_bonus", "rl.overlong_penalty")
     demonstration = rl.guide == "demonstration"
+    for name in ("guided_grpo", "reference_kl"):
+        need(f"rl.{name}", 0 <= rl[name] < float("inf"), "a finite number, at least 0")
+        used = rl[name] == 0 or (name == "reference_kl" and rl.reference_kl_on == "all")
+        need(f"rl.{name}", used or (rl.guided > 0 and not demonstration), "0 where no guided responses are sampled")
+    choice("rl.reference_kl_kind", "k3", "full")
+    choice("rl.reference_kl_on", "guided", "all")
     need("rl.guided", not demonstration or rl.guided == 1, "1 when rl.guide is 'demonstration'")
     likelihood = rl.distillation not in DIVERGENCES
     need("rl.distillation", not demonstration or likelihood, "'nll' or 'shaped' when rl.guide is 'demonstration'")
+    _check_teacher(need, within, choice, rl)
     for name in ("advantage", "weight"):
         allowed = demonstration or rl[name] not in ("mixed", "gated")
         need(f"rl.{name}", allowed, "another value unless rl.guide is 'demonstration'")
+
+
+def _check_teacher(need: Callable, within: Callable, choice: Callable, rl: ConfigDict) -> None:
+    """Checks the fields of the teacher, and that there is something to teach."""
+    choice("rl.teacher", "live", "frozen", "ema", "trust_region", "gated")
+    choice("rl.teacher_dtype", "float32", "bfloat16")
+    need("rl.teacher_rate", 0 < rl.teacher_rate <= 1, "above 0 and at most 1")
+    need("rl.teacher_window", rl.teacher_window >= 1, "at least 1")
+    within(0.0, 1.0, "rl.teacher_margin")
+    live, kl, own = rl.teacher == "live", rl.distillation in DIVERGENCES, rl.target == "own"
+    need("rl.guided", not own or rl.guided == 0, "0 when rl.target is 'own'")
+    need("rl.weight", not own or rl.weight == "fixed", "'fixed' when rl.target is 'own'")
+    need("rl.distillation", not own or kl, f"one of {', '.join(map(repr, DIVERGENCES))} when rl.target is 'own'")
+    need("rl.teacher", live or (kl and (own or rl.guided > 0)), "'live' without guided responses or a KL to distil")
+    coarse = rl.teacher == "ema" and rl.teacher_dtype == "bfloat16"  # a step is less than the precision of bfloat16
+    need("rl.teacher_dtype", not coarse, "'float32' when rl.teacher is 'ema'")
 
 
 def check_extract(config: ConfigDict) -> None:

@@ -19,12 +19,23 @@ _DEMONSTRATION: dict[str, Any] = {
     "entropy_bonus": 0.001,
 }  # fmt: skip
 
+
+def _unguided(rl: ConfigDict) -> dict[str, Any]:
+    """Returns the fields by which all samples are autonomous."""
+    return {"autonomous": rl.autonomous + rl.guided, "guided": 0}
+
+
+def _own(rl: ConfigDict) -> dict[str, Any]:
+    """Returns the fields by which the student's own responses are distilled, and there is no policy loss."""
+    return {**_unguided(rl), "target": "own", "weight": "fixed", "advantage": "none", "token_rule": "none"}
+
+
 # name -> function of config.rl that returns the fields to change
 METHODS: dict[str, Callable[[ConfigDict], dict[str, Any]]] = {
     "sgpo": lambda rl: {},
     # Baselines: Table 1.
     "sft": lambda rl: {},  # `select` also drops the stage rl
-    "grpo": lambda rl: {"autonomous": rl.autonomous + rl.guided, "guided": 0},
+    "grpo": lambda rl: _unguided(rl),
     "luffy": lambda rl: {
         **_DEMONSTRATION, "autonomous": rl.autonomous + rl.guided - 1,
         "advantage": "mixed", "weight": "mixed", "distillation": "shaped",
@@ -46,6 +57,30 @@ METHODS: dict[str, Callable[[ConfigDict], dict[str, Any]]] = {
     "jensen_shannon": lambda rl: {"distillation": "jensen_shannon"},
     "top_k_kl": lambda rl: {"distillation": "top_k_kl"},
     "self_strategies": lambda rl: {"guide": "self"},
+    # A teacher that does not forget, and a pull that does not vanish; then each part alone, and other rules for both.
+    "anchored": lambda rl: {"teacher": "frozen", "teacher_dtype": "bfloat16", "token_rule": "scale"},
+    "scaled_kl": lambda rl: {"token_rule": "scale"},
+    "quantile_clip": lambda rl: {"delta_quantile": 0.9},
+    "frozen_teacher": lambda rl: {"teacher": "frozen"},
+    "ema_teacher": lambda rl: {"teacher": "ema"},
+    "trust_region": lambda rl: {"teacher": "trust_region"},
+    "gated_teacher": lambda rl: {"teacher": "gated"},
+    "guided_grpo": lambda rl: {"guided_grpo": 1.0},
+    "reference_kl": lambda rl: {"reference_kl": 0.04},
+    # Self-distillation of the student's own responses.
+    "sdpo": lambda rl: {
+        **_own(rl), "guide": "sibling", "distillation": "jensen_shannon", "teacher": "ema", "normaliser": "tokens",
+    },
+    "opsd": lambda rl: {**_own(rl), "guide": "solution", "teacher": "frozen"},
+    "sdft": lambda rl: {**_own(rl), "guide": "solution", "distillation": "reverse_kl", "teacher": "ema"},
+    # The family of GRPO: all samples are autonomous.
+    "dr_grpo": lambda rl: {**_unguided(rl), "advantage": "centred", "normaliser": "constant"},
+    "dapo": lambda rl: {
+        **_unguided(rl), "normaliser": "tokens", "overlong_buffer": rl.max_new_tokens // 5, "resample": 3,
+    },
+    "gspo": lambda rl: {**_unguided(rl), "surrogate": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
+    "cispo": lambda rl: {**_unguided(rl), "surrogate": "cispo", "normaliser": "tokens", "clip_low": 1.0},
+    "truncated_is": lambda rl: {**_unguided(rl), "importance": "token"},
 }  # fmt: skip
 
 

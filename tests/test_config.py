@@ -186,16 +186,37 @@ CATALOGUE = [
     ("rl.guide", "", "'strategy' or 'self' or 'demonstration'"),
     ("rl.self_tries", 0, "at least 1"),
     ("rl.guide", "demonstration", None),
-    ("rl.target", "", "'reachable' or 'mean'"),
+    ("rl.target", "", "'reachable' or 'mean' or 'own'"),
+    ("rl.target", "own", None),
+    ("rl.token_rule", "", "'mask' or 'scale' or 'none'"),
+    ("rl.delta_quantile", 1.1, "between 0.0 and 1.0"),
+    ("rl.teacher", "", "'live' or 'frozen' or 'ema' or 'trust_region' or 'gated'"),
+    ("rl.teacher_rate", 0.0, "above 0 and at most 1"),
+    ("rl.teacher_dtype", "float16", "'float32' or 'bfloat16'"),
+    ("rl.teacher_window", 0, "at least 1"),
+    ("rl.teacher_margin", -0.1, "between 0.0 and 1.0"),
+    ("rl.surrogate", "", "'clipped' or 'sequence' or 'cispo'"),
+    ("rl.importance", "", "'none' or 'token' or 'sequence'"),
+    ("rl.importance_rule", "", "'truncate' or 'mask'"),
+    ("rl.importance_cap", 0.0, "a finite number above 0"),
+    ("rl.overlong_buffer", 10_000, "between 0 and rl.max_new_tokens = "),
+    ("rl.overlong_penalty", -1.0, "between 0.0 and inf"),
+    ("rl.resample", -1, "at least 0"),
+    ("rl.guided_grpo", -1.0, "a finite number, at least 0"),
+    ("rl.reference_kl", math.inf, "a finite number, at least 0"),
+    ("rl.reference_kl_kind", "", "'k3' or 'full'"),
+    ("rl.reference_kl_on", "", "'guided' or 'all'"),
+    ("monitor.least_guidance", -1.1, "between -1.0 and 1.0"),
+    ("monitor.most_forgotten", 1.1, "between 0.0 and 1.0"),
     ("rl.distillation", "kl", "'forward_kl' or 'reverse_kl' or 'jensen_shannon' or 'top_k_kl' or 'nll' or 'shaped'"),
     ("rl.beta", 0.0, "between 0 and 1, both excluded"),
     ("rl.beta", 1.0, "between 0 and 1, both excluded"),
     ("rl.kl_top_k", 0, "at least 1"),
-    ("rl.advantage", "", "'group' or 'mixed' or 'gated' or 'none'"),
+    ("rl.advantage", "", "'group' or 'centred' or 'mixed' or 'gated' or 'none'"),
     ("rl.advantage", "gated", "another value unless rl.guide is 'demonstration'"),
     ("rl.weight", "", "'adaptive' or 'fixed' or 'group_advantage' or 'mixed' or 'gated'"),
     ("rl.weight", "mixed", "another value unless rl.guide is 'demonstration'"),
-    ("rl.normaliser", "", "'sequence' or 'constant'"),
+    ("rl.normaliser", "", "'sequence' or 'tokens' or 'constant'"),
     ("rl.shaping", 0.0, "a finite number above 0"),
     ("rl.gate", 1.1, "between 0.0 and 1.0"),
     ("rl.sft_weight", -1.0, "between 0.0 and inf"),
@@ -237,6 +258,10 @@ def test_impossible_values_are_refused(config, field, value, allowed):
         refused(config, "rl.guided", 4, "1 when rl.guide is 'demonstration'")
         config.rl.guided = 1
         refused(config, "rl.distillation", "forward_kl", "'nll' or 'shaped' when rl.guide is 'demonstration'")
+    elif (field, value) == ("rl.target", "own"):
+        refused(config, "rl.guided", 4, "0 when rl.target is 'own'")
+        config.rl.guided = 0
+        refused(config, "rl.weight", "adaptive", "'fixed' when rl.target is 'own'")
     else:
         refused(config, field, value, allowed)
 
@@ -246,6 +271,11 @@ def test_impossible_values_are_refused(config, field, value, allowed):
     [
         ({"stages": ("sft",), "data.train": "", "sft.train": ""}, "sft.train", "", "set when data.train is empty"),
         ({"sft.train": "", "data.sft_share": 0.0}, "data.sft_share", 0.0, "above 0 when sft.train is empty"),
+        ({"rl.guided": 0, "rl.teacher": "frozen"}, "rl.teacher", "frozen", "'live' without guided responses"),
+        ({"rl.distillation": "nll", "rl.teacher": "ema"}, "rl.teacher", "ema", "or a KL to distil"),
+        ({"rl.teacher": "ema", "rl.teacher_dtype": "bfloat16"}, "rl.teacher_dtype", "bfloat16", "rl.teacher is 'ema'"),
+        ({"rl.guided": 0, "rl.guided_grpo": 1.0}, "rl.guided_grpo", 1.0, "0 where no guided responses are sampled"),
+        ({"rl.guided": 0, "rl.reference_kl": 1.0}, "rl.reference_kl", 1.0, "0 where no guided responses are sampled"),
         ({"sft.train": "", "data.sft_share": 1.0}, "data.sft_share", 1.0, "below 1: RL needs problems too"),
     ],
 )

@@ -105,7 +105,7 @@ def _state(
     if step:
         return stage.state_at(run, stage_name, step, tx)
     params = initial() if stage_name == "sft" else stage.warmed_up(run, initial)
-    return stage.first_state(params, run.policy, tx, run.mesh)
+    return stage.first_state(params, run.policy, tx, run.mesh, stage.teaching(run.config, stage_name))
 
 
 def _groups(config: ConfigDict, skipped: skipped_batch.Skipped) -> list[_Group]:
@@ -207,7 +207,8 @@ def _in_update(
     def watch(gradient):
         jax.debug.callback(counts.append, _bad(gradient), ordered=False)
 
-    _, shardings = stage.state_shardings(run.policy, tx, run.mesh)
+    teaching = stage.teaching(run.config, skipped.stage)
+    _, shardings = stage.state_shardings(run.policy, tx, run.mesh, teaching)
     if skipped.stage == "sft":
         update = sft.make_update(stage.forward(run), tx, shardings=shardings, watch=watch)
         _, metrics = update(state, sft.put(skipped.batch, run.mesh))
@@ -215,7 +216,9 @@ def _in_update(
         rl = run.config.rl
         packed = pack_batch(skipped.batch, Weighting.from_config(rl), rl.distillation, micro_batch=rl.micro_batch)
         objective = Objective.from_config(rl)
-        update = make_update(stage.forward(run), tx, objective, shardings=shardings, watch=watch)
+        update = make_update(
+            stage.forward(run), tx, objective, teaching=teaching, shardings=shardings, watch=watch
+        )
         _, metrics = update(state, sharding.put(packed, specs(packed), run.mesh))
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     jax.effects_barrier()

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from sgpo_jax import rewards, sharding
 from sgpo_jax.policy import Policy
 from sgpo_jax.policy import tokenizer as tokenizers
+from sgpo_jax.policy.prompts import user_turn
 from sgpo_jax.rollout import LENGTH, STOP, Prompts, Rollout, Sampling, generate
 from sgpo_jax.runtime import distributed
 from sgpo_jax.runtime.profile import phase
@@ -33,11 +34,12 @@ def noise_key(seed: int, purpose: str, step: int) -> jax.Array:
     return jax.random.fold_in(key, step)
 
 
-def encode_prompts(policy: Policy, rows: Sequence[dict], guided: bool) -> list[list[int]]:
-    """Returns the token ids of each row's prompt, with its strategy if `guided`."""
+def encode_prompts(policy: Policy, rows: Sequence[dict], guided: bool, hint: str = "strategy") -> list[list[int]]:
+    """Returns the token ids of each row's prompt, with its strategy, or its solution as `hint`, if `guided`."""
     return [
-        tokenizers.encode_prompt(
-            policy.tokenizer, row["problem"], row["strategy"] if guided else None, policy.instruction, policy.system
+        tokenizers.encode_turn(
+            policy.tokenizer, user_turn(row["problem"], row[hint] if guided else None, policy.instruction, hint),
+            policy.system,
         )
         for row in rows
     ]

@@ -27,12 +27,13 @@ class Clock:
 
     def __init__(self) -> None:
         self._start = self._last = time.perf_counter()
-        self.seconds: dict[str, float] = {}  # phase -> seconds, in order
+        self.seconds: dict[str, float] = {}  # phase -> seconds of all its laps, in order
 
     def lap(self, phase: str) -> None:
         """Ends a phase, which began with the clock or with the end of the phase before."""
         now = time.perf_counter()
-        self.seconds[phase], self._last = now - self._last, now
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
 
     @property
     def total(self) -> float:
@@ -72,7 +73,8 @@ class Loop:
         self._run, self._name, self._total = run, name, total
         self._evaluate, self._evaluate_every = evaluate, evaluate_every
         self.optimizer, self._rate = stage.optimizer(run.config, name, total * updates)
-        _, self.shardings = stage.state_shardings(run.policy, self.optimizer, run.mesh)
+        self.teaching = stage.teaching(run.config, name)
+        _, self.shardings = stage.state_shardings(run.policy, self.optimizer, run.mesh, self.teaching)
         self.forward = stage.forward(run)
         self._profile = Profile(run.config.profile, run.workdir / name / "profile")
         self._began: tuple[float, float] | None = None  # clock and compiling time before the first step
@@ -93,13 +95,14 @@ class Loop:
     def start(self, initial: Callable[[], Any]) -> TrainState:
         """Returns the state of the latest checkpoint, or the first state, with the parameters of `initial()`."""
         preemption.check()  # also before the first step, which compiles for a while
-        state = stage.start(self._saved, initial, self._run.policy, self.optimizer, self._run.mesh)
+        run = self._run
+        state = stage.start(self._saved, initial, run.policy, self.optimizer, run.mesh, self.teaching)
         self._initial = initial
         self.first = self._done = int(state.step)
         self._taken = updates_taken(state.opt_state)
-        workdir, limits = self._run.workdir, self._run.config.monitor
+        workdir, limits = run.workdir, run.config.monitor
         self._rollbacks = rollback.read(workdir) if self._name == "rl" else []
-        rows = rollback.recent_rows(workdir, self._done, limits.window) if self._name == "rl" else []
+        rows = rollback.rows_up_to(workdir, self._done) if self._name == "rl" else []
         self._watch = collapse.Watch(limits, rows) if self._name == "rl" else None
         if self._done < self._total:
             writer = Writer(workdir, self._total, self._name, resume_step=self._done, enabled=is_first())
