@@ -101,10 +101,17 @@ def endpoint(
     except ImportError as error:
         raise ImportError("a model behind an endpoint needs the extra 'extract': pip install -e .[extract]") from error
     check_base_url(server.base_url)
+    heard = threading.local()  # status of the thread's last response
+
+    def as_it_came(response: Any) -> None:
+        """Leaves a body as it came, because what a server says about its packing may be wrong."""
+        response.headers.pop("content-encoding", None)
+        heard.status = response.status_code
+
     client = openai.OpenAI(
         base_url=server.base_url, api_key=server.key or "none", max_retries=0, timeout=server.timeout,
         default_headers={"Accept-Encoding": "gzip"},
-        http_client=openai.DefaultHttpxClient(follow_redirects=False, event_hooks={"response": [_as_it_came]}),
+        http_client=openai.DefaultHttpxClient(follow_redirects=False, event_hooks={"response": [as_it_came]}),
     )  # fmt: skip
     stop = stop or threading.Event()
     address = f"{server.base_url.rstrip('/')}/chat/completions"
@@ -172,6 +179,7 @@ def endpoint(
         return True
 
     def reply_to(request: Request, sent: dict[str, Any]) -> Reply:
+        heard.status = 0
         try:
             body, error = send(request, sent)
         except openai.APIStatusError as refused:
@@ -182,6 +190,10 @@ def endpoint(
             fault = read_fault(unpacked(response.content), response.status_code)
             fault.wait = retry_after(response.headers.get("retry-after", ""))
             raise fault from None
+        except Exception as broken:  # the HTTP library's own
+            if heard.status < 300:
+                raise
+            raise Fault(str(heard.status), f"a body that breaks off ({broken})", status=heard.status) from None
         try:
             return read_reply(unpacked(body), request, clean, server.model, say)
         except Unreadable as fault:
@@ -226,11 +238,6 @@ def endpoint(
                 raise failed(Unavailable(f"stopped while waiting after {why}"), lost)
 
     return ask
-
-
-def _as_it_came(response: Any) -> None:
-    """Leaves the body as it came, because what a server says about its packing may be wrong."""
-    response.headers.pop("content-encoding", None)
 
 
 def unpacked(body: bytes) -> bytes:

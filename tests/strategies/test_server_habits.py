@@ -7,6 +7,7 @@ import gzip
 import json
 import socketserver
 import threading
+import time
 import zlib
 from email.utils import formatdate
 
@@ -24,11 +25,11 @@ RETRIES = 2
 
 
 class RawServer(socketserver.ThreadingTCPServer):
-    """Sends the same bytes to every request and closes the connection; a context manager."""
+    """Sends the same bytes to every request, and closes the connection `stay` seconds later; a context manager."""
 
     daemon_threads = True
 
-    def __init__(self, answer: bytes):
+    def __init__(self, answer: bytes, stay: float = 0.0):
         self.requests = []
 
         class Handler(socketserver.StreamRequestHandler):
@@ -39,6 +40,7 @@ class RawServer(socketserver.ThreadingTCPServer):
                         length = int(line.split(b":")[1])
                 self.requests.append(json.loads(handler.rfile.read(length)))
                 handler.wfile.write(answer)
+                time.sleep(stay)
 
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
@@ -139,6 +141,9 @@ FAULTS = {  # what is sent, the exception, words of the message; one request, or
     "an error in a broken body": (
         http(b'{"error": {"message": "no credit", "code": 402}}', "Content-Length: 999"), faults.Denied, "no credit",
     ),
+    "an error that is cut": (
+        http(b'{"error": {"mess', "Content-Length: 999", status="401 No"), faults.Denied, "401: a body that breaks off",
+    ),
     "an error that is packed": (
         http(gzip.compress(b'{"error": {"message": "bad key"}}'), "Content-Encoding: gzip", status="401 No"),
         faults.Denied, "401: bad key",
@@ -181,6 +186,14 @@ def test_a_server_that_asks_for_hours_is_asked_again_in_minutes(asked_for):
         endpoint = clients.Endpoint("big-model", server.url, "", temperature=0.6, top_p=0.95, retries=1)
         assert clients.endpoint(endpoint, Clock())(REQUEST) == FIVE
     assert waited == [clients.LONGEST_WAIT]
+
+
+def test_a_reply_that_nothing_follows_but_the_time_limit():
+    reasons = []
+    with RawServer(http(WHOLE), stay=2.0) as server:
+        endpoint = clients.Endpoint("big-model", server.url, "", temperature=0.6, top_p=0.95, timeout=0.3)
+        assert clients.endpoint(endpoint, retried=reasons.append)(REQUEST) == FIVE
+    assert len(server.requests) == 1 and not reasons
 
 
 def test_a_text_with_half_a_character_is_a_text():
