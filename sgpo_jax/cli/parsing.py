@@ -15,7 +15,11 @@ from ml_collections import config_flags
 from sgpo_jax import config as configs
 from sgpo_jax.cli.command import Command
 
-_DEFINE: dict[type, Callable[..., Any]] = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
+_DEFINE: dict[type, Callable[..., Any]] = {
+    str: flags.DEFINE_string,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+}
 
 
 def parse(command: Command, arguments: Sequence[str]) -> tuple[configs.ConfigDict | None, SimpleNamespace]:
