@@ -71,8 +71,8 @@ def test_every_config_passes(file, monkeypatch):
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_config_says_how_to_run_it(file):
     text = file.read_text()
-    commands = [f"sgpo_jax.{command} --config=configs/{file.name} --" for command in ("main", "evaluate", "lab")]
-    assert any(f"python -m {command}" in text for command in commands)
+    commands = [f"sgpo {command} --config=configs/{file.name} --" for command in ("train", "evaluate", "lab")]
+    assert any(command in text for command in commands)
 
 
 def test_base_is_the_recipe_of_the_paper():
@@ -416,8 +416,8 @@ def test_batches_must_divide_over_the_mesh(config, field, value, stages, every):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--config.rl.bacth=3", r"--config\.rl\.bacth=3: config\.rl has no field 'bacth'; allowed: .*\bbatch\b"),
-        ("--config.rll.batch=3", r"config has no field 'rll'; allowed: .*\brl\b"),
+        ("--config.rl.bacth=3", r"--config\.rl\.bacth=3: config\.rl has no field 'bacth' \(did you mean batch\?\)"),
+        ("--config.rll.batch=3", r"config has no field 'rll' .did you mean rl\?.; allowed: .*\brl\b"),
         ("--config.rl.batch.size=3", r"config\.rl\.batch has no field 'size'; .*a value"),
         ("--config.eval.sets.other.samples=3", r"config\.eval\.sets has no field 'other'; allowed: one of heldout"),
         ("-config.bacth", r"-config\.bacth: config has no field 'bacth'"),

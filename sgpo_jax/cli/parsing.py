@@ -4,9 +4,10 @@ import argparse
 import os
 import runpy
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -14,7 +15,11 @@ from ml_collections import config_flags
 from sgpo_jax import config as configs
 from sgpo_jax.cli.command import Command
 
-_DEFINE = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
+_DEFINE: dict[type, Callable[..., Any]] = {
+    str: flags.DEFINE_string,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+}
 
 
 def parse(command: Command, arguments: Sequence[str]) -> tuple[configs.ConfigDict | None, SimpleNamespace]:

@@ -103,7 +103,7 @@ def _report_golds(source: str, rows: list[dict]) -> None:
 
 def _read(source: str) -> Iterator[tuple[str, dict]]:
     """Yields (place, checked row) for each row of one source."""
-    options, rows = sources.read(source, ("schema", "first", *REQUIRED, *OPTIONAL))
+    options, rows = sources.read(source, ("schema", *REQUIRED, *OPTIONAL, "first"))
     rows = itertools.islice(rows, _first(source, options.pop("first", None)))
     schema = options.pop("schema", None)
     if schema is not None and schema not in SCHEMAS:

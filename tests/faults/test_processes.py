@@ -73,7 +73,9 @@ def test_they_find_each_other_and_share_work(slurm):
     results, _ = run(3 if slurm else 2, "well", slurm)
     assert [(code, errors) for code, _, errors in results] == [(0, "")] * len(results)
     spoken = [[line for line in output.splitlines() if not line.startswith("[Gloo]")] for _, output, _ in results]
-    assert spoken == [[f"0 of {len(results)} is done"], *[[]] * (len(results) - 1)], "only the first one talks"
+    count = len(results)
+    assert spoken[0][0].startswith(f"{count} processes, {count} x cpu (cpu), jax ")
+    assert [spoken[0][1:], *spoken[1:]] == [[f"0 of {count} is done"], *[[]] * (count - 1)], "only the first one talks"
 
 
 @pytest.mark.parametrize(
