@@ -37,6 +37,7 @@ from sgpo_jax.runtime import tables
 from sgpo_jax.runtime.files import read_jsonl
 
 BATCH = 512  # gradings per call: 128 problems with 4 responses
+LIMIT = 30  # seconds for one answer where errors are counted, so that a busy machine causes none
 BOMBS = ("bomb", "long")  # categories of hostile grading cases
 
 
@@ -106,10 +107,11 @@ def count_errors(cases: list[tuple[str, str, bool]], verdicts: list[bool]) -> di
 
 
 def math_verify_alone(gold: str, response: str) -> bool:
-    """Grades as math-verify does by itself."""
+    """Grades as math-verify does by itself, with more time, because the machine may be busy."""
     from math_verify import parse, verify
 
-    return verify(parse(rf"\boxed{{{gold}}}"), parse(response))
+    texts = (rf"\boxed{{{gold}}}", response)
+    return verify(*(parse(text, parsing_timeout=LIMIT) for text in texts), timeout_seconds=LIMIT)
 
 
 def mathruler(gold: str, response: str) -> bool:
@@ -120,13 +122,13 @@ def mathruler(gold: str, response: str) -> bool:
 
 
 def limited(grade: Callable[[str, str], bool], gold: str, response: str) -> bool:
-    """Calls a grader; what it cannot grade in 10 s is wrong."""
+    """Calls a grader; what it cannot grade in the time is wrong."""
 
     def stop(*_: object) -> None:
         raise TimeoutError
 
     signal.signal(signal.SIGALRM, stop)
-    signal.alarm(10)
+    signal.alarm(LIMIT)
     try:
         return bool(grade(gold, response))
     except Exception:
@@ -138,7 +140,7 @@ def limited(grade: Callable[[str, str], bool], gold: str, response: str) -> bool
 def by_each_grader(cases: list[tuple[str, str, bool]], others: bool, workers: int | None) -> dict[str, dict]:
     """Returns the errors of the verifier and, if asked for, of the public graders that are installed."""
     golds, responses, _ = zip(*cases, strict=True)
-    with closing(rewards.Pool(workers=workers)) as pool:
+    with closing(rewards.Pool(workers=workers, seconds=LIMIT)) as pool:
         verdicts = rewards.score(list(responses), list(golds), pool=pool)
     errors = {"sgpo_jax": count_errors(cases, [verdict.outcome == "correct" for verdict in verdicts])}
     public = {"math-verify": math_verify_alone} | ({"mathruler": mathruler} if find_spec("mathruler") else {})
