@@ -58,6 +58,8 @@ EXTRAS = {
     "tfds": ["tensorflow-datasets>=4.9.10"],  # data sets of TFDS, read without TensorFlow
     "browser": ["playwright>=1.55"],  # the report's page in headless Chromium; `playwright install chromium` brings one
     "tpu": ["jax[tpu]>=0.10.2"],
+    # XLA's compiler for GPUs without NVIDIA's own wheels: plans and compile tests on machines without a GPU.
+    "gpu-compiler": ["jax-cuda13-plugin>=0.10.2", "jax-cuda13-pjrt>=0.10.2"],
     "gpu": ["jax[cuda13]>=0.10.2"],  # driver 580 or newer; with an older one install jax[cuda12]
 }
 
@@ -70,7 +72,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["sgpo_jax", "sgpo_jax.*"]),
-    package_data={"sgpo_jax": ["py.typed"], "sgpo_jax.report": ["templates/*"]},
+    package_data={"sgpo_jax": ["py.typed"], "sgpo_jax.report": ["templates/*"], "sgpo_jax.plan": ["cards/*.txtpb"]},
     entry_points={"console_scripts": ["sgpo = sgpo_jax.commands:main"]},
     python_requires=">=3.11,<3.14",
     install_requires=RUNTIME,

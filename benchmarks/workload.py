@@ -70,8 +70,9 @@ class Shape(NamedTuple):
 SHAPES = {
     "small": Shape(layers=4, hidden=256, heads=4, kv_heads=2, mlp=1024, vocab=8192),
     "smollm2": Shape(layers=30, hidden=576, heads=9, kv_heads=3, mlp=1536, vocab=49152),
+    "qwen1p5b": Shape(layers=28, hidden=1536, heads=12, kv_heads=2, mlp=8960, vocab=151936),  # without its biases
 }
-SHAPE_HELP = "small, smollm2, or LAYERSxHIDDENxHEADSxKV_HEADSxMLPxVOCABULARY, such as 4x256x4x2x1024x8192"
+SHAPE_HELP = "small, smollm2, qwen1p5b, or LAYERSxHIDDENxHEADSxKV_HEADSxMLPxVOCABULARY, such as 4x256x4x2x1024x8192"
 
 
 def shape(text: str) -> Shape:

@@ -4,6 +4,7 @@
 
 It reads data/train.jsonl (id, problem, answer, solution, strategy) and data/{math500,amc23,olympiadbench,aime24}.jsonl
 (id, problem, answer). To read other files: --config.data.train=... and --config.eval.sets.MATH500.source=...
+`:h100x8` or `:h100x32` after the file's name makes it fit 8 or 32 H100 (docs/gpus.md).
 """
 
 from ml_collections import ConfigDict
@@ -11,8 +12,14 @@ from ml_collections import ConfigDict
 from sgpo_jax import config as configs
 from sgpo_jax import methods
 
+# Fields with which the run fits, according to the plans in benchmarks/plans.
+CARDS = {
+    "h100x8": {"sft.micro_batch": 16, "rl.micro_batch": 16, "rl.slots": 256, "eval.slots": 128},
+    "h100x32": {"rl.slots": 1024, "eval.slots": 512},
+}
 
-def get_config(method: str = "sgpo") -> ConfigDict:
+
+def get_config(choice: str = "sgpo") -> ConfigDict:
     config = configs.paper("Qwen/Qwen2.5-7B-Instruct", tensor=4)
     config.eval.max_new_tokens = 32_768 - 1024  # the paper's 32,768 less a prompt: the model has 32,768 positions
-    return methods.select(config, method)
+    return methods.select(config, choice, CARDS)

@@ -337,9 +337,7 @@ def _add_gradients(d_logits, hidden, head, s, gradients):
     """Adds the gradients that `d_logits` `[C,V]` of chunk s gives `hidden` `[S,C,D]` and the head `[D,V]`."""
     d_hidden, d_head = gradients
     d_logits = d_logits.astype(hidden.dtype)
-    d_chunk = output_head.sum_over_vocabulary(
-        jnp.dot(d_logits, head.columns().T, preferred_element_type=jnp.float32)
-    )
+    d_chunk = output_head.sum_over_vocabulary(output_head.product(d_logits, head.columns().T))
     # An explicit transpose: on CPU it cuts the time of the product by a third, and saves a copy of `d_logits`.
     transposed = jax.lax.optimization_barrier(hidden[s].T)
     parts = PARTS if len(d_head) % PARTS == 0 else 1
@@ -347,7 +345,7 @@ def _add_gradients(d_logits, hidden, head, s, gradients):
 
     def add(i, d_head):
         rows = partial(jax.lax.dynamic_slice_in_dim, start_index=i * size, slice_size=size)
-        total = rows(d_head) + jnp.dot(rows(transposed), d_logits, preferred_element_type=jnp.float32)
+        total = rows(d_head) + output_head.product(rows(transposed), d_logits)
         return jax.lax.dynamic_update_slice_in_dim(d_head, total, i * size, axis=0)
 
     return d_hidden.at[s].set(d_chunk.astype(hidden.dtype)), jax.lax.fori_loop(0, parts, add, d_head)

@@ -1,8 +1,9 @@
 """SGPO, the paper's baselines and its ablations, each as changes of a config.
 
-`--config=configs/qwen7b.py:luffy` selects a method. All start from the same warm-up and draw the same number of samples
-per problem and step; only "self_strategies" draws more, before the first step. docs/methods.md has the equations, and
-says where a method differs from its authors' code.
+`--config=configs/qwen7b.py:luffy` selects a method, `:h100x32` cards that the run is to fit, `:luffy,h100x32` both. All
+methods start from the same warm-up and draw the same number of samples per problem and step; only "self_strategies"
+draws more, before the first step. docs/methods.md has the equations, and says where a method differs from its authors'
+code.
 """
 
 import math
@@ -99,22 +100,37 @@ def named(config: Mapping[str, Any]) -> str:
 
 
 def _signature(rl: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what tells methods apart: the choices that are words, whether there is a guided group, and a KL clip."""
+    """Returns what tells methods apart: the choices that are words, and which of the optional parts there are."""
     words = {name: value for name, value in rl.items() if isinstance(value, str) and name not in ("reward", "decay")}
-    if not rl["guided"]:
-        return {name: words[name] for name in ("advantage", "normaliser")}
-    return words | {"clips": math.isfinite(rl["delta"])}
+    parts = {name: rl[name] > 0 for name in ("resample", "guided_grpo", "reference_kl", "delta_quantile")}
+    if not rl["guided"] and rl["target"] != "own":
+        names = ("advantage", "normaliser", "surrogate", "importance")
+        return {name: words[name] for name in names} | {"resample": parts["resample"]}
+    return words | parts | {"clips": math.isfinite(rl["delta"])}
 
 
-def select(config: ConfigDict, method: str) -> ConfigDict:
-    """Changes a config in place to train with a method, and returns it.
+def select(config: ConfigDict, choice: str, cards: Mapping[str, dict[str, Any]] | None = None) -> ConfigDict:
+    """Changes a config in place to train with a method, on certain cards, and returns it.
+
+    Args:
+      config: to change.
+      choice: the name of a method, of an entry of `cards`, or both with a comma between them.
+      cards: name -> fields, such as "rl.slots", with the values with which the run fits the cards.
 
     Raises:
-      ValueError: the method is unknown.
+      ValueError: a name is unknown, or there are two of a kind.
     """
-    if method not in METHODS:
-        raise ValueError(f"config:{method}: must be one of {', '.join(METHODS)}")
-    config.rl.update(METHODS[method](config.rl))
-    if method == "sft":
-        config.stages = ("sft", "eval")
+    names, cards = choice.split(","), cards or {}
+    unknown = [name for name in names if name not in METHODS and name not in cards]
+    if unknown:
+        raise ValueError(f"config:{unknown[0]}: must be one of {', '.join([*METHODS, *cards])}")
+    for kind in (METHODS, cards):
+        if len(chosen := [name for name in names if name in kind]) > 1:
+            raise ValueError(f"config:{choice}: {' and '.join(chosen)} cannot be chosen together")
+    for name in names:
+        if name in cards:
+            config.update_from_flattened_dict(cards[name])
+        else:
+            config.rl.update(METHODS[name](config.rl))
+            config.stages = ("sft", "eval") if name == "sft" else config.stages
     return config

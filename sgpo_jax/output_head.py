@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sgpo_jax.sharding import platform
+from sgpo_jax.sharding import exact_products, platform
 
 # Vocabulary entries of one matrix product on CPU. One product over the whole vocabulary, inside a loop, needs a second
 # copy of the head in memory, and takes 1.5 times as long for 128 positions.
@@ -52,14 +52,20 @@ def logits(hidden: jax.Array, head: Head) -> jax.Array:
     most = size // WIDTH if platform() == "cpu" else 1
     parts = next((n for n in range(most, 1, -1) if size % n == 0), 1)
     if parts == 1:
-        return jnp.dot(hidden, head.columns(), preferred_element_type=jnp.float32)
+        return product(hidden, head.columns())
 
     def add(i, products):
         columns = head.columns(i * (size // parts), size // parts)
-        product = jnp.dot(hidden, columns, preferred_element_type=jnp.float32)
-        return jax.lax.dynamic_update_slice_in_dim(products, product, i * (size // parts), axis=1)
+        part = product(hidden, columns)
+        return jax.lax.dynamic_update_slice_in_dim(products, part, i * (size // parts), axis=1)
 
     return jax.lax.fori_loop(0, parts, add, jnp.zeros((len(hidden), size), jnp.float32))
+
+
+def product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Multiplies matrices; the sums and the result are float32."""
+    with exact_products(x.dtype):
+        return jnp.dot(x, y, preferred_element_type=jnp.float32)
 
 
 def local_index(head: Head, targets: jax.Array) -> jax.Array:

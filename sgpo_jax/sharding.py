@@ -3,15 +3,17 @@
 The mesh uses Auto axes. The code places inputs, parameters and a few activations; the compiler derives the rest.
 """
 
+import contextlib
 import math
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
@@ -65,7 +67,7 @@ def mesh_shape(sizes: tuple[int, int, int], num_devices: int) -> tuple[int, int,
     return resolved  # type: ignore[return-value]
 
 
-def row_ways(mesh: Mesh) -> int:
+def row_ways(mesh: Mesh | AbstractMesh) -> int:
     """Returns the number of parts into which the mesh splits the rows of a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
@@ -170,6 +172,14 @@ def fit_spec(shape: tuple[int, ...], spec: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(axes if size % ways(axes) == 0 else None for size, axes in zip(shape, spec, strict=False))
 
 
+def per_device(local: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """Returns a function that runs `local` on each device's part, because the partitioner cannot split a kernel."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return local
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
 def platform() -> str:
     """Returns "cpu", "gpu" or "tpu": where the computation being traced will run.
 
@@ -180,3 +190,10 @@ def platform() -> str:
         return jax.default_backend()
     kind = mesh.abstract_device.device_kind.lower()  # as in "TPU v5 lite", "cpu", "NVIDIA H100"
     return next((name for name in ("cpu", "tpu") if kind.startswith(name)), "gpu")
+
+
+def exact_products(dtype: Any) -> contextlib.AbstractContextManager:
+    """Returns a context in which GPUs multiply float32 as float32; by default they round the operands to TF32."""
+    if dtype == np.float32 and platform() == "gpu":
+        return jax.default_matmul_precision("highest")
+    return contextlib.nullcontext()

@@ -275,6 +275,26 @@ def test_a_method_that_does_not_exist_is_refused():
         select(configs.base(), "grop")
 
 
+@pytest.mark.parametrize("choice", ["few", "grpo,few", "few,grpo"])
+def test_cards_are_chosen_beside_a_method(choice):
+    config = select(configs.base(), choice, {"few": {"rl.slots": 8, "mesh.tensor": 2}, "many": {}})
+    assert (config.rl.slots, config.mesh.tensor) == (8, 2)
+    assert config.rl.guided == (0 if "grpo" in choice else 4)
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ("grpo,fewer", "config:fewer: must be one of sgpo, .*self_strategies, few, many"),
+        ("few,many", "config:few,many: few and many cannot be chosen together"),
+        ("grpo,luffy", "config:grpo,luffy: grpo and luffy cannot be chosen together"),
+    ],
+)
+def test_names_that_cannot_be_chosen_are_refused(choice, message):
+    with pytest.raises(ValueError, match=message):
+        select(configs.base(), choice, {"few": {}, "many": {}})
+
+
 @pytest.mark.parametrize("name", ["grpo", "luffy", "hpt"])
 def test_a_method_trains(name, tmp_path):
     """The loop itself: what is sampled, shown and logged."""
@@ -320,6 +340,11 @@ def test_a_method_beyond_the_paper_trains(name, tmp_path, monkeypatch):
             assert (row["alpha"] == 1) == (name == "opsd")
     rounds = 1 + config.rl.resample  # so few answers are right that some problem is idle to the last
     assert len(graded) == 2 * rounds * (2 if name == "anchored" else 1) and (rounds > 1) == (name == "dapo")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_config_tells_its_method(name):
+    assert methods.named(configs.to_dict(select(configs.base(), name))) == name
 
 
 def test_a_collapse_stops_the_run_after_a_checkpoint(tmp_path):

@@ -53,6 +53,8 @@ def _run_stages(config, workdir: Path, mesh: Mesh) -> None:
     policy, load = stage.load_policy(config)
     run = Run(config, workdir, policy, mesh)
     stage.check_positions(run)
+    if "rl" in config.stages:
+        rl.sampling(run)  # slots that do not fit are refused before the warm-up
     initial = partial(load, jax.random.key(config.seed))
     warmed_up = partial(stage.warmed_up, run, initial)
     try:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from sgpo_jax import data, rewards
 from sgpo_jax.data import unsolvable
 from sgpo_jax.evaluation import generations
-from sgpo_jax.policy import Policy, Run, positions
+from sgpo_jax.policy import Policy, Run, memory, positions
 from sgpo_jax.policy.generation import encode_prompts, grade, noise_key, pad_prompts, respond
 from sgpo_jax.rollout import Rollout, Sampling
 from sgpo_jax.runtime import distributed, preemption
@@ -138,22 +138,28 @@ def summarize(numbers: np.ndarray) -> dict[str, Any]:
 
 
 def check_sets(run: Run, limit: int = 0) -> None:
-    """Checks that prompts and responses of every set fit into the model's positions.
+    """Checks that prompts and responses of every set fit into the model's positions, and the slots into the memory.
 
     Args:
-      run: the config and the policy.
+      run: the config, the policy and the mesh.
       limit: first problems of each set that are evaluated; 0 is `eval.limit` of the config.
 
     Raises:
-      ValueError: `eval.max_new_tokens` is too large; see `positions.check_limit`.
+      ValueError: `eval.max_new_tokens` or `eval.slots` is too large; see `positions.check_limit`, `memory.sampling`.
     """
     fields = run.config.eval
     for context in benchmark.contexts(fields.guided):
         for name, chosen in fields.sets.items():
+            _sampling(run, chosen.samples)
             rows = _rows(chosen.source, guided=context == "guided")[: limit or fields.limit or None]
             prompts = encode_prompts(run.policy, rows, guided=context == "guided")
             what = f"{name}, {context}"
             positions.check_limit(run.policy, prompts, "eval.max_new_tokens", fields.max_new_tokens, what)
+
+
+def _sampling(run: Run, samples: int) -> Sampling:
+    batch = run.config.eval.batch
+    return memory.sampling(run, "eval", batch * samples, batch)
 
 
 def _rows(source: str, guided: bool) -> list[dict]:
@@ -192,7 +198,7 @@ def evaluate_sets(
         if not rows:
             continue
         settings = Settings(
-            name, config.seed, step, guided, chosen.samples, Sampling.from_config(fields), fields.batch,
+            name, config.seed, step, guided, chosen.samples, _sampling(run, chosen.samples), fields.batch,
             config.rl.reward, model or config.model.source,
         )  # fmt: skip
         path = folder / f"{name}_{settings.context}_{step:06d}.jsonl"

@@ -92,16 +92,19 @@ def _training_means(path: Path) -> dict[str, float]:
 
 @contextlib.contextmanager
 def worker_pool(config: ConfigDict, workdir: Path) -> Iterator[RunCells]:
-    """Yields a function that runs cells in `lab.workers` processes with a core each, or in this process for 0."""
+    """Yields a function that runs cells in `lab.workers` processes with a core each, or in this process for 0.
+
+    On a host with GPUs a worker has one of them, or a part of its memory if there are more workers than GPUs.
+    """
     if not config.lab.workers:
         yield lambda cells: ((cell, _attempt(config, cell, workdir)) for cell in cells)
         return
     spawn = multiprocessing.get_context("spawn")
-    cores = spawn.Queue()
-    available = sorted(os.sched_getaffinity(0))
+    shares = spawn.Queue()
+    available, gpus = sorted(os.sched_getaffinity(0)), host_gpus()
     for i in range(config.lab.workers):
-        cores.put(available[i % len(available)])
-    arguments = cores, str(workdir / "compiled")
+        shares.put((available[i % len(available)], gpu_share(i, config.lab.workers, gpus)))
+    arguments = shares, str(workdir / "compiled")
     pool = ProcessPoolExecutor(config.lab.workers, spawn, initializer=_begin, initargs=arguments)
 
     def run_cells(cells: Sequence[Cell]) -> Iterator[tuple[Cell, dict[str, Any] | Exception]]:
@@ -118,10 +121,34 @@ def worker_pool(config: ConfigDict, workdir: Path) -> Iterator[RunCells]:
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(cores: Any, compiled: str) -> None:
-    """Prepares a worker process: its core, and the compilation cache, which cells of the same shapes share."""
+def host_gpus() -> list[str]:
+    """Returns the GPUs of this host that a process may use, as CUDA_VISIBLE_DEVICES names them, without opening one."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name.strip() for name in visible.split(",") if name.strip()]
+    driver = Path("/proc/driver/nvidia/gpus")
+    return [str(i) for i in range(len(list(driver.iterdir())))] if driver.is_dir() else []
+
+
+def gpu_share(worker: int, workers: int, gpus: Sequence[str]) -> dict[str, str]:
+    """Returns the environment variables of a worker: its GPU and, where it has not all of it, its share of the memory.
+
+    A process of JAX takes this share of the memory of every GPU that it sees, 0.75 if the variable is not set.
+    """
+    if not gpus:
+        return {}
+    variables = {"CUDA_VISIBLE_DEVICES": gpus[worker % len(gpus)]}
+    if (users := len(range(worker % len(gpus), workers, len(gpus)))) > 1:
+        whole = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
+        variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{whole / users:.3f}"
+    return variables
+
+
+def _begin(shares: Any, compiled: str) -> None:
+    """Prepares a worker process: its core, its GPU, and the compilation cache, which cells of the same shapes share."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the parent answers it
-    os.sched_setaffinity(0, {cores.get()})
+    core, variables = shares.get()
+    os.sched_setaffinity(0, {core})
+    os.environ.update(variables)
     logging.set_verbosity(logging.ERROR)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     jax.config.update("jax_compilation_cache_dir", compiled)

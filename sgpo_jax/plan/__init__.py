@@ -1,4 +1,4 @@
-"""Plans a run for TPUs that can be absent: its memory, work, communication and time."""
+"""Plans a run for TPUs or GPUs that can be absent: its memory, work, communication, time and cost."""
 
 from sgpo_jax.cli import lazily
 

@@ -8,10 +8,10 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax.plan import flops, hardware, hlo, hlo_cost, roofline
-from sgpo_jax.plan.hardware import Chip
+from sgpo_jax.plan import flops, hlo, hlo_cost, roofline, tpus
+from sgpo_jax.plan.hardware import GIB
 from sgpo_jax.plan.programs import Program, Setting
-from sgpo_jax.plan.roofline import Reached
+from sgpo_jax.plan.roofline import Chip, Reached
 from sgpo_jax.sharding import row_ways
 
 Result = dict[str, Any]
@@ -23,7 +23,7 @@ def measure(program: Program, mesh: Mesh, chip: Chip, reached: Reached, limit: i
 
     Args:
         program: what to compile.
-        mesh: of TPUs, which can be absent.
+        mesh: of TPUs or GPUs, which can be absent.
         chip, reached: peak speeds, and the shares of them.
         limit: bytes of HBM of a device.
 
@@ -38,7 +38,7 @@ def measure(program: Program, mesh: Mesh, chip: Chip, reached: Reached, limit: i
         try:
             compiled, needed = traced.lower().compile(), 0
         except jax.errors.JaxRuntimeError as error:
-            if not (sizes := hardware.too_large(error)):
+            if not (sizes := tpus.too_large(error)):
                 raise
             compiled, needed = None, sizes[0]
     hbm: dict[str, int] = {"limit": limit, "resident": program.resident}
@@ -49,9 +49,12 @@ def measure(program: Program, mesh: Mesh, chip: Chip, reached: Reached, limit: i
         hbm["needed"] = needed + program.resident
     else:
         module = hlo.parse(compiled.as_text())
-        collectives = hlo_cost.collectives(module, program.scopes)
+        per_host = mesh.size // len(hosts(mesh)) if chip.network else 0
+        collectives = hlo_cost.collectives(module, program.scopes, per_host)
         hbm_bytes = hlo_cost.hbm_bytes(module, program.scopes)
-        hbm |= _memory(compiled.memory_analysis())
+        hbm |= memory(compiled.memory_analysis())
+        if chip.network:
+            hbm["workspace"] = hlo_cost.workspace(module)  # one of the temporaries
         hbm["needed"] = program.resident + hbm["arguments"] + hbm["outputs"] + hbm["temporaries"] + hbm["code"]
         names = ("bytes", "array", "from")
         result["largest"] = [dict(zip(names, array, strict=True)) for array in hlo_cost.largest(module, LARGEST)]
@@ -69,7 +72,7 @@ def measure(program: Program, mesh: Mesh, chip: Chip, reached: Reached, limit: i
     return result | {"hbm": hbm, "phases": phases, "compile_seconds": time.monotonic() - started}
 
 
-def _memory(stats: Any) -> dict[str, int]:
+def memory(stats: Any) -> dict[str, int]:
     """Returns the compiler's figures in bytes. Outputs that reuse donated arguments are not counted twice."""
     return {
         "arguments": stats.argument_size_in_bytes,
@@ -81,13 +84,27 @@ def _memory(stats: Any) -> dict[str, int]:
 
 
 def _by_kind(collectives: Sequence[hlo_cost.Collective]) -> dict[str, dict[str, float]]:
-    """Returns kind -> number of collectives, bytes of their results, and bytes that a device sends in a ring."""
+    """Returns kind -> number of collectives, bytes of their results, and bytes that a device sends in a ring.
+
+    "network" are the bytes of those that go to another host.
+    """
     kinds: dict[str, dict[str, float]] = {}
     for collective in collectives:
-        totals = kinds.setdefault(collective.kind, {"count": 0.0, "bytes": 0.0, "sent": 0.0})
-        for name, value in (("count", 1.0), ("bytes", collective.bytes), ("sent", collective.sent)):
+        totals = kinds.setdefault(collective.kind, {"count": 0.0, "bytes": 0.0, "sent": 0.0, "network": 0.0})
+        values = 1.0, collective.bytes, collective.sent, collective.sent_to_hosts
+        for name, value in zip(totals, values, strict=True):
             totals[name] += collective.times * value
     return kinds
+
+
+def hosts(mesh: Mesh) -> set[int]:
+    """Returns the numbers of the hosts whose devices are in a mesh."""
+    return {device.process_index for device in mesh.devices.flat}
+
+
+def dollars(run_hours: dict[str, dict[str, float]], chips: int, price: float) -> dict[str, float]:
+    """Returns the dollars of a run, "least" and "most", from the result of `hours` and the price of a chip's hour."""
+    return {bound: value * chips * price for bound, value in run_hours["all"].items()}
 
 
 def seconds(result: Result) -> tuple[float, float]:
@@ -110,6 +127,18 @@ def hours(results: dict[str, Result]) -> dict[str, dict[str, float]] | None:
             for bound, call_seconds in zip(("least", "most"), seconds(result), strict=True):
                 total[name][bound] += result["calls"] * call_seconds / 3600
     return total
+
+
+def remarks(mesh: Mesh, chip: Chip) -> list[str]:
+    """Returns a line where the tensor axis of a mesh leaves a host, for which the network is too slow."""
+    group = mesh.devices.reshape(-1, mesh.shape["tensor"])[0]
+    count = len({device.process_index for device in group})
+    if not chip.network or count == 1:
+        return []
+    return [
+        f"mesh.tensor={mesh.shape['tensor']} reaches over {count} hosts: every layer sums activations over it, so keep "
+        f"it within the {mesh.size // len(hosts(mesh))} GPUs of a host"
+    ]
 
 
 def advice(measured: Sequence[tuple[Program, Result]], config: ConfigDict, mesh: Mesh, heads: int) -> list[str]:
@@ -139,7 +168,7 @@ def advice(measured: Sequence[tuple[Program, Result]], config: ConfigDict, mesh:
             changes.append(f"config.mesh.tensor={2 * tensor}")
         else:
             changes.append("more chips")
-        sizes = f"{needed / hardware.GIB:.2f} of {limit / hardware.GIB:.2f} GiB"
+        sizes = f"{needed / GIB:.2f} of {limit / GIB:.2f} GiB"
         lines.append(f"{program.name} needs {sizes}; in this order: {'; '.join(changes)}")
     return lines
 

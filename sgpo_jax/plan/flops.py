@@ -6,11 +6,19 @@ XLA's own cost analysis counts the body of a loop once, and it cannot look into 
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from jax.extend.core import jaxprs_in_params
 
 from sgpo_jax.plan.phases import Scopes
+
+# What kernels compute the bounds of their loops with.
+_SCALAR: dict[str, Callable] = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.floor_divide, "max": np.maximum,
+    "min": np.minimum, "convert_element_type": np.asarray,
+}  # fmt: skip
 
 
 def matmul_flops(jaxpr: Any, scopes: Scopes) -> dict[str, float]:
@@ -23,11 +31,11 @@ def matmul_flops(jaxpr: Any, scopes: Scopes) -> dict[str, float]:
     Raises:
         ValueError: `scopes` has no trip count for a `while`.
     """
-    return dict(_walk(getattr(jaxpr, "jaxpr", jaxpr), "", scopes))
+    return dict(_walk(getattr(jaxpr, "jaxpr", jaxpr), "", scopes, {}))
 
 
-def _walk(jaxpr: Any, outer: str, scopes: Scopes) -> dict[str, float]:
-    """Returns phase -> FLOPs of a jaxpr that stands at the path `outer`."""
+def _walk(jaxpr: Any, outer: str, scopes: Scopes, loops: dict[int, float]) -> dict[str, float]:
+    """Returns phase -> FLOPs of a jaxpr that stands at the path `outer`; `loops` are the result of `_kernel_loops`."""
     total: dict[str, float] = defaultdict(float)
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
@@ -38,14 +46,16 @@ def _walk(jaxpr: Any, outer: str, scopes: Scopes) -> dict[str, float]:
         inner, times = path, 1.0
         if name in ("scan", "while"):
             inner = f"{path}/while/body"
-            times = params["length"] if name == "scan" else scopes.trip_count(f"{path}/while")
+            known = params["length"] if name == "scan" else loops.get(id(equation))
+            times = scopes.trip_count(f"{path}/while") if known is None else known
         elif name == "shard_map":
             times = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
         elif name == "pallas_call":
             times = _kernel_runs(params["grid_mapping"].grid, path)
+            loops = loops | _kernel_loops(params["jaxpr"], params["grid_mapping"])
         elif name == "jit":
             inner = f"{path}/jit({params['name']})"
-        parts = [_walk(getattr(part, "jaxpr", part), inner, scopes) for part in jaxprs_in_params(params)]
+        parts = [_walk(getattr(part, "jaxpr", part), inner, scopes, loops) for part in jaxprs_in_params(params)]
         if name == "cond":
             parts = [max(parts, key=lambda part: sum(part.values()))]
         for part in parts:
@@ -68,3 +78,43 @@ def _kernel_runs(grid: tuple[int, ...], path: str) -> float:
     """
     share = (grid[-1] + 1) / (2 * grid[-1]) if "splash" in path else 1.0
     return math.prod(grid) * share
+
+
+def _kernel_loops(kernel: Any, grid_mapping: Any) -> dict[int, float]:
+    """Returns id of a `while` -> how often it runs on average, for loops that are bounded by the place in the grid.
+
+    Such are the loops of JAX's flash attention for GPUs, which end at the diagonal or begin there. A loop whose bounds
+    depend on data is not in the result.
+    """
+    axes = [size for axis, size in enumerate(grid_mapping.grid) if axis not in grid_mapping.vmapped_dims]
+    known: dict[Any, Any] = {}  # variable -> its value at every place of the grid
+    trips = {}
+
+    def value(atom: Any) -> Any:
+        return atom.val if hasattr(atom, "val") else known.get(atom)
+
+    for equation in kernel.eqns:
+        name, values = equation.primitive.name, [value(atom) for atom in equation.invars]
+        if name == "program_id":
+            axis = equation.params["axis"]
+            shape = [size if i == axis else 1 for i, size in enumerate(axes)]
+            known[equation.outvars[0]] = np.arange(axes[axis]).reshape(shape)
+        elif name in _SCALAR and all(x is not None for x in values):
+            known[equation.outvars[0]] = _SCALAR[name](*values)
+        elif name == "while":
+            bounds = _bounds(equation, values)
+            if bounds is not None:
+                trips[id(equation)] = float(np.maximum(bounds[1] - bounds[0], 0).mean())
+    return trips
+
+
+def _bounds(loop: Any, values: list[Any]) -> tuple[Any, Any] | None:
+    """Returns (first, end) of a `while` that counts up by one; None where `values`, its arguments, lack one of them."""
+    condition = loop.params["cond_jaxpr"].jaxpr
+    compare = condition.eqns[-1]
+    if len(condition.eqns) != 1 or compare.primitive.name != "lt":
+        return None
+    count = loop.params["cond_nconsts"]
+    given = dict(zip(condition.invars, values[:count] + values[count + loop.params["body_nconsts"] :], strict=True))
+    first, end = (atom.val if hasattr(atom, "val") else given[atom] for atom in compare.invars)
+    return None if first is None or end is None else (first, end)

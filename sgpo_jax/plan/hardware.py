@@ -1,93 +1,49 @@
-"""TPU chips: their peak speeds, and topologies to compile for on a machine that has no TPU."""
+"""The chips that a run can be planned for: TPUs and NVIDIA GPUs, by the name of their topology."""
 
-import importlib.util
-import os
 import re
-from typing import NamedTuple
+from importlib import metadata
 
 import jax
-import jax.numpy as jnp
-from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+
+from sgpo_jax.plan import gpus, tpus
+from sgpo_jax.plan.roofline import Chip
 
 GIB = 2**30
 
 
-class Chip(NamedTuple):
-    """Peak speeds of a chip."""
-
-    flops: float  # per second, in bfloat16
-    hbm: float  # bytes per second
-    ici: float  # bytes per second that a chip sends in a ring along one axis of the torus, both directions together
-
-
-# From the system architecture pages of the Cloud TPU documentation. They give the total of all links of a chip, both
-# directions: 400 GB/s on 4 links, 800 on 4, 1200 on 6. A ring uses two links, and a link has half its rate each way.
-CHIPS = {
-    "v5e": Chip(flops=197e12, hbm=819e9, ici=100e9),
-    "v6e": Chip(flops=918e12, hbm=1638e9, ici=200e9),
-    "v5p": Chip(flops=459e12, hbm=2765e9, ici=200e9),
-}
-HOP = 1e-6  # least seconds of one step of a ring
-
-# Without these, libtpu asks a metadata server which slice this host belongs to, and logs that there is no answer.
-_ENVIRONMENT = {
-    "TPU_ACCELERATOR_TYPE": "v5litepod-64",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_LOG_DIR": "disabled",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # safe: no device is opened
-}
-_MEMORY = re.compile(r"\(?([\d.]+)([KMGT]?)\)? exceeds available HBM \(([\d.]+)([KMGT]?)\)")
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
 def topology(name: str) -> tuple[Chip, list[jax.Device]]:
-    """Returns (chip, devices) of a topology such as "v5e:16x16". The devices can only be compiled for.
+    """Returns (chip, devices) of a topology such as "v5e:16x16" or "h100:4x8". The devices can only be compiled for.
 
     Raises:
-        ValueError: the topology does not exist, or libtpu is not installed.
+        ValueError: the topology does not exist, or its compiler is not installed.
     """
     kind, _, shape = name.partition(":")
-    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
-        raise ValueError(
-            f"--topology={name}: must be {', '.join(CHIPS)}, ':' and a shape, as in v5e:16x16 or v5p:4x4x4"
-        )
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError("libtpu, the compiler for TPUs, is not installed: pip install 'sgpo_jax[tpu]'")
-    for variable, value in _ENVIRONMENT.items():
-        os.environ.setdefault(variable, value)
-    try:
-        description = topologies.get_topology_desc(platform="tpu", topology_name=name)
-    except Exception as error:  # libtpu raises types of its own
-        raise ValueError(f"--topology={name}: libtpu knows no such topology ({error})") from error
-    return CHIPS[kind], list(description.devices)
+    if kind in tpus.CHIPS and re.fullmatch(r"\d+(x\d+){1,2}", shape):
+        return tpus.CHIPS[kind], tpus.devices(name)
+    sizes = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", shape)
+    if kind in gpus.CHIPS and sizes and int(sizes[2]) <= gpus.MOST:
+        return gpus.CHIPS[kind], gpus.devices(kind, int(sizes[1] or 1), int(sizes[2]))
+    raise ValueError(
+        f"--topology={name}: must be {', '.join(tpus.CHIPS)}, ':' and the shape of a slice, as in v5e:16x16 or "
+        f"v5p:4x4x4; or {', '.join(gpus.CHIPS)}, ':' and the GPUs of a host, at most {gpus.MOST}, as in h100:8, or of "
+        "several hosts, as in h100:4x8"
+    )
 
 
-def hbm_limit(device: jax.Device) -> int:
-    """Returns the bytes of HBM that the compiler allows a program on the device.
+def is_gpu(name: str) -> bool:
+    """Returns whether a topology is one of GPUs."""
+    return name.partition(":")[0] in gpus.CHIPS
 
-    It compiles a program that is too large for any chip and reads the limit from the error message.
 
-    Raises:
-        ValueError: that program compiled.
+def hbm_limit(name: str, device: jax.Device, memory_share: float) -> int:
+    """Returns the bytes of HBM that a program may take on the device of a topology.
+
+    A TPU's is the compiler's own. On a GPU it is the share of the card that JAX takes for itself when it starts.
     """
-    huge = jax.ShapeDtypeStruct((2**40,), jnp.float32, sharding=SingleDeviceSharding(device))
-    try:
-        jax.jit(lambda x: x + 1).lower(huge).compile()
-    except jax.errors.JaxRuntimeError as error:
-        if sizes := too_large(error):
-            return sizes[1]
-        raise
-    raise ValueError(f"{device.device_kind}: a program of 8 TiB compiled, so the limit of its HBM is unknown")
+    kind = name.partition(":")[0]
+    return int(memory_share * gpus.memory(kind)) if kind in gpus.CHIPS else tpus.hbm_limit(device)
 
 
-def too_large(error: Exception) -> tuple[int, int] | None:
-    """Returns (bytes needed, bytes available) from the compiler's error that a program does not fit.
-
-    The result is None for any other error.
-    """
-    match = _MEMORY.search(str(error)) if "RESOURCE_EXHAUSTED" in str(error) else None
-    if not match:
-        return None
-    return int(float(match[1]) * _UNITS[match[2]]), int(float(match[3]) * _UNITS[match[4]])
+def versions(name: str) -> dict[str, str]:
+    """Returns package -> version of what compiles for a topology."""
+    return {package: metadata.version(package) for package in ("jax", gpus.plugin() if is_gpu(name) else "libtpu")}

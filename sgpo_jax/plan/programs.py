@@ -19,14 +19,15 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from sgpo_jax import logprobs
-from sgpo_jax.models import ModelConfig, attention, huggingface, init_cache, presets
+from sgpo_jax.models import ModelConfig, attention, attention_gpu, attention_tpu, huggingface, presets
 from sgpo_jax.plan import workload
 from sgpo_jax.plan.phases import Scopes
 from sgpo_jax.plan.workload import Assumed
 from sgpo_jax.policy import Policy
 from sgpo_jax.rollout import Prompts, Sampling, generate
+from sgpo_jax.rollout.memory import cache_bytes, head_ways
 from sgpo_jax.rollout.schedule import Stage, schedule
-from sgpo_jax.sharding import BATCH, row_ways
+from sgpo_jax.sharding import BATCH, platform, row_ways
 from sgpo_jax.training import packing, rl, sft, stage, train_step
 from sgpo_jax.training.batch import Batch, Contexts, Group, pack_batch, specs
 from sgpo_jax.training.forward import Forward
@@ -240,34 +241,35 @@ def _generation(
     responses = workload.lengths(count, assumed.response_tokens, fields.max_new_tokens)
     waiting, slots = responses.reshape(shards, -1), min(fields.slots or count, count)
     stages = schedule(waiting, np.full_like(waiting, assumed.prompt_tokens), slots // shards)
-    split = mesh.shape["tensor"] if policy.config.num_kv_heads % mesh.shape["tensor"] == 0 else 1
+    length = longest - 1 + fields.max_new_tokens
+    cache = cache_bytes(policy.config, slots, length, policy.dtype, mesh)
+    setting, split = Setting(f"{section}.slots", slots, cache), head_ways(policy.config, mesh)
     with jax.set_mesh(mesh):
-        cache = jax.eval_shape(
-            partial(init_cache, policy.config, slots, longest - 1 + fields.max_new_tokens, policy.dtype)
-        )
-    setting = Setting(f"{section}.slots", slots, whole_bytes(cache) // shards // split)
-    token_bytes = 2 * policy.config.num_kv_heads // split * policy.config.head_dim * policy.dtype.itemsize
-    scopes = _decoding(stages, count // shards, token_bytes)
+        cache_slots, width = attention.cache_shape(length, policy.config.head_dim)
+        kernels = attention_gpu if platform() == "gpu" else attention_tpu
+    token_bytes = 2 * policy.config.num_kv_heads // split * width * policy.dtype.itemsize
+    scopes = _decoding(stages, count // shards, kernels.tokens_at_once(cache_slots), token_bytes)
     return Program(
         name, section, trace, scopes, resident, arguments=device_bytes((params, prompts)), calls=calls,
         tokens=float(responses.sum()), setting=setting,
     )  # fmt: skip
 
 
-def _decoding(stages: list[Stage], responses: int, token_bytes: int) -> Scopes:
+def _decoding(stages: list[Stage], responses: int, at_once: int, token_bytes: int) -> Scopes:
     """Returns the trip counts of the engine's loops, and the bytes that the paged kernel reads from a layer's cache.
 
     Args:
         stages: from the engine's schedule.
         responses: of a shard; the prompt of each is copied once.
+        at_once: cached tokens of a row that the kernel reads in one round of its loop.
         token_bytes: keys and values of a token in one layer on a device.
     """
     refills = float(stages[0].refills)
     trips, reads = [("refill/while$", refills), ("refill/while/body/while$", responses / refills)], []
     for decoding in stages:
         kernel = f"decode_{decoding.width}/.*paged_attention"
-        blocks = decoding.cached / decoding.width / (attention.PAGES_PER_BLOCK * attention.LANES)
-        trips += [(kernel, blocks), (f"decode_{decoding.width}/while$", decoding.steps / max(decoding.refills, 1))]
+        steps = decoding.steps / max(decoding.refills, 1)
+        trips += [(kernel, decoding.cached / decoding.width / at_once), (f"decode_{decoding.width}/while$", steps)]
         reads.append((kernel, decoding.cached * token_bytes))
     return Scopes("prefill", (("decode_", "decode"), ("refill", "refill")), tuple(trips), tuple(reads))
 

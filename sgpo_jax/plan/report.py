@@ -12,6 +12,7 @@ from sgpo_jax.plan.roofline import Seconds
 from sgpo_jax.runtime.tables import table
 
 _PARTS = ("arguments", "outputs", "temporaries", "code", "resident", "needed")  # of a program's memory
+_RESOURCES = {"compute": "compute s", "hbm": "HBM s", "ici": "links s", "network": "network s"}
 _LARGEST = 3  # arrays of each program that are shown
 
 
@@ -28,9 +29,12 @@ def show(plan: dict[str, Any]) -> None:
     if plan["hours"]:
         rows = [[stage, *map(_short, bounds.values())] for stage, bounds in plan["hours"].items()]
         table("Hours", ["stage", "least", "most"], rows)
+        count, price = plan["chips"], plan["assumed"]["chip"]["price"]
+        least, most = map(_short, plan["dollars"].values())
+        print(f"Dollars at {price:g} for a chip and hour, {count} chips: {least} to {most}")
     print("Assumed:", ", ".join(f"{name}={value:g}" for name, value in configs.flat(plan["assumed"]).items()))
     print("Not in the hours: grading, packing, loading and saving, compilation")
-    for line in plan["advice"]:
+    for line in plan["remarks"] + plan["advice"]:
         print(line)
     if plan["flags"]:
         print(f"Run it with {plan['flags']}")
@@ -44,16 +48,16 @@ def _show_programs(results: dict[str, Result]) -> None:
         table(title, columns, [row for name, result in results.items() for row in rows_of(name, result)])
 
     limit = _short(next(iter(results.values()))["hbm"]["limit"] / GIB)
-    show_rows(f"HBM of a chip in GiB; the compiler allows {limit}", ["program", *_PARTS, "fits"], _memory_rows)
+    show_rows(f"HBM of a chip in GiB, of which a program may take {limit}", ["program", *_PARTS, "fits"], _memory_rows)
     show_rows("Its largest arrays", ["program", "array", "GiB", "from"], _array_rows)
     show_rows(
         "A call, on one chip: work, and seconds at the assumed shares of the peak speeds",
-        ["program, phase", "TFLOP", "HBM GB", "sent GB", "compute s", "HBM s", "ICI s", "least s", "most s"],
+        ["program, phase", "TFLOP", "HBM GB", "sent GB", *_RESOURCES.values(), "least s", "most s"],
         _work_rows,
     )
     show_rows(
-        "Collectives of a call, on one chip", ["program, collective", "count", "results GB", "sent GB"],
-        _collective_rows,
+        "Collectives of a call, on one chip",
+        ["program, collective", "count", "results GB", "sent GB", "of it to other hosts"], _collective_rows,
     )  # fmt: skip
     show_rows(
         "A call, on all chips", ["program", "calls", "response tokens", "least s", "most s", "tokens/s at most"],
@@ -85,9 +89,9 @@ def _collective_rows(name: str, result: Result) -> list[list[str]]:
     rows = []
     for kind in KINDS:
         phases = [p["collectives"][kind] for p in result["phases"].values() if kind in p["collectives"]]
-        count, size, sent = (sum(totals[part] for totals in phases) for part in ("count", "bytes", "sent"))
+        count, *sizes = (sum(totals[part] for totals in phases) for part in ("count", "bytes", "sent", "network"))
         if count:
-            rows.append([f"{name}, {kind}", _short(count), _short(size / 1e9), _short(sent / 1e9)])
+            rows.append([f"{name}, {kind}", _short(count), *(_short(size / 1e9) for size in sizes)])
     return rows
 
 

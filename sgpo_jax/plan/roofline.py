@@ -3,8 +3,24 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sgpo_jax.plan.hardware import HOP, Chip
 from sgpo_jax.plan.hlo_cost import Collective
+
+
+class Chip(NamedTuple):
+    """Peak speeds of a chip, TPU or GPU, and its price.
+
+    Chips are linked by the torus of a TPU slice, or by NVLink inside a host. The network joins hosts of GPUs.
+    """
+
+    flops: float  # per second, in bfloat16
+    hbm: float  # bytes per second
+    ici: float  # bytes per second that a chip sends in a ring over the links between chips
+    network: float = 0.0  # bytes per second that a chip sends to other hosts; 0 where the links reach all chips
+    start: float = 0.0  # least seconds of a collective, however small
+    hop: float = 1e-6  # least seconds of one step of a ring over the links
+    network_hop: float = 0.0  # the same for a step from host to host
+    price: float = 0.0  # dollars for an hour
+
 
 
 class Reached(NamedTuple):
@@ -13,6 +29,7 @@ class Reached(NamedTuple):
     flops: float = 0.4
     hbm: float = 0.65
     ici: float = 0.65
+    network: float = 0.65
 
 
 class Seconds(NamedTuple):
@@ -21,6 +38,7 @@ class Seconds(NamedTuple):
     compute: float
     hbm: float
     ici: float
+    network: float = 0.0
 
     @property
     def least(self) -> float:
@@ -39,16 +57,27 @@ def seconds(flops: float, hbm: float, collectives: Sequence[Collective], chip: C
     Args:
         flops: FLOPs of the chip.
         hbm: bytes of HBM that the chip reads and writes.
-        collectives: those that the chip takes part in, each in a ring along one axis of the torus.
+        collectives: those that the chip takes part in, each in a ring.
         chip, reached: peak speeds, and the shares of them.
     """
-    ici = sum(collective.times * collective_seconds(collective, chip, reached) for collective in collectives)
-    return Seconds(flops / (chip.flops * reached.flops), hbm / (chip.hbm * reached.hbm), ici)
+    links, network = (
+        sum(collective.times * part(collective, chip, reached) for collective in collectives)
+        for part in (link_seconds, network_seconds)
+    )
+    return Seconds(flops / (chip.flops * reached.flops), hbm / (chip.hbm * reached.hbm), links, network)
 
 
-def collective_seconds(collective: Collective, chip: Chip, reached: Reached) -> float:
-    """Returns the time of one collective, in seconds.
+def link_seconds(collective: Collective, chip: Chip, reached: Reached) -> float:
+    """Returns the time that a collective takes on the links between chips, in seconds.
 
     Bandwidth decides for large arrays. For small ones it is the latency of the steps halfway round the ring.
     """
-    return max(collective.sent / (chip.ici * reached.ici), collective.devices / 2 * HOP)
+    least = chip.start + collective.devices / 2 * chip.hop
+    return max((collective.sent - collective.sent_to_hosts) / (chip.ici * reached.ici), least)
+
+
+def network_seconds(collective: Collective, chip: Chip, reached: Reached) -> float:
+    """Returns the time that a collective takes between hosts, in seconds; 0 where it stays inside one."""
+    if collective.hosts == 1:
+        return 0.0
+    return max(collective.sent_to_hosts / (chip.network * reached.network), collective.hosts / 2 * chip.network_hop)

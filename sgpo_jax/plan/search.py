@@ -6,6 +6,7 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -13,8 +14,8 @@ from sgpo_jax import config_checks, models, sharding
 from sgpo_jax.models import ModelConfig
 from sgpo_jax.plan import hardware
 from sgpo_jax.plan.estimate import Result
-from sgpo_jax.plan.hardware import Chip
 from sgpo_jax.plan.programs import Program, programs
+from sgpo_jax.plan.roofline import Chip
 from sgpo_jax.plan.workload import Assumed
 from sgpo_jax.training import rl
 
@@ -119,12 +120,22 @@ def moving_seconds(config: ConfigDict, mesh: Mesh, shape: ModelConfig, chip: Chi
     size = jax.numpy.dtype(config.model.dtype).itemsize
     params = jax.eval_shape(partial(models.init, config=shape), jax.random.key(0))
     weights = size * sum(x.size for x in jax.tree.leaves(params)) / tensor
-    gather = weights * (fsdp - 1) / fsdp / chip.ici
+    gather = weights * (fsdp - 1) / fsdp / _speed(mesh, "fsdp", chip)
     decoding = config.rl.max_new_tokens * (weights / chip.hbm + gather)
     tokens = config.rl.batch * (config.rl.autonomous + config.rl.guided) * assumed.response_tokens
     micro_batches = math.ceil(tokens / (fsdp * config.rl.max_new_tokens))
-    summed = 4 * shape.num_layers * tokens / fsdp * shape.hidden_size * size * 2 * (tensor - 1) / tensor / chip.ici
-    return decoding + 3 * micro_batches * gather + summed
+    summed = 4 * shape.num_layers * tokens / fsdp * shape.hidden_size * size * 2 * (tensor - 1) / tensor
+    return decoding + 3 * micro_batches * gather + summed / _speed(mesh, "tensor", chip)
+
+
+def _speed(mesh: Mesh, axis: str, chip: Chip) -> float:
+    """Returns the bytes per second that a device sends in a ring along an axis of the mesh."""
+    if not chip.network:
+        return chip.ici
+    first = np.moveaxis(mesh.devices, mesh.axis_names.index(axis), 0).reshape(mesh.shape[axis], -1)[:, 0]
+    hosts = len({device.process_index for device in first})
+    # Each device of a host takes part of what goes to the next host through its own network card.
+    return chip.ici if hosts == 1 else min(chip.ici, chip.network * len(first) / hosts)
 
 
 def _values(config: ConfigDict, field: str, mesh: Mesh) -> list[int]:

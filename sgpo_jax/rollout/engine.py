@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sgpo_jax import models
+from sgpo_jax import models, output_head
 from sgpo_jax.rollout.sampling import Sampling, sample
-from sgpo_jax.sharding import BATCH, constrain, path_name, spec_for
+from sgpo_jax.sharding import BATCH, constrain, path_name, platform, row_ways, spec_for
 
 Array = Any  # JAX's, or numpy's on the host
 
@@ -107,6 +107,7 @@ def generate(
     width = min(slots // shards or responses, responses)
     params = _resident(params, dtype)
     head = _contiguous_head(params, config)
+    params = models.unstacked(params, config) if platform() == "gpu" else params
     stops = jnp.asarray(model.stop_ids, jnp.int32)
 
     by_shard = partial(jnp.reshape, shape=(shards, count // shards))
@@ -137,7 +138,7 @@ def generate(
             params, config, *(x.reshape(-1, 1) for x in (slots.token, position, active)), slots.cache, dtype=dtype
         )
         assert cache is not None
-        logits = jnp.dot(hidden[:, 0], head, preferred_element_type=jnp.float32)
+        logits = output_head.product(hidden[:, 0], head)
         # Each device computes the logits of its part of the vocabulary, and then samples its part of the rows.
         logits = constrain(constrain(logits, BATCH, "tensor"), (*BATCH, "tensor"), None)
         slot_keys, slot_samples = (values[slots.response % per_problem] for values in (keys[kinds], samples))
@@ -166,6 +167,10 @@ def generate(
         return queued + refilled.sum(axis=1), slots, out, steps
 
     cache = _constrain_cache(models.init_cache(config, shards * width, length - 1 + max_new_tokens, dtype))
+    if platform() == "gpu" and length > 1:
+        # A zero that is known after the prefill: the cache takes no memory beside the activations of the prefill.
+        last = prefilled["key"][0, -1, 0, 0, 0]
+        cache |= {name: cache[name] + jnp.nan_to_num(last - last) for name in ("key", "value")}
     idle = jnp.full((shards, width), responses, jnp.int32)
     out = Rollout(
         jnp.full((shards, responses, max_new_tokens), model.pad_id, jnp.int32),
@@ -249,24 +254,12 @@ def _insert(cache: models.Cache, prompts: models.Cache, refilled: jax.Array, pro
     shards = len(refilled)
     refilled_first = jnp.argsort(~refilled, axis=1, stable=True)
 
-    @partial(jax.vmap, in_axes=(2, 2, 0, 0, 0), out_axes=2)
-    def replace(slots, prompts, slot, prompt, refilled):
-        # The caches of one shard: slots [K,L,R,S,N], prompts [K,L,B/W,P-1,N].
-        new = jax.lax.dynamic_slice_in_dim(prompts, prompt, 1, axis=2)
-        old = jax.lax.dynamic_slice(slots, (0, 0, slot, 0, 0), new.shape)
-        return jax.lax.dynamic_update_slice(slots, jnp.where(refilled, new, old), (0, 0, slot, 0, 0))
-
-    def by_shard(rows):
-        return rows.reshape(*rows.shape[:2], shards, rows.shape[2] // shards, *rows.shape[3:])
-
     def copy(i, caches):
         slot = refilled_first[:, i]
-        prompt_and_refilled = (jnp.take_along_axis(x, slot[:, None], axis=1)[:, 0] for x in (prompt, refilled))
-        indices = slot, *prompt_and_refilled
-        return tuple(
-            replace(by_shard(slots), by_shard(source), *indices).reshape(slots.shape)
-            for slots, source in zip(caches, (prompts["key"], prompts["value"]), strict=True)
-        )
+        chosen, due = (jnp.take_along_axis(x, slot[:, None], axis=1)[:, 0] for x in (prompt, refilled))
+        slot = jnp.where(due, slot, refilled.shape[1])
+        sources = prompts["key"], prompts["value"]
+        return tuple(_copy_row(slots, source, slot, chosen) for slots, source in zip(caches, sources, strict=True))
 
     # One slot of each shard at a time, because most slots keep their response.
     count = refilled.sum(axis=1).max()
@@ -276,8 +269,42 @@ def _insert(cache: models.Cache, prompts: models.Cache, refilled: jax.Array, pro
     return {"key": keys, "value": values, "length": lengths.reshape(-1)}
 
 
+def _copy_row(target: jax.Array, source: jax.Array, row: jax.Array, source_row: jax.Array) -> jax.Array:
+    """Copies a row of each shard's part of a cache to the beginning of a row of another cache.
+
+    Args:
+      target: `[K,L,W*R,S,N]`.
+      source: `[K,L,W*B,P,N]`, P at most S.
+      row: `[W]` index within the shard; R or more copies nothing.
+      source_row: `[W]` index within the shard, below B.
+    """
+    # The shards are a batch dimension of gather and scatter where they stand. `jax.vmap` would move them to the front
+    # and back; XLA for GPUs up to jaxlib 0.10.2 folds these transposes into a scatter that it then refuses.
+    from_row = jax.lax.GatherDimensionNumbers(
+        offset_dims=(0, 1, 3, 4), collapsed_slice_dims=(3,), start_index_map=(3,),
+        operand_batching_dims=(2,), start_indices_batching_dims=(0,),
+    )  # fmt: skip
+    to_row = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(0, 1, 3, 4), inserted_window_dims=(3,), scatter_dims_to_operand_dims=(3,),
+        operand_batching_dims=(2,), scatter_indices_batching_dims=(0,),
+    )  # fmt: skip
+
+    def by_shard(cache):
+        return cache.reshape(*cache.shape[:2], len(row), cache.shape[2] // len(row), *cache.shape[3:])
+
+    heads, layers, _, length, size = source.shape
+    window = (heads, layers, 1, 1, length, size)
+    copied = jax.lax.gather(by_shard(source), source_row[:, None], from_row, window, mode="promise_in_bounds")
+    written = jax.lax.scatter(by_shard(target), row[:, None], copied, to_row, unique_indices=True, mode="drop")
+    return written.reshape(target.shape)
+
+
 def _active_first(slots: _Slots, responses: int, width: int) -> _Slots:
-    """Returns `width` slots of each shard; all responses that have not ended are among them."""
+    """Returns `width` slots of each shard; all responses that have not ended are among them.
+
+    On GPUs with a shard each, their caches move to the first rows of the cache, which keeps its size: a quarter of it
+    would not fit beside it. Elsewhere the cache becomes narrower.
+    """
     chosen = jnp.argsort(slots.response == responses, axis=1, stable=True)[:, :width]
     shards, rows = slots.response.shape
 
@@ -287,7 +314,18 @@ def _active_first(slots: _Slots, responses: int, width: int) -> _Slots:
         picked = jax.vmap(lambda x, i: jnp.take(x, i, axis=axis), in_axes=(axis, 0), out_axes=axis)(values, chosen)
         return picked.reshape(*shape[:axis], -1, *shape[axis + 1 :])
 
-    cache = {"length": pick(slots.cache["length"], 0)} | {name: pick(slots.cache[name], 2) for name in ("key", "value")}
+    def move(i, caches):
+        # No row is read after it is written: the i-th of the chosen ones is the i-th or a later one.
+        row = jnp.full(shards, i, jnp.int32)
+        return tuple(_copy_row(cache, cache, row, chosen[:, i]) for cache in caches)
+
+    both = slots.cache["key"], slots.cache["value"]
+    mesh = jax.sharding.get_abstract_mesh()
+    if platform() == "gpu" and shards == (1 if mesh.empty else row_ways(mesh)):
+        keys, values = jax.lax.fori_loop(0, width, move, both)
+    else:
+        keys, values = (pick(cache, 2) for cache in both)
+    cache = {"key": keys, "value": values, "length": pick(slots.cache["length"], 0)}
     response, sampled, token = (jnp.take_along_axis(field, chosen, axis=1) for field in slots[:3])
     return _Slots(response, sampled, token, _constrain_cache(cache))
 
@@ -308,6 +346,8 @@ def _resident(params: Any, dtype: Any) -> Any:
     def prepare(path, leaf):
         name = path_name(path)
         leaf = leaf.astype(dtype) if name.endswith(("kernel", "embedding")) else leaf
+        if platform() == "gpu":  # else the partitioner gathers first and casts then, with twice the memory
+            leaf = constrain(leaf, *spec_for(name, leaf.shape))
         return constrain(leaf, *("tensor" if axis == "tensor" else None for axis in spec_for(name, leaf.shape)))
 
     return jax.tree_util.tree_map_with_path(prepare, params)

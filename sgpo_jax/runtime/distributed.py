@@ -47,7 +47,10 @@ def start(coordinator: str = "", processes: int = 0, process: int = 0) -> None:
         host, _, port = coordinator.rpartition(":")
         _meet(host.strip("[]"), int(port), process, processes)
         # The port of the watchdog can be used again: its open connections do not keep others from listening there.
-        jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT)
+        # Without the detection, which inside SLURM or Open MPI would leave this process one GPU of its host.
+        jax.distributed.initialize(
+            coordinator, processes, process, cluster_detection_method="deactivate", heartbeat_timeout_seconds=HEARTBEAT
+        )
     else:
         try:
             jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)

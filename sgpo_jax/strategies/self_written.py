@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from sgpo_jax.policy import Policy, Run
+from sgpo_jax.policy import Policy, Run, memory
 from sgpo_jax.policy import tokenizer as tokenizers
 from sgpo_jax.policy.generation import Graded, encode_prompts, grade, noise_key, pad_prompts, respond
-from sgpo_jax.rollout import STOP, Rollout, Sampling
+from sgpo_jax.rollout import STOP, Rollout
 from sgpo_jax.runtime import distributed, preemption
 from sgpo_jax.runtime.journal import Journal
 from sgpo_jax.runtime.progress import Progress
@@ -49,7 +49,7 @@ def write(run: Run, params: Any, rows: Sequence[dict], step: int) -> list[dict]:
     room = policy.config.max_positions - config.rl.max_new_tokens
     max_prompt_tokens = min(config.data.max_prompt_tokens, room)
     bare = config.model.tokenizer == "arithmetic"  # the vocabulary of the embedded world has no words for a request
-    sampling, path = Sampling.from_config(config.rl), run.workdir / "rl" / "strategies.jsonl"
+    sampling, path = memory.sampling(run, "rl", batch * tries, batch), run.workdir / "rl" / "strategies.jsonl"
     settings = {"seed": seed, "tries": tries, "prompts": prompts.PROMPT_VERSION}
     with Journal(path, settings) if distributed.is_first() else contextlib.nullcontext() as journal:
         verdicts: list = distributed.first(lambda: [journal.verdict(row["id"]) for row in rows] if journal else [])

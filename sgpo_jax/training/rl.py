@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from sgpo_jax import data, logprobs, rewards, sharding
 from sgpo_jax.data import filtering
 from sgpo_jax.evaluation import evaluate_sets
-from sgpo_jax.policy import Run, positions
+from sgpo_jax.policy import Run, memory, positions
 from sgpo_jax.policy.generation import Graded, demonstrate, encode_prompts, grade, noise_key, respond_in_groups
 from sgpo_jax.rollout import STOP, Rollout, Sampling
 from sgpo_jax.runtime.profile import phase
@@ -99,6 +99,16 @@ def sampled_groups(rl: ConfigDict) -> dict[str, int]:
     return {"autonomous": rl.autonomous, **guided}
 
 
+def sampling(run: Run) -> Sampling:
+    """Returns the sampling of a step.
+
+    Raises:
+      ValueError: its slots do not fit into the memory of the devices; see `policy.memory.sampling`.
+    """
+    rl, sizes = run.config.rl, sampled_groups(run.config.rl)
+    return memory.sampling(run, "rl", rl.batch * sum(sizes.values()), rl.batch * len(sizes))
+
+
 def sample_and_grade(
     run: Run, params: Any, prompts: Mapping[str, Tokens], batches: Sequence[Any], position: int, clock: Clock
 ) -> Sampled:
@@ -179,7 +189,7 @@ def sample_groups(
     purposes = [f"{name}, round {number}" if number else name for name in sizes]
     keys = [noise_key(config.seed, purpose, position) for purpose in purposes]
     rollouts, slot_steps = respond_in_groups(
-        run.policy, params, tokens, keys, run.mesh, Sampling.from_config(config.rl), list(sizes.values()), longest
+        run.policy, params, tokens, keys, run.mesh, sampling(run), list(sizes.values()), longest
     )
     return dict(zip(sizes, rollouts, strict=True)), slot_steps
 

@@ -276,3 +276,28 @@ def test_several_processes_give_the_rows_of_one(config, tmp_path, capsys):
     lab.run(config, tmp_path / "two")
     one, two = (timeless(tmp_path / name / "results.jsonl") for name in ("one", "two"))
     assert len(one) == 5 and sorted(map(json.dumps, one)) == sorted(map(json.dumps, two))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "shares"),
+    [
+        ([], [(), (), ()]),
+        (["0", "1", "2", "3"], [("0",), ("1",), ("2",)]),
+        (["4", "7"], [("4", "0.375"), ("7",), ("4", "0.375")]),
+        (["GPU-a"], [("GPU-a", "0.250")] * 3),
+    ],
+)
+def test_three_workers_share_the_gpus_of_a_host(monkeypatch, gpus, shares):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    names = "CUDA_VISIBLE_DEVICES", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    expected = [dict(zip(names, share, strict=False)) for share in shares]
+    assert [workers.gpu_share(i, 3, gpus) for i in range(3)] == expected
+
+
+def test_workers_share_what_the_user_leaves_them(monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    assert workers.gpu_share(0, 2, ["0"])["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.250"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1, 3")
+    assert workers.host_gpus() == ["1", "3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert workers.host_gpus() == []

@@ -1,4 +1,4 @@
-"""Keeps docs/pods.md true: its commands run dry, its figures follow from each other, and no file holds a secret."""
+"""Keeps docs/pods.md and docs/gpus.md true: commands run dry, figures follow from each other, no file has a secret."""
 
 import ast
 import math
@@ -13,6 +13,7 @@ from helpers.launching import ROOT, bench
 from sgpo_jax import config as configs
 
 PAGE = (ROOT / "docs/pods.md").read_text()
+GPUS = (ROOT / "docs/gpus.md").read_text()
 README = (ROOT / "README.md").read_text()
 
 
@@ -23,7 +24,7 @@ def commands(text):
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-LAUNCHES = [words for words in commands(PAGE) if words[0].startswith("launch/")]
+LAUNCHES = [words for words in commands(PAGE + GPUS) if words[0].startswith("launch/")]
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +57,17 @@ def test_the_page_shows_every_subcommand_and_the_readme_leads_to_it():
 def modules():
     """Returns every `python -m sgpo_jax.MODULE ...` on the page, also as part of another command."""
     invocations = []
-    for words in commands(PAGE):
+    for words in commands(PAGE + GPUS):
         for text in (words, *(shlex.split(word) for word in words if "python -m" in word)):
             if "python" in text and "-m" in text and text.index("-m") == text.index("python") + 1:
                 invocations.append(text[text.index("-m") + 1 :])
     return invocations
+
+
+def load(config):
+    """Returns the config of a file, as in "configs/qwen7b.py:grpo"."""
+    path, _, choice = config.partition(":")
+    return runpy.run_path(str(ROOT / path))["get_config"](*[choice] * bool(choice))
 
 
 @pytest.mark.parametrize("words", modules(), ids=lambda words: words[0])
@@ -75,12 +82,12 @@ def test_the_python_commands_have_flags_and_fields_that_exist(words):
     names = [argument.lstrip("-").partition("=")[0] for argument in arguments]
     assert {name for name in names if not name.startswith("config")} <= flags
     (config,) = (argument.partition("=")[2] for argument in arguments if argument.startswith("--config="))
-    assert configs.unknown_field(runpy.run_path(str(ROOT / config))["get_config"](), arguments) is None
+    assert configs.unknown_field(load(config), arguments) is None
 
 
 @pytest.mark.parametrize("words", [words for words in LAUNCHES if "--config" in words], ids=lambda words: words[1])
 def test_the_launched_runs_change_fields_that_exist(words):
-    config = runpy.run_path(str(ROOT / words[words.index("--config") + 1]))["get_config"]()
+    config = load(words[words.index("--config") + 1])
     overrides = words[words.index("--") + 1 :] if "--" in words else []
     assert configs.unknown_field(config, overrides) is None
 

@@ -1,4 +1,4 @@
-"""The TPU kernels in interpret mode, and cuDNN's arguments, against the plain paths and float64 numpy."""
+"""The kernels of TPUs and GPUs in interpret mode, against the plain paths and float64 numpy."""
 
 from functools import partial
 
@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from sgpo_jax import sharding
-from sgpo_jax.models import attention
+from sgpo_jax import output_head, sharding
+from sgpo_jax.models import attention, attention_gpu, attention_tpu
 
 RNG = np.random.default_rng(0)
 BFLOAT16 = 0.02  # the paged kernel rounds its operands, of size 1 to 4, to bfloat16; another token or layer is off by 1
 
-interpreted = partial(attention.attend_splash, interpret=True)
+splash, flash = (partial(kernels.attend, interpret=True) for kernels in (attention_tpu, attention_gpu))
+gpu_cache = partial(attention_gpu.attend_cache, interpret=True)
 
 
 def inputs(batch, length, heads, kv_heads, size):
@@ -47,25 +48,61 @@ def test_plain_attention_is_causal_within_segments():
     assert np.isfinite(got).all()
 
 
+def outcome(attend, arguments, dtype=np.float32):
+    """(real outputs, gradients of query, key and value), in float32."""
+    *arrays, segments = arguments
+    _, length, heads, size = arrays[0].shape
+    weight = np.random.default_rng(1).normal(size=(len(segments), length, heads * size)) * (segments != 0)[..., None]
+
+    def loss(query, key, value):
+        out = attend(query, key, value, segments).astype(jnp.float32)
+        return (out * weight).sum(), out
+
+    arrays = [jnp.asarray(x, dtype) for x in arrays]
+    gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
+    return np.asarray(out)[segments != 0], [np.asarray(x, np.float32) for x in gradients]
+
+
+def assert_same_outcome(attend, arguments, value=2e-5, gradient=2e-4, **more):
+    out, gradients = outcome(attend, arguments, **more)
+    expected, expected_gradients = outcome(attention.attend_plain, arguments)
+    np.testing.assert_allclose(out, expected, atol=value)
+    for got, wanted in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=gradient)
+
+
 @pytest.mark.parametrize(("length", "heads", "kv_heads", "size"), [(128, 2, 2, 64), (300, 6, 2, 128)])
 def test_splash_and_its_gradient_are_those_of_plain_attention(length, heads, kv_heads, size):
-    arguments = inputs(2, length, heads, kv_heads, size)
-    segments = arguments[-1]
-    weight = RNG.normal(size=(2, length, heads * size)) * (segments != 0)[..., None]
+    assert_same_outcome(splash, inputs(2, length, heads, kv_heads, size))
 
-    def outcome(attend):
-        def loss(query, key, value):
-            out = attend(query, key, value, segments)
-            return (out * weight).sum(), out
 
-        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*arguments[:3])
+@pytest.mark.parametrize(
+    ("length", "heads", "kv_heads", "size"),
+    [(128, 2, 2, 64), (131, 6, 2, 96), (33, 3, 3, 256), (257, 4, 1, 128), (7, 4, 2, 8)],
+)
+def test_the_kernel_of_gpus_and_its_gradient_are_those_of_plain_attention(length, heads, kv_heads, size):
+    assert_same_outcome(flash, inputs(2, length, heads, kv_heads, size))
 
-    gradients, out = outcome(interpreted)
-    expected_gradients, expected = outcome(attention.attend_plain)
-    real = segments != 0
-    np.testing.assert_allclose(out[real], expected[real], atol=2e-5)
-    for got, wanted in zip(gradients, expected_gradients, strict=True):
-        np.testing.assert_allclose(got, wanted, atol=2e-4)
+
+def test_the_kernel_of_gpus_in_bfloat16():
+    # Operands and outputs of size 1 to 4 are rounded to 8 bits.
+    assert_same_outcome(flash, inputs(2, 100, 6, 2, 64), value=0.04, gradient=0.2, dtype=jnp.bfloat16)
+
+
+@pytest.mark.parametrize(("dtype", "precise"), [(jnp.float32, True), (jnp.bfloat16, False)])
+def test_gpus_multiply_float32_as_float32(monkeypatch, dtype, precise):
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    *arrays, segments = inputs(1, 32, 2, 1, 16)
+    query, keys, values = cached(2, 64, 2, 1, 16)
+
+    def loss(arrays, query, keys, values):
+        decoded = gpu_cache(query, keys, values, 1, np.array([3, 60], np.int32))
+        return flash(*arrays, segments).sum() + output_head.product(decoded, decoded.T).sum()
+
+    casted = jax.tree.map(lambda x: jnp.asarray(x, dtype), (arrays, query, keys, values))
+    text = str(jax.make_jaxpr(jax.grad(loss))(*casted))
+    assert text.count("dot_general[") >= 2 + 5 + 2 + 1  # forward, backward, decoding, head
+    assert text.count("(Precision.HIGHEST, Precision.HIGHEST)") == text.count("dot_general[") * precise
 
 
 def cached(batch, slots, heads, kv_heads, size, layers=3):
@@ -79,13 +116,37 @@ def test_paged_attention_reads_the_tokens_of_its_layer_and_row(heads, kv_heads):
     query, keys, values = cached(3, 256, heads, kv_heads, 128)
     lengths = np.array([1, 130, 256], np.int32)
     with pltpu.force_tpu_interpret_mode():
-        got = jax.jit(attention.attend_cache_paged)(query, keys, values, 1, lengths)
+        got = jax.jit(attention_tpu.attend_cache)(query, keys, values, 1, lengths)
     np.testing.assert_allclose(got, attention.attend_cache_plain(query, keys, values, 1, lengths), atol=BFLOAT16)
     row = reference(
         np.repeat(query[1][None, None], 130, axis=1), *(x[:, 1, 1, :130].swapaxes(0, 1)[None] for x in (keys, values)),
         np.ones((1, 130), np.int32),
     )  # fmt: skip
     np.testing.assert_allclose(got[1], row[0, -1], atol=BFLOAT16)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "slots"), [(4, 4, 64, 64), (14, 2, 128, 192), (3, 1, 24, 2048), (2, 2, 96, 128)]
+)
+def test_the_paged_kernel_of_gpus_reads_the_tokens_of_its_layer_and_row(heads, kv_heads, size, slots):
+    query, keys, values = cached(4, slots, heads, kv_heads, size)
+    lengths = np.array([1, slots // 2 + 1, slots + 3], np.int32)
+    expected = attention.attend_cache_plain(query[:3], keys[:, :, :3], values[:, :, :3], 1, lengths)
+    # The cache is as wide as the kernel needs, and has a row more than there are queries.
+    wide = attention_gpu.cache_shape(slots, size)
+    assert wide == (slots, max(16, 2 ** (size - 1).bit_length()))
+    keys, values = (np.pad(x, [(0, 0)] * 4 + [(0, wide[1] - size)]) for x in (keys, values))
+    assert attention_gpu.takes(keys)
+    # What no row has reached is not read: it would spread from there.
+    values[:, :, 0, 64:] = values[:, :, 3] = np.nan
+    got = jax.jit(gpu_cache)(query[:3], keys, values, 1, lengths)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("slots", "length"), [(1, 64), (1000, 1024), (2049, 2176), (5119, 5120), (17407, 17408)])
+def test_a_cache_of_gpus_is_whole_pages_and_few_more(slots, length):
+    assert attention_gpu.cache_shape(slots, 128) == (length, 128)
+    assert length % (attention_gpu.PAGE * attention_gpu._splits(length)) == 0
 
 
 @pytest.mark.parametrize("slots", [1, 3, 8, 90])
@@ -109,61 +170,54 @@ def test_kernels_on_a_mesh_that_splits_rows_and_heads():
     query, keys, values = cached(4, 128, 4, 2, 128)
     lengths = np.array([3, 128, 90, 1], np.int32)
     with pltpu.force_tpu_interpret_mode(), jax.set_mesh(mesh):
-        packed = jax.jit(interpreted)(*arguments)
-        decoded = jax.jit(attention.attend_cache_paged)(query, keys, values, 2, lengths)
+        packed = jax.jit(splash)(*arguments)
+        decoded = jax.jit(attention_tpu.attend_cache)(query, keys, values, 2, lengths)
     real = arguments[-1] != 0
     np.testing.assert_allclose(np.asarray(packed)[real], attention.attend_plain(*arguments)[real], atol=2e-5)
     np.testing.assert_allclose(decoded, attention.attend_cache_plain(query, keys, values, 2, lengths), atol=BFLOAT16)
 
 
-def test_the_arguments_of_cudnn_mean_what_plain_attention_does():
-    arguments = inputs(2, 40, 6, 2, 16)  # float32, for which XLA takes the place of cuDNN
-    real = arguments[-1] != 0
-    np.testing.assert_allclose(
-        np.asarray(attention.attend_cudnn(*arguments))[real], attention.attend_plain(*arguments)[real], atol=1e-5
-    )
+@pytest.mark.parametrize(("tensor", "heads", "kv_heads"), [(2, 4, 2), (4, 12, 2), (2, 9, 3)])
+def test_kernels_of_gpus_on_a_mesh(tensor, heads, kv_heads):
+    """The tensor axis divides the key heads, or multiples of them, or no heads."""
+    mesh = sharding.make_mesh(1, 2, tensor, jax.devices()[: 2 * tensor])
+    arguments = inputs(2, 40, heads, kv_heads, 16)
+    query, keys, values = cached(4, 64, heads, kv_heads, 16)
+    lengths = np.array([3, 64, 50, 1], np.int32)
+    expected = attention.attend_cache_plain(query, keys, values, 2, lengths)
+    with jax.set_mesh(mesh):
+        assert_same_outcome(flash, arguments)
+        np.testing.assert_allclose(jax.jit(gpu_cache)(query, keys, values, 2, lengths), expected, atol=1e-5)
+        new = query[:, :kv_heads]
+        got = jax.jit(attention_gpu.append)(keys, new, 1, lengths - 1)
+    np.testing.assert_array_equal(got, attention.append(keys, new, 1, lengths - 1))
 
 
-@pytest.mark.parametrize(("dtype", "size", "chosen"), [("bfloat16", 64, "cudnn"), ("float32", 64, "xla")])
-def test_cudnn_is_asked_for_where_it_has_a_kernel(monkeypatch, dtype, size, chosen):
-    asked = []
-    plain = jax.nn.dot_product_attention
-
-    def record(*arguments, implementation, **more):
-        asked.append(implementation)
-        return plain(*arguments, **more)
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", record)
-    *arrays, segments = inputs(1, 8, 4, 2, size)
-    attention.attend_cudnn(*(jnp.asarray(x, dtype) for x in arrays), segments)
-    assert asked == [chosen]
-
-
-@pytest.mark.parametrize(
-    ("platform", "packed", "decoded"),
-    [
-        ("cpu", "attend_plain", "attend_cache_partial"),
-        ("gpu", "attend_cudnn", "attend_cache_plain"),
-        ("tpu", "attend_splash", "attend_cache_paged"),
-    ],
-)
-def test_the_platform_of_the_mesh_chooses(monkeypatch, platform, packed, decoded):
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_the_platform_of_the_mesh_chooses(monkeypatch, platform):
     called = []
     monkeypatch.setattr(attention, "platform", lambda: platform)
-    implementations = ("attend_plain", "attend_cudnn", "attend_splash")
-    cache_implementations = ("attend_cache_plain", "attend_cache_partial", "attend_cache_paged")
-    for name in implementations + cache_implementations:
+    for name in ("attend_plain", "attend_cache_plain", "attend_cache_partial"):
         monkeypatch.setattr(attention, name, lambda *_, name=name: called.append(name))
+    for kernels in (attention_tpu, attention_gpu):
+        for name in ("attend", "attend_cache", "append"):
+            monkeypatch.setattr(kernels, name, lambda *_, name=(kernels, name): called.append(name), raising=False)
+    own = {"tpu": attention_tpu, "gpu": attention_gpu}.get(platform)
+    query, keys, values = cached(1, 128, 2, 2, 128)
     attention.attend(*inputs(1, 8, 2, 2, 128))
-    attention.attend_cache(*cached(1, 128, 2, 2, 128), 0, np.array([3], np.int32))
-    assert called == [packed, decoded]
-    # A head size that the paged kernel does not take.
-    attention.attend_cache(*cached(1, 128, 2, 2, 64), 0, np.array([3], np.int32))
+    attention.attend_cache(query, keys, values, 0, np.array([3], np.int32))
+    expected = ["attend_plain", "attend_cache_partial"] if own is None else [(own, "attend"), (own, "attend_cache")]
+    assert called == expected
+    # The paged kernel of TPUs takes no other head size, that of GPUs no other length.
+    shape = (1, 128, 2, 2, 64) if platform == "tpu" else (1, 100, 2, 2, 128)
+    attention.attend_cache(*cached(*shape), 0, np.array([3], np.int32))
     assert called[-1] == ("attend_cache_partial" if platform == "cpu" else "attend_cache_plain")
     with jax.set_mesh(sharding.make_mesh(1, 2, 1, jax.devices()[:2])):
-        attention.attend_cache(*cached(2, 128, 2, 2, 64), 0, np.array([3, 4], np.int32))
+        attention.attend_cache(*cached(2, *shape[1:]), 0, np.array([3, 4], np.int32))
     assert called[-1] == "attend_cache_plain"
-    assert attention.cache_length(129) == (256 if platform == "tpu" else 129)
+    assert attention.cache_shape(129, 96) == {"cpu": (129, 96), "gpu": (192, 128), "tpu": (256, 96)}[platform]
+    attention.append(keys, query, 0, np.array([3], np.int32))
+    assert (called[-1] == (attention_gpu, "append")) == (platform == "gpu")
 
 
 def test_append_writes_one_slot_of_each_row_and_layer():

@@ -5,6 +5,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.pallas.ops.gpu import attention as gpu_attention
+from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention as gpu_paged_attention
 from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import PartitionSpec as P
@@ -138,3 +140,38 @@ def test_paged_attention_computes_the_blocks_in_use():
         shape(rows, pages, dtype=jnp.int32), scopes=Scopes("all", trips=(("paged_attention", blocks),)),
     )  # fmt: skip
     assert counts == {"all": 2 * 2 * rows * kv_heads * group * (blocks * 4 * 128) * SIZE}
+
+
+def causal(block):
+    """Share of TOKENS x TOKENS up to the diagonal, in blocks whose longer side is `block`."""
+    return (TOKENS + block) / 2 / TOKENS
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_flash_attention_computes_the_blocks_up_to_the_diagonal(gradient):
+    # Forward: scores and values. Backward: four products for the gradients of keys and values, three for those of
+    # queries. The group of three query heads that share a key head is mapped over, as the model does it.
+    batch, group = 2, 3
+    sizes = gpu_attention.BlockSizes(128, 32, block_q_dkv=64, block_kv_dkv=32, block_q_dq=32, block_kv_dq=64)
+
+    def total(query, key, value, segments):
+        flash = partial(gpu_attention.mha, segment_ids=segments, causal=True, block_sizes=sizes)
+        return jax.vmap(flash, in_axes=(3, None, None), out_axes=3)(query, key, value).sum()
+
+    fn = jax.grad(total, argnums=(0, 1, 2)) if gradient else total
+    query, key = shape(batch, TOKENS, HEADS, group, SIZE), shape(batch, TOKENS, HEADS, SIZE)
+    count = flops(fn, query, key, key, shape(batch, TOKENS, dtype=jnp.int32))["all"]
+    one = 2 * batch * HEADS * group * TOKENS * TOKENS * SIZE
+    assert count == one * (2 * causal(128) + gradient * (4 + 3) * causal(64))
+
+
+def test_paged_attention_on_gpus_computes_the_pages_in_use():
+    # Rows of 16 query heads, of which the three of a group are a part; 2.5 of the 4 pages of each of two parts.
+    rows, kv_heads, group, page, pages = 4, 2, 3, 64, 8
+    pool = shape(kv_heads, rows * pages, page, SIZE)
+    kernel = partial(gpu_paged_attention, pages_per_compute_block=1, k_splits=2)
+    counts = flops(
+        kernel, shape(rows, kv_heads * group, SIZE), pool, pool, shape(rows, pages, dtype=jnp.int32),
+        shape(rows, dtype=jnp.int32), scopes=Scopes("all", trips=(("paged_attention", 2.5),)),
+    )  # fmt: skip
+    assert counts == {"all": 2 * 2 * rows * kv_heads * 16 * (2 * 2.5 * page) * SIZE}

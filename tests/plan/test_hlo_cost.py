@@ -1,6 +1,8 @@
 """Tests what compiled programs move: known amounts on eight devices, and texts from the TPU compiler."""
 
+import importlib.util
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sgpo_jax import sharding
-from sgpo_jax.plan import hlo, hlo_cost
+from sgpo_jax.plan import gpus, hardware, hlo, hlo_cost
 from sgpo_jax.plan.hlo_cost import Collective
 from sgpo_jax.plan.phases import Scopes
 
@@ -79,19 +81,54 @@ def test_bytes_sent_round_a_ring_of_four(kind, sent):
         ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}", 4),
         ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0','axis_1'}", 8),
         ("replica_groups={}", 16),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=4], device_ids=([4,4]T(1,0)) {'axis_0','axis_1'}", 16),
         ("source_target_pairs={{0,1},{1,0}}", 2),
     ],
 )
 def test_how_many_take_part(groups, devices):
-    text = f"""HloModule m, num_partitions=16
+    (collective,) = hlo_cost.collectives(hlo.parse(one_sum(groups)), Scopes("all"))
+    assert (collective.devices, collective.bytes, collective.times) == (devices, 16, 1.0)
+
+
+def one_sum(groups):
+    """A program of sixteen devices with one collective."""
+    return f"""HloModule m, num_partitions=16
 
 ENTRY %main (p: f32[4]) -> f32[4] {{
   %p = f32[4]{{0}} parameter(0)
   ROOT %r = f32[4]{{0}} all-reduce(%p), channel_id=1, {groups}, to_apply=%add
 }}
 """
-    (collective,) = hlo_cost.collectives(hlo.parse(text), Scopes("all"))
-    assert (collective.devices, collective.bytes, collective.times) == (devices, 16, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("groups", "hosts", "network"),
+    [
+        # Within hosts of four; across two, one device of each; across all four, all of each.
+        ("replica_groups=[4,4]<=[16]", 1, 0),
+        ("replica_groups={{0,4},{1,5},{2,6},{3,7},{8,12},{9,13},{10,14},{11,15}}", 2, 16),
+        ("replica_groups=[1,16]<=[16]", 4, 2 * 16 * 15 / 16 / 4),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=4] {'axis_1'}", 1, 0),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=4] {'axis_0'}", 4, 2 * 16 * 3 / 4),
+        # The axes of the mesh are counted the other way round.
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=4], device_ids=([4,4]T(1,0)) {'axis_0'}", 1, 0),
+        # Two devices of each of four hosts share what leaves a host.
+        ("replica_groups=[2,8]<=[4,2,2]T(2,0,1)", 4, 2 * 16 * 7 / 8 / 2),
+    ],
+)
+def test_what_leaves_a_host_of_four(groups, hosts, network):
+    (collective,) = hlo_cost.collectives(hlo.parse(one_sum(groups)), Scopes("all"), per_host=4)
+    assert (collective.hosts, collective.sent_to_hosts) == (hosts, pytest.approx(network))
+
+
+def test_an_all_to_all_sends_to_every_host_alike():
+    # 100 bytes for eight devices in four hosts: three quarters are for other hosts.
+    assert Collective("all-to-all", "", 100, 8, 1.0, 4).sent_to_hosts == 75
+
+
+def test_groups_in_an_unknown_notation_are_refused():
+    with pytest.raises(ValueError, match="r: the groups of this collective are written in an unknown way: <<0,1>>"):
+        hlo_cost.collectives(hlo.parse(one_sum("replica_groups=<<0,1>>")), Scopes("all"))
 
 
 # A gather that starts before a product, runs beside it, and ends after it; and one that is plain. The compiler writes an
@@ -243,3 +280,106 @@ def test_bytes_with_the_padding_of_the_layout(array, size):
     text = f"HloModule m\n\nENTRY %main (p: f32[4]) -> f32[4] {{\n  ROOT %p = {array} parameter(0)\n}}\n"
     (parsed,) = hlo.parse(text).computations["main"].root.arrays
     assert parsed.bytes == size
+
+
+# ---- GPUs
+
+LAYERS_GPU, ROWS_GPU, SLOTS, WIDTH = 4, 8, 64, 512  # of a device: rows of a cache with SLOTS slots, of WIDTH numbers
+
+
+def gpu_step(text):
+    """What a step moves on each of two hosts with four H100: (collectives, bytes of HBM).
+
+    In a scan over layers a weight is gathered over four devices, two of each host; a product is gathered over two of a
+    host, and written into a slot of each row of the layer's cache.
+    """
+    module = hlo.parse(text)
+    return hlo_cost.collectives(module, Scopes("all"), per_host=4), hlo_cost.hbm_bytes(module, Scopes("all"))
+
+
+def test_hand_count_of_a_program_for_gpus():
+    """The text is of jaxlib 0.10.2, without what does not matter here."""
+    collectives, moved = gpu_step((Path(__file__).parent / "h100_2x4.hlo").read_text())
+    weight, product = 2 * WIDTH * WIDTH // 2, 4 * ROWS_GPU * WIDTH
+    gathers = [
+        Collective("all-gather", "all", weight, 4, float(LAYERS_GPU), 2),
+        Collective("all-gather", "all", product, 2, float(LAYERS_GPU), 1),
+    ]
+    assert collectives == gathers
+    assert [gather.sent_to_hosts for gather in gathers] == [weight * 3 / 4 / 2, 0]
+    row = 2 * ROWS_GPU * WIDTH
+    layer = (
+        2 * weight / 4  # the layer's part of the weight is copied out of the stack
+        + weight / 4 + weight  # and gathered
+        + weight + row + 8 * product / 2  # the product, whose eight parts are added up afterwards
+        + 8 * product / 2 + product / 2
+        + product / 2 + product  # gathered
+        + product + 2 * row  # written as the next input and, in another layout, for the cache
+        + 2 * row  # written into the cache in place: only the rows
+    )  # fmt: skip
+    around = 4 * row  # the first input, read and written in two layouts
+    # The rest are counters and indices.
+    assert LAYERS_GPU * layer + around <= moved["all"] <= LAYERS_GPU * layer + around + 1000
+
+
+def test_the_scratch_memory_of_a_product_is_not_traffic():
+    text = """HloModule m
+
+ENTRY %main (x: bf16[64,64], y: bf16[64,64]) -> (bf16[64,64], s8[4096]) {
+  %x = bf16[64,64]{1,0} parameter(0)
+  %y = bf16[64,64]{1,0} parameter(1)
+  ROOT %p = (bf16[64,64]{1,0}, s8[4096]{0}) custom-call(%x, %y), custom_call_target="__cublas$gemm"
+}
+"""
+    assert hlo_cost.hbm_bytes(hlo.parse(text), Scopes("all")) == {"all": 3 * 2 * 64 * 64}
+    assert hlo_cost.workspace(hlo.parse(text)) == 4096
+
+
+def test_attention_of_cudnn_is_refused():
+    text = """HloModule m
+
+ENTRY %main (x: bf16[64,64]) -> bf16[64,64] {
+  %x = bf16[64,64]{1,0} parameter(0)
+  ROOT %p = bf16[64,64]{1,0} custom-call(%x), custom_call_target="__cudnn$fmhaSoftmax", metadata={op_name="layer/attend"}
+}
+"""
+    with pytest.raises(ValueError, match="layer/attend: cuDNN's attention takes memory that is known only on a card"):
+        hlo_cost.workspace(hlo.parse(text))
+
+
+@pytest.fixture(scope="module")
+def h100():
+    """Eight absent H100 in two hosts."""
+    if not any(importlib.util.find_spec(name) for name in gpus.PLUGINS):
+        pytest.skip("needs XLA's compiler for GPUs: pip install -e '.[gpu-compiler]'")
+    jax.config.update("jax_enable_compilation_cache", False)
+    return hardware.topology("h100:2x4")[1]
+
+
+def test_the_hand_count_holds_for_a_program_that_is_compiled_here(h100):
+    mesh = sharding.make_mesh(1, 4, 2, devices=h100)
+
+    def step(x, weights, cache, slots):
+        def layer(carry, number):
+            x, cache = carry
+            x = jnp.dot(x, weights[number], preferred_element_type=jnp.float32)
+            x = sharding.constrain(jnp.tanh(x).astype(jnp.bfloat16), "fsdp", None)
+            return (x, cache.at[number, jnp.arange(len(x)), slots].set(x, mode="drop", unique_indices=True)), None
+
+        return jax.lax.scan(layer, (x, cache), jnp.arange(LAYERS_GPU))[0]
+
+    def on(*sizes, spec, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
+
+    rows = 4 * ROWS_GPU
+    arguments = (
+        on(rows, WIDTH, spec=P("fsdp")), on(LAYERS_GPU, WIDTH, WIDTH, spec=P(None, "fsdp", "tensor")),
+        on(LAYERS_GPU, rows, SLOTS, WIDTH, spec=P(None, "fsdp")), on(rows, spec=P("fsdp"), dtype=jnp.int32),
+    )  # fmt: skip
+    with jax.set_mesh(mesh):
+        text = jax.jit(step, donate_argnums=2).lower(*arguments).compile().as_text()
+    collectives, moved = gpu_step(text)
+    weight = 2 * WIDTH * WIDTH // 2
+    assert Collective("all-gather", "all", weight, 4, float(LAYERS_GPU), 2) in collectives
+    # Far below one pass over the cache, 2 MiB a layer, and above reading the gathered weights.
+    assert LAYERS_GPU * 2 * weight <= moved["all"] <= LAYERS_GPU * 8 * weight

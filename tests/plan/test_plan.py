@@ -16,12 +16,11 @@ from ml_collections import ConfigDict
 from sgpo_jax import config as configs
 from sgpo_jax import models, plan, sharding
 from sgpo_jax.models import presets
-from sgpo_jax.plan import estimate, hardware, programs, roofline, search, workload
-from sgpo_jax.plan.hardware import Chip
+from sgpo_jax.plan import estimate, hardware, programs, roofline, search, tpus, workload
 from sgpo_jax.plan.hlo_cost import Collective
 from sgpo_jax.plan.phases import Scopes
 from sgpo_jax.plan.programs import Program, Setting
-from sgpo_jax.plan.roofline import Reached, Seconds
+from sgpo_jax.plan.roofline import Chip, Reached, Seconds
 from sgpo_jax.plan.workload import Assumed
 from sgpo_jax.training.batch import pack_batch
 from sgpo_jax.training.weighting import Weighting
@@ -119,7 +118,7 @@ def test_time_of_a_phase():
 
 
 def test_a_small_collective_takes_the_steps_of_its_ring():
-    assert roofline.collective_seconds(Collective("all-reduce", "", 1, 64, 1.0), CHIPS_FAST, Reached()) == 32e-6
+    assert roofline.link_seconds(Collective("all-reduce", "", 1, 64, 1.0), CHIPS_FAST, Reached()) == 32e-6
 
 
 CHIPS_FAST = Chip(flops=1e15, hbm=1e12, ici=1e11)
@@ -212,7 +211,7 @@ def small_run(**changes):
 def with_eight(monkeypatch):
     """Eight devices of the CPU in the place of a topology."""
     monkeypatch.setattr(hardware, "topology", lambda name: (CHIPS_FAST, jax.devices()))
-    monkeypatch.setattr(hardware, "hbm_limit", lambda device: GIB)
+    monkeypatch.setattr(hardware, "hbm_limit", lambda *_: GIB)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +233,7 @@ def test_what_does_not_divide_is_refused_before_anything_is_compiled(monkeypatch
 
 
 def test_libtpu_is_asked_for(monkeypatch):
-    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tpus.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         ValueError, match=r"libtpu, the compiler for TPUs, is not installed: pip install 'sgpo_jax\[tpu"
     ):
@@ -245,9 +244,9 @@ def test_a_shape_that_libtpu_refuses_is_named(monkeypatch):
     def refuse(**_):
         raise RuntimeError("not divisible")
 
-    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(hardware.topologies, "get_topology_desc", refuse)
-    monkeypatch.setattr(hardware.os, "environ", {})
+    monkeypatch.setattr(tpus.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(tpus.topologies, "get_topology_desc", refuse)
+    monkeypatch.setattr(tpus.os, "environ", {})
     with pytest.raises(ValueError, match=r"--topology=v5e:3x7: libtpu knows no such topology \(not divisible\)"):
         hardware.topology("v5e:3x7")
 
@@ -263,7 +262,7 @@ def test_a_shape_that_libtpu_refuses_is_named(monkeypatch):
     ],
 )  # fmt: skip
 def test_sizes_in_the_compilers_message(message, sizes):
-    assert hardware.too_large(RuntimeError(message)) == sizes
+    assert tpus.too_large(RuntimeError(message)) == sizes
 
 
 def made_up(limit, unit_gib, rest_gib):
@@ -453,7 +452,7 @@ def test_memory_on_a_chip(planned):
             assert hbm["outputs"] <= 200_000  # the state takes the place of the one that was given
             parts = ("arguments", "outputs", "temporaries", "code", "resident")
             assert hbm["needed"] == sum(hbm[part] for part in parts)
-    assert "HBM of a chip in GiB; the compiler allows 15.75" in printed
+    assert "HBM of a chip in GiB, of which a program may take 15.75" in printed
 
 
 def test_a_program_that_does_not_fit(planned):

@@ -1,15 +1,17 @@
 """Continuous batching: the same responses from any number of slots, and few idle slot-steps."""
 
 import math
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 
 from sgpo_jax import policy, sharding
+from sgpo_jax.models import attention, attention_gpu
 from sgpo_jax.policy import generation
-from sgpo_jax.rollout import STOP, LanguageModel, Prompts, Rollout, Sampling, generate
-from sgpo_jax.rollout.engine import narrowed
+from sgpo_jax.rollout import STOP, LanguageModel, Prompts, Rollout, Sampling, engine, generate
+from sgpo_jax.rollout.engine import _insert, narrowed
 from sgpo_jax.rollout.schedule import schedule
 
 COUNT, GROUP, NEW, LENGTH, PAD = 24, 2, 24, 7, 63
@@ -74,6 +76,29 @@ def test_prompts_of_one_token(tiny, tiny_params):
     assert len(set(one[0].lengths.ravel())) > 3
 
 
+@pytest.mark.parametrize("shards", [1, 2, 3])
+def test_a_refill_copies_the_prompts_of_the_refilled_slots_and_nothing_else(shards):
+    rng, width, batch, length = np.random.default_rng(shards), 5, 4, 6
+    shapes = {"slots": (2, 3, shards * width, 9, 8), "prompts": (2, 3, shards * batch, length, 8)}
+    caches = {
+        name: {field: rng.normal(size=shape).astype(np.float32) for field in ("key", "value")}
+        | {"length": rng.integers(1, length, shape[2]).astype(np.int32)}
+        for name, shape in shapes.items()
+    }
+    prompt = rng.integers(0, batch, (shards, width)).astype(np.int32)
+    refilled = rng.random((shards, width)) < 0.5
+    refilled[0] = [True, False, True, False, False]  # another number than in another shard
+    refilled[-1, 1:] = True
+    expected = jax.tree.map(np.copy, caches["slots"])
+    for shard, slot in np.argwhere(refilled):
+        source, target = shard * batch + prompt[shard, slot], shard * width + slot
+        for field in ("key", "value"):
+            expected[field][:, :, target, :length] = caches["prompts"][field][:, :, source]
+        expected["length"][target] = caches["prompts"]["length"][source]
+    got = jax.jit(_insert)(caches["slots"], caches["prompts"], refilled, prompt)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(got), expected)
+
+
 @pytest.mark.parametrize(("slots", "shards"), [(8, 4), (4, 2), (0, 3)])
 def test_any_number_of_shards_gives_the_same_responses(run, at_once, slots, shards):
     assert_same(run(slots=slots, shards=shards)[0], at_once[0])
@@ -134,6 +159,29 @@ def test_groups_sampled_at_once_are_those_sampled_alone(sampled_alone, tiny, tin
     for actual, expected in zip(rollouts, sampled_alone, strict=True):
         assert_same(actual, expected)
     assert slot_steps >= sum(expected.lengths.sum() for expected in sampled_alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shards", "ways"), [(1, (1, 1, 1)), (2, (1, 2, 1))])
+def test_the_kernels_of_gpus_give_the_same_responses(monkeypatch, at_once, tiny, tiny_params, shards, ways):
+    """Refilled and narrowed, where the cache keeps the rows that the last responses no longer use."""
+    for module in (attention, engine):
+        monkeypatch.setattr(module, "platform", lambda: "gpu")
+    for name in ("attend", "attend_cache"):
+        monkeypatch.setattr(attention_gpu, name, partial(getattr(attention_gpu, name), interpret=True))
+    monkeypatch.setattr(engine, "LEAST", (4, 2))
+    model, ids = LanguageModel(tiny, STOPS, PAD), np.arange(COUNT, dtype=np.uint32) * 7
+    mesh = sharding.make_mesh(*ways, devices=jax.devices()[:shards])
+
+    def sampled(params, prompts, key):  # traced anew
+        return generate.__wrapped__(
+            params, model, prompts, key, ids, sampling=Sampling(NEW, slots=40), group=GROUP, shards=shards
+        )
+
+    with jax.set_mesh(mesh):
+        batch = Prompts(*sharding.put_rows(tuple(prompts()), mesh))
+        rollout, _ = jax.jit(sampled)(policy.place(tiny_params, mesh), batch, jax.random.key(0))
+    assert_same(Rollout(*jax.device_get(rollout)), at_once[0])
 
 
 def test_groups_sampled_at_once_need_fewer_steps(sampled_alone):

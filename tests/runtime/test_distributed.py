@@ -234,3 +234,24 @@ def test_a_run_in_a_locked_folder_is_refused_in_every_process(tmp_path):
     assert refused[0][2].startswith(f"sgpo_jax: {said}")
     assert f"has failed: {said}" in refused[1][2] and "choose another --workdir" in refused[1][2]
     assert all("Traceback" not in errors for _, _, errors in refused) and not (tmp_path / "config.json").exists()
+
+
+SEES = """
+import sys, jax
+from sgpo_jax.runtime import distributed
+distributed.start(sys.argv[1], 1, 0)
+print(jax.config.read("jax_cuda_visible_devices"))
+"""
+
+
+def test_a_process_with_a_coordinator_has_all_gpus_of_its_host_inside_slurm():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    slurm = {
+        "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "1", "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0", "SLURM_STEP_NUM_NODES": "1",
+    }  # fmt: skip
+    environment = os.environ | slurm | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SEES, address]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert result.stdout.strip() == "all", result.stderr

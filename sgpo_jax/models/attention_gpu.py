@@ -1,0 +1,159 @@
+"""Attention on GPUs: Pallas kernels of JAX that Triton compiles, under `shard_map`.
+
+They take every type and head size on every card from Ampere on, and need no workspace. docs/models.md says why these.
+
+Axis key: B batch, T tokens, S cache length, H query heads, K key/value heads, G = H / K, N head size, L layers, R rows
+of the cache, of which the first B are in use.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
+from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
+from jax.sharding import PartitionSpec as P
+
+from sgpo_jax.sharding import BATCH, exact_products, fit_spec, per_device
+
+LEAST = 16  # rows and columns of the smallest matrix that Triton multiplies
+BLOCK, BLOCK_BYTES = 128, 2**15  # most queries, or keys, of a block, and most bytes
+PAGE = 64  # tokens of a row's cache that are read at once
+SPLITS = 16  # parts of a row's cache that are read in parallel; fewer for a short cache
+
+
+def attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, interpret: bool = False
+) -> jax.Array:
+    """Computes `attention.attend` with JAX's flash attention; `interpret` runs it anywhere."""
+    batch, length, heads, size = query.shape
+    key, value = (_divisible(x, heads) for x in (key, value))
+    kv_heads = key.shape[2]
+    block = min(BLOCK, _power_of_two(length))
+    padding = (0, 0), (0, -length % block), (0, 0), (0, max(LEAST - size, 0))
+    query, key, value = (jnp.pad(x, padding) for x in (query, key, value))
+    query = query.reshape(*query.shape[:2], kv_heads, heads // kv_heads, query.shape[-1])  # [B,T,K,G,N]
+    segments = jnp.pad(segments, padding[:2])
+
+    def local(query, key, value, segments):
+        # The kernel has as many key heads as query heads. Mapped over G, it reads the same keys G times from one place.
+        flash = partial(_flash, size**-0.5, interpret)
+        return jax.vmap(flash, in_axes=(3, None, None, None), out_axes=3)(query, key, value, segments)
+
+    rows, tensor = fit_spec((batch, kv_heads), (BATCH, "tensor"))
+    by_head, by_group = P(rows, None, tensor, None), P(rows, None, tensor, None, None)
+    run = per_device(local, (by_group, by_head, by_head, P(rows, None)), by_group)
+    return run(query, key, value, segments)[:, :length, ..., :size].reshape(batch, length, heads * size)
+
+
+def _divisible(x: jax.Array, heads: int) -> jax.Array:
+    """Repeats the key heads of x `[B,T,K,N]` as often as the tensor axis needs to divide them, if H allows it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = 1 if mesh.empty else mesh.shape["tensor"]
+    repeats = ways // math.gcd(ways, x.shape[2])
+    return jnp.repeat(x, repeats, axis=2) if heads % (x.shape[2] * repeats) == 0 else x
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _flash(scale: float, interpret: bool, query: Any, key: Any, value: Any, segments: Any) -> jax.Array:
+    """Computes causal attention within segments of `[B,T,K,N]`, in the precision of the type."""
+    return _flash_forward(scale, interpret, query, key, value, segments)[0]
+
+
+def _flash_forward(scale, interpret, query, key, value, segments):
+    def kernel(query, key, value):
+        sizes = _block_sizes(query)
+        return mha(query, key, value, segments, scale, causal=True, block_sizes=sizes, interpret=interpret)
+
+    with exact_products(query.dtype):  # here and below, because the kernel's backward pass is traced there
+        return jax.vjp(kernel, query, key, value)
+
+
+def _flash_backward(scale, interpret, backward, gradient):
+    with exact_products(gradient.dtype):
+        return *backward(gradient), None
+
+
+_flash.defvjp(_flash_forward, _flash_backward)
+
+
+def _block_sizes(query: jax.Array) -> BlockSizes:
+    """Returns sizes for `[B,T,K,N]` whose blocks fit into the shared memory of an A100."""
+    row = _power_of_two(query.shape[-1]) * query.dtype.itemsize
+    forward = min(BLOCK, BLOCK_BYTES // row, query.shape[1])
+    backward = max(forward // 2, LEAST)  # it keeps twice as many sums in registers
+    return BlockSizes(forward, forward, backward, backward, backward, backward)
+
+
+def cache_shape(slots: int, size: int) -> tuple[int, int]:
+    """Returns (S, N) of a cache: S is a whole number of pages in every part, N a power of two."""
+    part = PAGE * _splits(slots)
+    return -(-slots // part) * part, _power_of_two(size)
+
+
+def takes(cache: jax.Array) -> bool:
+    """Returns whether `attend_cache` takes a cache `[K,L,R,S,N]`."""
+    return cache.shape[-2:] == cache_shape(*cache.shape[-2:])
+
+
+def tokens_at_once(slots: int) -> int:
+    """Returns how many tokens of a row one round of the loop of `attend_cache` reads: a page of each part."""
+    return PAGE * _splits(slots)
+
+
+def append(cache: jax.Array, new: jax.Array, layer: Any, slots: jax.Array) -> jax.Array:
+    """Computes `attention.append` for the first B of each device's rows."""
+
+    def local(cache, new, layer, slots):
+        numbers = jax.lax.ScatterDimensionNumbers(
+            update_window_dims=(0, 2), inserted_window_dims=(1, 2, 3), scatter_dims_to_operand_dims=(1, 2, 3)
+        )
+        indices = jnp.stack([jnp.full_like(slots, layer), jnp.arange(len(slots)), slots], axis=-1)
+        return jax.lax.scatter(cache, indices, new.swapaxes(0, 1), numbers, unique_indices=True, mode="drop")
+
+    rows, tensor = fit_spec((len(slots), len(cache)), (BATCH, "tensor"))
+    specs = P(tensor, None, rows), P(rows, tensor), P(), P(rows)
+    return per_device(local, specs, specs[0])(cache, new, jnp.asarray(layer, jnp.int32), slots)
+
+
+def attend_cache(
+    query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any, lengths: jax.Array, interpret: bool = False
+) -> jax.Array:
+    """Computes `attention.attend_cache` with JAX's paged attention, which reads the pages in use.
+
+    All layers share one page pool. `interpret` runs it anywhere.
+    """
+    batch, heads, size = query.shape
+    kv_heads, _, _, slots, width = keys.shape
+    # The kernel does not scale the scores. Scaling the query rounds once more, in the query's type.
+    query = (query.astype(jnp.float32) * size**-0.5).astype(query.dtype)
+    query = jnp.pad(query, ((0, 0), (0, 0), (0, width - size)))
+    lengths = jnp.minimum(lengths, slots)
+
+    def local(query, keys, values, layer, lengths):
+        pool = (len(keys), -1, PAGE, width)
+        pages, rows = slots // PAGE, keys.shape[2]
+        table = (layer * rows + jnp.arange(len(query))[:, None]) * pages + jnp.arange(pages)
+        with exact_products(query.dtype):
+            return paged_attention(
+                query, keys.reshape(pool), values.reshape(pool), table.astype(jnp.int32), lengths,
+                pages_per_compute_block=1, k_splits=_splits(slots), interpret=interpret,
+            )  # fmt: skip
+
+    rows, tensor = fit_spec((batch, kv_heads), (BATCH, "tensor"))
+    by_head, cache = P(rows, tensor, None), P(tensor, None, rows, None, None)
+    run = per_device(local, (by_head, cache, cache, P(), P(rows)), by_head)
+    out = run(query, keys, values, jnp.asarray(layer, jnp.int32), lengths)
+    return out[..., :size].reshape(batch, heads * size)
+
+
+def _splits(slots: int) -> int:
+    """Returns into how many parts a cache is split: a power of two, with 16 pages in a part at least, but for one."""
+    return max(min(SPLITS, 1 << (slots // (16 * PAGE)).bit_length() >> 1), 1)
+
+
+def _power_of_two(size: int) -> int:
+    """Returns the least power of two that is at least `size` and LEAST."""
+    return 1 << (max(size, LEAST) - 1).bit_length()

@@ -1,0 +1,103 @@
+"""Slots that fit into the memory of the devices that a run has."""
+
+import dataclasses
+import math
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sgpo_jax import models, sharding
+from sgpo_jax.policy.policy import Run
+from sgpo_jax.rollout import Sampling
+from sgpo_jax.rollout.memory import RESERVE, cache_bytes, fitting_slots
+from sgpo_jax.runtime import distributed, is_first
+
+GIB = 2**30
+
+
+def sampling(run: Run, section: str, responses: int, prompts: int) -> Sampling:
+    """Returns the sampling of a section of the config, with as many slots as fit where it asks for all responses.
+
+    Where no device tells the size of its memory, as on CPUs, it is the config's. The number of slots changes no
+    response.
+
+    Args:
+      run: the run, whose training state is on the devices if it has a stage that trains.
+      section: "rl" or "eval".
+      responses: that are sampled at once.
+      prompts: of all kinds, which are prefilled at once.
+
+    Raises:
+      ValueError: the slots that the config asks for do not fit, or not even one of each device does.
+    """
+    chosen = Sampling.from_config(run.config[section])
+    limit = _limit(run.mesh)
+    if limit is None:
+        return chosen
+    shards = sharding.row_ways(run.mesh)
+    size = partial(cache_bytes, run.policy.config, dtype=run.policy.dtype, mesh=run.mesh)
+    longest = run.config.data.max_prompt_tokens - 1
+    slot, prefilled = size(shards, longest + chosen.max_new_tokens), size(prompts, longest)
+    held = _held_bytes(run.config)
+    room = limit - _resident(run.policy.config, run.policy.dtype, held, run.mesh) - prefilled
+    most = fitting_slots(responses, room - round(RESERVE * limit), slot, shards)
+    field, sizes = f"config.{section}.slots", f"of {room / GIB:.1f} GiB that are left on a device"
+    if most == 0:
+        raise ValueError(
+            f"{field}={chosen.slots}: the cache of one slot takes {slot / GIB:.1f} {sizes}; "
+            f"needs more devices, config.mesh.tensor or a smaller config.{section}.max_new_tokens"
+        )
+    asked = min(chosen.slots, responses)
+    if asked // shards * slot > room:
+        needed = asked // shards * slot
+        raise ValueError(f"{field}={chosen.slots}: the caches take {needed / GIB:.1f} {sizes}; {most} slots fit")
+    if asked or most == responses:
+        return chosen
+    _tell(f"{field}=0: {most} of {responses} responses are decoded at once, as many as fit")
+    return dataclasses.replace(chosen, slots=most)
+
+
+@cache
+def _tell(text: str) -> None:
+    """Prints a line once."""
+    if is_first():
+        print(text, flush=True)
+
+
+@cache
+def _limit(mesh: Mesh) -> int | None:
+    """Returns the bytes that JAX may use on the smallest device of all processes; None where a device does not say."""
+    stats = [device.memory_stats() or {} for device in mesh.local_devices]
+    return min(distributed.gather(min(stat.get("bytes_limit", 0) for stat in stats))) or None
+
+
+def _held_bytes(config: ConfigDict) -> int:
+    """Returns the bytes that the training state holds of a parameter beside its value: both moments, and teachers."""
+    if not {"sft", "rl"} & {*config.stages}:
+        return 0
+    moments = np.dtype(config.optimizer.mu_dtype).itemsize + 4
+    if "rl" not in config.stages:
+        return moments
+    rl = config.rl
+    teachers = (rl.teacher in ("frozen", "trust_region") or rl.reference_kl > 0) + (rl.teacher in ("ema", "gated"))
+    return moments + teachers * jnp.dtype(rl.teacher_dtype).itemsize
+
+
+@cache
+def _resident(config: models.ModelConfig, dtype: Any, held: int, mesh: Mesh) -> int:
+    """Returns the bytes of a device that the training state takes, and the weights in the type of the products.
+
+    Args:
+      config, dtype, mesh: of the run.
+      held: see `_held_bytes`.
+    """
+    params = jax.eval_shape(partial(models.init, config=config), jax.random.key(0))
+    shardings = sharding.tree_shardings(params, mesh)
+    on_device = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)), params, shardings)
+    gathered = sum(x.size for x in jax.tree.leaves(params)) // mesh.shape["tensor"]
+    return sum(jax.tree.leaves(on_device)) * (4 + held) + gathered * np.dtype(dtype).itemsize

@@ -1,0 +1,55 @@
+"""Keeps docs/results/plans.md true to the plans for GPUs in benchmarks/plans, and those to the configs."""
+
+import json
+import runpy
+
+import pytest
+from helpers.paths import ROOT
+
+from sgpo_jax import config as configs
+from sgpo_jax.plan.hardware import GIB
+from sgpo_jax.plan.planner import without_files
+
+PAGE = (ROOT / "docs/results/plans.md").read_text()
+MODELS = {"qwen1p5b": "Qwen2.5-1.5B", "qwen7b": "Qwen2.5-7B", "llama8b": "Llama-3.1-8B"}
+CARDS = {"h100x8": "h100:8", "h100x32": "h100:4x8"}
+# A plan that is not made yet is not in the table either.
+STORED = [(m, c) for m in MODELS for c in CARDS if (ROOT / "benchmarks/plans" / f"{m}_{c}.json").is_file()]
+
+
+def plan(model, cards):
+    return json.loads((ROOT / "benchmarks/plans" / f"{model}_{cards}.json").read_text())
+
+
+@pytest.mark.parametrize(("model", "cards"), STORED)
+def test_the_paper_models_fit(model, cards):
+    stored = plan(model, cards)
+    assert stored["topology"] == CARDS[cards] and stored["fits"]
+    assert stored["assumed"]["memory_share"] == 0.75
+    # Attention holds no scores of all tokens with all tokens.
+    for program in stored["programs"].values():
+        assert not any(array["array"].count("17408") > 1 for array in program["largest"])
+
+
+@pytest.mark.parametrize(("model", "cards"), STORED)
+def test_a_plan_is_of_the_preset_in_the_config(model, cards):
+    config = runpy.run_path(str(ROOT / "configs" / f"{model}.py"))["get_config"](cards)
+    assert configs.to_dict(without_files(config)) == plan(model, cards)["config"]
+
+
+def test_no_other_plans_are_in_the_table():
+    rows = [line for line in PAGE.splitlines() if line.startswith("|") and "| h100:" in line]
+    assert len(rows) == len(STORED)
+
+
+@pytest.mark.parametrize(("model", "cards"), STORED)
+def test_the_table_has_the_figures_of_the_plan(model, cards):
+    stored = plan(model, cards)
+    most = max(program["hbm"]["needed"] for program in stored["programs"].values()) / GIB
+    hours = [stored["hours"][stage] for stage in ("sft", "rl", "eval")]
+    cells = [
+        MODELS[model], CARDS[cards], f"{stored['mesh']['fsdp']} x {stored['mesh']['tensor']}", f"{most:.1f} of 59.3",
+        ", ".join(f"{bounds['least']:.1f} to {bounds['most']:.1f}" for bounds in hours),
+        " to ".join(f"{value:,.0f}" for value in stored["dollars"].values()),
+    ]  # fmt: skip
+    assert "| " + " | ".join(cells) + " |" in PAGE

@@ -1,0 +1,85 @@
+"""Slots that fit into the memory of described devices; sizes counted by hand."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from ml_collections import ConfigDict
+
+from sgpo_jax import config as configs
+from sgpo_jax import policy, sharding
+from sgpo_jax.models import presets
+from sgpo_jax.policy import memory
+from sgpo_jax.rollout.memory import cache_bytes, fitting_slots
+
+SHAPE = presets.shape("Qwen/Qwen2.5-1.5B-Instruct")
+GIB = 2**30
+
+
+def test_bytes_of_a_cache():
+    mesh = sharding.make_mesh(1, 4, 2)
+    # Keys and values of 28 layers, 2 heads of 128 in 2 bytes, halved by the tensor axis; and a length.
+    assert cache_bytes(SHAPE, 8, 1000, jnp.bfloat16, mesh) == 2 * (2 * 28 * 1000 * 128 * 2) + 4
+    # Four devices do not divide two heads, so each has both.
+    mesh = sharding.make_mesh(1, 2, 4)
+    assert cache_bytes(SHAPE, 8, 1000, jnp.bfloat16, mesh) == 4 * (2 * 28 * 1000 * 2 * 128 * 2) + 16
+
+
+@pytest.mark.parametrize(
+    ("responses", "room", "slots"), [(64, 1000, 40), (64, 1099, 40), (16, 10**6, 16), (64, 99, 0), (64, -5, 0)]
+)
+def test_slots_that_fit(responses, room, slots):
+    assert fitting_slots(responses, room, slot=100, shards=4) == slots
+
+
+@pytest.fixture
+def sampling(monkeypatch):
+    """(slots, GiB of a device or None) -> the sampling of a run of 512 responses to 128 prompts on 8 devices."""
+
+    def sampling(slots, gib):
+        monkeypatch.setattr(memory, "_limit", lambda mesh: gib and int(gib * GIB))
+        fields = {"max_new_tokens": 16384, "temperature": 1.0, "top_p": 0.95, "top_k": 0, "slots": slots}
+        fields |= {"teacher": "live", "reference_kl": 0.0, "teacher_dtype": "float32"}
+        config = ConfigDict(
+            {"rl": fields, "data": {"max_prompt_tokens": 1024}, "optimizer": {"mu_dtype": "float32"}, "stages": ("rl",)}
+        )
+        chosen = policy.Policy(SHAPE, None, (0,), 0, jnp.dtype(jnp.bfloat16), "")
+        run = SimpleNamespace(config=config, policy=chosen, mesh=sharding.make_mesh(1, 4, 2))
+        return memory.sampling(run, "rl", 512, 128)
+
+    return sampling
+
+
+# On a device: 1.54e9 parameters / 8 of 12 bytes, and their copy of 2 bytes in halves: 3.6 GiB. The prompts take
+# 0.44 GiB, a slot of 17,407 tokens 0.2324 GiB, so that 128 of a shard take 29.75.
+@pytest.mark.parametrize(
+    ("slots", "gib", "fit"), [(0, None, 0), (0, 60, 0), (256, 60, 256), (0, 20, 4 * 60), (512, 34, 512)]
+)
+def test_as_many_slots_as_fit(sampling, slots, gib, fit, capsys):
+    assert sampling(slots, gib).slots == fit
+    assert ("config.rl.slots=0: 240 of 512 responses are decoded at once" in capsys.readouterr().out) == (gib == 20)
+
+
+def test_slots_that_do_not_fit_are_refused(sampling):
+    with pytest.raises(ValueError, match=r"config.rl.slots=512: the caches take 29.7 of 16.0 GiB .*; 240 slots fit"):
+        sampling(512, 20)
+    with pytest.raises(ValueError, match=r"config.rl.slots=0: the cache of one slot takes 0.2 of 0.0 GiB"):
+        sampling(0, 4.05)
+
+
+@pytest.mark.parametrize(
+    ("changes", "held"),
+    [({}, 8), ({"teacher": "frozen", "teacher_dtype": "bfloat16"}, 10), ({"teacher": "ema"}, 12),
+     ({"teacher": "gated", "reference_kl": 0.1}, 16), ({"teacher": "trust_region", "reference_kl": 0.1}, 12)],
+)  # fmt: skip
+def test_moments_and_teachers_are_counted(changes, held):
+    config = configs.base()
+    config.rl.update(changes)
+    assert memory._held_bytes(config) == held
+    config.stages = ("eval",)
+    assert memory._held_bytes(config) == 0
+
+
+def test_devices_of_this_machine_do_not_say_how_much_memory_they_have():
+    assert memory._limit(sharding.make_mesh(devices=jax.devices()[:1])) is None
