@@ -1,7 +1,7 @@
 """Language models: one decoder as functions of arrays, and its parameters read from and written to checkpoints."""
 
 from sgpo_jax.models.config import ModelConfig, RopeScaling
-from sgpo_jax.models.decoder import REMAT, Cache, apply, head, head_weight, init, init_cache, positions_of, unstacked
+from sgpo_jax.models.decoder import REMAT, Cache, apply, head, head_weight, init, init_cache, positions_of
 
 __all__ = [
     "Cache",
@@ -14,5 +14,4 @@ __all__ = [
     "init",
     "init_cache",
     "positions_of",
-    "unstacked",
 ]

@@ -4,7 +4,6 @@ Axis key: B batch, T tokens, S cache length, D hidden, H query heads, K key/valu
 """
 
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import flax.linen as nn
@@ -155,7 +154,7 @@ class Decoder(nn.Module):
     remat: str
 
     @nn.compact
-    def __call__(self, tokens, positions, mask, cache, layers=None):
+    def __call__(self, tokens, positions, mask, cache):
         config = self.config
         embed = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype, name="embed")
         x = constrain(embed(tokens), BATCH, None, None)
@@ -165,20 +164,15 @@ class Decoder(nn.Module):
         lengths = cache["length"] if decoding else None
 
         block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
-        carry, shared = (x, keys, values), (angle, mask.astype(jnp.int32), lengths)
-        if layers is None:
-            scanned = nn.scan(
-                block,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-                length=config.num_layers,
-            )(config, self.dtype, name="layers")
-            carry, _ = scanned(carry, jnp.arange(config.num_layers), *shared)
-        else:
-            for i, weights in enumerate(layers):
-                carry, _ = block(config, self.dtype, parent=None).apply({"params": weights}, carry, i, *shared)
-        x, keys, values = carry
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=config.num_layers,
+        )(config, self.dtype, name="layers")
+        layer = jnp.arange(config.num_layers)
+        (x, keys, values), _ = layers((x, keys, values), layer, angle, mask.astype(jnp.int32), lengths)
         if cache is not None:
             cache = {"key": keys, "value": values, "length": cache["length"] + mask.sum(axis=1, dtype=jnp.int32)}
         hidden = nn.RMSNorm(epsilon=config.norm_eps, dtype=self.dtype, name="norm")(x)
@@ -213,7 +207,7 @@ def apply(
     """Computes final hidden states and, with a cache, appends these tokens to it.
 
     Args:
-      params: parameter tree of `init` or of an import, float32 or bfloat16; or that of `unstacked`.
+      params: parameter tree of `init` or of an import, float32 or bfloat16.
       config: the model's shape.
       tokens: `[B,T]` token ids.
       positions: `[B,T]` positions for the rotary embedding, 0 at each row's first real token.
@@ -230,21 +224,8 @@ def apply(
       (hidden `[B,T,D]` after the final norm, cache or None).
     """
     module = Decoder(config, dtype, remat)
-    layers = None
-    if isinstance(params["layers"], tuple):
-        layers, params = params["layers"], {name: part for name, part in params.items() if name != "layers"}
     with exact_products(dtype):
-        return module.apply({"params": params}, tokens, positions, mask, cache, layers)  # type: ignore[return-value]
-
-
-def unstacked(params: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """Returns the parameters with a tuple of trees under "layers", one for each layer, which `apply` runs one by one.
-
-    XLA for GPUs copies the weights of a layer out of the stack before it multiplies by them. A decoding step, which
-    reads every weight once, would take three times the traffic.
-    """
-    layers = tuple(jax.tree.map(itemgetter(i), params["layers"]) for i in range(config.num_layers))
-    return {**params, "layers": layers}
+        return module.apply({"params": params}, tokens, positions, mask, cache)  # type: ignore[return-value]
 
 
 def head(params: dict[str, Any], config: ModelConfig) -> jax.Array:

@@ -107,7 +107,6 @@ def generate(
     width = min(slots // shards or responses, responses)
     params = _resident(params, dtype)
     head = _contiguous_head(params, config)
-    params = models.unstacked(params, config) if platform() == "gpu" else params
     stops = jnp.asarray(model.stop_ids, jnp.int32)
 
     by_shard = partial(jnp.reshape, shape=(shards, count // shards))

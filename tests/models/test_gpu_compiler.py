@@ -159,10 +159,6 @@ def test_a_rollout_takes_little_more_than_its_cache(compiled, count, tensor):
     cache = cache_bytes(TINY, 64, 1024 - 1 + 16384, BF16, on)
     assert cache < program.memory_analysis().temp_size_in_bytes < 1.1 * cache
     assert copies(program, cache // 4 // TINY.num_layers) == []  # half of a layer's keys
-    # Nor are weights copied: nothing but their cast and gathering before the loops has their shape.
-    weights = rf"bf16\[(?:1,)?{TINY.hidden_size},{TINY.mlp_size // tensor}\]"
-    made = re.findall(rf'= {weights}\S* (?:fusion|copy|dynamic-slice)\(.*op_name="(\S*)"', program.as_text())
-    assert [name for name in made if "while/body" in name] == []
 
 
 @pytest.mark.parametrize("name", ["SFT update", pytest.param("update", marks=pytest.mark.slow)])
