@@ -41,15 +41,15 @@ def vectors(gold: str, answer: str) -> tuple[str, str]:
         return gold, answer
     parts = [_components(text) for text in (gold, answer)]
     if parts[0] and parts[1]:
-        return tuple_(parts[0]), tuple_(parts[1])
+        return _tuple(parts[0]), _tuple(parts[1])
     if parts[0] and (length := _length(answer)) in (2, 3) and parts[0][length:] in ([], ["0"]):
-        return tuple_(parts[0][:length]), answer
+        return _tuple(parts[0][:length]), answer
     if parts[1] and (length := _length(gold)) in (2, 3) and parts[1][length:] in ([], ["0"]):
-        return gold, tuple_(parts[1][:length])
+        return gold, _tuple(parts[1][:length])
     return gold, answer
 
 
-def tuple_(parts: list[str]) -> str:
+def _tuple(parts: list[str]) -> str:
     return f"({', '.join(parts)})"
 
 
@@ -83,9 +83,9 @@ def named_values(gold: str, answer: str) -> tuple[str, str]:
     if ("=" in gold) == ("=" in answer):
         return gold, answer
     if values := _values(gold):
-        return tuple_(values), f"({', '.join(listed)})" if len(listed := _items(answer)) > 1 else answer
+        return _tuple(values), f"({', '.join(listed)})" if len(listed := _items(answer)) > 1 else answer
     values = _values(answer)
-    return gold, tuple_(values) if values and entries(gold) else answer
+    return gold, _tuple(values) if values and entries(gold) else answer
 
 
 def _items(text: str) -> list[str]:
