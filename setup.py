@@ -5,7 +5,13 @@ in .ci/oldest.txt too. `pip install .` brings neither torch nor tensorflow: JAX 
 transformers gives its tokenizers and chat templates only.
 """
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+(VERSION,) = re.findall(r'^__version__ = "(.*)"$', (HERE / "sgpo_jax/__init__.py").read_text("utf-8"), re.M)
 
 RUNTIME = [
     "jax>=0.10.2",  # arrays, jit, sharding
@@ -47,6 +53,7 @@ EXTRAS = {
     "smollm2": ["gguf>=0.19.0"],
     "gym": ["reasoning-gym>=0.1.25"],  # procedurally generated text problems
     "extract": [OPENAI],
+    "llama": ["xllamacpp>=2026.10"],  # llama.cpp's own server in one wheel, which a test extracts strategies from
     "hub": ["datasets>=5.0"],  # parquet files and data sets of the Hugging Face hub
     "tfds": ["tensorflow-datasets>=4.9.10"],  # data sets of TFDS, read without TensorFlow
     "browser": ["playwright>=1.55"],  # the report's page in headless Chromium; `playwright install chromium` brings one
@@ -58,12 +65,15 @@ EXTRAS = {
 
 setup(
     name="sgpo_jax",
-    version="0.1.0",
+    version=VERSION,
     description="Strategy-guided policy optimization of language models in JAX",
+    long_description=(HERE / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["sgpo_jax", "sgpo_jax.*"]),
-    package_data={"sgpo_jax.report": ["templates/*"], "sgpo_jax.plan": ["cards/*.txtpb"]},
+    package_data={"sgpo_jax": ["py.typed"], "sgpo_jax.report": ["templates/*"], "sgpo_jax.plan": ["cards/*.txtpb"]},
+    entry_points={"console_scripts": ["sgpo = sgpo_jax.commands:main"]},
     python_requires=">=3.11,<3.14",
     install_requires=RUNTIME,
     extras_require=EXTRAS,

@@ -10,6 +10,10 @@ workers remember what they parsed last, as in training, where the responses of a
 For rows with "answer" every gold answer is also graded against answers made from it. Those of the same value (written
 in other LaTeX, a list in another order) must be right: the others count as false negatives. Those of another value (an
 item dropped, repeated, negated or doubled, a tuple in another order) must be wrong: the others are false positives.
+
+Rows that say whether their prediction "should_be_correct" are counted likewise. With --compare the same answers are
+also graded by math-verify alone and, where it is installed, by mathruler, the grader of PRM800K as a package: `pip
+install mathruler pylatexenc tqdm`.
 """
 
 import argparse
@@ -17,9 +21,14 @@ import json
 import os
 import platform
 import re
+import signal
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from importlib.metadata import version
+from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 
 from sgpo_jax import rewards
@@ -28,6 +37,7 @@ from sgpo_jax.runtime import tables
 from sgpo_jax.runtime.files import read_jsonl
 
 BATCH = 512  # gradings per call: 128 problems with 4 responses
+LIMIT = 30  # seconds for one answer where errors are counted, so that a busy machine causes none
 BOMBS = ("bomb", "long")  # categories of hostile grading cases
 
 
@@ -74,12 +84,17 @@ def _number(text: str) -> bool:
     return bool(re.fullmatch(r"(?:[-+0-9. {}]|\\d?frac|\\sqrt|\\pi)+", text) and re.search("[1-9]|pi", text))
 
 
-def count_errors(golds: list[str], workers: int | None) -> dict:
-    """Returns how many answers made from gold answers are graded wrongly, with the first few of each kind."""
-    cases = [(gold, answer, same) for gold in golds for answer, same in variants(gold)]
-    with closing(rewards.Pool(workers=workers)) as pool:
-        verdicts = rewards.score([rf"\boxed{{{case[1]}}}" for case in cases], [case[0] for case in cases], pool=pool)
-    graded = [(*case, verdict.outcome == "correct") for case, verdict in zip(cases, verdicts, strict=True)]
+def labelled(path: str) -> list[tuple[str, str, bool]]:
+    """Returns (gold, response, whether it is right) for each labelled pair and each answer made from a gold answer."""
+    rows = [row for row in read_jsonl(path) if row.get("category") not in BOMBS]
+    pairs = [(row["gold"], row["prediction"], row["should_be_correct"]) for row in rows if "should_be_correct" in row]
+    golds = [row["answer"] for row in rows if "answer" in row]
+    return pairs + [(gold, rf"\boxed{{{answer}}}", same) for gold in golds for answer, same in variants(gold)]
+
+
+def count_errors(cases: list[tuple[str, str, bool]], verdicts: list[bool]) -> dict:
+    """Returns how many labelled pairs are graded wrongly, with the first few of each kind."""
+    graded = [(*case, right) for case, right in zip(cases, verdicts, strict=True)]
     positives = [f"{gold} ¦ {answer}" for gold, answer, same, right in graded if right and not same]
     negatives = [f"{gold} ¦ {answer}" for gold, answer, same, right in graded if same and not right]
     return {
@@ -89,6 +104,51 @@ def count_errors(golds: list[str], workers: int | None) -> dict:
         "false_positives": len(positives),
         "examples": negatives[:10] + positives[:10],
     }
+
+
+def math_verify_alone(gold: str, response: str) -> bool:
+    """Grades as math-verify does by itself, with more time, because the machine may be busy."""
+    from math_verify import parse, verify
+
+    texts = (rf"\boxed{{{gold}}}", response)
+    return verify(*(parse(text, parsing_timeout=LIMIT) for text in texts), timeout_seconds=LIMIT)
+
+
+def mathruler(gold: str, response: str) -> bool:
+    """Grades as mathruler does by itself."""
+    from mathruler.grader import extract_boxed_content, grade_answer
+
+    return grade_answer(extract_boxed_content(response), gold)
+
+
+def limited(grade: Callable[[str, str], bool], gold: str, response: str) -> bool:
+    """Calls a grader; what it cannot grade in the time is wrong."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(LIMIT)
+    try:
+        return bool(grade(gold, response))
+    except Exception:
+        return False
+    finally:
+        signal.alarm(0)
+
+
+def by_each_grader(cases: list[tuple[str, str, bool]], others: bool, workers: int | None) -> dict[str, dict]:
+    """Returns the errors of the verifier and, if asked for, of the public graders that are installed."""
+    golds, responses, _ = zip(*cases, strict=True)
+    with closing(rewards.Pool(workers=workers, seconds=LIMIT)) as pool:
+        verdicts = rewards.score(list(responses), list(golds), pool=pool)
+    errors = {"sgpo_jax": count_errors(cases, [verdict.outcome == "correct" for verdict in verdicts])}
+    public = {"math-verify": math_verify_alone} | ({"mathruler": mathruler} if find_spec("mathruler") else {})
+    for name, grade in public.items() if others else ():
+        with ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn")) as processes:
+            graded = processes.map(limited, [grade] * len(cases), golds, responses, chunksize=32)
+            errors[name] = count_errors(cases, list(graded))
+    return errors
 
 
 def measure(pairs: list[tuple[str, str]], seconds: float, workers: int | None) -> dict:
@@ -123,15 +183,17 @@ def main() -> None:
     parser.add_argument("files", nargs="+")
     parser.add_argument("--seconds", type=float, default=20.0, help="for each file")
     parser.add_argument("--workers", type=int, default=None, help="processes; by default one per CPU, at most 8")
+    parser.add_argument("--compare", action="store_true", help="count the errors of the public graders too")
     parser.add_argument("--json", default="", help="file for the figures")
     arguments = parser.parse_args()
     results = {Path(file).name: measure(read(file), arguments.seconds, arguments.workers) for file in arguments.files}
     for file in arguments.files:
-        if golds := [row["answer"] for row in read_jsonl(file) if "answer" in row]:
-            results[Path(file).name]["errors"] = count_errors(golds, arguments.workers)
+        if cases := labelled(file):
+            results[Path(file).name]["errors"] = by_each_grader(cases, arguments.compare, arguments.workers)
     machine = {
         "cpus": os.cpu_count(), "processor": platform.processor() or platform.machine(), "load": os.getloadavg(),
-        "python": platform.python_version(), **{name: version(name) for name in ("math-verify", "sympy")},
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("math-verify", "sympy", "mathruler") if find_spec(name.replace("-", "_"))},
     }  # fmt: skip
     columns = ["file", "pairs", "by mathematics", "first pass, 1/s", "later, 1/s", "outcomes"]
     rows = [
@@ -143,16 +205,18 @@ def main() -> None:
     ]  # fmt: skip
     tables.table(f"Gradings per second: {machine}", columns, rows)
     errors = {name: result["errors"] for name, result in results.items() if "errors" in result}
+    counted = ["same_value", "false_negatives", "other_value", "false_positives"]
     tables.table(
-        "Answers made from the gold answers",
-        ["file", "of the same value", "false negatives", "of another value", "false positives"],
+        "Labelled answers, and answers made from the gold answers",
+        ["file", "grader", "of the same value", "false negatives", "of another value", "false positives"],
         [
-            [name, counts["same_value"], counts["false_negatives"], counts["other_value"], counts["false_positives"]]
-            for name, counts in errors.items()
+            [name, grader, *map(counts.get, counted)]
+            for name, graders in errors.items()
+            for grader, counts in graders.items()
         ],
     )
-    for name, counts in errors.items():
-        for example in counts["examples"]:
+    for name, graders in errors.items():
+        for example in graders["sgpo_jax"]["examples"]:
             print(f"{name}: {example}")
     if arguments.json:
         Path(arguments.json).write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")

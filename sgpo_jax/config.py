@@ -4,8 +4,9 @@ A file in `configs/` starts from `base()`, changes what it needs and returns the
 single fields: `--config.rl.batch=64`. Sections, equations and tables are those of arXiv 2606.24064.
 """
 
+import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from ml_collections import ConfigDict
 STAGES = ("sft", "rl", "eval")
 # Fields and sections that a resumed run may change: how long, how often and where it runs, and how it is evaluated.
 MAY_CHANGE = (
-    "stages", "grace", "max_skipped", "report_seconds", "rl.steps", "rl.epochs", "rl.eval_every", "monitor", "eval",
-    "checkpoint", "mesh", "extract", "lab",
+    "stages", "grace", "max_skipped", "report_seconds", "profile", "rl.steps", "rl.epochs", "rl.eval_every", "monitor",
+    "eval", "checkpoint", "mesh", "extract", "lab",
 )  # fmt: skip
+FREE = ("eval.sets", "lab.changes", "lab.fast")  # sections whose names the user chooses
 
 
 def base() -> ConfigDict:
@@ -27,6 +29,8 @@ def base() -> ConfigDict:
     config.grace = 30.0  # seconds after SIGTERM in which a run finishes its step and saves
     config.max_skipped = 3  # consecutive non-finite updates that stop the run
     config.report_seconds = 60.0  # between two updates of report.html during a run; 0 writes it only at the end
+
+    config.profile = ()  # (first, last): a trace of these steps of each stage goes to STAGE/profile; () is none
 
     config.model = ConfigDict()
     config.model.source = ""  # Hugging Face folder or hub id, a .gguf file, "smollm2", or "scratch"
@@ -48,13 +52,15 @@ def base() -> ConfigDict:
     config.data.decontaminate = True  # leave out problems that share 13 words in a row with eval.sets; False only lists
     config.data.sft_share = 1 / 3  # share of the problems used for the warm-up; Sec. 4.1
     config.data.instruction = "default"  # last line of every prompt; "default" is prompts.INSTRUCTION
+    # Text of the system's turn before every prompt; "" writes none, and a chat template may then put in its own.
+    config.data.system = ""
     config.data.max_prompt_tokens = 1024  # tokens; longer prompts are left out and counted
 
     config.optimizer = ConfigDict()  # AdamW
     config.optimizer.b1 = 0.9  # decay rate of the first moment
     config.optimizer.b2 = 0.999  # decay rate of the second moment
-    config.optimizer.eps = 1e-8
-    config.optimizer.weight_decay = 0.01
+    config.optimizer.eps = 1e-8  # added to the root of the second moment
+    config.optimizer.weight_decay = 0.01  # decoupled, times the learning rate
     config.optimizer.clip_norm = 1.0  # global gradient norm
     config.optimizer.mu_dtype = "float32"  # type of the first moment; "bfloat16" saves 2 bytes per parameter
 
@@ -62,9 +68,9 @@ def base() -> ConfigDict:
     config.sft.train = ""  # separate rows for the warm-up; "" takes the sft_share of data.train
     config.sft.use_strategy = False  # put a row's strategy in its prompt where it has one (never in the paper)
     config.sft.batch = 64  # responses per step
-    config.sft.epochs = 10
+    config.sft.epochs = 10  # passes over the rows of the warm-up; unused if sft.steps is set
     config.sft.steps = 0  # total steps; 0 uses epochs
-    config.sft.learning_rate = 1e-5
+    config.sft.learning_rate = 1e-5  # the highest, after the rise and before the decay
     config.sft.warmup_share = 0.1  # share of the steps with a rising learning rate
     config.sft.decay = "cosine"  # or "constant"; not given in the paper
     config.sft.max_response_tokens = 16384  # tokens; longer responses are left out and counted
@@ -76,14 +82,14 @@ def base() -> ConfigDict:
     config.rl.batch = 128  # problems per step (derived: the paper's curves end near step 440)
     config.rl.autonomous = 8  # G1, responses to the problem alone
     config.rl.guided = 4  # G2, responses to strategy and problem; 0 is GRPO
-    config.rl.epochs = 10
+    config.rl.epochs = 10  # passes over the problems; unused if rl.steps is set
     config.rl.steps = 0  # total steps; 0 uses epochs
     config.rl.updates_per_batch = 1  # optimizer steps on each batch of rollouts
-    config.rl.learning_rate = 1e-6
+    config.rl.learning_rate = 1e-6  # the highest, after the rise and before the decay
     config.rl.warmup_share = 0.0  # share of the steps with a rising learning rate
     config.rl.decay = "constant"  # or "cosine"
-    config.rl.temperature = 1.0
-    config.rl.top_p = 0.95
+    config.rl.temperature = 1.0  # of the sampling in training
+    config.rl.top_p = 0.95  # keep the likeliest tokens up to this probability; 1 keeps all
     config.rl.top_k = 0  # 0 keeps the whole vocabulary
     config.rl.max_new_tokens = 16384  # tokens; a longer response is cut and gets reward 0
     config.rl.reward = ""  # "" is the verifier, else "module:function" with function(row, response) -> 0..1
@@ -91,22 +97,52 @@ def base() -> ConfigDict:
     config.rl.clip_low = 0.2  # Eq. 1
     config.rl.clip_high = 0.28  # Eq. 1
     config.rl.delta = 1.0  # nats; tokens with a larger KL are masked; Eq. 5
+    # What delta does to a token whose KL is above it: "mask" drops it; "scale" gives it the weight delta / KL; "none".
+    config.rl.token_rule = "mask"
+    config.rl.delta_quantile = 0.0  # above 0: delta is this quantile of the KLs of a batch's target tokens
+    # Whose parameters the guided side has: "live" the student's, under stop-gradient, as published; "frozen" those that
+    # RL began with; "ema" a moving average; "trust_region" logits between the frozen ones and the student's; "gated"
+    # frozen, and taken from the student again when the reward has risen. docs/methods.md has the equations.
+    config.rl.teacher = "live"
+    config.rl.teacher_rate = 0.05  # part of the student in "ema", at each step, and in "trust_region"; SDPO
+    config.rl.teacher_dtype = "float32"  # of a teacher's own parameters; "bfloat16" halves their memory
+    config.rl.teacher_window = 10  # steps; a "gated" teacher is considered at the end of each
+    config.rl.teacher_margin = 0.01  # reward by which a window must be above the one of the last refresh; "gated"
     config.rl.alpha0 = 0.5  # Eq. 6
     config.rl.gamma = 0.1  # Eq. 6
     config.rl.alpha_max = 0.8  # Eq. 6
     # The fields from here to sft_weight turn SGPO into other methods: methods.py has those that are compared.
     # Where the guided group comes from: "strategy" is the data's; with "self" the student writes the strategy from one
-    # of its own correct responses; with "demonstration" the group is the expert's solution.
+    # of its own correct responses; with "demonstration" the group is the expert's solution. For target "own" the hint
+    # may also be the data's "solution", or a "sibling", another correct response to the problem.
     config.rl.guide = "strategy"
     config.rl.self_tries = 8  # responses to each problem before the first step; for guide "self"
-    config.rl.target = "reachable"  # Eq. 4; or "mean" over all correct guided responses, Eq. 2
+    # "reachable": Eq. 4; "mean" over all correct guided responses, Eq. 2; "own": the student's autonomous responses,
+    # as the guided side sees them; then no guided group is sampled.
+    config.rl.target = "reachable"
     config.rl.distillation = "forward_kl"  # Eq. 3; or "reverse_kl", "jensen_shannon", "top_k_kl", "nll", "shaped"
     config.rl.beta = 0.5  # weight of the guided distribution in "jensen_shannon"; SDPO
     config.rl.kl_top_k = 100  # likeliest guided tokens; "top_k_kl" treats all others as one token; SDPO
-    config.rl.advantage = "group"  # Eq. 1; or "mixed", "gated", "none"
+    config.rl.advantage = "group"  # Eq. 1; or "centred" (Dr. GRPO), "mixed", "gated", "none"
     config.rl.weight = "adaptive"  # Eq. 6; or "fixed", "group_advantage" (Eq. 8), "mixed", "gated"
-    config.rl.normaliser = "sequence"  # mean over a response's tokens; or "constant": their sum / max_new_tokens
+    # "sequence": mean over a response's tokens, then over responses; "tokens": mean over all tokens of a batch (DAPO);
+    # "constant": sum over a response's tokens / max_new_tokens, mean over responses (Dr. GRPO).
+    config.rl.normaliser = "sequence"
+    config.rl.surrogate = "clipped"  # Eq. 1; or "sequence" (GSPO), "cispo" (CISPO)
     config.rl.entropy_bonus = 0.0  # coefficient of the mean entropy of the responses
+    # Weight of trainer over sampler probabilities, as recorded: "none", of each "token", of the whole "sequence".
+    config.rl.importance = "none"
+    config.rl.importance_cap = 2.0  # largest weight
+    config.rl.importance_rule = "truncate"  # weights above the cap become the cap; or "mask": they become 0
+    config.rl.overlong_buffer = 0  # tokens before max_new_tokens over which a penalty of length grows; 0 is none; DAPO
+    config.rl.overlong_penalty = 1.0  # subtracted from the reward of a response at the limit; DAPO
+    # Rounds in which problems whose autonomous responses all have one reward are replaced by others; DAPO.
+    config.rl.resample = 0
+    config.rl.mask_cut = False  # responses that are cut at max_new_tokens have advantage 0; DAPO
+    config.rl.guided_grpo = 0.0  # coefficient of the policy loss of the guided responses, after their guided prompts
+    config.rl.reference_kl = 0.0  # coefficient of KL(policy || policy that RL began with)
+    config.rl.reference_kl_kind = "k3"  # estimate from the sampled tokens; or "full": over the vocabulary
+    config.rl.reference_kl_on = "guided"  # responses to guided prompts; or "all"
     config.rl.shaping = 0.1  # gamma of LUFFY
     config.rl.gate = 0.0  # largest mean reward at which HPT trains on the demonstration
     config.rl.sft_weight = 1.0  # weight of the demonstration in HPT
@@ -120,6 +156,9 @@ def base() -> ConfigDict:
     config.monitor.most_truncated = 0.9  # share of responses cut at max_new_tokens
     config.monitor.most_identical = 0.98  # share of problems whose responses are all identical
     config.monitor.most_clipped = 0.5  # share of the targets' tokens whose KL is above delta
+    config.monitor.least_guidance = -0.3  # reward of the guided group minus that of the autonomous one
+    config.monitor.most_forgotten = 0.5  # fall of the guided group's reward since the first window
+    config.monitor.most_lost = 0.5  # fall of the share of problems with a correct autonomous response, pass@G1
     # At a collapse: "warn"; "stop" after saving a checkpoint; "rollback" to a checkpoint from before the window, and
     # continue on other batches.
     config.monitor.action = "warn"
@@ -127,10 +166,11 @@ def base() -> ConfigDict:
 
     config.eval = ConfigDict()
     config.eval.sets = ConfigDict()  # name -> ConfigDict(source=..., samples=k), k responses per problem for avg@k
+    config.eval.limit = 0  # first problems of each set that are evaluated; 0 is all
     config.eval.guided = False  # also evaluate with the strategy in the prompt, on rows that have one
     config.eval.batch = 64  # problems per generation batch
-    config.eval.temperature = 0.6
-    config.eval.top_p = 0.95
+    config.eval.temperature = 0.6  # 0 takes the likeliest token
+    config.eval.top_p = 0.95  # keep the likeliest tokens up to this probability; 1 keeps all
     config.eval.top_k = 0  # 0 keeps the whole vocabulary
     config.eval.max_new_tokens = 32768  # tokens; a longer response is cut and gets reward 0
     config.eval.slots = 0  # responses decoded at once, over all devices; 0 is all. No effect on responses
@@ -145,7 +185,7 @@ def base() -> ConfigDict:
     config.extract.choices = 1  # strategies per request; above 1 the server must support "n"
     config.extract.score_tries = 3  # requests for a score or rating until one can be parsed
     config.extract.temperature = 0.6  # not given in the paper; recommended by DeepSeek-R1's authors
-    config.extract.top_p = 0.95
+    config.extract.top_p = 0.95  # of the strong model's sampling
     config.extract.max_expert_tokens = 16384  # tokens of a solution, including its thought
     config.extract.max_strategy_tokens = 8192  # tokens of a strategy, including its thought
     config.extract.max_score_tokens = 8192  # tokens of a score, including its thought
@@ -159,7 +199,7 @@ def base() -> ConfigDict:
     config.extract.budget_cost = 0.0  # cost of all runs together, in the currency of the prices; 0 is no limit
     config.extract.audit_sample = 500  # accepted strategies to rate; App. H
 
-    config.lab = ConfigDict()  # comparison of methods over seeds and worlds: python -m sgpo_jax.lab
+    config.lab = ConfigDict()  # comparison of methods over seeds and worlds: sgpo lab
     config.lab.methods = ()  # names from methods.METHODS
     config.lab.seeds = (0, 1, 2, 3, 4)  # seeds of a method's training runs; each replaces `seed`
     config.lab.rates = (0.5, 1.0, 2.0)  # factors of a method's learning rate; the tuning seeds choose the best
@@ -262,7 +302,9 @@ def check_resume(config: ConfigDict, path: Path, only: Sequence[str] = ("",)) ->
     if not path.is_file():
         return
     try:
-        before, now = flat(json.loads(path.read_text(encoding="utf-8"))), flat(to_dict(config))
+        # A run that is older than a field had its default.
+        before = flat(to_dict(base())) | flat(json.loads(path.read_text(encoding="utf-8")))
+        now = flat(to_dict(config))
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path}: is not the config of an earlier run ({error}); choose another --workdir") from error
     for field in sorted(before.keys() | now.keys()):
@@ -292,6 +334,42 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return fields
 
 
+def from_json(path: Path) -> ConfigDict:
+    """Reads the config of a run from its config.json; fields that the run did not have yet are at their defaults.
+
+    Raises:
+      ValueError: the file is not such a config.
+    """
+    config = base()
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        with config.unlocked():
+            _fill(config, fields)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: cannot be read as the config of a run: {error}; give --config=FILE") from error
+    return config.lock()
+
+
+def _fill(config: ConfigDict, fields: dict[str, Any], section: str = "") -> None:
+    """Sets fields to values from JSON; only the sections of FREE take new names."""
+    for name, value in fields.items():
+        field = f"{section}.{name}".removeprefix(".")
+        if name not in config and not section.startswith(FREE):
+            raise ValueError(f"config.{field}: is not a field{nearest(name, config)}")
+        if isinstance(value, dict):
+            if name not in config:
+                config[name] = ConfigDict()
+            _fill(config[name], value, field)
+        else:
+            config[name] = tuple(value) if isinstance(value, list) else value
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Returns a question about the one of the names that is most like a wrong one, or ""."""
+    found = difflib.get_close_matches(name, [*names], n=1)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
 def unknown_field(config: ConfigDict, arguments: Sequence[str]) -> str | None:
     """Returns a message about the first argument `--config.FIELD=value` whose field does not exist, or None."""
     for argument in arguments:
@@ -303,6 +381,7 @@ def unknown_field(config: ConfigDict, arguments: Sequence[str]) -> str | None:
             if not isinstance(node, ConfigDict) or part not in node:
                 where = ".".join([name, *path[:depth]])
                 allowed = f"one of {', '.join(node)}" if isinstance(node, ConfigDict) else "nothing, it is a value"
-                return f"{argument}: {where} has no field {part!r}; allowed: {allowed}"
+                close = nearest(part, node) if isinstance(node, ConfigDict) else ""
+                return f"{argument}: {where} has no field {part!r}{close}; allowed: {allowed}"
             node = node[part]
     return None

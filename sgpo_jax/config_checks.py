@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sgpo_jax.config import STAGES, base
+from sgpo_jax.config import FREE, STAGES, base
 from sgpo_jax.divergences import DIVERGENCES
 from sgpo_jax.methods import METHODS
 
@@ -19,7 +19,7 @@ _TYPES: dict[type, tuple[Any, str]] = {
     tuple: (tuple | list, "a tuple"),
     ConfigDict: (ConfigDict, "a section with fields"),
 }
-_FREE = ("config.eval.sets", "config.lab.changes", "config.lab.fast")  # sections whose names the user chooses
+_MOST = 2**31 - 1  # of counts and sizes, which become 32-bit numbers on a device
 
 
 def check(config: ConfigDict) -> None:
@@ -37,6 +37,9 @@ def check(config: ConfigDict) -> None:
     need("seed", 0 <= config.seed < 2**32, "between 0 and 2**32 - 1")
     positive("grace")
     whole(1, "max_skipped", "checkpoint.every", "checkpoint.keep")
+    steps = config.profile
+    ordered_steps = len(steps) == 2 and all(type(step) is int for step in steps) and 1 <= steps[0] <= steps[-1]
+    need("profile", len(steps) == 0 or ordered_steps, "() or (first, last), steps counted from 1")
     need("report_seconds", 0 <= config.report_seconds < float("inf"), "a finite number, at least 0")
 
     need("model.source", bool(config.model.source), "a folder, hub id, .gguf file, 'smollm2' or 'scratch'")
@@ -53,6 +56,8 @@ def check(config: ConfigDict) -> None:
     choice("optimizer.mu_dtype", "float32", "bfloat16")
     if config.model.tokenizer == "arithmetic":
         need("data.instruction", config.data.instruction == "", "'': the embedded world's vocabulary has no other text")
+    if config.model.tokenizer == "arithmetic" or config.model.tokenizer.startswith("words:"):
+        need("data.system", config.data.system == "", "'': the vocabulary of this tokenizer has no system's turn")
 
     whole(1, "data.max_prompt_tokens")
     within(0.0, 1.0, "data.sft_share")
@@ -81,7 +86,9 @@ def check(config: ConfigDict) -> None:
         need("data.train", bool(config.data.train), "a source of problems: see data.load")
         whole(1, "monitor.window")
         whole(0, "monitor.least_entropy", "monitor.least_length")
-        within(0.0, 1.0, "monitor.most_truncated", "monitor.most_identical", "monitor.most_clipped")
+        shares = ("truncated", "identical", "clipped", "forgotten", "lost")
+        within(0.0, 1.0, *(f"monitor.most_{name}" for name in shares))
+        within(-1.0, 1.0, "monitor.least_guidance")
         choice("monitor.action", "warn", "stop", "rollback")
         whole(1, "monitor.most_rollbacks")
         # When a collapse shows, a checkpoint from before the window must still exist; `later` may have followed it.
@@ -106,15 +113,17 @@ def check(config: ConfigDict) -> None:
         need(f"{stage}.top_p", 0 < _get(config, f"{stage}.top_p") <= 1, "above 0 and at most 1")
     for name, chosen in config.eval.sets.items():  # training reads them too, to decontaminate
         field = f"eval.sets.{name}"
+        if not re.fullmatch(r"\w[\w-]*", name):  # it becomes a part of file names
+            raise ValueError(f"config.{field}: must have a name of letters, digits, '_' and '-'")
         complete = isinstance(chosen, ConfigDict) and set(chosen) == {"source", "samples"}
         need(field, complete, "ConfigDict(source=..., samples=...)")
         # A ConfigDict checks the types of the fields of `base`, but not of these.
         need(f"{field}.source", isinstance(chosen.source, str) and bool(chosen.source), "a source: see data.load")
-        need(f"{field}.samples", isinstance(chosen.samples, int) and chosen.samples >= 1, "a whole number from 1")
+        need(f"{field}.samples", type(chosen.samples) is int and 1 <= chosen.samples <= _MOST, "a whole number from 1")
     if "eval" in stages or config.rl.eval_every:
         need("eval.sets", len(config.eval.sets) > 0, "at least one name -> ConfigDict(source=..., samples=...)")
         whole(1, "eval.batch", "eval.max_new_tokens")
-        whole(0, "eval.top_k", "eval.slots")
+        whole(0, "eval.top_k", "eval.slots", "eval.limit")
         within(0.0, float("inf"), "eval.temperature")
         greedy = config.eval.temperature == 0
         for name, chosen in config.eval.sets.items():
@@ -130,24 +139,57 @@ def check(config: ConfigDict) -> None:
 
 def _check_method(need: Callable, within: Callable, positive: Callable, choice: Callable, rl: ConfigDict) -> None:
     """Checks the fields that define a method."""
-    choice("rl.guide", "strategy", "self", "demonstration")
-    choice("rl.target", "reachable", "mean")
+    own = rl.target == "own"
+    choice("rl.target", "reachable", "mean", "own")
+    choice("rl.guide", "strategy", *(("solution", "sibling") if own else ("self", "demonstration")))
     choice("rl.distillation", *DIVERGENCES, "nll", "shaped")
     need("rl.beta", 0 < rl.beta < 1, "between 0 and 1, both excluded")
     need("rl.kl_top_k", rl.kl_top_k >= 1, "at least 1")
-    choice("rl.advantage", "group", "mixed", "gated", "none")
+    choice("rl.token_rule", "mask", "scale", "none")
+    within(0.0, 1.0, "rl.delta_quantile")
+    choice("rl.advantage", "group", "centred", "mixed", "gated", "none")
     choice("rl.weight", "adaptive", "fixed", "group_advantage", "mixed", "gated")
-    choice("rl.normaliser", "sequence", "constant")
+    choice("rl.normaliser", "sequence", "tokens", "constant")
+    choice("rl.surrogate", "clipped", "sequence", "cispo")
+    choice("rl.importance", "none", "token", "sequence")
+    choice("rl.importance_rule", "truncate", "mask")
+    positive("rl.importance_cap")
+    need("rl.resample", rl.resample >= 0, "at least 0")
+    fits = 0 <= rl.overlong_buffer <= rl.max_new_tokens
+    need("rl.overlong_buffer", fits, f"between 0 and rl.max_new_tokens = {rl.max_new_tokens}")
     positive("rl.shaping")
     within(0.0, 1.0, "rl.gate")
-    within(0.0, float("inf"), "rl.sft_weight", "rl.entropy_bonus")
+    within(0.0, float("inf"), "rl.sft_weight", "rl.entropy_bonus", "rl.overlong_penalty")
     demonstration = rl.guide == "demonstration"
+    for name in ("guided_grpo", "reference_kl"):
+        need(f"rl.{name}", 0 <= rl[name] < float("inf"), "a finite number, at least 0")
+        used = rl[name] == 0 or (name == "reference_kl" and rl.reference_kl_on == "all")
+        need(f"rl.{name}", used or (rl.guided > 0 and not demonstration), "0 where no guided responses are sampled")
+    choice("rl.reference_kl_kind", "k3", "full")
+    choice("rl.reference_kl_on", "guided", "all")
     need("rl.guided", not demonstration or rl.guided == 1, "1 when rl.guide is 'demonstration'")
     likelihood = rl.distillation not in DIVERGENCES
     need("rl.distillation", not demonstration or likelihood, "'nll' or 'shaped' when rl.guide is 'demonstration'")
+    _check_teacher(need, within, choice, rl)
     for name in ("advantage", "weight"):
         allowed = demonstration or rl[name] not in ("mixed", "gated")
         need(f"rl.{name}", allowed, "another value unless rl.guide is 'demonstration'")
+
+
+def _check_teacher(need: Callable, within: Callable, choice: Callable, rl: ConfigDict) -> None:
+    """Checks the fields of the teacher, and that there is something to teach."""
+    choice("rl.teacher", "live", "frozen", "ema", "trust_region", "gated")
+    choice("rl.teacher_dtype", "float32", "bfloat16")
+    need("rl.teacher_rate", 0 < rl.teacher_rate <= 1, "above 0 and at most 1")
+    need("rl.teacher_window", rl.teacher_window >= 1, "at least 1")
+    within(0.0, 1.0, "rl.teacher_margin")
+    live, kl, own = rl.teacher == "live", rl.distillation in DIVERGENCES, rl.target == "own"
+    need("rl.guided", not own or rl.guided == 0, "0 when rl.target is 'own'")
+    need("rl.weight", not own or rl.weight == "fixed", "'fixed' when rl.target is 'own'")
+    need("rl.distillation", not own or kl, f"one of {', '.join(map(repr, DIVERGENCES))} when rl.target is 'own'")
+    need("rl.teacher", live or (kl and (own or rl.guided > 0)), "'live' without guided responses or a KL to distil")
+    coarse = rl.teacher == "ema" and rl.teacher_dtype == "bfloat16"  # a step is less than the precision of bfloat16
+    need("rl.teacher_dtype", not coarse, "'float32' when rl.teacher is 'ema'")
 
 
 def check_extract(config: ConfigDict) -> None:
@@ -160,8 +202,9 @@ def check_extract(config: ConfigDict) -> None:
     need, whole, within, positive, choice = _rules(config)
     need("seed", 0 <= config.seed < 2**32, "between 0 and 2**32 - 1")
     need("extract.source", bool(config.extract.source), "a source of problems: see data.load")
-    for name in ("problems", "expert_tries", "retries", "budget_tokens"):
+    for name in ("problems", "expert_tries", "retries"):
         whole(0, f"extract.{name}")
+    need("extract.budget_tokens", config.extract.budget_tokens >= 0, "at least 0")
     for name in ("candidates", "choices", "score_tries", "concurrency", "max_failures", "audit_sample"):
         whole(1, f"extract.{name}")
     for name in ("expert", "strategy", "score", "prompt"):
@@ -252,6 +295,7 @@ def _rules(config: ConfigDict) -> tuple[Callable, Callable, Callable, Callable, 
     def whole(least: int, *fields: str) -> None:
         for field in fields:
             need(field, _get(config, field) >= least, f"at least {least}")
+            need(field, _get(config, field) <= _MOST, f"at most {_MOST}")
 
     def within(low: float, high: float, *fields: str) -> None:
         for field in fields:
@@ -282,7 +326,7 @@ def _check_types(config: ConfigDict, expected: ConfigDict, section: str = "confi
         types, allowed = _TYPES[type(default)]
         if not isinstance(value, types) or isinstance(value, bool) > isinstance(default, bool):
             raise ValueError(f"{field}={value!r}: must be {allowed}")
-        if isinstance(value, ConfigDict) and field not in _FREE:
+        if isinstance(value, ConfigDict) and field.removeprefix("config.") not in FREE:
             _check_types(value, default, field)
 
 

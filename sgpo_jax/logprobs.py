@@ -32,6 +32,7 @@ CHUNK, CPU_CHUNK = 512, 128
 PARTS = 4  # a chunk's gradient of the head is added in this many parts: as a whole, it is as large as the head
 
 Direction = Literal["forward", "reverse"]
+Heads = jax.Array | tuple[jax.Array, jax.Array]  # of both sides; or (unguided, guided): see `kl_loss`
 TokenLoss = Callable[..., jax.Array]  # (float32 values `[C]` ..., a chunk of `data`) -> loss `[C]`
 
 
@@ -135,24 +136,24 @@ def chunked_logprobs(
     Returns:
       (log-probability `[S,C]`, entropy `[S,C]`), float32, nats.
     """
-    return _measure_chunks(partial(_logprobs, temperature=temperature), tied, (hidden, targets), head, chunks)
+    return _measure_chunks(partial(_logprobs, temperature=temperature), tied, (hidden, targets), _pair(head), chunks)
 
 
 def chunked_kl(
-    guided: jax.Array, unguided: jax.Array, head: jax.Array, chunks: jax.Array | int,
-    divergence: divergences.Divergence = divergences.forward_kl,
+    guided: jax.Array, unguided: jax.Array, head: Heads, chunks: jax.Array | int,
+    divergence: divergences.Divergence = divergences.forward_kl, tied: bool = False,
 ) -> jax.Array:
     """Computes `token_divergence` of positions that are already in chunks; only the first `chunks` are processed.
 
     Args:
-      guided, unguided: `[S,C,D]` hidden states.
-      head, chunks: see `chunked_logprobs`.
+      guided, unguided, head: see `kl_loss`.
+      chunks, tied: see `chunked_logprobs`.
       divergence: see `divergences.select`.
 
     Returns:
       `[S,C]` float32, nats; 0 after the first `chunks`.
     """
-    return _measure_chunks(partial(_kl, divergence=divergence), False, (unguided, guided), head, chunks)[0]
+    return _measure_chunks(partial(_kl, divergence=divergence), tied, (unguided, guided), _pair(head), chunks)[0]
 
 
 def logprobs_loss(
@@ -171,36 +172,38 @@ def logprobs_loss(
     Returns:
       (loss `[]`, (log-probability, entropy) `[S,C]`, nats, constants to a gradient).
     """
-    return _loss(_logprobs, token_loss, tied, (hidden, targets), head, chunks, data)
+    return _loss(_logprobs, token_loss, tied, (hidden, targets), _pair(head), chunks, data)
 
 
 def kl_loss(
-    token_loss: TokenLoss,
-    guided: jax.Array,
-    unguided: jax.Array,
-    head: jax.Array,
-    chunks: jax.Array | int,
-    data: Any,
-    divergence: divergences.Divergence = divergences.forward_kl,
-    tied: bool = False,
-) -> tuple[jax.Array, jax.Array]:
+    token_loss: TokenLoss, guided: jax.Array, unguided: jax.Array, head: Heads, chunks: jax.Array | int, data: Any,
+    divergence: divergences.Divergence = divergences.forward_kl, tied: bool = False,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Sums `token_loss(kl, data)` over tokens, as `logprobs_loss` does: four products with the head, not six.
 
     Args:
-      token_loss, head, chunks, data, tied: see `logprobs_loss`.
+      token_loss, chunks, data, tied: see `logprobs_loss`.
       guided, unguided: `[S,C,D]` hidden states; no gradient reaches the guided side.
+      head: of both sides, as in `logprobs_loss`; or (unguided, guided) where the guided side has weights of its own.
+        These may be `[E,V]` (`[V,E]` if tied), and its hidden states `[S,C,E]`.
       divergence: see `divergences.select`.
 
     Returns:
       (loss `[]`, KL `[S,C]`, nats, a constant to a gradient).
     """
     measure = partial(_kl, divergence=divergence)
-    loss, (kl,) = _loss(measure, token_loss, tied, (unguided, guided), head, chunks, data)
+    loss, (kl,) = _loss(measure, token_loss, tied, (unguided, guided), _pair(head), chunks, data)
     return loss, kl
 
 
-def _logprobs(head, hidden, targets, temperature=1.0):
+def _pair(head: Heads) -> tuple[jax.Array, ...]:
+    """Returns one head, or the two of an unguided and a guided side, as a tuple; the gradient is that of the first."""
+    return head if isinstance(head, tuple) else (head,)
+
+
+def _logprobs(heads, hidden, targets, temperature=1.0):
     """Returns (log-probability, entropy) `[C]`, and a function that turns their gradients into `d_logits` `[C,V]`."""
+    head = heads[0]
     log_probs = output_head.log_softmax(hidden, head, temperature)
     column = output_head.local_index(head, targets)[:, None]
     logp = jnp.take_along_axis(log_probs, jnp.clip(column, 0, head.vocabulary - 1), axis=-1)
@@ -216,89 +219,91 @@ def _logprobs(head, hidden, targets, temperature=1.0):
     return (output_head.sum_over_vocabulary(logp), entropy), backward
 
 
-def _kl(head, unguided, guided, divergence):
+def _kl(heads, unguided, guided, divergence):
     """Like `_logprobs`, but returns the KL `[C]`; no gradient reaches the guided side."""
     axis = "tensor" if output_head.inside_shard_map() else None
-    kl, gradient = divergence(output_head.log_softmax(guided, head), output_head.log_softmax(unguided, head), axis)
+    log_guided, log_unguided = output_head.log_softmax(guided, heads[-1]), output_head.log_softmax(unguided, heads[0])
+    kl, gradient = divergence(log_guided, log_unguided, axis)
     return (kl,), lambda d_kl: d_kl[:, None] * gradient
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _measure_chunks(measure, tied, inputs, head, chunks):
+def _measure_chunks(measure, tied, inputs, heads, chunks):
     """Returns the values `[S,C]` of `measure` for each chunk in use.
 
     `measure` is `_logprobs` or `_kl`. The first of `inputs` is the hidden states that get a gradient.
     """
-    return _measure_chunks_forward(measure, tied, inputs, head, chunks)[0]
+    return _measure_chunks_forward(measure, tied, inputs, heads, chunks)[0]
 
 
-def _measure_chunks_forward(measure, tied, inputs, head, chunks):
-    def local(inputs, head, chunks):
+def _measure_chunks_forward(measure, tied, inputs, heads, chunks):
+    def local(inputs, heads, chunks):
         def step(s, outputs):
-            values, _ = measure(head, *_chunk(inputs, s))
+            values, _ = measure(heads, *_chunk(inputs, s))
             return _store(outputs, s, values)
 
-        return _for_each_chunk(step, chunks, _zero_values(measure, inputs, head))
+        return _for_each_chunk(step, chunks, _zero_values(measure, inputs, heads))
 
-    outputs = ("n",) * len(_zero_values(measure, inputs, Head(head, tied)))
-    return _on_devices(local, inputs, head, tied, chunks, outputs=outputs), (inputs, head, chunks)
+    outputs = ("n",) * len(_zero_values(measure, inputs, [Head(head, tied) for head in heads]))
+    return _on_devices(local, inputs, heads, tied, chunks, outputs=outputs), (inputs, heads, chunks)
 
 
 def _measure_chunks_backward(measure, tied, saved, cotangents):
-    inputs, head, chunks = saved
+    inputs, heads, chunks = saved
 
-    def local(arrays, head, chunks):
+    def local(arrays, heads, chunks):
         inputs, cotangents = arrays
 
         def step(s, gradients):
-            _, backward = measure(head, *_chunk(inputs, s))
-            return _add_gradients(backward(*_chunk(cotangents, s)), inputs[0], head, s, gradients)
+            _, backward = measure(heads, *_chunk(inputs, s))
+            return _add_gradients(backward(*_chunk(cotangents, s)), inputs[0], heads[0], s, gradients)
 
-        d_hidden, d_head = _for_each_chunk(step, chunks, _zero_gradients(inputs[0], head))
+        d_hidden, d_head = _for_each_chunk(step, chunks, _zero_gradients(inputs[0], heads[0]))
         return d_hidden, output_head.sum_over_positions(d_head)
 
-    d_hidden, d_head = _on_devices(local, (inputs, cotangents), head, tied, chunks, outputs=("h", "g"))
-    d_head = (d_head.T if tied else d_head).astype(head.dtype)
-    return (d_hidden, *(None for _ in inputs[1:])), d_head, None
+    d_hidden, d_head = _on_devices(local, (inputs, cotangents), heads, tied, chunks, outputs=("h", "g"))
+    d_head = (d_head.T if tied else d_head).astype(heads[0].dtype)
+    return (d_hidden, *(None for _ in inputs[1:])), (d_head, *(None for _ in heads[1:])), None
 
 
 _measure_chunks.defvjp(_measure_chunks_forward, _measure_chunks_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _loss(measure, token_loss, tied, inputs, head, chunks, data):
+def _loss(measure, token_loss, tied, inputs, heads, chunks, data):
     """Returns (sum of `token_loss` over the values of `measure`, these values `[S,C]`)."""
-    return _loss_forward(measure, token_loss, tied, inputs, head, chunks, data)[0]
+    return _loss_forward(measure, token_loss, tied, inputs, heads, chunks, data)[0]
 
 
-def _loss_forward(measure, token_loss, tied, inputs, head, chunks, data):
-    def local(arrays, head, chunks):
+def _loss_forward(measure, token_loss, tied, inputs, heads, chunks, data):
+    def local(arrays, heads, chunks):
         inputs, data = arrays
 
         def step(s, carry):
             outputs, total, *gradients = carry
-            values, backward = measure(head, *_chunk(inputs, s))
+            values, backward = measure(heads, *_chunk(inputs, s))
             loss, pull = jax.vjp(lambda *values: token_loss(*values, _chunk(data, s)), *values)
-            gradients = _add_gradients(backward(*pull(jnp.ones_like(loss))), inputs[0], head, s, gradients)
+            gradients = _add_gradients(backward(*pull(jnp.ones_like(loss))), inputs[0], heads[0], s, gradients)
             return _store(outputs, s, values), total.at[s].set(loss), *gradients
 
-        outputs = _zero_values(measure, inputs, head)
-        start = outputs, jnp.zeros_like(outputs[0]), *_zero_gradients(inputs[0], head)
+        outputs = _zero_values(measure, inputs, heads)
+        start = outputs, jnp.zeros_like(outputs[0]), *_zero_gradients(inputs[0], heads[0])
         outputs, total, d_hidden, d_head = _for_each_chunk(step, chunks, start)
         return outputs, total, d_hidden, output_head.sum_over_positions(d_head)
 
-    outputs = ("n",) * len(_zero_values(measure, inputs, Head(head, tied))), "n", "h", "g"
-    values, total, *gradients = _on_devices(local, (inputs, data), head, tied, chunks, outputs=outputs)
-    # A scalar tells the backward pass the head's type.
-    return (total.sum(), values), (*gradients, jnp.zeros((), head.dtype))
+    numbers = _zero_values(measure, inputs, [Head(head, tied) for head in heads])
+    outputs = ("n",) * len(numbers), "n", "h", "g"
+    values, total, *gradients = _on_devices(local, (inputs, data), heads, tied, chunks, outputs=outputs)
+    # Scalars tell the backward pass the number of heads, and the type of the first.
+    return (total.sum(), values), (*gradients, [jnp.zeros((), head.dtype) for head in heads])
 
 
 def _loss_backward(measure, token_loss, tied, saved, cotangents):
-    d_hidden, d_head, head_type = saved
+    d_hidden, d_head, (head_type, *others) = saved
     d_head = d_head.T if tied else d_head
     d_loss, _ = cotangents
     d_hidden = (d_loss * d_hidden).astype(d_hidden.dtype)
-    return (d_hidden, None), (d_loss * d_head).astype(head_type.dtype), None, None
+    return (d_hidden, None), ((d_loss * d_head).astype(head_type.dtype), *(None for _ in others)), None, None
 
 
 _loss.defvjp(_loss_forward, _loss_backward)
@@ -318,9 +323,9 @@ def _store(outputs: Sequence[jax.Array], s: Any, values: Sequence[jax.Array]) ->
     return tuple(x.at[s].set(value) for x, value in zip(outputs, values, strict=True))
 
 
-def _zero_values(measure: Callable, inputs: Any, head: Head) -> tuple[jax.Array, ...]:
+def _zero_values(measure: Callable, inputs: Any, heads: Sequence[Head]) -> tuple[jax.Array, ...]:
     """Returns zeros `[S,C]` for each of the values that `measure` returns."""
-    values = jax.eval_shape(lambda inputs: measure(head, *inputs)[0], _chunk(inputs, 0))
+    values = jax.eval_shape(lambda inputs: measure(heads, *inputs)[0], _chunk(inputs, 0))
     return tuple(jnp.zeros(inputs[0].shape[:2], jnp.float32) for _ in values)
 
 
@@ -350,28 +355,29 @@ _SPECS = {"h": P(None, BATCH, None), "n": P(None, BATCH), "v": P(None, "tensor")
 
 
 def _on_devices(
-    local: Callable, arrays: Any, head: jax.Array, tied: bool, chunks: jax.Array | int, outputs: Any
+    local: Callable, arrays: Any, heads: Sequence[jax.Array], tied: bool, chunks: jax.Array | int, outputs: Any
 ) -> Any:
-    """Calls `local(arrays, head, chunks)` on every device with its part of the positions and the vocabulary.
+    """Calls `local(arrays, heads, chunks)` on every device with its part of the positions and the vocabulary.
 
     On one device, or where the mesh does not divide the shapes, `local` is called once with whole arrays. `arrays` are
-    hidden states `[S,C,D]` and numbers `[S,C]`; the head is cast to the type of the first. `outputs` has a letter for
+    hidden states `[S,C,D]` and numbers `[S,C]`; the heads are cast to the type of the first. `outputs` has a letter for
     each result: h hidden states, n numbers, g the gradient of the head `[D,V]`.
     """
     arrays = jax.tree.map(jnp.asarray, arrays)
-    head = jnp.asarray(head, jax.tree.leaves(arrays)[0].dtype)
+    heads = [jnp.asarray(head, jax.tree.leaves(arrays)[0].dtype) for head in heads]
     parts = jax.tree.map(lambda x: _SPECS["h" if x.ndim == 3 else "n"], arrays)
-    weight = head.T if tied else head
-    placed = [*zip(jax.tree.leaves(arrays), jax.tree.leaves(parts), strict=True), *((weight, _SPECS[x]) for x in "vg")]
+    weights = [head.T if tied else head for head in heads]
+    placed = [*zip(jax.tree.leaves(arrays), jax.tree.leaves(parts), strict=True), (weights[0], _SPECS["g"])]
+    placed += [(weight, _SPECS["v"]) for weight in weights]
     one_device = jax.sharding.get_abstract_mesh().size == 1
     if one_device or any(fit_spec(x.shape, tuple(part)) != tuple(part) for x, part in placed):
-        return local(arrays, Head(head, tied), chunks)
+        return local(arrays, [Head(head, tied) for head in heads], chunks)
 
-    def on_device(arrays, head, chunks):
-        return local(arrays, Head(head, False), chunks)
+    def on_device(arrays, weights, chunks):
+        return local(arrays, [Head(weight, False) for weight in weights], chunks)
 
-    in_specs, out_specs = (parts, _SPECS["v"], P()), jax.tree.map(_SPECS.get, outputs)
-    return jax.shard_map(on_device, in_specs=in_specs, out_specs=out_specs, check_vma=False)(arrays, weight, chunks)
+    in_specs, out_specs = (parts, [_SPECS["v"]] * len(weights), P()), jax.tree.map(_SPECS.get, outputs)
+    return jax.shard_map(on_device, in_specs=in_specs, out_specs=out_specs, check_vma=False)(arrays, weights, chunks)
 
 
 def _split(rows: Any, chunk: int | None) -> tuple[Any, Any]:

@@ -62,6 +62,95 @@ def clipped_surrogate(
     return -jnp.minimum(ratio * advantage, clipped * advantage)
 
 
+def cispo(
+    logp: jax.Array, old_logp: jax.Array, advantage: jax.Array, clip_low: float = 1.0, clip_high: float = 0.28
+) -> jax.Array:
+    """Computes CISPO's policy loss of each token: the clipped ratio is a weight, so every token keeps a gradient.
+
+    `-sg[clip(rho, 1 - clip_low, 1 + clip_high)] A logp`. MiniMax-M1, arXiv 2506.13585, Eq. 4.
+
+    Args and returns: as `clipped_surrogate`; a clip_low of 1 is no lower limit, as in the paper.
+    """
+    chex.assert_equal_shape([logp, old_logp])
+    logp = logp.astype(jnp.float32)
+    ratio = jnp.exp(jnp.minimum(jax.lax.stop_gradient(logp) - old_logp, 80.0))
+    return -jax.lax.stop_gradient(jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantage) * logp
+
+
+def sequence_log_ratio(difference: jax.Array, mask: jax.Array, owner: jax.Array, responses: int) -> jax.Array:
+    """Computes the logarithm of GSPO's ratio of each response: the mean over its tokens of `logp - old_logp`.
+
+    `s_i = (pi(o_i) / pi_old(o_i))^(1 / |o_i|)`. GSPO, arXiv 2507.18071, Eq. 7.
+
+    Args:
+      difference: `[N]` logp - old_logp of tokens, nats.
+      mask: `[N]` bool or 0/1, 1 on tokens of responses.
+      owner: `[N]` number of the response that a token belongs to.
+      responses: G, number of responses.
+
+    Returns:
+      `[G]` float32; 0 for a response without tokens.
+    """
+    chex.assert_equal_shape([difference, mask, owner])
+    owner = jnp.where(mask != 0, owner, responses)  # out of range: dropped
+    total, count = (
+        jax.ops.segment_sum(x, owner, responses) for x in (difference.astype(jnp.float32), jnp.ones_like(difference))
+    )
+    return total / jnp.maximum(count, 1.0)
+
+
+def k3_kl(logp: jax.Array, reference_logp: jax.Array) -> jax.Array:
+    """Computes an estimate of KL(policy || reference) from a sampled token: `e^r - r - 1`, `r = reference_logp - logp`.
+
+    It is at least 0, and unbiased for tokens of the policy. Schulman's k3, as in GRPO (arXiv 2402.03300, Eq. 4).
+
+    Args:
+      logp, reference_logp: `[T]` log-probabilities, nats; the gradient flows through the first.
+
+    Returns:
+      `[T]` float32, nats.
+    """
+    chex.assert_equal_shape([logp, reference_logp])
+    ratio = jnp.minimum(jax.lax.stop_gradient(reference_logp).astype(jnp.float32) - logp.astype(jnp.float32), 80.0)
+    return jnp.expm1(ratio) - ratio
+
+
+def importance_weight(log_ratio: jax.Array, cap: float, rule: str = "truncate") -> jax.Array:
+    """Computes the weight that corrects for a sampler whose probabilities are not the trainer's.
+
+    `w = pi_trainer / pi_sampler`, `min(w, cap)` or, with the rule "mask", w where it is at most the cap and else 0.
+    Truncated importance sampling, Ionides 2008; as in verl.
+
+    Args:
+      log_ratio: `[...]` trainer's minus sampler's log-probability of a token, or their sum over a response; nats.
+      cap: largest weight.
+      rule: "truncate" or "mask".
+
+    Returns:
+      `[...]` float32, without gradient.
+    """
+    weight = jax.lax.stop_gradient(jnp.exp(jnp.minimum(log_ratio.astype(jnp.float32), 80.0)))
+    return jnp.minimum(weight, cap) if rule == "truncate" else jnp.where(weight <= cap, weight, 0.0)
+
+
+def overlong_penalty(lengths: jax.Array, longest: int, buffer: int, penalty: float = 1.0) -> jax.Array:
+    """Computes DAPO's soft penalty of long responses, which is added to their rewards. Arxiv 2503.14476, Eq. 13.
+
+    `-penalty clip((length - (longest - buffer)) / buffer, 0, 1)`: 0 up to the buffer, -penalty at the limit.
+
+    Args:
+      lengths: `[...]` tokens.
+      longest: tokens at which a response is cut.
+      buffer: tokens before the limit over which the penalty grows; 0 is no penalty.
+      penalty: at the limit.
+
+    Returns:
+      `[...]` float32, at most 0.
+    """
+    lengths = jnp.asarray(lengths, jnp.float32)
+    return -penalty * jnp.clip((lengths - (longest - buffer)) / max(buffer, 1), 0.0, 1.0) * (buffer > 0)
+
+
 def kl_divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     """Computes KL(p || q) over the last axis; forward KL is `kl_divergence(guided, unguided)`. Eq. 2, 3.
 
@@ -97,19 +186,58 @@ def kl_clip_mask(token_kl: jax.Array, delta: float) -> jax.Array:
     return jax.lax.stop_gradient((token_kl <= delta).astype(jnp.float32))
 
 
-def clipped_kl(token_kl: jax.Array, delta: float) -> jax.Array:
+def kl_clip_scale(token_kl: jax.Array, delta: float) -> jax.Array:
+    """Computes weights that bound a token's pull and keep it: `min(1, delta / d_t)`, where Eq. 5 has 1 or 0.
+
+    The loss of a token is then at most delta, and its gradient that of the KL, shrunk as much.
+
+    Args:
+      token_kl: `[T]` KL per token, nats.
+      delta: largest loss of a token, nats.
+
+    Returns:
+      `[T]` float32 in [0, 1], without gradient; 0 for an infinite KL.
+    """
+    chex.assert_rank(token_kl, 1)
+    above = token_kl > delta  # the division is for these alone: rounding may leave a KL just below 0
+    return jax.lax.stop_gradient(jnp.where(above, delta / jnp.where(above, token_kl, 1.0), 1.0).astype(jnp.float32))
+
+
+def clipped_kl(token_kl: jax.Array, delta: float, rule: str = "mask") -> jax.Array:
     """Computes the distillation loss of each token: `w_t d_t`, the summand of Eq. 5.
 
     Args:
       token_kl: `[T]` KL per token `d_t`, nats; KL(guided || unguided) for the forward KL.
-      delta: largest KL that is distilled, nats.
+      delta: largest KL that is distilled, nats; or `[T]`.
+      rule: "mask", `kl_clip_mask`, as published; "scale", `kl_clip_scale`; "none", all weights are 1.
 
     Returns:
-      `[T]` float32: the KL, or 0 where it is above delta or infinite; the gradient flows through the other tokens.
+      `[T]` float32: the weighted KL, or 0 where the weight is 0; the gradient flows through the other tokens.
     """
     token_kl = token_kl.astype(jnp.float32)
+    if rule == "none":
+        return token_kl
     # Select rather than multiply, so that an infinite KL is dropped too and does not give inf * 0.
-    return jnp.where(kl_clip_mask(token_kl, delta) > 0, token_kl, 0.0)
+    if rule == "mask":
+        return jnp.where(kl_clip_mask(token_kl, delta) > 0, token_kl, 0.0)
+    weight = kl_clip_scale(token_kl, delta)
+    return jnp.where(weight > 0, weight * jnp.where(weight > 0, token_kl, 0.0), 0.0)
+
+
+def kl_quantile(token_kl: jax.Array, mask: jax.Array, quantile: float) -> jax.Array:
+    """Computes a delta that leaves a share of the tokens below it: the quantile of their KLs, interpolated linearly.
+
+    Args:
+      token_kl: `[...]` KL per token, nats.
+      mask: `[...]` bool or 0/1, 1 on the tokens that count.
+      quantile: share of the tokens, in [0, 1].
+
+    Returns:
+      `[]` float32, nats, without gradient; NaN, which no KL is at most, where there are no tokens.
+    """
+    chex.assert_equal_shape([token_kl, mask])
+    counted = jnp.where(mask != 0, token_kl.astype(jnp.float32), jnp.nan)
+    return jax.lax.stop_gradient(jnp.nanquantile(counted, quantile))
 
 
 def select_target(unguided_logp: jax.Array, correct: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -230,7 +358,7 @@ def sequence_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(inside, x.astype(jnp.float32), 0.0)) / jnp.maximum(jnp.sum(inside), 1)
 
 
-def distillation_loss(token_kl: jax.Array, mask: jax.Array, delta: float) -> jax.Array:
+def distillation_loss(token_kl: jax.Array, mask: jax.Array, delta: float, rule: str = "mask") -> jax.Array:
     """Computes the clipped KL of one target: tokens above delta leave the sum but count in its length. Eq. 5.
 
     `1/|o+| sum_t w_t d_t`, `w_t = 1 if d_t <= delta else 0`.
@@ -238,10 +366,10 @@ def distillation_loss(token_kl: jax.Array, mask: jax.Array, delta: float) -> jax
     Args:
       token_kl: `[T]` KL per token, nats.
       mask: `[T]` bool or 0/1, 1 on the response's tokens.
-      delta: largest KL that is distilled, nats.
+      delta, rule: see `clipped_kl`.
 
     Returns:
       `[]` float32; 0 for an empty response.
     """
     chex.assert_rank([token_kl, mask], 1)
-    return sequence_mean(clipped_kl(token_kl, delta), mask)
+    return sequence_mean(clipped_kl(token_kl, delta, rule), mask)

@@ -6,10 +6,13 @@ draws more, before the first step. docs/methods.md has the equations, and says w
 code.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
+
+from sgpo_jax.config import base
 
 # LUFFY and HPT both use the demonstration, do not clip the ratio, and weigh all tokens of a batch equally.
 _DEMONSTRATION: dict[str, Any] = {
@@ -17,12 +20,23 @@ _DEMONSTRATION: dict[str, Any] = {
     "entropy_bonus": 0.001,
 }  # fmt: skip
 
+
+def _unguided(rl: ConfigDict) -> dict[str, Any]:
+    """Returns the fields by which all samples are autonomous."""
+    return {"autonomous": rl.autonomous + rl.guided, "guided": 0}
+
+
+def _own(rl: ConfigDict) -> dict[str, Any]:
+    """Returns the fields by which the student's own responses are distilled, and there is no policy loss."""
+    return {**_unguided(rl), "target": "own", "weight": "fixed", "advantage": "none", "token_rule": "none"}
+
+
 # name -> function of config.rl that returns the fields to change
 METHODS: dict[str, Callable[[ConfigDict], dict[str, Any]]] = {
     "sgpo": lambda rl: {},
     # Baselines: Table 1.
     "sft": lambda rl: {},  # `select` also drops the stage rl
-    "grpo": lambda rl: {"autonomous": rl.autonomous + rl.guided, "guided": 0},
+    "grpo": lambda rl: _unguided(rl),
     "luffy": lambda rl: {
         **_DEMONSTRATION, "autonomous": rl.autonomous + rl.guided - 1,
         "advantage": "mixed", "weight": "mixed", "distillation": "shaped",
@@ -44,7 +58,55 @@ METHODS: dict[str, Callable[[ConfigDict], dict[str, Any]]] = {
     "jensen_shannon": lambda rl: {"distillation": "jensen_shannon"},
     "top_k_kl": lambda rl: {"distillation": "top_k_kl"},
     "self_strategies": lambda rl: {"guide": "self"},
+    # A teacher that does not forget, and a pull that does not vanish; then each part alone, and other rules for both.
+    "anchored": lambda rl: {"teacher": "frozen", "teacher_dtype": "bfloat16", "token_rule": "scale"},
+    "scaled_kl": lambda rl: {"token_rule": "scale"},
+    "quantile_clip": lambda rl: {"delta_quantile": 0.9},
+    "frozen_teacher": lambda rl: {"teacher": "frozen"},
+    "ema_teacher": lambda rl: {"teacher": "ema"},
+    "trust_region": lambda rl: {"teacher": "trust_region"},
+    "gated_teacher": lambda rl: {"teacher": "gated"},
+    "guided_grpo": lambda rl: {"guided_grpo": 1.0},
+    "reference_kl": lambda rl: {"reference_kl": 0.04},
+    # Self-distillation of the student's own responses.
+    "sdpo": lambda rl: {
+        **_own(rl), "guide": "sibling", "distillation": "jensen_shannon", "teacher": "ema", "normaliser": "tokens",
+    },
+    "opsd": lambda rl: {**_own(rl), "guide": "solution", "teacher": "frozen"},
+    "sdft": lambda rl: {**_own(rl), "guide": "solution", "distillation": "reverse_kl", "teacher": "ema"},
+    # The family of GRPO: all samples are autonomous.
+    "dr_grpo": lambda rl: {**_unguided(rl), "advantage": "centred", "normaliser": "constant"},
+    "dapo": lambda rl: {
+        **_unguided(rl), "normaliser": "tokens", "overlong_buffer": rl.max_new_tokens // 5, "resample": 3,
+    },
+    "gspo": lambda rl: {**_unguided(rl), "surrogate": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
+    "cispo": lambda rl: {**_unguided(rl), "surrogate": "cispo", "normaliser": "tokens", "clip_low": 1.0},
+    "truncated_is": lambda rl: {**_unguided(rl), "importance": "token"},
 }  # fmt: skip
+
+
+def named(config: Mapping[str, Any]) -> str:
+    """Returns the name of the method that a config trains with, as in `METHODS`; "" for one that is not there.
+
+    Args:
+      config: with the fields of `config.base()`, as in config.json.
+    """
+    if "rl" not in config["stages"]:
+        return "sft"
+    recipe = base().rl
+    signatures = {name: _signature({**recipe, **change(recipe)}) for name, change in METHODS.items() if name != "sft"}
+    ours = _signature({**recipe, **config["rl"]})
+    return next((name for name, signature in signatures.items() if signature == ours), "")
+
+
+def _signature(rl: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what tells methods apart: the choices that are words, and which of the optional parts there are."""
+    words = {name: value for name, value in rl.items() if isinstance(value, str) and name not in ("reward", "decay")}
+    parts = {name: rl[name] > 0 for name in ("resample", "guided_grpo", "reference_kl", "delta_quantile")}
+    if not rl["guided"] and rl["target"] != "own":
+        names = ("advantage", "normaliser", "surrogate", "importance")
+        return {name: words[name] for name in names} | {"resample": parts["resample"]}
+    return words | parts | {"clips": math.isfinite(rl["delta"])}
 
 
 def select(config: ConfigDict, choice: str, cards: Mapping[str, dict[str, Any]] | None = None) -> ConfigDict:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from helpers.folders import config_of, generations, write_jsonl
 
-from sgpo_jax import analyze, data, models, sharding
+from sgpo_jax import data, models, sharding
+from sgpo_jax.commands import analyze
 from sgpo_jax.policy.generation import encode_prompts
 from sgpo_jax.policy.tokenizer import encode_response, pad_left, pad_right
 from sgpo_jax.report import figures

@@ -1,11 +1,12 @@
 """The evaluation command: what it evaluates, prints, writes and refuses."""
 
 import json
+import signal
 
 import pytest
 
 from sgpo_jax import config as configs
-from sgpo_jax import evaluate
+from sgpo_jax.commands import evaluate
 from sgpo_jax.evaluation import sets
 from sgpo_jax.runtime import preemption
 from sgpo_jax.runtime.files import read_jsonl
@@ -52,7 +53,7 @@ def test_it_prints_and_writes_measured_beside_reported(config, tmp_path, capsys,
 
 def test_a_preempted_evaluation_keeps_what_it_has(config, tmp_path, monkeypatch):
     config.eval.batch = 8
-    asked = iter([False, True])
+    asked = iter([0, signal.SIGTERM])
     monkeypatch.setattr(preemption, "requested", lambda: next(asked))
     with pytest.raises(preemption.Preempted, match="the same command resumes"):
         evaluate.run(config, None, str(tmp_path / "out"), "", limit=0)

@@ -348,6 +348,41 @@ def test_a_vocabulary_in_parts_has_the_same_logits(monkeypatch, size, parts):
     assert products(head, False) == {(N, size)}, "a single product where it copies nothing"
 
 
+def loss_of_two_heads(hidden, head, guided, guided_head, weight, tied):
+    """Both functions that take a head of the guided side."""
+    heads = head, guided_head
+    one, _ = logprobs.kl_loss(lambda kl, w: w * kl, guided, hidden, heads, 2, weight, tied=tied)
+    return one + (weight * logprobs.chunked_kl(guided, hidden, heads, 2, tied=tied)).sum()
+
+
+@pytest.mark.parametrize(("shape", "tied"), [(None, False), ((2, 2, 2), False), ((2, 2, 2), True)])
+def test_a_teacher_may_have_its_own_head_and_width(shape, tied):
+    rng = np.random.default_rng(3)
+    hidden, guided = (rng.normal(size=(3, 8, width)).astype(np.float32) for width in (16, 32))
+    head, guided_head = (rng.normal(size=(width, 24)).astype(np.float32) for width in (16, 32))
+    weight = rng.normal(size=(3, 8)).astype(np.float32)
+
+    def expected_loss(hidden, head):
+        log_t, log_s = log_softmax(guided[:2], guided_head), log_softmax(hidden[:2], head)
+        return 2 * (weight[:2] * (np.exp(log_t) * (log_t - log_s)).sum(-1)).sum()
+
+    wide = np.float64(hidden), np.float64(head)
+    expected = (
+        expected_loss(*wide),
+        numeric_gradient(lambda x: expected_loss(x, wide[1]), wide[0]),
+        numeric_gradient(lambda x: expected_loss(wide[0], x), wide[1]),
+    )
+    function = jax.jit(jax.value_and_grad(loss_of_two_heads, argnums=(0, 1)), static_argnums=5)
+    turned = [x.T.copy() if tied else x for x in (head, guided_head)]
+    devices = jax.devices()[: math.prod(shape or ())]
+    with jax.set_mesh(sharding.make_mesh(*shape, devices=devices)) if shape else contextlib.nullcontext():
+        value, (d_hidden, d_head) = function(hidden, turned[0], guided, turned[1], weight, tied)
+    same = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    same(value, expected[0])
+    same(d_hidden, expected[1])
+    same(d_head.T if tied else d_head, expected[2])
+
+
 def loss_of_head(hidden, guided, targets, weight, head, tied):
     """Combines every function that takes a tied head into one loss."""
     logp, entropy = logprobs.chunked_logprobs(hidden, head, targets, 2, 0.7, tied)

@@ -236,6 +236,39 @@ def test_clip_mask_by_hand():
     np.testing.assert_array_equal(gradient, np.zeros(4))
 
 
+def test_the_scale_bounds_a_tokens_loss_by_delta():
+    token_kl = jnp.array([0.0, -1e-8, 0.5, 1.0, 1.25, 4.0, INF])
+    scale = losses.kl_clip_scale(token_kl, 1.0)
+    assert scale.dtype == jnp.float32
+    np.testing.assert_allclose(scale, [1, 1, 1, 1, 0.8, 0.25, 0], rtol=1e-6)
+    value, pull = jax.vjp(lambda x: losses.clipped_kl(x, 1.0, "scale"), token_kl)
+    np.testing.assert_allclose(value, [0, -1e-8, 0.5, 1, 1, 1, 0], rtol=1e-6)
+    np.testing.assert_allclose(pull(jnp.ones(7))[0], scale, rtol=1e-6)
+    np.testing.assert_array_equal(losses.clipped_kl(token_kl, 1.0, "none"), token_kl)
+    np.testing.assert_array_equal(losses.clipped_kl(token_kl[:6], INF, "scale"), token_kl[:6])
+
+
+@given(KLS, MASKS, floats(0.125, 2))
+def test_a_scaled_distillation_equals_the_float64_oracle(token_kl, mask, delta):
+    """The weight is a constant: the gradient is that of the KL times delta / KL, not 0 as that of min(KL, delta)."""
+    wide = token_kl.astype(np.float64)
+    weight = np.minimum(1.0, delta / np.maximum(wide, 1e-9))
+    oracle = lambda x: (weight * x * mask).sum() / max(mask.sum(), 1)  # noqa: E731
+    loss, gradient = scaled_distillation(token_kl, mask, delta)
+    np.testing.assert_allclose(loss, oracle(wide), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(gradient, numeric_gradient(oracle, wide), rtol=1e-5, atol=1e-6)
+
+
+scaled_distillation = jax.jit(jax.value_and_grad(lambda *x: losses.distillation_loss(*x, "scale")))
+
+
+@given(KLS, MASKS, st.integers(0, 8))
+def test_a_quantile_of_kls_equals_numpys(token_kl, mask, eighths):
+    found = losses.kl_quantile(token_kl, mask, eighths / 8)
+    expected = np.quantile(token_kl[mask].astype(np.float64), eighths / 8) if mask.any() else NAN
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 # ---- select_target
 
 
@@ -452,6 +485,65 @@ def test_an_infinite_kl_is_dropped_with_its_gradient():
     value, gradient = jax.value_and_grad(loss)(jnp.array([[0.0, -INF], Q]))
     np.testing.assert_allclose(value, 0.5 * 0.5108256, rtol=1e-6)
     np.testing.assert_allclose(gradient, [[0.0, 0.0], [-0.25, -0.25]], rtol=1e-6)
+
+
+# ---- the family of GRPO
+
+
+@pytest.mark.parametrize("advantage", [1.5, -1.0])
+def test_cispo_keeps_a_gradient_where_the_surrogate_has_none(advantage):
+    """By hand: the ratio is a constant weight, clipped above at 1.28 and not below."""
+    old = np.zeros(4, np.float32)
+    logp = np.log(np.array([0.1, 0.9, 1.2, 4.0], np.float32))
+    weight = np.array([0.1, 0.9, 1.2, 1.28])
+    value, pull = jax.vjp(lambda x: losses.cispo(x, old, jnp.float32(advantage)), logp)
+    np.testing.assert_allclose(value, -weight * advantage * logp, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(pull(jnp.ones(4))[0], -weight * advantage, rtol=1e-5)
+    lower = losses.cispo(logp, old, jnp.float32(advantage), clip_low=0.5)
+    np.testing.assert_allclose(lower[0], -0.5 * advantage * logp[0], rtol=1e-5)
+
+
+def test_the_ratio_of_a_sequence_is_the_geometric_mean_of_its_tokens():
+    difference = jnp.array([0.2, NAN, -0.4, 0.6, 1.0, 5.0])
+    mask, owner = jnp.array([1, 0, 1, 1, 1, 0]), jnp.array([0, 0, 2, 2, 0, -1])
+    found = losses.sequence_log_ratio(jnp.where(mask > 0, difference, 0.0), mask, owner, 3)
+    np.testing.assert_allclose(found, [(0.2 + 1.0) / 2, 0.0, (-0.4 + 0.6) / 2], rtol=1e-6)
+
+
+@given(arrays(np.float32, T, elements=floats(-6, 0)), arrays(np.float32, T, elements=floats(-6, 0)))
+def test_k3_equals_the_float64_oracle_and_is_never_negative(logp, reference):
+    def oracle(logp):
+        ratio = np.float64(reference) - logp
+        return (np.exp(ratio) - ratio - 1).sum()
+
+    value, gradient = k3(logp, reference)
+    assert (losses.k3_kl(logp, reference) >= 0).all()
+    np.testing.assert_allclose(value, oracle(np.float64(logp)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gradient, numeric_gradient(oracle, logp), rtol=1e-4, atol=1e-4)
+
+
+k3 = jax.jit(jax.value_and_grad(lambda logp, reference: losses.k3_kl(logp, reference).sum()))
+
+
+def test_k3_is_an_unbiased_estimate_of_the_kl_to_the_reference():
+    log_s, log_t = jnp.log(jnp.array([0.7, 0.2, 0.1])), jnp.log(jnp.array([0.3, 0.3, 0.4]))
+    expected = losses.kl_divergence(log_s, log_t)
+    np.testing.assert_allclose((jnp.exp(log_s) * losses.k3_kl(log_s, log_t)).sum(), expected, rtol=1e-5)
+
+
+def test_importance_weights_by_hand():
+    log_ratio = jnp.log(jnp.array([0.25, 1.0, 2.0, 2.5]))
+    np.testing.assert_allclose(losses.importance_weight(log_ratio, 2.0), [0.25, 1, 2, 2], rtol=1e-6)
+    np.testing.assert_allclose(losses.importance_weight(log_ratio[:2], 2.0, "mask"), [0.25, 1], rtol=1e-6)
+    assert losses.importance_weight(log_ratio[3], 2.0, "mask") == 0
+    assert jax.grad(lambda x: losses.importance_weight(x, 2.0).sum())(log_ratio).sum() == 0
+    assert np.isfinite(losses.importance_weight(jnp.float32(1000.0), INF))
+
+
+def test_the_penalty_of_length_by_hand():
+    penalty = losses.overlong_penalty(np.array([1, 6, 7, 8, 10]), longest=10, buffer=4, penalty=0.5)
+    np.testing.assert_allclose(penalty, [0, 0, -0.125, -0.25, -0.5], rtol=1e-6)
+    assert (losses.overlong_penalty(np.array([1, 10]), longest=10, buffer=0) == 0).all()
 
 
 # ---- padding, batches, shapes

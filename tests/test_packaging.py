@@ -1,11 +1,19 @@
-"""The ranges of setup.py, at whose ends CI runs tests."""
+"""The ranges of setup.py, at whose ends CI runs tests; the version; the wheel and the archive."""
 
 import ast
+import os
 import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
 from importlib import metadata
 
 import pytest
 from helpers.paths import ROOT
+
+import sgpo_jax
 
 
 def requirements() -> list[str]:
@@ -32,3 +40,46 @@ def test_what_is_installed_is_in_the_range(requirement):
 
 def version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
+
+
+def test_the_version_is_said_once():
+    assert re.search(r"^## (\S+?)(,|$)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == sgpo_jax.__version__
+    assert f"\nversion: {sgpo_jax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert "version=VERSION" in (ROOT / "setup.py").read_text()
+
+
+@pytest.mark.slow
+def test_the_wheel_and_the_archive_have_all_that_a_command_needs(tmp_path):
+    """Both are built from a clean copy of the tree; the wheel is unpacked and run without the checkout."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if files.returncode:
+        pytest.skip("needs a checkout of git")
+    for name in filter(None, files.stdout.split("\0")):
+        if (ROOT / name).is_file() and not name.startswith("tests/"):
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, tree / name)
+    built = subprocess.run(
+        [sys.executable, "-c", "from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')"],
+        cwd=tree, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    if "No module named 'setuptools'" in built.stderr:
+        pytest.skip("needs setuptools, which builds the wheel")
+    assert built.returncode == 0, built.stderr[-2000:]
+    (wheel,), (archive,) = (tree / "dist").glob("*.whl"), (tree / "dist").glob("*.tar.gz")
+    with zipfile.ZipFile(wheel) as packed:
+        packed.extractall(tmp_path / "installed")
+    with tarfile.open(archive) as packed:
+        inside = {name.partition("/")[2] for name in packed.getnames()}
+    installed = tmp_path / "installed"
+    for name in ("py.typed", "report/templates/report.html", "rewards/worker.py", "commands/train.py"):
+        assert (installed / "sgpo_jax" / name).is_file() and f"sgpo_jax/{name}" in inside
+    (entries,) = installed.glob("*.dist-info/entry_points.txt")
+    assert "sgpo = sgpo_jax.commands:main" in entries.read_text()
+    program = "from sgpo_jax.commands import main; import sys; sys.argv = ['sgpo', 'train', '--help']; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+    )  # fmt: skip
+    assert done.returncode == 0 and "--config.rl.delta=1.0" in done.stdout, done.stderr

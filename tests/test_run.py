@@ -1,6 +1,7 @@
 """Whole runs of the command on a tiny world: all stages, the same again after a preemption, and refusals."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import transformers
 from helpers.paths import ROOT
 from helpers.runs import assert_same_run, command, environment, parameters, rows, run
 
+import sgpo_jax
 from sgpo_jax import models
 from sgpo_jax.models import huggingface
 from sgpo_jax.policy import tokenizer
@@ -77,13 +79,19 @@ def stop(workdir, stage, step, how):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "step"), [("rl", 1)])
-def test_a_preempted_run_saves_exits_with_0_and_resumes_bit_for_bit(undisturbed, tmp_path, stage, step):
-    code, output = stop(tmp_path, stage, step, signal.SIGTERM)
-    assert code == 0 and output.rstrip().endswith("the same command resumes it")
-    done = len(rows(tmp_path, stage))
-    assert (tmp_path / stage / "checkpoints" / str(done)).is_dir(), "no step is lost"
-    run(tmp_path)
+@pytest.mark.parametrize(("how", "status"), [(signal.SIGINT, 130)])  # SIGTERM: tests/runtime/test_distributed.py
+def test_an_interrupted_run_saves_and_resumes_bit_for_bit(undisturbed, tmp_path, how, status):
+    code, output = stop(tmp_path, "rl", 1, how)
+    done = len(rows(tmp_path, "rl"))
+    assert code == status
+    assert output.rstrip().splitlines()[-1].endswith(f"saved at step {done}; the same command resumes")
+    assert (tmp_path / "rl" / "checkpoints" / str(done)).is_dir(), "no step is lost"
+    output = run(tmp_path)
+    assert output.startswith(f"sgpo_jax {sgpo_jax.__version__} train, workdir {tmp_path}\n1 x cpu (cpu), jax ")
+    assert f"{tmp_path}: SFT finished at step 8; RL resumes at step {done} of 8\n" in output
+    assert re.search(r"\nrl: compiling the first step\n", output)
+    assert re.search(r"\nrl: first step done after \d+ s, of which \d+ s compiling\n", output)
+    assert output.rstrip().endswith(f"Page: {tmp_path / 'report.html'}")
     assert_same_run(undisturbed[0], tmp_path)
 
 

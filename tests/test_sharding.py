@@ -9,12 +9,14 @@ import pytest
 from helpers.batches import make_params
 from jax.sharding import PartitionSpec as P
 
+from sgpo_jax import config as configs
 from sgpo_jax import models, sharding
 from sgpo_jax.training.batch import Batch, Contexts, Group, pack_batch, specs
 from sgpo_jax.training.forward import Forward
 from sgpo_jax.training.objective import Objective
 from sgpo_jax.training.optimizer import adamw, schedule
 from sgpo_jax.training.state import init_state
+from sgpo_jax.training.teacher import Teaching
 from sgpo_jax.training.train_step import make_update
 from sgpo_jax.training.weighting import Weighting
 
@@ -46,24 +48,38 @@ def make_batch(seed):
     return Batch(prompts(4), prompts(7), group(4), group(2))
 
 
-def train(mesh):
+# A teacher of two parts, a reference, and everything else that reads the state or another pass.
+TEACHER = {
+    "teacher": "trust_region", "teacher_rate": 0.3, "token_rule": "scale", "delta_quantile": 0.5, "guided_grpo": 0.5,
+    "reference_kl": 0.1, "reference_kl_kind": "full", "reference_kl_on": "all", "importance": "sequence",
+}  # fmt: skip
+
+
+def train(mesh, **changes):
     """(losses, parameters on the host) of three updates."""
+    config = configs.base()
+    config.rl.update(changes)
+    teaching, weighting = Teaching.from_config(config.rl), Weighting.from_config(config.rl)
     rate = schedule(1e-2, 3)
     tx = adamw(rate, b1=0.9, b2=0.99, eps=1e-4, weight_decay=0.01, clip_norm=1.0)
     params = models.init(jax.random.key(0), CONFIG)
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
-    state = init_state(params, tx)
+    state = init_state(params, tx, teaching)
     losses = []
     with jax.set_mesh(mesh):
         shardings = sharding.tree_shardings(state, mesh)
         state = jax.device_put(state, shardings)
-        update = make_update(Forward(CONFIG), tx, Objective(), shardings=shardings)
+        objective = Objective.from_config(config.rl)
+        update = make_update(Forward(CONFIG), tx, objective, teaching=teaching, shardings=shardings)
         for step in range(3):
-            packed = pack_batch(make_batch(step), Weighting(), micro_batch=8, chunk=16)
+            packed = pack_batch(make_batch(step), weighting, micro_batch=8, chunk=16)
             state, metrics = update(state, sharding.put(packed, specs(packed), mesh))
             losses.append(float(metrics["loss"]))
         leaf = state.params["layers"]["gate"]["kernel"]
         assert leaf.sharding.is_equivalent_to(shardings.params["layers"]["gate"]["kernel"], leaf.ndim)
+        if state.teacher is not None:
+            held = state.teacher.reference["layers"]["gate"]["kernel"]
+            assert held.sharding.is_equivalent_to(leaf.sharding, leaf.ndim), "as the student's"
     return losses, jax.device_get(state.params)
 
 
@@ -83,6 +99,15 @@ def test_every_mesh_trains_like_one_device(shape, single_device):
     losses, params = train(sharding.make_mesh(*shape, devices=jax.devices()[:8]))
     np.testing.assert_allclose(losses, single_device[0], atol=1e-4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), params, single_device[1])
+
+
+@pytest.mark.slow
+def test_a_teacher_trains_alike_on_meshes():
+    expected, state = train(sharding.make_mesh(devices=jax.devices()[:1]), **TEACHER)
+    for shape in ((1, 8, 1), (2, 2, 2)):
+        losses, params = train(sharding.make_mesh(*shape, devices=jax.devices()[:8]), **TEACHER)
+        np.testing.assert_allclose(losses, expected, atol=1e-4)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), params, state)
 
 
 def test_parameters_are_really_split():

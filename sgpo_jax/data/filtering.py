@@ -2,39 +2,17 @@
 
 import hashlib
 import json
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sgpo_jax.data.overlap import SHORT, key, runs, sentences
 from sgpo_jax.data.rows import load, load_parts
 from sgpo_jax.runtime import tables
 from sgpo_jax.runtime.files import jsonl, read_jsonl, write_text
 
-RUN = 13  # words in a row that make two problems the same if both have them
 COMMON = 10  # problems; a run of words in more of them is a common phrase
-
-# LaTeX that changes only the layout of a text: spaces, delimiters, sizes of fractions and brackets.
-_LAYOUT = re.compile(r"\\(?:[,;:! ()\[\]]|(?:quad|qquad|left|right|displaystyle)(?![a-z]))|[$~]")
-_FRACTION = re.compile(r"\\[dt]frac(?![a-z])")
-_TOKEN = re.compile(r"[^\W\d_]+|\d+|[^\w\s]|_")
-_WORD = re.compile(r"[^\W_]+")
-
-
-def _plain(text: str) -> str:
-    """Removes case and LaTeX layout."""
-    return _LAYOUT.sub(" ", _FRACTION.sub(r"\\frac", text.casefold()))
-
-
-def key(problem: str) -> str:
-    """Returns a problem without case, spaces and LaTeX layout. Two problems with the same key are duplicates."""
-    return " ".join(_TOKEN.findall(_plain(problem)))
-
-
-def words(problem: str) -> list[str]:
-    """Returns the words and numbers of a problem, without case, punctuation and LaTeX layout."""
-    return _WORD.findall(_plain(problem))
 
 
 def duplicates(rows: Sequence[dict]) -> dict[str, str]:
@@ -51,16 +29,18 @@ def duplicates(rows: Sequence[dict]) -> dict[str, str]:
 class Hits(NamedTuple):
     """Rows that match one evaluation set: {id: id of the evaluation problem}."""
 
-    same: dict[str, str]  # they share a run of 13 words that few problems have, or the whole text
+    same: dict[str, str]  # they share a run of 13 words that few problems have, or the whole problem
     phrase: dict[str, str]  # they share only a common phrase
 
 
 def contaminated(rows: Sequence[dict], evaluation: Mapping[str, Sequence[dict]]) -> dict[str, Hits]:
     """Finds the rows that share 13 words in a row, or the whole text, with a problem of an evaluation set.
 
-    The order of words counts; case, punctuation and LaTeX layout do not. A problem of fewer than 13 words matches only
-    as a whole (see `key`). A run of words that occurs in more than 10 problems of the rows and sets together ("where m
-    and n are relatively prime positive integers") is a common phrase, and no evidence for the same problem.
+    The order of words counts; case, accents, punctuation and LaTeX layout do not. A problem without a run of 13 words
+    is the same as a whole (see `overlap.key`), or with all its sentences, in their order, inside a row: under a frame
+    such as "Solve the following problem." In sentences all marks but the last count too. What occurs in more than 10
+    problems of the rows and sets together ("where m and n are relatively prime positive integers") is a common phrase,
+    and no evidence for the same problem. In scripts without spaces 26 characters are a run.
 
     Args:
       rows: rows for training.
@@ -71,33 +51,38 @@ def contaminated(rows: Sequence[dict], evaluation: Mapping[str, Sequence[dict]])
       under the first such set.
     """
     whole: dict[str, tuple[str, str]] = {}  # key -> (set, id)
-    parts: dict[tuple[str, ...], tuple[str, str]] = {}  # run of words -> (set, id)
-    spread: Counter[tuple[str, ...]] = Counter()  # number of problems that have a run of words
+    parts: dict[tuple[str, ...], tuple[str, str]] = {}  # run of words, or sentences of a short problem -> (set, id)
+    lengths: set[int] = set()  # sentences of the short problems
+    spread: Counter[tuple[str, ...]] = Counter()  # number of problems that have a part
     for name, problems in evaluation.items():
         for row in problems:
             whole.setdefault(key(row["problem"]), (name, row["id"]))
-            runs = list(dict.fromkeys(_runs(row["problem"])))
-            spread.update(runs)
-            for run in runs:
-                parts.setdefault(run, (name, row["id"]))
-    shared = {row["id"]: list(dict.fromkeys(filter(parts.__contains__, _runs(row["problem"])))) for row in rows}
-    for runs in shared.values():
-        spread.update(runs)
+            found = runs(row["problem"])
+            if not found and len(key(row["problem"]).split()) >= SHORT:
+                found = [sentences(row["problem"])]
+                lengths.add(len(found[0]))
+            spread.update(found)
+            for part in found:
+                parts.setdefault(part, (name, row["id"]))
+    shared = {row["id"]: [part for part in _parts(row["problem"], lengths) if part in parts] for row in rows}
+    for found in shared.values():
+        spread.update(found)
     hits = {name: Hits({}, {}) for name in evaluation}
     for row in rows:
-        runs = shared[row["id"]]
-        rare = (parts[run] for run in runs if spread[run] <= COMMON)
+        found = shared[row["id"]]
+        rare = (parts[part] for part in found if spread[part] <= COMMON)
         if same := whole.get(key(row["problem"])) or next(rare, None):
             hits[same[0]].same[row["id"]] = same[1]
-        elif phrase := next((parts[run] for run in runs), None):
+        elif phrase := next((parts[part] for part in found), None):
             hits[phrase[0]].phrase[row["id"]] = phrase[1]
     return hits
 
 
-def _runs(problem: str) -> Iterator[tuple[str, ...]]:
-    """Yields all runs of 13 words."""
-    sequence = words(problem)
-    return zip(*(sequence[i:] for i in range(RUN)), strict=False)
+def _parts(problem: str, lengths: set[int]) -> list[tuple[str, ...]]:
+    """Returns the different runs of words of a problem, and of its sentences for each of some lengths."""
+    pieces = sentences(problem) if lengths else ()
+    inside = (pieces[i : i + length] for length in sorted(lengths) for i in range(len(pieces) - length + 1))
+    return list(dict.fromkeys([*runs(problem), *inside]))
 
 
 def too_long(rows: Sequence[dict], tokens: Sequence[Sequence[int]], most: int) -> dict[str, str]:
@@ -186,10 +171,10 @@ class Sieve:
         return tables.table(title, ("source", "rows", "for example"), lines)
 
     def fingerprint(self) -> str:
-        """Returns a hash of the content and order of the kept rows."""
+        """Returns a hash of the content and order of the kept rows, their `extra` fields left out."""
         digest = hashlib.sha256()
         for row in self.rows:
-            digest.update(repr(sorted(row.items())).encode())
+            digest.update(repr(sorted((name, text) for name, text in row.items() if name != "extra")).encode())
         return digest.hexdigest()
 
 

@@ -1,7 +1,8 @@
 """Reads problems from sources and checks them.
 
 A row is a dict of strings. It always has `id`, `problem` and `answer`; it may have `solution` (the expert's response),
-`strategy`, `source` and `level`. Other fields are left out.
+`strategy`, `source` and `level`. Fields with other names, as far as JSON can write them, stand in its dict `extra`, for
+a reward function of the user's own.
 
 A source is a string; several are joined with ";". Files and data sets take options after "?":
 
@@ -16,15 +17,16 @@ Options map fields with other names, or nested ones: `problem=question`, `answer
 `problem=prompt.1.content` (items of a list count from 0, or backwards from -1). If a problem or a solution is a list of
 messages, the last message of the user or of the assistant is taken. `schema=luffy` sets the names of the LUFFY data set
 (see SCHEMAS); further options override it. A number is accepted as id, answer or level, and written out exactly. An
-empty option such as `solution=` leaves an optional field unread.
+empty option such as `solution=` leaves an optional field unread. `first=100` takes the first 100 rows only.
 
 Rows get numbers as ids if the first row has no `id`, or with the empty option `id=`: FILE/LINE, or NAME/SPLIT/NUMBER
 for the hub and TFDS.
 """
 
+import itertools
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -101,7 +103,8 @@ def _report_golds(source: str, rows: list[dict]) -> None:
 
 def _read(source: str) -> Iterator[tuple[str, dict]]:
     """Yields (place, checked row) for each row of one source."""
-    options, rows = sources.read(source, ("schema", *REQUIRED, *OPTIONAL))
+    options, rows = sources.read(source, ("schema", *REQUIRED, *OPTIONAL, "first"))
+    rows = itertools.islice(rows, _first(source, options.pop("first", None)))
     schema = options.pop("schema", None)
     if schema is not None and schema not in SCHEMAS:
         raise ValueError(f"source {source!r}: schema is {schema!r}; allowed: {', '.join(SCHEMAS)}")
@@ -121,12 +124,47 @@ def _read(source: str) -> Iterator[tuple[str, dict]]:
         if numbered:
             values["id"] = number
         unseen -= {field for field, value in values.items() if value is not _ABSENT}
-        yield place, _checked(values, paths, place, raw)
+        row = _checked(values, paths, place, raw)
+        if extra := _extra(raw, paths.values()):
+            row["extra"] = extra
+        yield place, row
     if i < 0:
         raise ValueError(f"source {source!r}: there are no rows in it; allowed: at least one")
     if names and unseen:
         wrong = ", ".join(f"{field}={paths[field]}" for field in sorted(unseen))
         raise ValueError(f"source {source!r}: no row has {wrong}; the first row has {names}")
+
+
+def _first(source: str, text: str | None) -> int | None:
+    """Returns the number of rows that the option `first` takes; None for all."""
+    if text is None:
+        return None
+    if not re.fullmatch(r"0*[1-9]\d{0,17}", text):
+        raise ValueError(f"source {source!r}: first is {text!r}; allowed: a whole number from 1")
+    return int(text)
+
+
+def _extra(raw: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
+    """Returns the fields of a row from which none of its own was read, without those that JSON cannot write."""
+    taken = {name for path in paths for name in (path, path.partition(".")[0])}
+    others = {name: _plain(value) for name, value in raw.items() if name not in taken}
+    inner = others.pop("extra", None)  # of a file that was written with such rows
+    others = (inner if isinstance(inner, dict) else {} if inner is None else {"extra": inner}) | others
+    return {name: value for name, value in others.items() if value is not _ABSENT}
+
+
+def _plain(value: Any) -> Any:
+    """Returns a value as JSON has it, numbers as floats where they are no integers; `_ABSENT` for what it cannot."""
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, list):
+        items = [_plain(item) for item in value]
+        return items if _ABSENT not in items else _ABSENT
+    if isinstance(value, Mapping):
+        return {str(name): item for name, inner in value.items() if (item := _plain(inner)) is not _ABSENT}
+    return _ABSENT
 
 
 def _find(value: Any, path: str) -> Any:

@@ -78,7 +78,8 @@ def evaluate(
         "model": settings.model, "set": settings.name, "seed": settings.seed, "step": settings.step,
         "guided": settings.guided, "samples": settings.samples, "reward": settings.reward,
         "instruction": policy.instruction, "dtype": jnp.dtype(policy.dtype).name,
-        **{name: value for name, value in asdict(sampling).items() if name != "slots"}, "problems": problems,
+        **{name: value for name, value in asdict(sampling).items() if name not in ("slots", "watch")},
+        **({"system": policy.system} if policy.system else {}), "problems": problems,
     }  # fmt: skip
     distributed.agree({f"the content of the problems of {settings.name}": problems})
     finished = distributed.first(lambda: generations.resume(path, record, rows, settings.samples, restart).tolist())
@@ -141,7 +142,7 @@ def check_sets(run: Run, limit: int = 0) -> None:
 
     Args:
       run: the config, the policy and the mesh.
-      limit: first problems of each set that are evaluated; 0 is all.
+      limit: first problems of each set that are evaluated; 0 is `eval.limit` of the config.
 
     Raises:
       ValueError: `eval.max_new_tokens` or `eval.slots` is too large; see `positions.check_limit`, `memory.sampling`.
@@ -150,7 +151,7 @@ def check_sets(run: Run, limit: int = 0) -> None:
     for context in benchmark.contexts(fields.guided):
         for name, chosen in fields.sets.items():
             _sampling(run, chosen.samples)
-            rows = _rows(chosen.source, guided=context == "guided")[: limit or None]
+            rows = _rows(chosen.source, guided=context == "guided")[: limit or fields.limit or None]
             prompts = encode_prompts(run.policy, rows, guided=context == "guided")
             what = f"{name}, {context}"
             positions.check_limit(run.policy, prompts, "eval.max_new_tokens", fields.max_new_tokens, what)
@@ -182,7 +183,7 @@ def evaluate_sets(
       folder: for the generations.
       step: of the parameters.
       guided: show the strategies; rows without one are left out.
-      limit: first problems of each set; 0 is all.
+      limit: first problems of each set; 0 is `eval.limit` of the config.
       model: name of what is evaluated, for the record; "" is the config's.
       restart: begin anew where generations were made with other settings.
 
@@ -201,6 +202,7 @@ def evaluate_sets(
             config.rl.reward, model or config.model.source,
         )  # fmt: skip
         path = folder / f"{name}_{settings.context}_{step:06d}.jsonl"
-        result = evaluate(run.policy, params, rows[: limit or None], run.mesh, settings, path, restart)
+        first = rows[: limit or fields.limit or None]
+        result = evaluate(run.policy, params, first, run.mesh, settings, path, restart)
         results[name] = result | {"available": len(rows)}
     return results

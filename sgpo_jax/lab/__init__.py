@@ -1,12 +1,11 @@
 """Compares methods over seeds and worlds: a grid of training runs, its results and its page."""
 
-from sgpo_jax.lab.compare import run
-from sgpo_jax.lab.grid import Cell, cell_config, check, digest, grid_cells, tuning_cells
-from sgpo_jax.lab.records import Results, chosen_rates
-from sgpo_jax.lab.summary import write_page
-from sgpo_jax.lab.workers import run_cell
+from sgpo_jax.cli import lazily
 
-__all__ = [
-    "Cell", "Results", "cell_config", "check", "chosen_rates", "digest", "grid_cells", "run", "run_cell",
-    "tuning_cells", "write_page",
-]  # fmt: skip
+_HOMES = {
+    "Cell": "grid", "Results": "records", "cell_config": "grid", "check": "grid", "chosen_rates": "records",
+    "digest": "grid", "grid_cells": "grid", "run": "compare", "run_cell": "workers", "tuning_cells": "grid",
+    "write_page": "summary",
+}  # fmt: skip
+__all__ = [*_HOMES]
+__getattr__ = lazily(__name__, _HOMES)  # its command reads its flags before it imports all this

@@ -12,6 +12,16 @@ from ml_collections import ConfigDict
 from sgpo_jax import config as configs
 from sgpo_jax import config_checks, data, methods
 
+# Fields that are newer than the stored results. At their defaults they are left out of a digest, which stays the same.
+_NEWER = (
+    "data.system", "eval.limit",
+    "rl.token_rule", "rl.delta_quantile", "rl.teacher", "rl.teacher_rate", "rl.teacher_dtype", "rl.teacher_window",
+    "rl.teacher_margin", "rl.surrogate", "rl.importance", "rl.importance_cap", "rl.importance_rule",
+    "rl.overlong_buffer", "rl.overlong_penalty", "rl.mask_cut", "rl.resample", "rl.guided_grpo", "rl.reference_kl",
+    "rl.reference_kl_kind", "rl.reference_kl_on", "monitor.least_guidance", "monitor.most_forgotten",
+    "monitor.most_lost",
+)  # fmt: skip
+
 
 class Cell(NamedTuple):
     """One training run of the lab. A cell of the method "sft" is the warm-up that other cells begin with."""
@@ -80,8 +90,11 @@ def cell_config(config: ConfigDict, cell: Cell) -> ConfigDict:
 
 def digest(config: ConfigDict) -> str:
     """Returns a hash of the fields that the result of a cell depends on, by which a row names its config."""
-    fields = configs.to_dict(config)
-    values = [value for name, value in sorted(fields.items()) if name not in ("lab", "report_seconds")]
+    fields, defaults = configs.to_dict(config), configs.to_dict(configs.base())
+    for section, name in (field.split(".") for field in _NEWER):
+        if fields[section][name] == defaults[section][name]:
+            del fields[section][name]
+    values = [value for name, value in sorted(fields.items()) if name not in ("lab", "report_seconds", "profile")]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 

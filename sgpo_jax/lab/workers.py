@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -113,6 +114,9 @@ def worker_pool(config: ConfigDict, workdir: Path) -> Iterator[RunCells]:
 
     try:
         yield run_cells
+    except KeyboardInterrupt:
+        print("lab: stopped by Ctrl-C; finished training runs are kept, and the same command resumes", flush=True)
+        os._exit(130)  # the workers end with this process, in the middle of a training run
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -141,6 +145,7 @@ def gpu_share(worker: int, workers: int, gpus: Sequence[str]) -> dict[str, str]:
 
 def _begin(shares: Any, compiled: str) -> None:
     """Prepares a worker process: its core, its GPU, and the compilation cache, which cells of the same shapes share."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the parent answers it
     core, variables = shares.get()
     os.sched_setaffinity(0, {core})
     os.environ.update(variables)

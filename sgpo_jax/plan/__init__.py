@@ -1,6 +1,7 @@
 """Plans a run for TPUs or GPUs that can be absent: its memory, work, communication, time and cost."""
 
-from sgpo_jax.plan.planner import make
-from sgpo_jax.plan.report import show
+from sgpo_jax.cli import lazily
 
-__all__ = ["make", "show"]
+_HOMES = {"make": "planner", "show": "report"}
+__all__ = [*_HOMES]
+__getattr__ = lazily(__name__, _HOMES)  # its command reads its flags before it imports all this

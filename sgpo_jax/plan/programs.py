@@ -163,15 +163,20 @@ def _rl_programs(setup: _Setup) -> list[Program]:
 
     tx, _ = stage.optimizer(config, "rl", 1)
     forward = Forward(policy.config, policy.dtype, config.model.remat)
-    update: Any = train_step.make_update(forward, tx, Objective.from_config(fields), shardings=_shardings(state))
+    update: Any = train_step.make_update(
+        forward, tx, Objective.from_config(fields), teaching=stage.teaching(config, "rl"), shardings=_shardings(state)
+    )
     chunk = logprobs.default_chunk(mesh)
     packed = pack_batch(
         made_up_batch(config, assumed), Weighting.from_config(fields), fields.distillation,
         micro_batch=fields.micro_batch, chunk=chunk,
     )  # fmt: skip
     batch = _shapes_on(mesh, packed, specs(packed))
-    parts = {"old_logp": packed.autonomous, "candidates": packed.candidates}
-    parts |= {"autonomous": packed.autonomous, "targets": packed.targets}
+    guided = None if packed.guided is None else packed.guided.packed
+    parts = {"of_guided": guided}  # the first pattern that matches wins
+    parts |= {"old_logp": packed.autonomous, "reference_logp": packed.autonomous, "candidates": packed.candidates}
+    parts |= {"target_kl": packed.targets, "autonomous": packed.autonomous, "guided": guided}
+    parts |= {"targets": packed.targets}
     scopes = Scopes("optimizer", tuple((name, name) for name in parts), _trips(parts))
     setting = _layer_inputs("rl.micro_batch", packed.autonomous, policy, mesh)
     tokens = float(packed.lengths.sum() + (0 if packed.guided_lengths is None else packed.guided_lengths.sum()))
@@ -199,6 +204,12 @@ def made_up_batch(config: ConfigDict, assumed: Assumed) -> Batch:
     sampled = guided is not None and fields.guide != "demonstration"
     # The tokens differ from those of the unguided prompts; equal prompts would give nothing to distil.
     guided_prompts = Contexts([np.asarray(tokens) + 1 for tokens in prompts.tokens], longest) if sampled else None
+    if fields.target == "own":
+        size = fields.autonomous
+        each, hint = [np.asarray(tokens) + 1 for tokens in prompts.tokens for _ in range(size)], 0
+        if fields.guide == "sibling":
+            hint = rl.longest_sibling_prompt(longest, fields.max_new_tokens) - longest
+        guided_prompts = Contexts(each, longest + hint)
     return Batch(prompts, guided_prompts, group(fields.autonomous), guided)
 
 
@@ -279,14 +290,14 @@ def _trips(parts: dict[str, Packed | None]) -> tuple[tuple[str, float], ...]:
         if packed is not None:
             used = packed.chunks[: int(packed.count)]
             chunks.append((rf"{name}.*chunks\)*/while$", float(used.mean()) if len(used) else 0.0))
-            micro_batches.append((f"{name}/while$", float(packed.count)))
+            micro_batches.append((f"{name}(/[a-z]+_logp)?/while$", float(packed.count)))
     return (*chunks, *micro_batches)
 
 
 def _state(config: ConfigDict, name: str, policy: Policy, mesh: Mesh) -> TrainState:
     """Returns the training state of a stage as shapes on the mesh."""
     tx, _ = stage.optimizer(config, name, 1)
-    shapes, shardings = stage.state_shardings(policy, tx, mesh)
+    shapes, shardings = stage.state_shardings(policy, tx, mesh, stage.teaching(config, name))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 

@@ -13,8 +13,10 @@ from jax.sharding import Mesh
 from sgpo_jax import rewards, sharding
 from sgpo_jax.policy import Policy
 from sgpo_jax.policy import tokenizer as tokenizers
+from sgpo_jax.policy.prompts import user_turn
 from sgpo_jax.rollout import LENGTH, STOP, Prompts, Rollout, Sampling, generate
 from sgpo_jax.runtime import distributed
+from sgpo_jax.runtime.profile import phase
 
 
 class Graded(NamedTuple):
@@ -32,11 +34,12 @@ def noise_key(seed: int, purpose: str, step: int) -> jax.Array:
     return jax.random.fold_in(key, step)
 
 
-def encode_prompts(policy: Policy, rows: Sequence[dict], guided: bool) -> list[list[int]]:
-    """Returns the token ids of each row's prompt, with its strategy if `guided`."""
+def encode_prompts(policy: Policy, rows: Sequence[dict], guided: bool, hint: str = "strategy") -> list[list[int]]:
+    """Returns the token ids of each row's prompt, with its strategy, or its solution as `hint`, if `guided`."""
     return [
-        tokenizers.encode_prompt(
-            policy.tokenizer, row["problem"], row["strategy"] if guided else None, policy.instruction
+        tokenizers.encode_turn(
+            policy.tokenizer, user_turn(row["problem"], row[hint] if guided else None, policy.instruction, hint),
+            policy.system,
         )
         for row in rows
     ]
@@ -130,6 +133,7 @@ def respond_in_groups(
     return [Rollout(*fields) for fields in zip(*split, strict=True)], slot_steps
 
 
+@phase("reward")
 def grade(policy: Policy, rollout: Rollout, rows: Sequence[dict], reward: str = "") -> Graded:
     """Decodes and grades a rollout; a response cut at the limit gets reward 0.
 

@@ -6,8 +6,10 @@ from functools import cache, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from sgpo_jax import models, sharding
 from sgpo_jax.policy.policy import Run
@@ -41,9 +43,8 @@ def sampling(run: Run, section: str, responses: int, prompts: int) -> Sampling:
     size = partial(cache_bytes, run.policy.config, dtype=run.policy.dtype, mesh=run.mesh)
     longest = run.config.data.max_prompt_tokens - 1
     slot, prefilled = size(shards, longest + chosen.max_new_tokens), size(prompts, longest)
-    trains = bool({"sft", "rl"} & {*run.config.stages})
-    moments = np.dtype(run.config.optimizer.mu_dtype).itemsize + 4 if trains else 0
-    room = limit - _resident(run.policy.config, run.policy.dtype, moments, run.mesh) - prefilled
+    held = _held_bytes(run.config)
+    room = limit - _resident(run.policy.config, run.policy.dtype, held, run.mesh) - prefilled
     most = fitting_slots(responses, room - round(RESERVE * limit), slot, shards)
     field, sizes = f"config.{section}.slots", f"of {room / GIB:.1f} GiB that are left on a device"
     if most == 0:
@@ -75,16 +76,28 @@ def _limit(mesh: Mesh) -> int | None:
     return min(distributed.gather(min(stat.get("bytes_limit", 0) for stat in stats))) or None
 
 
+def _held_bytes(config: ConfigDict) -> int:
+    """Returns the bytes that the training state holds of a parameter beside its value: both moments, and teachers."""
+    if not {"sft", "rl"} & {*config.stages}:
+        return 0
+    moments = np.dtype(config.optimizer.mu_dtype).itemsize + 4
+    if "rl" not in config.stages:
+        return moments
+    rl = config.rl
+    teachers = (rl.teacher in ("frozen", "trust_region") or rl.reference_kl > 0) + (rl.teacher in ("ema", "gated"))
+    return moments + teachers * jnp.dtype(rl.teacher_dtype).itemsize
+
+
 @cache
-def _resident(config: models.ModelConfig, dtype: Any, moments: int, mesh: Mesh) -> int:
+def _resident(config: models.ModelConfig, dtype: Any, held: int, mesh: Mesh) -> int:
     """Returns the bytes of a device that the training state takes, and the weights in the type of the products.
 
     Args:
       config, dtype, mesh: of the run.
-      moments: bytes of the optimizer's moments of a parameter.
+      held: see `_held_bytes`.
     """
     params = jax.eval_shape(partial(models.init, config=config), jax.random.key(0))
     shardings = sharding.tree_shardings(params, mesh)
     on_device = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)), params, shardings)
     gathered = sum(x.size for x in jax.tree.leaves(params)) // mesh.shape["tensor"]
-    return sum(jax.tree.leaves(on_device)) * (4 + moments) + gathered * np.dtype(dtype).itemsize
+    return sum(jax.tree.leaves(on_device)) * (4 + held) + gathered * np.dtype(dtype).itemsize

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ class Policy(NamedTuple):
     pad_id: int
     dtype: Any  # of activations, matrix products and the cache
     instruction: str  # closing line of every prompt
+    system: str = ""  # the system's turn before every prompt; "" for none
 
     @property
     def language_model(self) -> LanguageModel:
@@ -76,6 +78,8 @@ def load(
         if source.endswith(".gguf"):
             source = str(local)
         else:
+            if os.path.isfile(local):
+                raise ValueError(f"model {source!r} is a file; allowed: a folder (an archive unpacked), a .gguf file")
             folder = local if os.path.isdir(local) else _download(source)
             config = huggingface.read_config(folder)  # before transformers reads it: these errors explain more
     if tokenizer.startswith(WORDS):
@@ -91,11 +95,11 @@ def load(
         config, listed = gguf.read_config(source), gguf.stop_ids(source)
 
         def initial(key, mesh):
-            return gguf.load(source, jnp.float32, mesh)[0]
+            return _finite(source, gguf.load(source, jnp.float32, mesh)[0])
     else:
 
         def initial(key, mesh):
-            return huggingface.load(folder, config, jnp.float32, mesh)[0]
+            return _finite(source, huggingface.load(folder, config, jnp.float32, mesh)[0])
 
     if len(tok) > config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tok)} tokens, the model's vocabulary {config.vocab_size}")
@@ -107,6 +111,34 @@ def load(
             f"model {source!r}: {error} (from generation_config.json, config.json, the GGUF file or the tokenizer)"
         ) from error
     return Policy(config, tok, stops, tokenizers.pad_id(tok), dtype, instruction), initial
+
+
+def with_system(policy: Policy, text: str) -> Policy:
+    """Returns the policy with a system's turn before every prompt; "" changes nothing.
+
+    Raises:
+      ValueError: the chat template has no such turn.
+    """
+    if not text:
+        return policy
+    try:
+        prompt = tokenizers.encode_turn(policy.tokenizer, "problem", text)
+        shown = policy.tokenizer.decode(prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    except Exception as error:  # a template is a program by the model's authors
+        raise ValueError(f"config.data.system={text!r}: the model's chat template refuses it ({error})") from error
+    if "".join(text.split()) not in "".join(shown.split()):
+        raise ValueError(f"config.data.system={text!r}: the model's chat template leaves it out; must be ''")
+    return policy._replace(system=text)
+
+
+def _finite(source: str, params: Any) -> Any:
+    """Returns the parameters of a model after checking that all of them are finite."""
+    is_finite = jax.jit(partial(jax.tree.map, lambda x: jnp.isfinite(x).all()))(params)
+    wrong = [jax.tree_util.keystr(path, simple=True, separator="/")
+             for path, finite in jax.tree_util.tree_leaves_with_path(is_finite) if not finite]  # fmt: skip
+    if wrong:
+        raise ValueError(f"model {source!r}: NaN or infinity in {len(wrong)} of its parameters: {', '.join(wrong[:4])}")
+    return params
 
 
 def _texts(source: str, instruction: str) -> Iterator[str]:

@@ -3,22 +3,27 @@
 Shapes: N rows, P the common length of padded rows.
 """
 
+import json
 import re
 from collections.abc import Iterable, Sequence
+from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from sgpo_jax.data.generators import arithmetic
 from sgpo_jax.models.huggingface import read_json
 from sgpo_jax.policy.prompts import INSTRUCTION, user_turn
 
-# Some templates (Llama 3.2) print today's date unless a date is passed. A prompt must not depend on the day, so every
-# template gets the date that these models use without a clock.
-_DATE = "26 Jul 2024"
+# Some templates print today's date: that of Llama 3.2 unless one is passed, others (gpt-oss, SmolLM3) always. A prompt
+# must not depend on the day, so for every template it is the date that Llama uses without a clock.
+_DATE = datetime(2024, 7, 26)
+_TODAY = "26 Jul 2024"
+_CLOCK = re.compile(r"""strftime_now\s*\(\s*(?:format\s*=\s*)?(["'])([^"'\\]*)\1\s*\)""")
 
 # A conversation that shows how a template renders the turns.
 _TURNS = [{"role": "user", "content": "problem"}, {"role": "assistant", "content": "response"}]
@@ -64,6 +69,8 @@ def load(source: str) -> PreTrainedTokenizerFast:
 
 
 def _hugging_face(source: str) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer  # imports torch where that is installed, which takes longer than all else
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # a damaged folder can raise any error
@@ -117,26 +124,33 @@ def encode_prompt(
     problem: str,
     strategy: str | None = None,
     instruction: str = INSTRUCTION,
+    system: str = "",
 ) -> list[int]:
     """Returns the token ids of `prompts.user_turn` in the chat template, up to the start of the answer.
 
     Text inside the problem or strategy that looks like a control token is encoded as plain text.
     """
-    return encode_turn(tokenizer, user_turn(problem, strategy, instruction))
+    return encode_turn(tokenizer, user_turn(problem, strategy, instruction), system)
 
 
-def encode_turn(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+def encode_turn(tokenizer: PreTrainedTokenizerFast, text: str, system: str = "") -> list[int]:
     """Returns the token ids of a user's turn in the chat template, up to the start of the answer.
 
     Text that looks like a control token is encoded as plain text.
+
+    Args:
+      tokenizer: with a chat template.
+      text: of the user.
+      system: text of the system's turn before it; "" leaves it to the template.
     """
-    turn = {"role": "user", "content": text}
+    turns = [{"role": "system", "content": system}] if system else []
     ids = tokenizer.apply_chat_template(
-        [turn],
+        [*turns, {"role": "user", "content": text}],
         add_generation_prompt=True,
         return_dict=False,
         sanitize_control_tokens=True,
-        date_string=_DATE,
+        chat_template=_without_clock(str(tokenizer.get_chat_template())),
+        date_string=_TODAY,
     )
     return cast(list[int], ids)
 
@@ -155,6 +169,7 @@ def thought_change(tokenizer: PreTrainedTokenizerFast, prompt: list[int], respon
     return _continued(tokenizer, prompt, response)[1]
 
 
+_TAGS = ("<think>", "</think>")
 _TAIL = 32  # tokens of a prompt that hold what a template opens; a tag is at most as many tokens as characters
 _LEAD = re.compile(r"\s*(?:<think>\s*)*<think>(\s*)")
 
@@ -181,20 +196,46 @@ def _continued(tokenizer: PreTrainedTokenizerFast, prompt: list[int], response: 
     return space + response[lead.end() :], "its <think> left to the template" if closed else "a thought without an end"
 
 
+@lru_cache
+def _without_clock(template: str) -> str:
+    """Writes the date into a chat template, where it asks the clock; transformers passes no function to a template.
+
+    Raises:
+      ValueError: it asks in another way than `strftime_now("...")`.
+    """
+    template = _CLOCK.sub(lambda call: json.dumps(_DATE.strftime(call[2])), template)
+    if re.search(r"strftime_now(?!\s+is\s+(?:not\s+)?(?:un)?defined)", template):
+        raise ValueError('it asks for today\'s date; allowed: only as strftime_now("...") with a format')
+    return template
+
+
 def encode_response(tokenizer: PreTrainedTokenizerFast, text: str, stop_id: int) -> list[int]:
     """Returns the token ids of a response, including the stop token at its end.
 
-    Text that looks like a special token is encoded as plain text.
+    Text that looks like a special token is encoded as plain text, except the tags of a thought.
     """
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    tags = {tag: id for id, tag in _special(tokenizer).items() if tag in _TAGS}
+    parts = re.split(f"({'|'.join(tags)})", text) if tags else [text]
+    texts = [part for part in parts if part not in tags]
+    plain = iter(tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    ids = [id for part in parts for id in ([tags[part]] if part in tags else next(plain))]
     return [*ids, stop_id]
 
 
 def decode(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int], length: int) -> str:
-    """Returns the text of the first `length` tokens, without special tokens and otherwise unchanged."""
-    ids = [int(token) for token in tokens[:length]]
-    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    """Returns the text of the first `length` tokens, otherwise unchanged, without special tokens.
+
+    The tags of a thought stay also where they are special tokens.
+    """
+    special = _special(tokenizer)
+    ids = [id for id in map(int, tokens[:length]) if special.get(id, "<think>") in _TAGS]
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return cast(str, text)
+
+
+def _special(tokenizer: PreTrainedTokenizerFast) -> dict[int, str]:
+    """Returns the ids and texts of the special tokens."""
+    return {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def pieces(tokenizer: PreTrainedTokenizerFast, tokens: list[int]) -> list[str]:
@@ -242,7 +283,8 @@ def stop_ids(tokenizer: PreTrainedTokenizerFast, folder: str | Path | None = Non
 
 
 def _conversation(tokenizer: PreTrainedTokenizerFast) -> str:
-    return str(tokenizer.apply_chat_template(_TURNS, tokenize=False, date_string=_DATE))
+    template = _without_clock(str(tokenizer.get_chat_template()))
+    return str(tokenizer.apply_chat_template(_TURNS, tokenize=False, chat_template=template, date_string=_TODAY))
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerFast) -> list[int]:

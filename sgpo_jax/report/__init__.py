@@ -1,5 +1,7 @@
 """The HTML page of a run or a lab, with its figures, example responses and reasoning steps."""
 
-from sgpo_jax.report.page import attempt, live, read_config, write_lab, write_run
+from sgpo_jax.cli import lazily
 
-__all__ = ["attempt", "live", "read_config", "write_lab", "write_run"]
+_HOMES = {"attempt": "page", "live": "page", "read_config": "page", "write_lab": "page", "write_run": "page"}
+__all__ = [*_HOMES]
+__getattr__ = lazily(__name__, _HOMES)  # its command reads its flags before it imports all this

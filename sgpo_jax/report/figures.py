@@ -359,5 +359,6 @@ def _tidy(axes: Axes, title: str, unit: str, top: float | None, percent: bool) -
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)
     # No metric is negative. An axis that starts at zero makes a small change look small.
-    axes.set_ylim(0, top or 1.05 * axes.dataLim.ymax or 1.0)
+    highest = 1.05 * axes.dataLim.ymax
+    axes.set_ylim(0, top or (highest if 0 < highest < np.inf else 1.0))  # without a number there is no highest
     axes.yaxis.set_major_formatter(PercentFormatter(1.0) if percent else "{x:g}")

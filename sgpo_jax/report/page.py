@@ -19,10 +19,11 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sgpo_jax import config as configs
-from sgpo_jax.report import examples, figures, reasoning_steps
-from sgpo_jax.runtime.files import read_jsonl, write_text
+from sgpo_jax.report import examples, figures, reasoning_steps, titles
+from sgpo_jax.runtime.files import jsonl, read_jsonl, write_text
 from sgpo_jax.stats import benchmark, claims
 
+EVALUATION_COLUMNS = ["set", "prompt", "", "k", "avg@k, %", "pass@k, %", "maj@k, %", "tokens", "cut, %", "no box, %"]
 REFRESH = 30  # seconds after which the page of a running run reloads itself
 _RECENT = 10  # steps whose mean reward is shown while no accuracy has been measured
 
@@ -42,22 +43,21 @@ def write_run(workdir: Path, status: str = "", running: bool = False, to: Path |
       ValueError: there is no run in `workdir`, or one of its files is broken.
     """
     config = read_config(workdir)
-    rl, sft = _rows(workdir / "rl.jsonl"), _rows(workdir / "sft.jsonl")
-    results = {
-        when: {context: _json(path)["results"] for context in benchmark.CONTEXTS
-               if (path := workdir / "eval" / f"{when}_{context}.json").is_file()}
-        for when in ("before", "after")
-    }  # fmt: skip
+    rl, sft = read_rows(workdir / "rl.jsonl"), read_rows(workdir / "sft.jsonl")
+    results = read_results(workdir)
     steps = [f"{name} {rows[-1]['step']} steps" for name, rows in (("SFT", sft), ("RL", rl)) if rows]
     seconds = sum(row.get("seconds_step") or 0.0 for row in (*sft, *rl))
-    facts = [config["model"]["source"], *steps, f"{_duration(seconds)} of training", f"seed {config['seed']}"]
+    facts = [*steps, f"{_duration(seconds)} of training", f"seed {config['seed']}"]
     charts = {name: figures.svg(figure, name) for name, figure in figures.panels(rl).items()}
     if curve := figures.loss_panel(sft):
         charts = {"SFT loss": figures.svg(curve, "SFT loss")} | charts
-    return _write(
-        workdir, to, status, running, kind="run", facts=facts, cards=_cards(results) or _training_cards(rl),
-        charts=charts, tables=_evaluation_table(results), legend=[], wide=[], config=config,
-        samples=_samples(workdir, config), analysis=_analysis(workdir / "analysis.jsonl"), starts=_starts(workdir),
+    starts = _starts(workdir)
+    return render(
+        workdir, to, status, running, kind="run", title=titles.title_of(config), commit=titles.commit_of(starts),
+        facts=facts, cards=accuracy_cards(results) or _training_cards(rl), notes=_fallen(results), charts=charts,
+        tables=evaluation_table(results), legend=[], wide=[], config=config, samples=_samples(workdir, config),
+        analysis=_analysis(workdir / "analysis.jsonl"), starts=starts,
+        downloads=[] if running else downloads({"sft.jsonl": sft, "rl.jsonl": rl}, results),
     )  # fmt: skip
 
 
@@ -85,24 +85,26 @@ def write_lab(
     """
     config = read_config(workdir)
     home_rows = [row for row in rows if row["world"] == home] or [row for row in tuning if row["world"] == home]
-    methods = [name for name in dict.fromkeys(row["method"] for row in home_rows) if name != "sft"]
-    curves = {name: [_rows(runs(row) / "rl.jsonl") for row in home_rows if row["method"] == name] for name in methods}
+    shown = [name for name in dict.fromkeys(row["method"] for row in home_rows) if name != "sft"]
+    curves = {name: [read_rows(runs(row) / "rl.jsonl") for row in home_rows if row["method"] == name] for name in shown}
     worlds = claims.across_worlds(rows)
-    wide = [("Worlds", figures.svg(figures.worlds(worlds, methods), "worlds"))] if worlds else []
+    wide = [("Worlds", figures.svg(figures.worlds(worlds, shown), "worlds"))] if worlds else []
     counts = {name: len(config["lab"][f"{name}s"]) for name in ("method", "seed", "world")}
-    facts = [f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items()] + [config["model"]["source"]]
+    facts = [f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items()]
     samples: list[Any] = []
     for row in [row for row in rows if (row["world"], row["method"]) == (home, "sgpo")][:1]:
         (warm_up,) = (r for r in rows if (r["world"], r["method"], r["seed"]) == (home, "sft", row["seed"]))
         folders = {"before": runs(warm_up) / "eval", "after": runs(row) / "eval"}
         by_set = examples.collect(config["eval"]["sets"], folders)
         samples = [(f"{name}: sgpo in {home}, seed {row['seed']}", *rest) for name, *rest in by_set]
-    return _write(
-        workdir, to, status, running, kind="lab", facts=facts, cards=_lab_cards(rows, home),
+    starts = _starts(runs(home_rows[0])) if home_rows else []
+    return render(
+        workdir, to, status, running, kind="lab", title=f"Lab · {titles.model_of(config)} · {titles.data_of(config)}",
+        commit=titles.commit_of(starts), facts=facts, cards=_lab_cards(rows, home), notes=[],
         charts={name: figures.svg(figure, name) for name, figure in figures.overlay_panels(curves).items()},
-        legend=[(name, figures.colour(place)) for place, name in enumerate(methods)], wide=wide,
-        tables=claims.tables(rows, tuning, home), config=config, samples=samples, analysis=[],
-        starts=_starts(runs(home_rows[0])) if home_rows else [],
+        legend=[(name, figures.colour(place)) for place, name in enumerate(shown)], wide=wide,
+        tables=claims.tables(rows, tuning, home), config=config, samples=samples, analysis=[], starts=starts,
+        downloads=[] if running else downloads({"results.jsonl": rows}, {}),
     )  # fmt: skip
 
 
@@ -134,20 +136,27 @@ def attempt(write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         print(f"report: not written: {type(error).__name__}: {error}", flush=True)
 
 
-def _write(workdir: Path, to: Path | None, status: str, running: bool, **content: Any) -> Path:
+def render(workdir: Path, to: Path | None, status: str, running: bool, **content: Any) -> Path:
+    """Writes a page and returns its path.
+
+    Args:
+      workdir: folder of the run or the lab; its name is shown.
+      to, status, running: as in `write_run`.
+      content: the variables of templates/report.html.
+    """
     loader = PackageLoader("sgpo_jax.report")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     script = loader.get_source(environment, "report.js")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    text = environment.get_template("report.html").render(
-        **content, title=workdir.absolute().name, status=status, refresh=REFRESH if running else 0,
-        strengths=partial(_strengths, delta=content["config"]["rl"]["delta"]),
-        script=script, script_digest=digest, changed=_changed(content["config"]),
-        fields=sorted(configs.flat(content["config"]).items()),
-        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    )  # fmt: skip
+    config = content.pop("config")
+    text = environment.get_template("report.html").render({
+        "name": workdir.absolute().name, "status": status, "refresh": REFRESH if running else 0,
+        "strengths": partial(_strengths, delta=config["rl"]["delta"]), "script": script, "script_digest": digest,
+        "sides": ["here", "recipe"], "changed": _changed(config), "fields": sorted(configs.flat(config).items()),
+        "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), **content,
+    })  # fmt: skip
     path = to or workdir / "report.html"
     write_text(path, text)
     return path
@@ -171,8 +180,45 @@ def _json(path: Path) -> Any:
         raise ValueError(f"{path}: not JSON: {error}") from error
 
 
-def _rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Row]:
+    """Reads the rows of a JSONL file; none where there is no file."""
     return read_jsonl(path) if path.is_file() else []
+
+
+def read_results(workdir: Path) -> dict[str, dict[str, Any]]:
+    """Reads {"before" or "after": {context: {set: result}}} of the final evaluations that a run has."""
+    return {
+        when: {context: _json(path)["results"] for context in benchmark.CONTEXTS
+               if (path := workdir / "eval" / f"{when}_{context}.json").is_file()}
+        for when in ("before", "after")
+    }  # fmt: skip
+
+
+def _fallen(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Returns a note on each set where guided accuracy is lower after RL than before, beyond chance."""
+    notes = []
+    before, after = (results[when].get("guided", {}) for when in ("before", "after"))
+    for name in [name for name in before if name in after]:
+        mean, _, high = benchmark.gain(before[name]["per_problem"], after[name]["per_problem"])
+        if high < 0:
+            ends = (_percent(result["accuracy"]) for result in (before[name], after[name]))
+            notes.append(
+                f"Guided accuracy on {name} has fallen, from {' to '.join(ends)} % ({100 * mean:+.1f} points). No term "
+                "of the objective trains guided answers; what the model learns without strategies can disturb them. In "
+                "use it gets no strategy, so the unguided accuracy counts."
+            )
+    return notes
+
+
+def downloads(files: Mapping[str, Sequence[Row]], results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Returns (name, content in base64, size) of the files behind a page."""
+    texts = {name: jsonl(rows) for name, rows in files.items() if rows}
+    if any(results.values()):
+        texts["evaluation.json"] = json.dumps(results, indent=1) + "\n"
+    return [
+        (name, base64.b64encode(text.encode()).decode(), f"{max(len(text) // 1000, 1)} kB")
+        for name, text in texts.items()
+    ]
 
 
 def _changed(config: dict[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -207,7 +253,7 @@ def _card(label: str, values: Iterable[str], note: str, bounds: Iterable[str] = 
     return {"label": label, "values": [*values], "bounds": [*bounds], "note": note, "between": between}
 
 
-def _cards(results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+def accuracy_cards(results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     """Returns cards with the accuracy of each set and context before and after RL, with 95 % intervals."""
     cards = []
     contexts = dict.fromkeys(context for by_context in results.values() for context in by_context)
@@ -256,7 +302,7 @@ def _lab_cards(rows: Sequence[Row], home: str) -> list[Row]:
     return cards
 
 
-def _evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str], list[list[str]]]]:
+def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str], list[list[str]]]]:
     """Returns the table (title, columns, lines) of all evaluation results, in a list that is empty without results."""
     lines = []
     for when, by_context in results.items():
@@ -267,24 +313,23 @@ def _evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[st
                           for m in ("accuracy", f"pass@{k}", f"maj@{k}")]  # fmt: skip
                 numbers = [f"{result['length']:.1f}", _percent(result["truncated"]), _percent(result["no_box"])]
                 lines.append([name, context, f"{when} RL", str(k), *shares, *numbers])
-    columns = ["set", "prompt", "", "k", "avg@k, %", "pass@k, %", "maj@k, %", "tokens", "cut, %", "no box, %"]
     order = {name: i for i, name in enumerate(dict.fromkeys(line[0] for line in lines))}
     lines.sort(key=lambda line: (order[line[0]], line[1] == "guided"))
-    return [("Evaluation, with 95 % bootstrap intervals over problems", columns, lines)] if lines else []
+    return [("Evaluation, with 95 % bootstrap intervals over problems", EVALUATION_COLUMNS, lines)] if lines else []
 
 
 def _samples(workdir: Path, config: dict[str, Any]) -> list[tuple[str, examples.Samples, str]]:
     """Returns (set, samples, column they are counted by) of the final evaluations, or the latest in training."""
     sets = config["eval"]["sets"]
     final = examples.collect(sets, {when: workdir / "eval" / when for when in ("before", "after")})
-    analysed = _rows(workdir / "analysis_generations.jsonl")
+    analysed = read_rows(workdir / "analysis_generations.jsonl")
     final = [(name, examples.with_token_kl(samples, analysed), column) for name, samples, column in final]
     return final or examples.collect(sets, {"during": workdir / "rl" / "generations"})
 
 
 def _analysis(path: Path) -> list[Row]:
     """Reads analysis.jsonl and adds to each step its tokens as (text, nats, strength of the colour, above delta)."""
-    lines = _rows(path)
+    lines = read_rows(path)
     for line in lines:
         strongest = max((step["mean_kl"] for step in line["steps"]), default=0.0) or 1.0
         for step in line["steps"]:

@@ -4,19 +4,21 @@ Every rule applies to gold answers and predictions alike, unless it says otherwi
 math-verify (`worker`), in the forms that `readings` returns.
 """
 
+import math
 import re
 from itertools import product
 from typing import Any
 
-from sgpo_jax.rewards.structure import CONNECTIVE, has_ratio, same_ratio, split, with_colons
-from sgpo_jax.rewards.symbols import to_latex
-from sgpo_jax.rewards.units import MONTHS, NUMBERS, SET, number_alone, without_units, without_words
+from sgpo_jax.rewards.structure import CONNECTIVE, entries, has_ratio, same_ratio, split, with_colons
+from sgpo_jax.rewards.symbols import names_to_latex, to_latex
+from sgpo_jax.rewards.units import MONTHS, NUMBERS, SET, number_alone, says_more, without_units, without_words
 
 MAX_ANSWER = 1000  # characters; a longer answer is wrong unless it is identical to the gold answer
 
 _MAGNITUDES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _DECIMAL, _DEGREES, _RADIANS = r"([0-9]+(?:\.[0-9]+)?)", r"\^ ?\{? ?\\circ ?\}?", r"\\\1(\\frac{\2 \\pi}{180})"
 _PMATRIX = r"\\begin{pmatrix}\1\\end{pmatrix}"
+_OPEN = r"([\[\]]) ?([^\[\],]+),([^\[\],]+)([\[\]])(?= ?(?:$|\\cup))"
 _INDEX = r"(?:\{ ?([0-9a-z]{1,3}(?: ?[-+] ?[0-9a-z]{1,3})?) ?\}|([0-9a-z]))"
 _SIZES = "tiny|scriptsize|footnotesize|small|normalsize|large|Large|LARGE|huge|Huge"
 _FONTS = "bf|it|rm|sf|tt|sc|em|bfseries|itshape|displaystyle|textstyle|scriptstyle|boldmath"
@@ -57,7 +59,10 @@ _READABLE: list[tuple[str, Any]] = [
     (r"\\\\\[[^\]]{0,9}\]", r"\\\\"),  # the row spacing of a matrix
     (r"(?:\\left ?)?[(\[] ?\\begin\{array\} ?\{[clr| ]*\}(.*)\\end\{array\} ?(?:\\right ?)?[)\]]", _PMATRIX),
     (r"([a-z0-9])!\^", r"(\1!)^"),
-    (r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"\\sqrt ?(\[[0-9a-z]\])? ?\(([^()]*)\)", r"\\sqrt\1{\2}"),
+    (r"^([-+]?[0-9.]+) ?x ?(?=10 ?\^)", r"\1 \\times "),  # 3x10^8
+    (r"^([A-Za-z]) ?: ?([a-z]) ?\\mapsto(?![a-z])", r"\1(\2)="),
+    (rf"(?:^|(?<=\\cup)|(?<=\\cup )){_OPEN}", lambda match: _brackets(match)),
     (r"\^ ?\{?([0-9]+)\}? ?/ ?_ ?\{?([0-9]+)\}?", r"\\frac{\1}{\2}"),  # ^3/_4
     (rf"^([0-9]+) ?(?:\^ ?)?\{{? ?(?:{SET}\{{ ?)?(?:st|nd|rd|th)\b ?\}}? ?\}}?$", r"\1"),  # 4th
     (rf"(?<![A-Za-z\\])(?:{SET}\{{ ?C ?\}}|C) ?_ ?{_INDEX} ?\^ ?{_INDEX}", lambda match: _combinations(match)),
@@ -86,6 +91,11 @@ _READABLE: list[tuple[str, Any]] = [
     (rf"{_DEGREES}(?: ?(?:[CF]\b|{SET}\{{ ?[CF] ?\}}))?", ""),
     (r"(-?)([0-9]*)\.([0-9]*)\\(?:overline|bar|dot) ?(?:\{ ?([0-9]+) ?\}|([0-9]))", lambda match: _repeating(match)),
 ]
+def _brackets(match: re.Match[str]) -> str:
+    """Returns an interval such as ]0,1] with a round bracket at each open end."""
+    return f"{'(' if match[1] == ']' else '['}{match[2]},{match[3]}{')' if match[4] == '[' else ']'}"
+
+
 def _base(match: re.Match[str]) -> str:
     """Returns a number's base as a subscript in digits."""
     name = match[1] or match[2]
@@ -128,7 +138,7 @@ def normalize_answer(text: str) -> str:
     text = text.strip()
     if len(text) > MAX_ANSWER:
         return text
-    text = _unwrapped(text)
+    text = names_to_latex(_unwrapped(text))
     for pattern, replacement in _READABLE:
         text = re.sub(pattern, replacement, text)
     text = text.strip()
@@ -220,7 +230,7 @@ def _interval(piece: str) -> tuple[str, str] | None:
     return left, rf"{'[' if '=' in sign else '('}{right},\infty)"
 
 
-_INTEGER = re.compile(r"([+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+))(?:\.0*)?(?:_\{?([0-9]+)\}?)?")
+_INTEGER = re.compile(r"([+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+))(?:\.0*)?(?:_\{?[0-9]+\}?)?")
 _WRAPPED = re.compile(SET + r"\{([A-Za-z .'()-]*)\}")
 _CHOICE = re.compile(rf"{SET}\{{ ?\(?([A-Z])\)? ?\}}|\(([A-Z])\)")
 _CHOSEN = re.compile(
@@ -228,6 +238,9 @@ _CHOSEN = re.compile(
     re.IGNORECASE,
 )
 _CLOCK = re.compile(r"([0-9]{1,2})(?: ?: ?([0-5][0-9]))? *(?:([ap])\.? ?m\.?)?", re.IGNORECASE)
+_BASE = re.compile(r"(?<=[0-9])_\{?([0-9]+)\}?")
+_PRIME = re.compile(r"(?<=[A-Za-z0-9)}])'+(?![A-Za-z])|\\prime(?![a-z])")
+_GAP = re.compile(r"(?<![A-Za-z_^0-9.])(?<![A-Za-z] )[0-9.]+ +[0-9]")
 _DOTS = re.compile(r"\\[lc]?dots|\.\.\.")
 _MONTH = re.compile(rf"\b({MONTHS})[a-z]*\b\.?", re.IGNORECASE)
 
@@ -255,6 +268,13 @@ def _clock(text: str) -> tuple[int, int, str] | None:
     if not match or not (match[2] or match[3]):
         return None
     return int(match[1]), int(match[2] or 0), (match[3] or "").lower()
+
+
+def _same_time(gold: tuple[int, int, str], answer: tuple[int, int, str]) -> bool:
+    """Returns True if an answer is the gold answer's time of day; 15:45 is 3:45 pm."""
+    if gold[2] and not answer[2] and answer[0] > 12:
+        answer = answer[0] - 12, answer[1], "p"
+    return gold[:2] == answer[:2] and gold[2] in ("", answer[2])
 
 
 def _date(text: str) -> list[str] | None:
@@ -291,10 +311,14 @@ def compare_text(gold: str, answer: str) -> bool | None:
         return bool(gold)
     if not (0 < len(gold) <= MAX_ANSWER and 0 < len(answer) <= MAX_ANSWER):
         return False
+    # A base may be left out. math-verify drops bases and primes, and adds numbers with a space in between.
+    if not set(_BASE.findall(answer)) <= (set(_BASE.findall(gold)) or {"10"}):
+        return False
     left, right = _INTEGER.fullmatch(gold), _INTEGER.fullmatch(answer)
     if left and right:
-        same_base = left[2] == right[2] or not (left[2] and right[2])
-        return same_base and int(left[1].replace(",", "")) == int(right[1].replace(",", ""))
+        return int(left[1].replace(",", "")) == int(right[1].replace(",", ""))
+    if any(len(mark.findall(gold)) != len(mark.findall(answer)) for mark in (_PRIME, _GAP)):
+        return False
     if bool(_DOTS.search(gold)) != bool(_DOTS.search(answer)):
         return False
     gold, answer = with_colons(gold, answer)
@@ -305,14 +329,14 @@ def compare_text(gold: str, answer: str) -> bool | None:
     if _same_figure(gold, answer):
         return True
     times = _clock(gold), _clock(answer)
-    if times[0] and times[1]:
-        same = times[0][:2] == times[1][:2] and times[0][2] in ("", times[1][2])
-        if same or times[0][2] or times[1][2]:  # without am or pm they may be ratios
-            return same
+    if times[0] and (times[1] or math.gcd(*times[0][:2]) > 1):  # 3:45 could be a ratio in lower terms
+        return times[1] is not None and _same_time(times[0], times[1])
     for form in (_words, _date):
         forms = form(gold), form(answer)
         if None not in forms:
             return forms[0] == forms[1]
+    if says_more(gold, answer) or entries(gold) and answer.endswith(r"\}"):
+        return False  # math-verify compares sets with tuples
     return None
 
 

@@ -104,9 +104,9 @@ def items(gold: str, answer: str) -> Items | None:
         return None  # 1/2 or 0.5: one number, written twice
     decide = len({re.sub(r"^[A-Za-z](?:_\w)? ?= ?", "", item) for item in golds}) < len(golds)
     if len(golds) == 1 < len(answers):
-        golds = _entries(gold) or golds
+        golds = entries(gold) or golds
     elif len(answers) == 1 < len(golds):
-        answers = _entries(answer) or answers
+        answers = entries(answer) or answers
     return Items(golds, answers, decide) if max(len(golds), len(answers)) > 1 else None
 
 
@@ -121,7 +121,7 @@ def _items(text: str) -> tuple[list[str], bool, bool]:
     return parts or [text], inner is not text, only_or
 
 
-def _entries(text: str) -> list[str] | None:
+def entries(text: str) -> list[str] | None:
     """Returns the entries of a tuple, also after names as in (x,y)=(1,2); None for any other text."""
     tuple_ = re.fullmatch(r"(?:\([A-Za-z_0-9, ]+\) ?= ?)?(?:\\left ?)?\((.*?)(?:\\right ?)?\)", text)
     if not tuple_ or re.search(r"^[^(]*\)", tuple_[1]):  # (1,2),(3,4)

@@ -1,4 +1,4 @@
-"""Unicode as LaTeX: a table for mathematical symbols, compatibility forms (NFKC) for the rest."""
+"""Unicode and plain text as LaTeX: tables for symbols and names, compatibility forms (NFKC) for the rest."""
 
 import re
 import unicodedata
@@ -13,6 +13,11 @@ _TABLE = {
     "¢": r"\text{ cents}", "€": "", "£": "", "¥": "",
     "\u00ad": "", "\u200b": "", "\u2060": "", "\ufeff": "", "\u2062": r"\cdot ", "\u2063": ",",
 }  # fmt: skip
+# Names that stand as plain text: pi/3, exp(2), log_2(3). A function is one only before its argument.
+_CONSTANT = re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])")
+_FUNCTION = re.compile(
+    r"(?<![A-Za-z\\])(?:cbrt|(sqrt|arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|exp|log|ln))(?= ?[(_^{0-9])"
+)
 _RAISED = re.compile(r"([⁺⁻]?[⁰¹²³⁴-⁹ⁿⁱ]+)|([₊₋]?[₀-₉]+)|([^\x00-\x7f])")
 
 
@@ -22,6 +27,12 @@ def to_latex(text: str) -> str:
     Characters that have no plain form stay, as do circled digits. The time is linear.
     """
     return text if text.isascii() else _RAISED.sub(_plain, unicodedata.normalize("NFC", text))
+
+
+def names_to_latex(text: str) -> str:
+    """Writes the names of functions and of pi, where they stand as plain text, in LaTeX."""
+    text = _CONSTANT.sub(r"\\pi ", text)
+    return _FUNCTION.sub(lambda match: rf"\{match[1]}" if match[1] else r"\sqrt[3]", text)
 
 
 def _plain(match: re.Match[str]) -> str:

@@ -22,13 +22,14 @@ _SCALES = (
     "hundred thousand million billion trillion quadrillion mil mln bil bln mio mrd lakh crore dozen gross "
     "half halve third quarter fourth fifth sixth seventh eighth ninth tenth hundredth thousandth millionth billionth "
     "double twice triple thrice quadruple doubled tripled halved fold squared cubed factorial reciprocal inverse "
-    "percent ppm ppb permille"
+    "percent ppm ppb permille score"
 )
 _DOUBTS = (
     "not no never neither nor none without except excluding but minus negative opposite plus about around approx "
     "approximately roughly nearly almost circa maybe perhaps probably possibly likely unlikely unless if when wrong "
-    "incorrect false impossible invalid unknown unclear least most than under over below beneath beyond exceeding "
-    "maximum minimum between other instead otherwise remainder mod modulo isn't aren't cannot can't"
+    "incorrect false impossible invalid unknown unclear more less fewer greater larger smaller higher lower "
+    "least most than under over below beneath beyond exceeding "
+    "ish maximum minimum between other instead otherwise remainder mod modulo isn't aren't cannot can't"
 )
 QUALIFIER = re.compile(
     rf"(?<![\\A-Za-z])(?:(?:{'|'.join([*NUMBERS, *_TENS.split(), *_SCALES.split(), 'halves'])})s?"
@@ -37,6 +38,8 @@ QUALIFIER = re.compile(
     r")(?![A-Za-z])",
     re.IGNORECASE,
 )
+_DOUBT = re.compile(rf"(?<![\\A-Za-z])(?:{'|'.join(_DOUBTS.split())})(?![A-Za-z])", re.IGNORECASE)
+_TEXT = re.compile(r"\\(?:text|textbf|textit|mbox|hbox) ?\{(?! ?(?:and|or|to) ?\})[^{}]*[A-Za-z]{2}")
 # In \text{} any words except an hour of the day or a month. Other fonts are also used for variables: there only units.
 # A digit is allowed only as a power (cm2, m^2): any other says more than the number before it. So do signs. A single
 # letter that is no unit may be a variable or a scale (5 \text{k}).
@@ -57,6 +60,44 @@ _NAMES = (
     "alpha beta gamma delta epsilon zeta theta iota kappa lambda sigma tau upsilon phi chi psi omega rho sqrt sin cos "
     "tan cot sec csc log exp choose dots infinity inf nan"
 ).split()
+
+
+def says_more(gold: str, answer: str) -> bool:
+    """Returns True if an answer has words that the gold answer lacks and that may change it.
+
+    math-verify would read such a word as a variable, which times zero is nothing.
+    """
+    return bool(_DOUBT.search(answer) and not QUALIFIER.search(gold) or _TEXT.search(answer) and not _TEXT.search(gold))
+
+
+# What a unit may be called, by its name here.
+_CALLED = {
+    name: called
+    for names in (
+        "cm centimeter centimetre", "mm millimeter millimetre", "km kilometer kilometre kmh", "m meter metre",
+        "in inch inche", "ft foot feet", "yd yard", "mi mile mph", "g gram", "kg kilogram", "mg milligram",
+        "lb pound", "oz ounce", "L l liter litre", "mL ml milliliter millilitre", "h hr hour", "min minute",
+        "s sec second", "day", "week", "month", "year", "degree", "radian rad", "cent", "dollar USD",
+    )
+    for called in names.split()[:1]
+    for name in names.split()
+}  # fmt: skip
+_MEASURE = re.compile(
+    rf"(?<=[0-9}})\]]) ?(?:{SET}\{{)? ?(?:(?:square|cubic|sq|cu)\b\.? ?)?"
+    rf"(?:({'|'.join(sorted((name for name in _CALLED if len(name) > 1), key=len, reverse=True))})s?"
+    rf"|(?<=\{{)([mghsLl])|(?<=\{{ )([mghsLl]))(?![A-Za-z])|^[-+]?[0-9.,/]+ ?([mghsLl])$"
+)
+_DEGREES = re.compile(rf"\^ ?\{{? ?\\circ ?\}}? ?(?:{SET}\{{ ?)?([CF](?![A-Za-z]))?")
+
+
+def unit(text: str) -> str:
+    """Returns the name of the first unit after a number, without its power; "" if there is no well-known one."""
+    if degrees := _DEGREES.search(text):
+        return f"degree {degrees[1] or ''}".strip()
+    if re.search(r"\\\$", text):
+        return "dollar"
+    measure = _MEASURE.search(text)
+    return _CALLED[next(filter(None, measure.groups()))] if measure else ""
 
 
 def without_units(text: str) -> str:

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 
 from sgpo_jax.rewards.answers import MAX_ANSWER, compare_text, normalize_answer
 from sgpo_jax.rewards.boxes import extract_boxed
+from sgpo_jax.rewards.forms import alike
 from sgpo_jax.rewards.golds import read_gold
 from sgpo_jax.rewards.pool import Outcome, Pool, Worker
+from sgpo_jax.rewards.symbols import to_latex
+from sgpo_jax.rewards.units import unit
 
 FAILURES: tuple[Outcome, ...] = ("no_box", "timeout", "crash", "invalid")  # ways to score 0 without being wrong
 
@@ -71,8 +74,7 @@ def score(responses: list[str], answers: list[str], *, pool: Pool | None = None)
                 raise ValueError(f"{name}[{i}] is {text!r:.80}; it must be a str")
     boxes = [extract_boxed(response) for response in responses]
     pairs = [
-        None if box is None else (normalize_answer(read_gold(gold)), normalize_answer(box))
-        for gold, box in zip(answers, boxes, strict=True)
+        None if box is None else _normalized(read_gold(gold), box) for gold, box in zip(answers, boxes, strict=True)
     ]
     compared = _compare([pair for pair in pairs if pair], pool or _shared_pool)
     outcomes: list[Outcome] = ["no_box" if pair is None else compared[pair] for pair in pairs]
@@ -84,9 +86,18 @@ def score(responses: list[str], answers: list[str], *, pool: Pool | None = None)
 
 def equal(pairs: Sequence[tuple[str, str]]) -> list[bool]:
     """Returns True for each pair of answers that `score` would call equal, the first as the gold answer."""
-    normalized = [(normalize_answer(first), normalize_answer(second)) for first, second in pairs]
+    normalized = [_normalized(*pair) for pair in pairs]
     outcomes = _compare(normalized, _shared_pool)
     return [outcomes[pair] == "correct" for pair in normalized]
+
+
+def _normalized(gold: str, answer: str) -> tuple[str, str]:
+    """Returns two answers normalised and in one form; ("", ""), which is wrong, if their units differ."""
+    if len(answer) <= MAX_ANSWER and len(gold) <= MAX_ANSWER:
+        measures = unit(to_latex(gold)), unit(to_latex(answer))
+        if all(measures) and measures[0] != measures[1]:
+            return "", ""
+    return alike(normalize_answer(gold), normalize_answer(answer))
 
 
 def _compare(pairs: Sequence[tuple[str, str]], pool: Pool) -> dict[tuple[str, str], Outcome]:

@@ -146,6 +146,8 @@ def generate(
         uniform = jax.vmap(lambda *key_and_ids: jax.random.uniform(_fold(*key_and_ids)))(*noise)
         token, logp = sample(logits, uniform, sampling)
         token, logp = token.reshape(slots.response.shape), logp.reshape(slots.response.shape)
+        if sampling.watch is not None:
+            jax.debug.callback(sampling.watch, slots.response, slots.sampled, token)
         stopped = jnp.isin(token, stops)
         out = _record(out, slots, token, logp, stopped)
         ended = stopped | (slots.sampled + 1 == max_new_tokens)

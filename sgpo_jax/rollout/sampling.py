@@ -3,7 +3,9 @@
 Axis key: R rows, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,9 @@ class Sampling:
     top_p: float = 1.0  # keep the smallest set of most likely tokens whose total probability reaches this; 1 keeps all
     top_k: int = 0  # keep this many most likely tokens; 0 keeps all
     slots: int = 0  # responses decoded at once, over all devices; 0 means all; does not change any response
+    # Is called on the host at every decoding step with `[W,R]` arrays, for W shards of R slots: the index of the slot's
+    # response in its shard (their number for an idle slot), the tokens that it had, and its new one. In any order.
+    watch: Callable[[Any, Any, Any], None] | None = None
 
     @classmethod
     def from_config(cls, fields: ConfigDict) -> "Sampling":

@@ -2,7 +2,9 @@
 
 import json
 import platform
+import shlex
 import subprocess
+import sys
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -30,12 +32,17 @@ def describe() -> dict[str, Any]:
 
 def record(folder: Path) -> None:
     """Adds this start to the list in environment.json in `folder`, unless it equals the start before."""
-    path, now = folder / "environment.json", describe()
+    path, now = folder / "environment.json", describe() | {"command": shlex.join(_command())}
     starts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     if starts and {**starts[-1], "started": None} == {**now, "started": None}:
         return
     starts.append({"started": datetime.now(UTC).isoformat(timespec="seconds"), **now})
     write_text(path, json.dumps(starts, indent=1) + "\n")
+
+
+def _command() -> list[str]:
+    """Returns the command of this process, without the folder of its program."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
 def _version(package: str) -> str | None:

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 @contextlib.contextmanager
@@ -29,12 +29,17 @@ def write_text(path: Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8")
 
 
+def sync(file: IO[Any]) -> None:
+    """Puts everything that was written to an open file on disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def append_text(path: Path, text: str) -> None:
     """Appends text to a file; it is on disk when this returns."""
     with path.open("a", encoding="utf-8") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        sync(file)
 
 
 def jsonl(rows: Iterable[dict[str, Any]]) -> str:

@@ -47,8 +47,10 @@ class Journal:
     def _open(self, settings: dict[str, Any]) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise ValueError(f"{self._path}: another process is writing to it") from error
+        except OSError as error:  # some network file systems have no locks
+            print(f"{self._path}: cannot be locked ({error}); make sure that no other process writes to it", flush=True)
         end, before = 0, None
         for start, record, after in _records(self._path):
             before, end = before or record, after

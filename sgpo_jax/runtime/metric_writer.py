@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-from tensorboardX import SummaryWriter
-
-from sgpo_jax.runtime.files import read_jsonl, write_text
+from sgpo_jax.runtime.files import read_jsonl, sync, write_text
 from sgpo_jax.runtime.progress import Progress
+
+_FLUSH = 5  # seconds of scalars that TensorBoard loses when the process is killed
 
 
 class Writer:
@@ -54,12 +54,14 @@ class Writer:
     def __enter__(self) -> Self:
         if not self._enabled:
             return self
+        from tensorboardX import SummaryWriter  # imports torch where that is installed, which takes a second
+
         self._path.parent.mkdir(parents=True, exist_ok=True)
         _drop_rows_after(self._path, self._last_step)
         self._rows: TextIO = self._path.open("a", encoding="utf-8")
         # purge_step makes TensorBoard ignore what an earlier run logged from that step on.
         events = self._path.parent / "tensorboard" / self._name
-        self._scalars = SummaryWriter(str(events), purge_step=self._last_step + 1)
+        self._scalars = SummaryWriter(str(events), purge_step=self._last_step + 1, flush_secs=_FLUSH)
         self._progress.__enter__()
         return self
 
@@ -94,6 +96,11 @@ class Writer:
                 self._scalars.add_scalar(f"{self._name}/{key}", value, step)
         self._last_step = step
         self._progress.show(step, values)
+
+    def sync(self) -> None:
+        """Puts every row of the file on disk: a run that resumes after a checkpoint does not write those before it."""
+        if self._enabled:
+            sync(self._rows)
 
 
 def _drop_rows_after(path: Path, step: int) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 PATIENCE = 300.0  # seconds that all processes have to connect
 DIED = "has died without a word (killed, out of memory, or its host is gone)"
 _HELLO = 10.0  # seconds that a new connection has to identify itself
+_WORD = 15.0  # seconds after which a process that waits for the first one says so
+_STRANGER = "not a process of sgpo_jax"
 _LONGEST = 1_000_000  # bytes of a message
 _REASON = 1_000  # characters of a reason
 # Seconds of silence before a host is probed, seconds between probes, and unanswered probes after which it is dead.
@@ -139,7 +141,7 @@ def _refusal(hello: dict[str, Any], hosts: dict[int, str], count: int) -> str:
             if process in hosts:
                 return f"--process={process}: there is one already, on host {hosts[process]}"
             return "" if 0 < process < count else f"--process={process}: must be from 0 to {count - 1}"
-    return "not a process of sgpo_jax"
+    return _STRANGER
 
 
 def connect(host: str, port: int, process: int, count: int) -> None:
@@ -148,27 +150,39 @@ def connect(host: str, port: int, process: int, count: int) -> None:
     Raises:
       ValueError: the first process does not answer in time, or refuses.
     """
-    deadline, address = time.monotonic() + PATIENCE, f"{host}:{port}"
+    started, address = time.monotonic(), f"{host}:{port}"
+    while True:
+        stream = _reach(host, port, started)
+        stream.send({"process": process, "processes": count, "host": socket.gethostname()})
+        match stream.read():
+            case {"refused": str(refusal)} if refusal == _STRANGER and time.monotonic() < started + PATIENCE:
+                stream.close()  # on a busy machine the hello came too late
+            case {"refused": str(refusal)}:
+                raise ValueError(refusal)
+            case {"hosts": list(hosts)} if len(hosts) == count:
+                return _watch(_Peers(process, hosts, {0: stream}))
+            case _:
+                raise ValueError(f"process 0 at {address} has ended, or something else answers there")
+
+
+def _reach(host: str, port: int, started: float) -> _Stream:
+    """Returns a connection to the first process, for which this one has waited since `started`."""
+    said = False
     while True:
         try:
             connection = socket.create_connection((host, port), timeout=_HELLO)
             if connection.getsockname() != connection.getpeername():
-                break
+                return _Stream(connection, PATIENCE)
             connection.close()  # on one host, the system may give the free port to this very connection
             raise ConnectionRefusedError("nobody listens there")
         except OSError as error:  # also for an unknown host name, which may become known while machines start
-            if time.monotonic() > deadline:
+            waited, address = time.monotonic() - started, f"{host}:{port}"
+            if waited > PATIENCE:
                 raise ValueError(f"process 0 does not answer at {address} in {PATIENCE:g} s ({error})") from error
+            if waited > _WORD and not said:
+                said = True
+                print(f"waiting up to {PATIENCE:g} s for process 0 at {address} ({error})", file=sys.stderr, flush=True)
             time.sleep(0.2)
-    stream = _Stream(connection, PATIENCE)
-    stream.send({"process": process, "processes": count, "host": socket.gethostname()})
-    match stream.read():
-        case {"refused": str(refusal)}:
-            raise ValueError(refusal)
-        case {"hosts": list(hosts)} if len(hosts) == count:
-            _watch(_Peers(process, hosts, {0: stream}))
-        case _:
-            raise ValueError(f"process 0 at {address} has ended, or something else answers there")
 
 
 def _watch(peers: _Peers) -> None:

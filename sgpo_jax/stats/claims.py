@@ -16,7 +16,7 @@ from sgpo_jax.stats.scores import is_score
 
 Row = Mapping[str, Any]
 
-# table -> (its question, {method: name in the table}): those of the paper, and one of methods beyond it.
+# table -> (its question, {method: name in the table}): those of the paper, and others of methods beyond it.
 TABLES: dict[str, tuple[str, dict[str, str]]] = {
     "Table 1": (
         "methods at equal samples",
@@ -41,6 +41,24 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
         {
             "sgpo": "forward KL", "jensen_shannon": "Jensen-Shannon", "top_k_kl": "forward KL of the top k",
             "self_strategies": "from strategies of its own",
+        },
+    ),
+    "Teachers": (
+        "whose parameters teach, and what is above delta",
+        {
+            "sgpo": "live, masked", "anchored": "frozen, scaled", "scaled_kl": "live, scaled",
+            "quantile_clip": "live, masked above a quantile", "frozen_teacher": "frozen, masked",
+            "ema_teacher": "moving average, masked", "trust_region": "trust region, masked",
+            "gated_teacher": "gated, masked", "guided_grpo": "guided policy loss",
+            "reference_kl": "KL to the first policy",
+        },
+    ),
+    "Own responses": ("the student's own responses", {"sgpo": "SGPO", "sdpo": "SDPO", "opsd": "OPSD", "sdft": "SDFT"}),
+    "GRPO": (
+        "the family of GRPO",
+        {
+            "grpo": "GRPO", "dr_grpo": "Dr. GRPO", "dapo": "DAPO", "gspo": "GSPO", "cispo": "CISPO",
+            "truncated_is": "truncated importance",
         },
     ),
 }  # fmt: skip

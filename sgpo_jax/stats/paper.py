@@ -1,5 +1,10 @@
 """The results of Table 1 of arXiv 2606.24064, accuracy in percent, to print beside measured results."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from sgpo_jax import methods
+
 SETS = ("MATH500", "AMC23", "OlympiadBench", "AIME24", "Average")
 MODELS = {"qwen1p5b": "Qwen2.5-1.5B-Instruct", "qwen7b": "Qwen2.5-7B-Instruct", "llama8b": "Llama 8B Instruct"}
 METHODS = {
@@ -23,6 +28,19 @@ TABLE: dict[str, dict[str, tuple[float, ...]]] = {
         "base": (20.4,), "sft": (22.4,), "sft_grpo": (25.2,), "hpt": (26.3,), "luffy": (26.5,), "sgpo": (27.6,),
     },
 }  # fmt: skip
+
+
+def nearest_row(config: Mapping[str, Any]) -> dict[str, float]:
+    """Returns {set: accuracy in percent} that the paper reports for a run's model and method; {} where it has none.
+
+    Args:
+      config: as in config.json.
+    """
+    source = str(config["model"]["source"]).rstrip("/").rpartition("/")[2]
+    model = next((key for key, name in MODELS.items() if name == source), "")
+    method = methods.named(config)
+    method = "sft_grpo" if method == "grpo" else method
+    return row(f"{model}:{method}")[1] if method in TABLE.get(model, {}) else {}
 
 
 def row(name: str) -> tuple[str, dict[str, float]]:

@@ -1,6 +1,7 @@
 """Strategies: extracted from expert responses by a strong model, or written by the student itself."""
 
-from sgpo_jax.strategies.ratings import audit
-from sgpo_jax.strategies.runs import run
+from sgpo_jax.cli import lazily
 
-__all__ = ["audit", "run"]
+_HOMES = {"audit": "ratings", "run": "runs"}
+__all__ = [*_HOMES]
+__getattr__ = lazily(__name__, _HOMES)  # its command reads its flags before it imports all this

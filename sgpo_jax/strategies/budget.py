@@ -11,7 +11,8 @@ from typing import Any
 from sgpo_jax.runtime.journal import Journal, Key
 from sgpo_jax.strategies import prompts
 from sgpo_jax.strategies.clients import Ask
-from sgpo_jax.strategies.replies import Denied, Failed, Refused, Reply, Request, Unavailable
+from sgpo_jax.strategies.faults import Denied, Failed, Refused, Unavailable
+from sgpo_jax.strategies.replies import Reply, Request
 
 # (stage, index, prompt, choices, max_tokens) -> reply, from the journal if it is there
 Paid = Callable[[str, int, str, int, int], Reply]

@@ -22,22 +22,20 @@ from sgpo_jax.policy import Policy
 from sgpo_jax.policy import tokenizer as tokenizers
 from sgpo_jax.policy.generation import noise_key, pad_prompts, respond
 from sgpo_jax.rollout import STOP, Sampling
-from sgpo_jax.strategies.replies import (
-    MAX_TEXT,
+from sgpo_jax.strategies.faults import (
     Denied,
     Failed,
     Fault,
     Filtered,
-    Reply,
-    Request,
     TooLong,
     Unavailable,
-    read_fault,
-    read_reply,
+    Unreadable,
     refused_parameter,
 )
+from sgpo_jax.strategies.replies import MAX_TEXT, Reply, Request, read_fault, read_reply
 
-MAX_BODY = 64 * 2**20  # bytes of a response from the server; a longer one is dropped
+MAX_BODY = 64 * 2**20  # bytes of a response from the server, packed or unpacked; a longer one is dropped
+MAX_NOTICES = 20  # lines about a server's habits; a server may have a new one in every reply
 LONGEST_WAIT = 300.0  # seconds; most that a server can delay a retry
 SHORTEST_SECRET = 12  # characters; a shorter key, such as "EMPTY" for a server without keys, may be a word of a text
 
@@ -86,12 +84,13 @@ def endpoint(
     Rate limits, server errors, timeouts, broken connections and malformed replies are retried after a wait, which
     doubles every time and is at least as long as the server requests. What no retry mends is not retried. A prompt that
     the server's filter stops has a reply that is refused. A parameter that the model does not support is left out.
+    Redirects are not followed: the prompts go to the server that was named, and to no other.
 
     Args:
       server: the endpoint.
       stop: ends all waiting for a retry when it is set.
       retried: called with the reason before every retry, from any thread.
-      notice: called once for every parameter that is left out, from any thread.
+      notice: called once for every parameter that is left out and every odd habit of the server, from any thread.
 
     Raises:
       ValueError: the base URL is not one, or has a password in it.
@@ -102,18 +101,38 @@ def endpoint(
     except ImportError as error:
         raise ImportError("a model behind an endpoint needs the extra 'extract': pip install -e .[extract]") from error
     check_base_url(server.base_url)
+    heard = threading.local()  # status of the thread's last response
+
+    def as_it_came(response: Any) -> None:
+        """Leaves a body as it came, because what a server says about its packing may be wrong."""
+        response.headers.pop("content-encoding", None)
+        heard.status = response.status_code
+
     client = openai.OpenAI(
-        base_url=server.base_url, api_key=server.key or "none", max_retries=0, timeout=server.timeout
-    )
+        base_url=server.base_url, api_key=server.key or "none", max_retries=0, timeout=server.timeout,
+        default_headers={"Accept-Encoding": "gzip"},
+        http_client=openai.DefaultHttpxClient(follow_redirects=False, event_hooks={"response": [as_it_came]}),
+    )  # fmt: skip
     stop = stop or threading.Event()
     address = f"{server.base_url.rstrip('/')}/chat/completions"
     left_out: set[str] = set()  # parameters that the model refused
+    said: set[str] = set()  # notices
     lock = threading.Lock()
 
     def clean(text: str) -> str:
         text = text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be written to a file
-        text = text.replace(server.key, "[key]") if len(server.key) >= SHORTEST_SECRET else text
+        secret = server.key.strip()  # an error may show the key without the line break after it
+        text = text.replace(secret, "[key]") if len(secret) >= SHORTEST_SECRET else text
         return text[:MAX_TEXT]  # cut last, because a cut could leave a part of the key
+
+    def say(text: str) -> None:
+        """Gives a notice, once."""
+        text = clean(text)[:500]
+        with lock:
+            new = text not in said and len(said) < MAX_NOTICES
+            said.update({text} if new else ())
+        if new:
+            notice(text)
 
     def parameters(request: Request) -> dict[str, Any]:
         limit = server.limit_field
@@ -124,20 +143,26 @@ def endpoint(
         chosen = {"top_p": server.top_p, "temperature": server.temperature, **several}
         return {limit: request.max_tokens} | {name: chosen[name] for name in chosen if name not in left_out}
 
-    def send(request: Request, body: dict[str, Any]) -> bytes:
+    def send(request: Request, body: dict[str, Any]) -> tuple[bytes, Exception | None]:
+        """Returns (the response's body, the error that ended it, or None)."""
         deadline = time.monotonic() + server.timeout
         with client.chat.completions.with_streaming_response.create(
             model=server.model, messages=[{"role": "user", "content": request.prompt}], extra_body=body
         ) as response:
             parts, size = [], 0
-            for part in response.iter_bytes():
-                parts.append(part)
-                size += len(part)
-                if size > MAX_BODY:
-                    raise ValueError(f"a body of over {MAX_BODY} bytes")
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"no whole reply in {server.timeout:g} s")
-            return b"".join(parts)
+            try:
+                for part in response.iter_bytes():
+                    parts.append(part)
+                    size += len(part)
+                    if size > MAX_BODY or time.monotonic() > deadline:
+                        break
+                else:
+                    return b"".join(parts), None
+            except Exception as error:  # the HTTP library's own, for a connection that breaks off
+                return b"".join(parts), error
+        if size > MAX_BODY:
+            raise ValueError(f"a body of over {MAX_BODY} bytes")
+        return b"".join(parts), TimeoutError(f"no whole reply in {server.timeout:g} s")
 
     def leave_out(fault: Fault, sent: dict[str, Any]) -> bool:
         """Leaves out the parameter that a fault refuses, and returns whether there is one to leave out."""
@@ -153,6 +178,27 @@ def endpoint(
             notice(f"{server.model} refuses {name}, so {instead}. {clean(str(fault))[:500]}")
         return True
 
+    def reply_to(request: Request, sent: dict[str, Any]) -> Reply:
+        heard.status = 0
+        try:
+            body, error = send(request, sent)
+        except openai.APIStatusError as refused:
+            response = refused.response
+            if response.is_redirect:
+                words = f"redirects to {response.headers.get('location')}; the base URL must be the address itself"
+                raise Fault(str(response.status_code), words, status=response.status_code) from None
+            fault = read_fault(unpacked(response.content), response.status_code)
+            fault.wait = retry_after(response.headers.get("retry-after", ""))
+            raise fault from None
+        except Exception as broken:  # the HTTP library's own
+            if heard.status < 300:
+                raise
+            raise Fault(str(heard.status), f"a body that breaks off ({broken})", status=heard.status) from None
+        try:
+            return read_reply(unpacked(body), request, clean, server.model, say)
+        except Unreadable as fault:
+            raise error or fault from None  # what ended the body early says more than the part that came
+
     def failed(error: Failed, lost: tuple[int, int]) -> Failed:
         error.lost = lost
         return error
@@ -165,17 +211,13 @@ def endpoint(
             wait *= random.uniform(0.75, 1.25)  # so that the threads do not retry at the same moment
             sent = parameters(request)
             try:
-                try:
-                    reply = read_reply(send(request, sent), request, clean)
-                except openai.APIStatusError as error:
-                    wait = max(wait, retry_after(error.response.headers.get("retry-after", "")))
-                    raise read_fault(error.response.content, error.status_code) from None
+                reply = reply_to(request, sent)
                 return reply._replace(
                     prompt_tokens=reply.prompt_tokens + lost[0], completion_tokens=reply.completion_tokens + lost[1]
                 )
             except Fault as fault:
                 lost = lost[0] + fault.tokens[0], lost[1] + fault.tokens[1]
-                why, kind = clean(str(fault))[:500], fault.kind()
+                why, kind, wait = clean(str(fault))[:500], fault.kind(), max(wait, fault.wait)
                 # Slips in the base URL give these.
                 why += f" (from {address})" if fault.status in (404, 405, 410) or "HTML" in fault.words else ""
                 if kind is Filtered:
@@ -196,6 +238,24 @@ def endpoint(
                 raise failed(Unavailable(f"stopped while waiting after {why}"), lost)
 
     return ask
+
+
+def unpacked(body: bytes) -> bytes:
+    """Returns a body without gzip or zlib, which its first bytes tell; any other body as it is.
+
+    Raises:
+      ValueError: it is too long.
+    """
+    if body[:2] != b"\x1f\x8b" and not (body[:1] == b"\x78" and int.from_bytes(body[:2], "big") % 31 == 0):
+        return body
+    unpacker = zlib.decompressobj(wbits=47)
+    try:
+        text = unpacker.decompress(body, MAX_BODY + 1)
+    except zlib.error:
+        return body
+    if len(text) > MAX_BODY:
+        raise ValueError(f"a body of over {MAX_BODY} bytes")
+    return text
 
 
 def check_base_url(base_url: str) -> None:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from sgpo_jax import rewards
 from sgpo_jax.strategies import leakage, parsing, prompts
 from sgpo_jax.strategies.budget import Paid
-from sgpo_jax.strategies.replies import TooLong
+from sgpo_jax.strategies.faults import TooLong
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from sgpo_jax.strategies.faults import Fault, Unreadable
+
 MAX_TEXT = 1_000_000  # characters of a reply; the rest is cut off
 MAX_WORDS = 400  # characters of a server's words in a message
 
@@ -33,105 +35,10 @@ class Reply(NamedTuple):
     completion_tokens: int  # of all texts together
 
 
-class Failed(Exception):
-    """A request has no reply."""
-
-    lost = (0, 0)  # (prompt tokens, completion tokens) that the server charged all the same
-
-
-class Denied(Failed):
-    """No request can succeed: the key, the balance, the permission, the address or the model's name is wrong."""
-
-
-class Refused(Failed):
-    """The server rejects this request, or it is too long for a local model."""
-
-
-class TooLong(Refused):
-    """The prompt does not fit into the model's context."""
-
-
-class Filtered(Refused):
-    """The server's filter stopped the prompt or the text."""
-
-
-class Unavailable(Failed):
-    """The retries are used up, or the caller stopped waiting."""
-
-
-class Fault(ValueError):
-    """A response without a reply.
-
-    Args:
-      title: the kind of fault in a few words, by which faults are counted.
-      words: what the server says, or how its body begins.
-      status: the HTTP status, or the status inside the body; 0 if there is none.
-      codes: the error's codes and types, in lower case.
-      parameter: the parameter that the error is about, or "".
-      tokens: (prompt tokens, completion tokens) that the server charged all the same.
-      told: whether the words are an error's; otherwise they decide nothing.
-    """
-
-    def __init__(
-        self,
-        title: str,
-        words: str,
-        *,
-        status: int = 0,
-        codes: frozenset[str] = frozenset(),
-        parameter: str = "",
-        tokens: tuple[int, int] = (0, 0),
-        told: bool = True,
-    ):
-        super().__init__(f"{title}: {words}" if words else title)
-        self.words, self.status, self.codes, self.parameter = words if told else "", status, codes, parameter
-        self.tokens = tokens
-
-    def kind(self) -> type[Failed] | None:
-        """Returns the exception of a fault that no retry mends; None for a fault that may pass."""
-        if self.codes & _FILTER_CODES or (self.status in _BY_WORDS and _FILTER_WORDS.search(self.words)):
-            return Filtered
-        if self.codes & _DENIED_CODES or self.status in _DENIED_STATUSES or _DENIED_WORDS.search(self.words):
-            return Denied
-        if self.codes & _LONG_CODES or (self.status != 429 and _LONG_WORDS.search(self.words)):
-            return TooLong
-        if self.status in _PASSING or (self.status >= 500 and self.status not in (501, 505)):
-            return None
-        return Refused if self.status or self.codes & {"invalid_request_error", "badrequesterror"} else None
-
-
-_PASSING = (408, 409, 425, 429)
-_BY_WORDS = (0, 400, 403, 422, 451)  # statuses of servers whose filter is known by the words alone; 0 is a 200
-_DENIED_STATUSES = (401, 402, 403, 404, 405, 407, 410)
-_FILTER_CODES = {
-    "content_filter", "content_filtered", "content_policy_violation", "responsibleaipolicyviolation",
-    "data_inspection_failed", "datainspectionfailed", "moderation_blocked", "content_moderation", "blocked_by_filter",
-}  # fmt: skip
-_FILTER_WORDS = re.compile(
-    r"content (?:management )?(?:filter|polic)|content[ _]filter|responsible ai|inappropriate content|safety system"
-    r"|(?:input|prompt|request|response|output|content) was (?:flagged|filtered|blocked by)|content exists risk",
-    re.IGNORECASE,
-)
-_DENIED_CODES = {
-    "insufficient_quota", "insufficient_balance", "insufficient_credits", "billing_hard_limit_reached",
-    "billing_not_active", "invalid_api_key", "authentication_error", "permission_error", "permission_denied",
-    "model_not_found", "notfounderror", "not_found_error", "account_deactivated", "unauthorized",
-}  # fmt: skip
-_DENIED_WORDS = re.compile(
-    r"insufficient (?:account )?(?:credit|balance|fund|quota)|(?:invalid|incorrect|wrong|no) api[ _-]?key",
-    re.IGNORECASE,
-)
-_LONG_CODES = {"context_length_exceeded", "exceed_context_size_error", "string_above_max_length"}
-_LONG_WORDS = re.compile(
-    r"maximum context length|exceeds? (?:the |this )?(?:model'?s? )?(?:available |maximum )?context (?:length|window"
-    r"|size)|(?:prompt|input) is too long",
-    re.IGNORECASE,
-)
-
 # Why a text ends, by the names of several servers, in lower case with "_" between words.
 _ENDS = {
     "stop": "stop stop_sequence stop_sequences end end_turn eos eos_token eos_token_id complete completed finish "
-    "finished done tool_calls function_call",
+    "finished done tool_calls function_call tool_use",
     "length": "length max_length max_tokens max_new_tokens max_output_tokens max_completion_tokens model_length limit "
     "token_limit token_limit_reached model_context_window_exceeded context_length_exceeded incomplete truncated",
     "refused": "content_filter content_filtered safety refusal refused recitation blocklist blocked prohibited_content "
@@ -153,13 +60,21 @@ def ending(reason: Any) -> str:
     return _END_OF.get(name, " ".join(str(reason).split())[:40] or "stop")
 
 
-def read_reply(body: bytes, request: Request, clean: Callable[[str], str]) -> Reply:
+def read_reply(
+    body: bytes,
+    request: Request,
+    clean: Callable[[str], str],
+    model: str = "",
+    notice: Callable[[str], None] = lambda text: None,
+) -> Reply:
     """Reads the reply in a response's body.
 
     Args:
       body: the response's body, which may be anything: one JSON object, or a stream of server-sent events.
       request: the request that it answers.
       clean: applied to every text.
+      model: the name of the model that was asked for; "" accepts any.
+      notice: called with what a user should know of a reply that is taken all the same.
 
     Raises:
       Fault: the body has no reply.
@@ -169,12 +84,16 @@ def read_reply(body: bytes, request: Request, clean: Callable[[str], str]) -> Re
     usage = usage if isinstance(usage, dict) else {}
     texts: list[str] = []
     finish: list[str] = []
+    reasons: list[Any] = []  # as the server has them
     words = ""
     choices = content.get("choices")
     for choice in choices[: request.choices] if isinstance(choices, list) else []:
+        if isinstance(choice, dict) and isinstance(choice.get("text"), str):  # the place of an older protocol
+            choice = {"message": {"content": choice["text"]}} | choice
         if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
             continue
         reason = choice.get("finish_reason")
+        reasons.append(reason)
         end = ending(reason)
         if end == "error" or choice.get("error") or (content.get("error") and not reason):
             words = words or _choice_words(choice, content.get("error"), reason)  # a part of a text, which is no reply
@@ -182,18 +101,31 @@ def read_reply(body: bytes, request: Request, clean: Callable[[str], str]) -> Re
         text, thought, refusal = _text(choice["message"])
         if not text and refusal:
             text, end = refusal, "refused"
+        elif not text and end == "stop" and any(map(choice["message"].get, ("tool_calls", "function_call"))):
+            end = "tool_calls"  # kept as an end that is not known, because there is no text
         elif thought and not text.lstrip().startswith("<think>"):
             text = f"<think>\n{thought}\n</think>\n\n{text}"
         texts.append(clean(text))
         finish.append("length" if end == "stop" and len(text) > MAX_TEXT else clean(end))
-    most = sum(len(text.encode()) for text in texts)  # a token has at least one byte
-    tokens = (
-        _count(usage.get("prompt_tokens"), len(request.prompt.encode()) if texts else 0),
-        _count(usage.get("completion_tokens"), most),
-    )
-    if texts:
-        return Reply(texts, finish, *tokens)
-    raise _fault(content, words, tokens)
+    sizes = [len(text.encode()) for text in texts]  # a token has at least one byte
+    tokens_in = _count(usage.get("prompt_tokens"), len(request.prompt.encode()) if texts else 0)
+    tokens_out = counted = _count(usage.get("completion_tokens"), -1)
+    # Some servers count one of several texts. Those that were cut at the limit have at least this many tokens.
+    least = sum(min(size, request.max_tokens) for size, end in zip(sizes, finish, strict=True) if end == "length")
+    if counted < 0 or (len(texts) > 1 and counted < least):
+        tokens_out = sum(sizes)
+    if not texts:
+        raise _fault(content, words, (tokens_in, tokens_out))
+    if counted >= len(texts) * request.max_tokens and not any(reasons):
+        finish = ["length" if end == "stop" else end for end in finish]  # the limit says what the server does not
+    if 0 <= counted < tokens_out:
+        notice(f"the server counts too few tokens for {len(texts)} texts; one for each byte is counted instead")
+    if counted > request.choices * request.max_tokens:
+        notice("the server writes more tokens than the limit that it is sent, so a budget can be exceeded")
+    named = content.get("model")
+    if model and isinstance(named, str) and named not in ("", model):
+        notice(f"asked for the model {model!r}; the server says that {named[:100]!r} answers")
+    return Reply(texts, finish, tokens_in, tokens_out)
 
 
 def _choice_words(choice: dict[str, Any], error: Any, reason: Any) -> str:
@@ -217,7 +149,7 @@ def _fault(content: dict[str, Any], words: str, tokens: tuple[int, int]) -> Faul
     feedback = content.get("promptFeedback") or content.get("prompt_feedback")
     if isinstance(feedback, dict) and feedback:
         codes |= {"content_filter"}
-    told = words or any(content.get(key) for key in ("error", "errors", "message", "detail")) or "error" in codes
+    told = words or any(content.get(key) for key in ("error", "errors", *_WORDS_IN)) or "error" in codes
     title = "an error in a 200" if told else "a reply without choices"
     status = statuses[0] if len(statuses) == 1 else 0
     words, parameter = words or _words(content), _parameter(content)
@@ -235,24 +167,26 @@ def _content(body: bytes) -> dict[str, Any]:
     """Parses a body, whose choices may come as a stream of events.
 
     Raises:
-      Fault: it is no JSON object.
+      Unreadable: it is no JSON object.
     """
     try:
-        text = body.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise Fault("not text in UTF-8 (UnicodeDecodeError)", repr(body[:100])) from error
+        text, wrong = body.decode("utf-8-sig"), ""
+    except UnicodeDecodeError:  # may be part of a character in a text that is fine otherwise
+        text, wrong = body.decode("utf-8-sig", "replace"), repr(body[:100])
     # Keep-alive lines are blank, or comments of an event stream.
     text = re.sub(r"\A(?:[ \t]*(?::[^\r\n]*)?(?:\r\n|\r|\n))+", "", text)
     if not text.strip() or re.fullmatch(r":[^\r\n]*", text):
-        raise Fault("an empty body", "")
+        raise Unreadable("an empty body", "")
     try:
         if re.match(r"(?:data|event|id|retry):", text):
             return _joined(text)
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise Fault(f"not JSON ({type(error).__name__})", beginning(text)) from error
+        if wrong:
+            raise Unreadable("not text in UTF-8 (UnicodeDecodeError)", wrong) from error
+        raise Unreadable(f"not JSON ({type(error).__name__})", beginning(text)) from error
     if not isinstance(content, dict):
-        raise Fault(f"not a JSON object but a {type(content).__name__}", beginning(text))
+        raise Unreadable(f"not a JSON object but a {type(content).__name__}", beginning(text))
     return content
 
 
@@ -288,11 +222,14 @@ def _extend(choice: dict[str, Any], delta: dict[str, Any]) -> None:
             message[key] = before + value if joins else value
 
 
+_WORDS_IN = ("message", "detail", "msg", "error_msg", "errmsg", "error_message")
+
+
 def _words(content: dict[str, Any]) -> str:
     """Returns what an error says; without a message in one of the usual places, how the body begins."""
     error = content.get("error")
     source = error if isinstance(error, dict) else content
-    message = next((source[key] for key in ("message", "detail", "msg") if isinstance(source.get(key), str)), "")
+    message = next((source[key] for key in _WORDS_IN if isinstance(source.get(key), str)), "")
     if isinstance(error, str) and list(content) == ["error"]:
         message = error
     metadata = source.get("metadata")
@@ -362,33 +299,3 @@ def _flat(value: Any, depth: int = 0) -> str:
 def _count(value: Any, otherwise: int) -> int:
     """Returns a token count from the server, or `otherwise` if the value cannot be a count."""
     return value if type(value) is int and 0 <= value < 10**9 else otherwise
-
-
-_UNSUPPORTED = re.compile(
-    r"unsupported|not support|only the default|cannot (?:both )?be|can ?not both|not (?:allowed|permitted|available)"
-    r"|unknown|unrecogni[sz]ed|unexpected|deprecated|extra (?:inputs|fields)|only one|may only be|must be 1\b"
-    r"|only [\w.()' ]{1,20} (?:is|are) allowed",
-    re.IGNORECASE,
-)
-_RANGE = re.compile(r"between|range|less than|greater than|at most|at least|[<>]=?|maximum|minimum", re.IGNORECASE)
-
-
-def refused_parameter(fault: Fault, sent: list[str]) -> str:
-    """Returns which of the parameters that were sent a fault refuses as such, or "".
-
-    A fault that refuses a value because of its range is another matter: the value is the user's mistake.
-
-    Args:
-      fault: the fault.
-      sent: names of the parameters; of two that the fault names, the first is returned.
-    """
-    by_code = any("unsupported" in code for code in fault.codes)
-    if fault.status not in (0, 400, 422) or _RANGE.search(fault.words):
-        return ""
-    if not (by_code or _UNSUPPORTED.search(fault.words)):
-        return ""
-    if fault.parameter in sent:
-        return fault.parameter
-    quoted = {name for name in sent if re.search(rf"['\"`]{re.escape(name)}['\"`]", fault.words)}
-    named = {name for name in sent if len(name) > 1 and re.search(rf"\b{re.escape(name)}\b", fault.words)}
-    return next((name for name in sent if name in quoted | named), "")

@@ -45,7 +45,9 @@ def write(run: Run, params: Any, rows: Sequence[dict], step: int) -> list[dict]:
     """
     config, policy, mesh, seed = run.config, run.policy, run.mesh, run.config.seed
     tries, batch, reward = config.rl.self_tries, config.rl.batch, config.rl.reward
-    max_prompt_tokens = config.data.max_prompt_tokens  # for a request, and for a problem with its strategy
+    # For a request, and for a problem with its strategy; each is followed by a response.
+    room = policy.config.max_positions - config.rl.max_new_tokens
+    max_prompt_tokens = min(config.data.max_prompt_tokens, room)
     bare = config.model.tokenizer == "arithmetic"  # the vocabulary of the embedded world has no words for a request
     sampling, path = memory.sampling(run, "rl", batch * tries, batch), run.workdir / "rl" / "strategies.jsonl"
     settings = {"seed": seed, "tries": tries, "prompts": prompts.PROMPT_VERSION}
@@ -78,7 +80,7 @@ def write(run: Run, params: Any, rows: Sequence[dict], step: int) -> list[dict]:
             drafts = [_draft(policy, row, graded, b, bare, max_prompt_tokens) for b, row in enumerate(problems)]
             # A problem without a request keeps its place in the batch; the reply to it is not read.
             requests = [request or tokens for (_, request), tokens in zip(drafts, prompt_tokens, strict=True)]
-            replies = sample(problems, requests, max_prompt_tokens, "own strategies", 1)
+            replies = sample(problems, requests, config.data.max_prompt_tokens, "own strategies", 1)
             finish = partial(_finish, policy, problems, drafts, replies, max_prompt_tokens)
             for i, verdict in enumerate(distributed.split(finish, range(len(problems))), start):
                 if verdicts[i] is None:
@@ -115,7 +117,7 @@ def _draft(
     request = prompts.own_strategy(row["problem"], verdict["response"], bare)
     tokens = tokenizers.encode_turn(policy.tokenizer, request)
     if len(tokens) > max_prompt_tokens:
-        return verdict | {"strategy": None, "reason": "prompt_too_long", "detail": f"{len(tokens)} tokens"}, []
+        return verdict | _too_long(tokens, max_prompt_tokens)._asdict(), []
     return verdict, tokens
 
 
@@ -137,10 +139,14 @@ def _finish(
             parsed = read(reply, finish, rows[b]["problem"], rows[b]["answer"], verdict["response"])
             (guided,) = encode_prompts(policy, [rows[b] | {"strategy": parsed.strategy}], guided=True)
             if len(guided) > max_prompt_tokens:
-                parsed = parsing.Parsed(None, "prompt_too_long", f"{len(guided)} tokens")
+                parsed = _too_long(guided, max_prompt_tokens)
             verdict |= parsed._asdict() | {"reason": parsed.reason or "kept"}
         verdicts.append(verdict)
     return verdicts
+
+
+def _too_long(tokens: Sequence[int], most: int) -> parsing.Parsed:
+    return parsing.Parsed(None, "prompt_too_long", f"{len(tokens)} tokens; at most {most} fit")
 
 
 def read(reply: str, finish: str, problem: str, answer: str, solution: str) -> parsing.Parsed:

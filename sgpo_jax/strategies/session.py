@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -144,6 +145,11 @@ def _endpoint(config: ConfigDict, role: str) -> clients.Endpoint:
     if model.key_variable and not key:
         raise ValueError(
             f"the environment variable {model.key_variable} (config.extract.{role}.key_variable) is not set"
+        )
+    if not re.fullmatch("[!-~]*", key):  # no header can have it; the error would show it
+        raise ValueError(
+            f"the environment variable {model.key_variable} (config.extract.{role}.key_variable): has a space, a line "
+            "break or a character beyond ASCII in it; allowed: the key alone"
         )
     return clients.Endpoint(
         model_name(config, role), base_url, key, fields.temperature, fields.top_p, limit_field=model.limit_field,

@@ -7,14 +7,14 @@ Axis key: B problems, G1 autonomous and G2 guided responses, T response tokens; 
 micro-batch, S chunks of response tokens, J tokens of a row in a chunk.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from sgpo_jax import logprobs
+from sgpo_jax import logprobs, losses
 from sgpo_jax.sharding import BATCH
 from sgpo_jax.training import packing
 from sgpo_jax.training.objective import LIKELIHOODS
@@ -31,6 +31,7 @@ class Group(NamedTuple):
     lengths: Array  # [B,G] int32, the stop token included
     logp: Array  # [B,G,T] float32, the sampler's log-probabilities, nats
     rewards: Array  # [B,G] float32
+    cut: Array = None  # [B,G] bool, whether the response was cut at the limit; None: not known
 
 
 class Contexts(NamedTuple):
@@ -44,9 +45,21 @@ class Batch(NamedTuple):
     """One step's rollouts in host memory. T of the two groups may differ."""
 
     prompts: Contexts  # problem only
-    guided_prompts: Contexts | None  # strategy and problem; None where `guided` was not sampled from such prompts
+    # Strategy and problem; None where `guided` was not sampled from such prompts. Where the student's own responses are
+    # the targets, one for each of the B * G1 autonomous responses.
+    guided_prompts: Contexts | None
     autonomous: Group  # sampled from `prompts`
     guided: Group | None  # sampled from `guided_prompts`, or the expert's demonstrations
+
+
+class PackedGroup(NamedTuple):
+    """One group of responses as the policy loss reads it."""
+
+    packed: Packed  # B * G responses after their prompts
+    tokens: Array  # [K,S,M,J] int32
+    sampler_logp: Array  # [K,S,M,J] float32, nats
+    lengths: Array  # [B,G] int32
+    advantages: Array  # [B,G] float32
 
 
 class PackedBatch(NamedTuple):
@@ -64,6 +77,8 @@ class PackedBatch(NamedTuple):
     correct: Array = None  # [B,G2] bool
     candidates: Packed | None = None  # correct guided responses after `prompts`; None: there is no choice
     candidate_tokens: Array = None  # [K,S,M,J] int32
+    guided: PackedGroup | None = None  # the guided responses after `guided_prompts`, where they have a policy loss
+    reward: Array = None  # [] float32, mean of the autonomous responses, for a gated teacher
 
 
 def pack_batch(
@@ -88,27 +103,44 @@ def pack_batch(
     """
     if batch.guided_prompts is None and batch.guided is not None and distillation not in LIKELIHOODS:
         raise ValueError(f"distillation={distillation!r}: must be one of {LIKELIHOODS} without guided prompts")
-    auto = Group(*map(np.asarray, batch.autonomous))
-    guided = None if batch.guided is None else Group(*map(np.asarray, batch.guided))
+    auto, guided = jax.tree.map(np.asarray, (batch.autonomous, batch.guided))
     chunk = logprobs.default_chunk() if chunk is None else chunk
     guided_rewards = auto.rewards[:, :0] if guided is None else guided.rewards
-    advantages, alpha = weigh(auto.rewards, guided_rewards, weighting)
+    longest = auto.tokens.shape[2]
+    penalty = losses.overlong_penalty(auto.lengths, longest, weighting.overlong_buffer, weighting.overlong_penalty)
+    advantages, alpha = weigh(auto.rewards, guided_rewards, weighting, np.asarray(penalty))
+    if weighting.mask_cut:
+        advantages = np.where(auto.cut, np.float32(0.0), advantages)
 
     def pack(owners, contexts, responses, lengths, most):
         rows = min(micro_batch, most)
         return packing.pack(contexts, responses, owners, lengths=lengths, micro_batch=rows, most=most, chunk=chunk)
 
-    def pack_group(group, chosen, length):
+    def pack_group(group, chosen, length, prompts=batch.prompts):
         owners = np.flatnonzero(chosen)
         places = list(zip(*np.unravel_index(owners, chosen.shape), strict=True))
         responses = [group.tokens[b, i, : group.lengths[b, i]] for b, i in places]
-        packed = pack(owners, [[batch.prompts.tokens[b] for b, _ in places]], responses, [length], chosen.size)
+        packed = pack(owners, [[prompts.tokens[b] for b, _ in places]], responses, [length], chosen.size)
         return packed, packing.gather(group.tokens.reshape(chosen.size, -1), packed)
 
     length = batch.prompts.longest + auto.tokens.shape[2]
     packed, tokens = pack_group(auto, np.ones_like(auto.rewards, bool), length)
     sampler_logp = packing.gather(auto.logp.reshape(auto.rewards.size, -1), packed)
     autonomous = PackedBatch(packed, tokens, sampler_logp, auto.lengths, advantages, alpha)
+    if weighting.teacher == "gated":
+        autonomous = autonomous._replace(reward=np.float32(auto.rewards.mean()))
+    if weighting.target == "own":
+        assert batch.guided_prompts is not None
+        plain = [tokens for tokens in batch.prompts.tokens for _ in range(auto.rewards.shape[1])]
+        hinted = [not np.array_equal(*pair) for pair in zip(plain, batch.guided_prompts.tokens, strict=True)]
+        owners = np.flatnonzero(hinted).tolist()
+        responses = [auto.tokens.reshape(-1, longest)[r, : auto.lengths.reshape(-1)[r]] for r in owners]
+        both = [[side[r] for r in owners] for side in (plain, batch.guided_prompts.tokens)]
+        targets = pack(owners, both, responses, [length, batch.guided_prompts.longest + longest], len(hinted))
+        alpha = np.where(hinted, 1.0 / auto.rewards.shape[1], 0.0).astype(np.float32)
+        return autonomous._replace(
+            alpha=alpha, targets=targets, guided_tokens=auto.tokens, guided_lengths=auto.lengths
+        )
     if guided is None:
         return autonomous
 
@@ -117,6 +149,8 @@ def pack_batch(
         contexts.append(batch.guided_prompts.tokens)
         lengths.append(batch.guided_prompts.longest + guided.tokens.shape[2])
     sampled = weighting.guide != "demonstration"
+    if batch.guided_prompts is not None and (weighting.guided_grpo or weighting.reference_kl):
+        autonomous = autonomous._replace(guided=_guided_group(pack_group, guided, batch.guided_prompts))
     correct = guided.rewards >= 1 if sampled else np.ones_like(guided.rewards, bool)
     has_target = correct.any(axis=1)
     if batch.guided_prompts is not None:
@@ -146,12 +180,22 @@ def pack_batch(
     )  # fmt: skip
 
 
+def _guided_group(pack_group: Callable, guided: Group, prompts: Contexts) -> PackedGroup:
+    """Packs all guided responses after the guided prompts, with advantages among themselves (Eq. 1)."""
+    packed, tokens = pack_group(
+        guided, np.ones_like(guided.rewards, bool), prompts.longest + guided.tokens.shape[2], prompts
+    )
+    logp = packing.gather(guided.logp.reshape(guided.rewards.size, -1), packed)
+    advantages = np.asarray(jax.vmap(losses.group_advantages)(guided.rewards), np.float32)
+    return PackedGroup(packed, tokens, logp, guided.lengths, advantages)
+
+
 def specs(batch: PackedBatch) -> PackedBatch:
     """Returns the PartitionSpecs of a packed batch."""
 
     def spec(field):
         if isinstance(field, Packed):
             return packing.specs(field)
-        return P(None, None, BATCH) if field.ndim == 4 else P()
+        return P(None, None, BATCH) if np.ndim(field) == 4 else P()
 
     return jax.tree.map(spec, batch, is_leaf=lambda x: isinstance(x, Packed))

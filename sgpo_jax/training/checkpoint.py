@@ -143,8 +143,9 @@ class Checkpoints:
         """
         self.wait()
         run = {"format": FORMAT, "seed": self._seed}
-        pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_PIECE), state)
-        args = ocp.args.Composite(state=ocp.args.PyTreeSave(state, pieces), run=ocp.args.JsonSave(run))
+        saved = _present(state)
+        pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_PIECE), saved)
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave(saved, pieces), run=ocp.args.JsonSave(run))
         metrics = {self._best: float(score)} if is_score(score) else None
         if score is not None and metrics is None and distributed.is_first():
             print(f"warning: step {step}: {self._best} is {score}; its checkpoint cannot become the best", flush=True)
@@ -195,10 +196,10 @@ class Checkpoints:
         return self._restore(step, jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
 
     def restore_params(self, step: int, state: TrainState) -> Any:
-        """Restores only the parameters; the optimizer's state, twice their size, is not read. Raises as `restore`."""
+        """Restores only the parameters; the optimizer's state and the teacher are not read. Raises as `restore`."""
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        skipped = jax.tree.map(lambda _: ocp.PLACEHOLDER, target.opt_state)
-        return self._restore(step, target.replace(opt_state=skipped)).params
+        opt_state, teacher = jax.tree.map(lambda _: ocp.PLACEHOLDER, (target.opt_state, target.teacher))
+        return self._restore(step, target.replace(opt_state=opt_state, teacher=teacher)).params
 
     def _restore(self, step: int, target: TrainState) -> TrainState:
         path = self._folder / str(step)
@@ -207,8 +208,9 @@ class Checkpoints:
         saved_format = self._run(step).get("format")
         if saved_format != FORMAT:
             raise ValueError(f"checkpoint {path} has format {saved_format!r}; this version reads {FORMAT}")
-        placed = ocp.checkpoint_utils.construct_restore_args(target)
-        return self._read(step, state=ocp.args.PyTreeRestore(target, restore_args=placed))["state"]
+        wanted = _present(target)
+        placed = ocp.checkpoint_utils.construct_restore_args(wanted)
+        return target.replace(**self._read(step, state=ocp.args.PyTreeRestore(wanted, restore_args=placed))["state"])
 
     def restore_latest(self, state: TrainState) -> TrainState | None:
         """Restores the latest state that is not damaged, or returns None if nothing was saved.
@@ -253,6 +255,11 @@ class Checkpoints:
                     print(f"warning: checkpoint {path} is damaged: {damage}; renamed to {aside.name}", flush=True)
 
         distributed.first(check_all)  # the other processes wait until it has finished
+
+
+def _present(state: TrainState) -> dict[str, Any]:
+    """Returns the fields of a state, without a teacher that is not there: earlier versions had none to save."""
+    return {name: value for name, value in vars(state).items() if value is not None}
 
 
 def _short(error: Exception) -> str:

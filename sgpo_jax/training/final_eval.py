@@ -71,6 +71,8 @@ def _read_finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | Non
     if not path.is_file():
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
+    # A run that is older than a field had its default.
+    content["config"] = configs.to_dict(configs.base().eval) | content.get("config", {})
     return content["results"] if {name: content.get(name) for name in settings} == settings else None
 
 
@@ -88,6 +90,7 @@ def _show(config: ConfigDict, workdir: Path, folder: Path, results: dict[str, An
                 line.append(" -> ".join(f"{result[metric]:{form}}" for result in (old, new) if result))
             lines.append(line)
     title = "Accuracy with 95 % bootstrap intervals over problems" + (", before and after RL" if after else "")
+    title += f"; the first {config.eval.limit} problems of each set (eval.limit)" if config.eval.limit else ""
     table = tables.table(title, columns, lines)
     (folder / "table.txt").write_text(table, encoding="utf-8")
     for name in config.eval.sets:

@@ -4,6 +4,7 @@ Axis key: K micro-batches, M rows of a micro-batch, S chunks of response tokens,
 C = M * J tokens of a chunk, D hidden.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,6 +37,11 @@ class Tokens(NamedTuple):
     advantage: Any = None  # [S,C] float32; None for targets, as the two below
     old_logp: Any = None  # [S,C] float32, nats, before the first update; None: that of the current policy
     sampler_logp: Any = None  # [S,C] float32, nats, as the sampler computed it
+    owner: Any = None  # [S,C] int32, response of the group, where its ratio is needed; -1 if there is no token
+    log_ratio: Any = None  # [S,C] float32, nats, mean over the response's tokens of logp - old_logp
+    kl_weight: Any = None  # [S,C] float32, factor of the KL to the reference
+    reference_logp: Any = None  # [S,C] float32, nats, under the reference
+    delta: Any = None  # [S,C] float32, nats, of a target's tokens; None: the objective's
 
 
 class MicroBatch(NamedTuple):
@@ -90,23 +96,44 @@ def response_logprobs(forward: Forward, params: Any, micro: MicroBatch) -> tuple
 
 
 def response_loss(
-    forward: Forward, params: Any, micro: MicroBatch, token_loss: logprobs.TokenLoss
+    forward: Forward, params: Any, micro: MicroBatch, token_loss: logprobs.TokenLoss, hidden: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sums a loss over the response tokens.
 
     Args:
       forward, params, micro: the policy and its micro-batch.
       token_loss: `token_loss(logp, entropy, tokens) -> [C]` loss of one chunk.
+      hidden: `[S,C,D]` of `response_hidden`, where it is known already.
 
     Returns:
       (loss `[]`, log-probability `[S,C]`, entropy `[S,C]`); no gradient flows through the latter two.
     """
-    hidden = response_hidden(forward, params, micro.rows)
+    hidden = response_hidden(forward, params, micro.rows) if hidden is None else hidden
     head, tokens = models.head_weight(params, forward.config), micro.tokens
     loss, (logp, entropy) = logprobs.logprobs_loss(
         token_loss, hidden, head, tokens.ids, micro.chunks, tokens, forward.config.tie_embeddings
     )
     return loss, logp, entropy
+
+
+def teacher_hidden(
+    forward: Forward, parts: Sequence[tuple[float, Any]], rows: Rows
+) -> tuple[jax.Array, jax.Array]:
+    """Computes hidden states `[S,C,E]` of a teacher, and its head: their product is the weighted sum of its logits.
+
+    Args:
+      forward: the model.
+      parts: (weight, parameters), see `teacher.mixture`; E is D times their number.
+      rows: of one micro-batch, after the guided prompts.
+    """
+    hidden = [response_hidden(forward, params, rows) for _, params in parts]
+    heads = [models.head_weight(params, forward.config) for _, params in parts]
+    if len(parts) == 1:
+        return hidden[0], heads[0]
+    scaled = [weight * x for (weight, _), x in zip(parts, hidden, strict=True)]
+    wide = jnp.result_type(*heads)
+    head = jnp.concatenate([x.astype(wide) for x in heads], axis=1 if forward.config.tie_embeddings else 0)
+    return jnp.concatenate(scaled, axis=-1), head
 
 
 def mean_share(packed: Packed, lengths: jax.Array, count: Any) -> jax.Array:

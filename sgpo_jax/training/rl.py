@@ -7,7 +7,7 @@ Axis key: B problems, G responses of a group, T response tokens.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from sgpo_jax.evaluation import evaluate_sets
 from sgpo_jax.policy import Run, memory, positions
 from sgpo_jax.policy.generation import Graded, demonstrate, encode_prompts, grade, noise_key, respond_in_groups
 from sgpo_jax.rollout import STOP, Rollout, Sampling
+from sgpo_jax.runtime.profile import phase
 from sgpo_jax.strategies import self_written
 from sgpo_jax.training import packing, stage
 from sgpo_jax.training.batch import Batch, Contexts, Group, pack_batch, specs
@@ -30,6 +31,15 @@ from sgpo_jax.training.weighting import Weighting
 Tokens = dict[str, list[int]]  # problem's id -> tokens of its prompt
 
 
+class Sampled(NamedTuple):
+    """The graded groups of a step."""
+
+    problems: Sequence[dict]  # B
+    graded: dict[str, Graded]  # group -> responses
+    tokens: int  # sampled for it, those of replaced problems included
+    slot_steps: int  # the same
+
+
 def train(run: Run, initial: Callable[[], Any]) -> None:
     """Runs RL, or what is left of it; checkpoints, metrics and generations go to `workdir/rl`.
 
@@ -39,35 +49,48 @@ def train(run: Run, initial: Callable[[], Any]) -> None:
     """
     rl = run.config.rl
     rows, prompts = load_rows(run)
-    for name, tokens in prompts.items():
-        what = f"RL, {name}"
-        positions.check_limit(run.policy, [*tokens.values()], "rl.max_new_tokens", rl.max_new_tokens, what)
-    batches = data.batches(rows, rl.batch, run.config.seed)
+    check_lengths(run, prompts)
+    # The second sequence has the problems that replace others: see `fill`.
+    batches = [data.batches(rows, rl.batch, (run.config.seed + i) % 2**32) for i in range(2)]
     total = rl.steps or rl.epochs * data.steps_per_epoch(rows, rl.batch)
     weighting, objective = Weighting.from_config(rl), Objective.from_config(rl)
     chunk = logprobs.default_chunk(run.mesh)
 
     with Loop(run, "rl", total, partial(_evaluate, run), rl.eval_every, rl.updates_per_batch) as loop:
-        update = make_update(loop.forward, loop.optimizer, objective, shardings=loop.shardings)
+        update = make_update(
+            loop.forward, loop.optimizer, objective, teaching=loop.teaching, shardings=loop.shardings
+        )
+        update = phase("update")(update)
         state = loop.start(initial)
         if rl.guided and rl.guide == "self" and loop.first < total:
             prompts["guided"] = own_prompts(run, state.params, rows, loop.first)
         for step in loop.steps():
             clock, position = Clock(), loop.position(step)
-            problems = batches[position]
-            sampled, slot_steps = sample_groups(run, state.params, prompts, problems, position)
-            groups = with_demonstrations(run, sampled, prompts, problems)
-            clock.lap("rollout")
-            graded = {name: grade(run.policy, rollout, problems, rl.reward) for name, rollout in groups.items()}
-            clock.lap("reward")
-            batch = make_batch(graded, prompts, problems)
+            sampled = sample_and_grade(run, state.params, prompts, batches, position, clock)
+            problems, graded = sampled.problems, sampled.graded
+            batch = make_batch(run, graded, prompts, problems)
             packed = pack_batch(batch, weighting, rl.distillation, micro_batch=rl.micro_batch, chunk=chunk)
             state, device_metrics = update(state, sharding.put(packed, specs(packed), run.mesh))
             metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
             clock.lap("update")
             metrics |= _rollout_metrics(graded["autonomous"], graded.get("guided"))
-            metrics |= _speed(clock, sampled, slot_steps) | {"rows_filled": packing.filled_share(packed.autonomous)}
+            metrics |= _speed(clock, sampled) | {"rows_filled": packing.filled_share(packed.autonomous)}
             state = loop.finish(state, metrics, problems, batch)
+
+
+def check_lengths(run: Run, prompts: Mapping[str, Tokens]) -> None:
+    """Checks that prompts and responses fit into the model's positions.
+
+    Raises:
+      ValueError: they do not.
+    """
+    rl = run.config.rl
+    kinds = {name: [*tokens.values()] for name, tokens in prompts.items()}
+    if rl.target == "own" and rl.guide == "sibling":
+        longest = longest_sibling_prompt(_longest(prompts["autonomous"]), rl.max_new_tokens)
+        kinds["a response as a hint"] = [[0] * longest]
+    for name, tokens in kinds.items():
+        positions.check_limit(run.policy, tokens, "rl.max_new_tokens", rl.max_new_tokens, f"RL, {name}")
 
 
 def sampled_groups(rl: ConfigDict) -> dict[str, int]:
@@ -86,8 +109,67 @@ def sampling(run: Run) -> Sampling:
     return memory.sampling(run, "rl", rl.batch * sum(sizes.values()), rl.batch * len(sizes))
 
 
+def sample_and_grade(
+    run: Run, params: Any, prompts: Mapping[str, Tokens], batches: Sequence[Any], position: int, clock: Clock
+) -> Sampled:
+    """Samples every group of a step and grades it; in up to `rl.resample` more rounds it replaces idle problems.
+
+    Args:
+      run, params, prompts, position: as in `sample_groups`.
+      batches: the problems of every position; and those of every round of every position.
+      clock: of the step; its phases are "rollout" and "reward".
+    """
+    rounds = run.config.rl.resample
+
+    def sample(problems, number=0):
+        sampled, slot_steps = sample_groups(run, params, prompts, problems, position, number)
+        groups = with_demonstrations(run, sampled, prompts, problems)
+        clock.lap("rollout")
+        graded = {name: grade(run.policy, rollout, problems, run.config.rl.reward) for name, rollout in groups.items()}
+        clock.lap("reward")
+        return Sampled(problems, graded, int(sum(rollout.lengths.sum() for rollout in sampled.values())), slot_steps)
+
+    sampled = sample(batches[0][position])
+    for number in range(1, rounds + 1):
+        if not has_spread(sampled).all():
+            sampled = fill(sampled, sample(batches[1][position * rounds + number - 1], number))
+    return sampled
+
+
+def fill(sampled: Sampled, other: Sampled) -> Sampled:
+    """Replaces problems whose autonomous rewards are all the same, from which the policy loss learns nothing. DAPO.
+
+    Problems of `other` that are of use, and not in the batch yet, take their places in order. Places that are left stay
+    as they are.
+    """
+    ids = {row["id"] for row in sampled.problems}
+    useful = [i for i, row in enumerate(other.problems) if has_spread(other)[i] and row["id"] not in ids]
+    idle = np.flatnonzero(~has_spread(sampled)).tolist()
+    source = dict(zip(idle, useful, strict=False))  # place -> problem that takes it
+    rows = range(len(sampled.problems))
+
+    def merged(mine, others):
+        return [others[source[i]] if i in source else mine[i] for i in rows]
+
+    def merge(mine: Graded, others: Graded) -> Graded:
+        rollout = Rollout(*(np.stack(merged(*pair)) for pair in zip(mine.rollout, others.rollout, strict=True)))
+        texts, verdicts = merged(mine.texts, others.texts), merged(mine.verdicts, others.verdicts)
+        return Graded(rollout, texts, verdicts, np.stack(merged(mine.rewards, others.rewards)))
+
+    graded = {name: merge(sampled.graded[name], other.graded[name]) for name in sampled.graded}
+    counts = sampled.tokens + other.tokens, sampled.slot_steps + other.slot_steps
+    return Sampled(merged(sampled.problems, other.problems), graded, *counts)
+
+
+def has_spread(sampled: Sampled) -> np.ndarray:
+    """Returns `[B]`, whether a problem's autonomous responses have different rewards."""
+    rewards = sampled.graded["autonomous"].rewards
+    return (rewards != rewards[:, :1]).any(axis=1)
+
+
+@phase("rollout")
 def sample_groups(
-    run: Run, params: Any, prompts: Mapping[str, Tokens], problems: Sequence[dict], position: int
+    run: Run, params: Any, prompts: Mapping[str, Tokens], problems: Sequence[dict], position: int, number: int = 0
 ) -> tuple[dict[str, Rollout], int]:
     """Samples every group of a step at once.
 
@@ -96,6 +178,7 @@ def sample_groups(
       prompts: group -> prompts of all problems.
       problems: B problems.
       position: the step's place among the batches, which together with the run's seed fixes the noise.
+      number: of the round, for problems that replace others; it has noise of its own.
 
     Returns:
       (group of `sampled_groups` -> its rollout `[B,G]`, slot-steps of all groups).
@@ -103,7 +186,8 @@ def sample_groups(
     config, sizes = run.config, sampled_groups(run.config.rl)
     tokens = [[prompts[name][row["id"]] for row in problems] for name in sizes]
     longest = max(_longest(prompts[name]) for name in sizes)
-    keys = [noise_key(config.seed, name, position) for name in sizes]
+    purposes = [f"{name}, round {number}" if number else name for name in sizes]
+    keys = [noise_key(config.seed, purpose, position) for purpose in purposes]
     rollouts, slot_steps = respond_in_groups(
         run.policy, params, tokens, keys, run.mesh, sampling(run), list(sizes.values()), longest
     )
@@ -121,13 +205,54 @@ def with_demonstrations(
     return sampled | {"guided": demonstrate(run.policy, tokens, problems, rl.max_new_tokens)}
 
 
-def make_batch(graded: Mapping[str, Graded], prompts: Mapping[str, Tokens], problems: Sequence[dict]) -> Batch:
+def make_batch(
+    run: Run, graded: Mapping[str, Graded], prompts: Mapping[str, Tokens], problems: Sequence[dict]
+) -> Batch:
     """Puts the graded groups and their prompts together."""
     contexts = {
         name: Contexts([tokens[row["id"]] for row in problems], _longest(tokens)) for name, tokens in prompts.items()
     }
-    groups = {name: Group(g.rollout.tokens, g.rollout.lengths, g.rollout.logp, g.rewards) for name, g in graded.items()}
+    if run.config.rl.target == "own":
+        contexts["guided"] = own_contexts(run, graded["autonomous"], prompts, problems)
+    groups = {
+        name: Group(g.rollout.tokens, g.rollout.lengths, g.rollout.logp, g.rewards, g.rollout.finish != STOP)
+        for name, g in graded.items()
+    }
     return Batch(contexts["autonomous"], contexts.get("guided"), groups["autonomous"], groups.get("guided"))
+
+
+def own_contexts(
+    run: Run, autonomous: Graded, prompts: Mapping[str, Tokens], problems: Sequence[dict]
+) -> Contexts:
+    """Makes the guided prompt of each of the B * G1 autonomous responses, in which the teacher reads it.
+
+    The hint is the data's strategy or solution; or, with `rl.guide="sibling"`, the first other correct response to the
+    same problem, without its thought. A response without one has the unguided prompt, which teaches nothing.
+    """
+    rl, size = run.config.rl, autonomous.rewards.shape[1]
+    if rl.guide != "sibling":
+        tokens = [prompts["guided"][row["id"]] for row in problems for _ in range(size)]
+        return Contexts(tokens, _longest(prompts["guided"]))
+    longest, tokens = longest_sibling_prompt(_longest(prompts["autonomous"]), rl.max_new_tokens), []
+    for row, texts, scores in zip(problems, autonomous.texts, autonomous.rewards, strict=True):
+        plain = prompts["autonomous"][row["id"]]
+        correct = [i for i in range(size) if scores[i] >= 1][:2]  # two, so that each response has another
+        shown = [row | {"solution": texts[i].rpartition("</think>")[2].strip()} for i in correct]
+        encoded = dict(zip(correct, encode_prompts(run.policy, shown, guided=True, hint="solution"), strict=True))
+        for i in range(size):
+            hints = [encoded[j] for j in correct if j != i and len(encoded[j]) <= longest]
+            tokens.append(hints[0] if hints else plain)
+    return Contexts(tokens, longest)
+
+
+def longest_sibling_prompt(longest: int, response: int) -> int:
+    """Returns the limit in tokens of a prompt that shows a response; a longer one is not shown.
+
+    Args:
+      longest: tokens of the longest unguided prompt.
+      response: limit of a response.
+    """
+    return longest + response + 32  # room for the heading
 
 
 def own_prompts(run: Run, params: Any, rows: Sequence[dict], step: int) -> Tokens:
@@ -141,8 +266,8 @@ def load_rows(run: Run) -> tuple[list[dict], dict[str, Tokens]]:
     """Reads the problems of RL; an account of those left out goes to `workdir`.
 
     Returns:
-      (problems, group -> prompts). Guided prompts are those with the data's strategies, and are there only where the
-      method shows them.
+      (problems, group -> prompts). Guided prompts are those with the data's strategies or solutions, and are there only
+      where the method shows them.
 
     Raises:
       ValueError: there are fewer problems than a batch needs, or others than the run began with.
@@ -152,16 +277,18 @@ def load_rows(run: Run) -> tuple[list[dict], dict[str, Tokens]]:
     if not config.sft.train:
         warm_up, _ = data.split_sft(sieve.rows, config.data.sft_share)
         sieve.leave_out("for the warm-up", {row["id"]: "" for row in warm_up})
-    needed = {"strategy": "strategy", "self": "problem", "demonstration": "solution"}[config.rl.guide]
-    needed = needed if config.rl.guided else "problem"
+    hints = {"strategy": "strategy", "demonstration": "solution", "solution": "solution"}
+    distils = config.rl.guided or config.rl.target == "own"
+    needed = hints.get(config.rl.guide, "problem") if distils else "problem"
     sieve.leave_out(f"without {needed}", {row["id"]: "" for row in sieve.rows if needed not in row})
     ids = [row["id"] for row in sieve.rows]
-    names = ("autonomous", "guided") if needed == "strategy" else ("autonomous",)
-    encoded = {name: encode_prompts(policy, sieve.rows, guided=name == "guided") for name in names}
+    shown = needed != "problem" and config.rl.guide != "demonstration"
+    names = ("autonomous", "guided") if shown else ("autonomous",)
+    encoded = {name: encode_prompts(policy, sieve.rows, name == "guided", needed) for name in names}
     # The guided prompt is the longer one.
     long = filtering.too_long(sieve.rows, encoded[names[-1]], config.data.max_prompt_tokens)
     sieve.leave_out("prompt too long", long)
-    if needed == "solution":
+    if config.rl.guided and config.rl.guide == "demonstration":
         stage.count_thoughts(sieve, policy, dict(zip(ids, encoded["autonomous"], strict=True)))
     stage.account(sieve, run.workdir, "rl")
     if len(sieve.rows) < config.rl.batch:
@@ -176,6 +303,7 @@ def _longest(prompts: Tokens) -> int:
     return max(map(len, prompts.values()))
 
 
+@phase("evaluation")
 def _evaluate(run: Run, params: Any, step: int) -> tuple[float, dict[str, float]]:
     """Returns (mean accuracy over the evaluation sets, metrics) after a step."""
     results = evaluate_sets(run, params, run.workdir / "rl" / "generations", step)
@@ -185,11 +313,16 @@ def _evaluate(run: Run, params: Any, step: int) -> tuple[float, dict[str, float]
 
 
 def _rollout_metrics(autonomous: Graded, guided: Graded | None) -> dict[str, float]:
-    """Returns rewards of both groups; lengths and outcomes of the autonomous one, which is the policy in training."""
+    """Returns rewards of both groups; lengths and outcomes of the autonomous one, which is the policy in training.
+
+    "guidance" is what guidance adds to the reward, "solved" the share of problems with a correct response: pass@G1.
+    """
     outcomes = [verdict.outcome for group in autonomous.verdicts for verdict in group]
     metrics = {"reward_auto": float(autonomous.rewards.mean())}
+    metrics["solved"] = float((autonomous.rewards >= 1).any(axis=1).mean())
     if guided is not None:
         metrics["reward_guided"] = float(guided.rewards.mean())
+        metrics["guidance"] = metrics["reward_guided"] - metrics["reward_auto"]
         metrics["response_length_guided"] = float(guided.rollout.lengths.mean())
     return {
         **metrics,
@@ -200,13 +333,13 @@ def _rollout_metrics(autonomous: Graded, guided: Graded | None) -> dict[str, flo
     }
 
 
-def _speed(clock: Clock, sampled: Mapping[str, Rollout], slot_steps: int) -> dict[str, float]:
+def _speed(clock: Clock, sampled: Sampled) -> dict[str, float]:
     """Returns seconds and response tokens per second of each phase, and the share of slot-steps that made a token."""
-    tokens = int(sum(rollout.lengths.sum() for rollout in sampled.values()))
+    tokens = sampled.tokens
     return {
         "tokens_per_second_rollout": tokens / clock.seconds["rollout"],
         "tokens_per_second_update": tokens / clock.seconds["update"],
         **{f"seconds_{phase}": seconds for phase, seconds in clock.seconds.items()},
         "seconds_step": clock.total,
-        "slots_used": float(tokens / slot_steps),
+        "slots_used": float(tokens / sampled.slot_steps),
     }

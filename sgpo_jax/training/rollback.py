@@ -31,10 +31,10 @@ def passed(rollbacks: list[dict[str, Any]]) -> int:
     return sum(entry["at"] - entry["to"] for entry in rollbacks)
 
 
-def recent_rows(workdir: Path, step: int, window: int) -> list[dict[str, Any]]:
-    """Reads the last rows of rl.jsonl up to `step`, at most `window`."""
+def rows_up_to(workdir: Path, step: int) -> list[dict[str, Any]]:
+    """Reads the rows of rl.jsonl up to `step`."""
     path = workdir / "rl.jsonl"
-    rows = distributed.first(lambda: read_jsonl(path)[-window:] if path.is_file() else [])
+    rows = distributed.first(lambda: read_jsonl(path) if path.is_file() else [])
     return [row for row in rows if row["step"] <= step]
 
 

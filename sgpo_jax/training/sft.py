@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,11 +12,13 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import data, logprobs, sharding
+from sgpo_jax import data, logprobs, rewards, sharding
 from sgpo_jax.data import filtering
 from sgpo_jax.policy import Policy, Run, positions
 from sgpo_jax.policy import tokenizer as tokenizers
 from sgpo_jax.policy.generation import encode_solution
+from sgpo_jax.runtime import distributed
+from sgpo_jax.runtime.profile import phase
 from sgpo_jax.training import packing, stage
 from sgpo_jax.training.forward import Forward, MicroBatch, Tokens, listed, response_logprobs, response_loss
 from sgpo_jax.training.gradients import Metrics, accumulate, apply_gradients, in_micro_batches
@@ -47,7 +50,7 @@ def train(run: Run, initial: Callable[[], Any]) -> None:
         return loss, {"validation_loss": loss}
 
     with Loop(run, "sft", total, validate, sft.validate_every or epoch) as loop:
-        update = make_update(loop.forward, loop.optimizer, shardings=loop.shardings)
+        update = phase("update")(make_update(loop.forward, loop.optimizer, shardings=loop.shardings))
         state = loop.start(initial)
         for step in loop.steps():
             clock, rows = Clock(), batches[step]
@@ -82,6 +85,7 @@ def load_rows(run: Run) -> tuple[list[dict], list[dict], dict[str, Encoded]]:
     sieve.leave_out("prompt too long", long_prompts)
     sieve.leave_out("response too long", long_responses)
     stage.count_thoughts(sieve, policy, {id: prompt for id, (prompt, _) in encoded.items()})
+    count_wrong(sieve, config.rl.reward, run.workdir)
     stage.account(sieve, run.workdir, "sft")
     training, validation = data.split_validation(sieve.rows, config.sft.validation_share)
     print(f"SFT: {len(training)} rows for training, {len(validation)} for validation", flush=True)
@@ -97,9 +101,35 @@ def load_rows(run: Run) -> tuple[list[dict], list[dict], dict[str, Encoded]]:
     return training, validation, encoded
 
 
+def count_wrong(sieve: filtering.Sieve, reward: str, workdir: Path) -> None:
+    """Counts the solutions that the reward of RL would not call correct, before the warm-up's first start; all stay.
+
+    A solution without a box teaches the model to answer without one.
+
+    Args:
+      sieve: the rows, which have solutions.
+      reward: as in `rewards.judge`.
+      workdir: of the run.
+    """
+    if distributed.first(lambda: any((workdir / "sft" / "checkpoints").glob("[0-9]*"))):
+        return  # counted when it began
+
+    def judged(rows):
+        verdicts = rewards.judge([row["solution"] for row in rows], rows, reward)
+        return [[verdict.outcome, verdict.extracted] for verdict in verdicts]
+
+    wrong: dict[str, str] = {}
+    for row, (outcome, box) in zip(sieve.rows, distributed.split(judged, sieve.rows), strict=True):
+        if outcome != "correct":
+            found = f"boxes {box!r:.40}" if box is not None else "no box"
+            wrong[row["id"]] = f"{found}, answer {row['answer']!r:.40}"
+    reason = "solution with a reward below 1" if reward else "solution without the right boxed answer"
+    sieve.leave_out(reason, wrong, keep=True)
+
+
 def _encode(config: ConfigDict, policy: Policy, row: dict) -> Encoded:
     strategy = row.get("strategy") if config.sft.use_strategy else None
-    prompt = tokenizers.encode_prompt(policy.tokenizer, row["problem"], strategy, policy.instruction)
+    prompt = tokenizers.encode_prompt(policy.tokenizer, row["problem"], strategy, policy.instruction, policy.system)
     return prompt, encode_solution(policy, prompt, row)
 
 

@@ -49,7 +49,7 @@ def handle(run: Run, stage: str, step: int, in_a_row: int, rows: Sequence[dict],
         raise FloatingPointError(
             f"step {step}: {in_a_row} updates in a row were not finite (max_skipped={run.config.max_skipped}); the "
             "parameters are those before them. To see where it begins: "
-            f"python -m sgpo_jax.replay --config=... --workdir={run.workdir} --batch={path}"
+            f"sgpo replay --workdir={run.workdir} --batch={path}"
         )
     print(f"warning: step {step}: the update was not finite and is skipped; what it read is in {path}", flush=True)
 

@@ -23,6 +23,7 @@ from sgpo_jax.training.checkpoint import Checkpoints
 from sgpo_jax.training.forward import Forward
 from sgpo_jax.training.optimizer import adamw, schedule
 from sgpo_jax.training.state import TrainState, init_state
+from sgpo_jax.training.teacher import LIVE, Teaching
 
 # stage: (metric of its best checkpoint, whether higher is better)
 BEST = {"sft": ("validation_loss", False), "rl": ("accuracy", True)}
@@ -39,6 +40,7 @@ def load_policy(config: ConfigDict) -> tuple[Policy, Callable[[jax.Array], Any]]
         model.source, model.tokenizer, layers=model.layers, hidden=model.hidden, heads=model.heads, mlp=model.mlp,
         dtype=jnp.dtype(model.dtype), instruction=INSTRUCTION if instruction == "default" else instruction,
     )  # fmt: skip
+    policy = policies.with_system(policy, config.data.system)
     return policy, lambda key: initial(key, sharding.make_mesh(**config.mesh))
 
 
@@ -106,16 +108,25 @@ def optimizer(config: ConfigDict, stage: str, total_steps: int) -> tuple[optax.G
     return adamw(rate, **config.optimizer), rate
 
 
-def state_shardings(policy: Policy, tx: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, TrainState]:
-    """Returns (shapes, shardings) of the state of a stage."""
+def teaching(config: ConfigDict, stage: str) -> Teaching:
+    """Returns the rule of the teacher in a stage: that of the config in RL; the warm-up has none."""
+    return Teaching.from_config(config.rl) if stage == "rl" else LIVE
+
+
+def state_shardings(
+    policy: Policy, tx: optax.GradientTransformation, mesh: Mesh, rule: Teaching = LIVE
+) -> tuple[TrainState, TrainState]:
+    """Returns (shapes, shardings) of the state of a stage, whose teacher has this rule."""
     params = jax.eval_shape(partial(models.init, config=policy.config), jax.random.key(0))
-    shapes = jax.eval_shape(partial(init_state, optimizer=tx), params)
+    shapes = jax.eval_shape(partial(init_state, optimizer=tx, teaching=rule), params)
     return shapes, sharding.tree_shardings(shapes, mesh)
 
 
-def placed_shapes(policy: Policy, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def placed_shapes(
+    policy: Policy, tx: optax.GradientTransformation, mesh: Mesh, rule: Teaching = LIVE
+) -> TrainState:
     """Returns the state of a stage as shapes with their shardings."""
-    shapes, shardings = state_shardings(policy, tx, mesh)
+    shapes, shardings = state_shardings(policy, tx, mesh, rule)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
@@ -127,19 +138,26 @@ def checkpoints(config: ConfigDict, workdir: Path, stage: str, reading: bool = F
 
 
 def start(
-    saved: Checkpoints, initial: Callable[[], Any], policy: Policy, tx: optax.GradientTransformation, mesh: Mesh
+    saved: Checkpoints,
+    initial: Callable[[], Any],
+    policy: Policy,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    rule: Teaching = LIVE,
 ) -> TrainState:
     """Returns the state of the latest checkpoint, or the first state, with the parameters of `initial()`."""
-    if (state := saved.restore_latest(placed_shapes(policy, tx, mesh))) is not None:
+    if (state := saved.restore_latest(placed_shapes(policy, tx, mesh, rule))) is not None:
         return state
-    return first_state(initial(), policy, tx, mesh)
+    return first_state(initial(), policy, tx, mesh, rule)
 
 
-def first_state(params: Any, policy: Policy, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def first_state(
+    params: Any, policy: Policy, tx: optax.GradientTransformation, mesh: Mesh, rule: Teaching = LIVE
+) -> TrainState:
     """Returns the state before the first step of a stage that begins with `params`."""
-    _, shardings = state_shardings(policy, tx, mesh)
+    _, shardings = state_shardings(policy, tx, mesh, rule)
     params = sharding.place(params, shardings.params)
-    return jax.jit(partial(init_state, optimizer=tx), out_shardings=shardings)(params)
+    return jax.jit(partial(init_state, optimizer=tx, teaching=rule), out_shardings=shardings)(params)
 
 
 def warmed_up(run: Run, initial: Callable[[], Any]) -> Any:
@@ -185,10 +203,11 @@ def params_at(run: Run, stage: str, step: int) -> Any:
     """Reads the parameters of the checkpoint after `step` of a stage."""
     tx, _ = optimizer(run.config, stage, total_steps=1)  # only the shape of its state matters here
     with checkpoints(run.config, run.workdir, stage, reading=True) as saved:
-        return saved.restore_params(step, placed_shapes(run.policy, tx, run.mesh))
+        shapes = placed_shapes(run.policy, tx, run.mesh, teaching(run.config, stage))
+        return saved.restore_params(step, shapes)
 
 
 def state_at(run: Run, stage: str, step: int, tx: optax.GradientTransformation) -> TrainState:
     """Reads the checkpoint after `step` of a stage."""
     with checkpoints(run.config, run.workdir, stage, reading=True) as saved:
-        return saved.restore(step, placed_shapes(run.policy, tx, run.mesh))
+        return saved.restore(step, placed_shapes(run.policy, tx, run.mesh, teaching(run.config, stage)))

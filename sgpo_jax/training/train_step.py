@@ -5,6 +5,7 @@ response tokens, M rows of a micro-batch, J tokens of a row in a chunk, C = M * 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from sgpo_jax import losses
-from sgpo_jax.training.batch import PackedBatch
+from sgpo_jax.training.batch import PackedBatch, PackedGroup
 from sgpo_jax.training.forward import (
     Forward,
     MicroBatch,
@@ -24,8 +25,17 @@ from sgpo_jax.training.forward import (
     with_responses,
 )
 from sgpo_jax.training.gradients import Metrics, accumulate, apply_gradients, in_micro_batches
-from sgpo_jax.training.objective import LIKELIHOODS, Objective, grpo_loss, kl_loss, likelihood_loss
+from sgpo_jax.training.objective import (
+    LIKELIHOODS,
+    Objective,
+    Parts,
+    grpo_loss,
+    kl_loss,
+    likelihood_loss,
+    token_kls,
+)
 from sgpo_jax.training.state import TrainState
+from sgpo_jax.training.teacher import LIVE, Teaching, follow, mixture
 
 
 def make_update(
@@ -33,88 +43,184 @@ def make_update(
     optimizer: optax.GradientTransformation,
     objective: Objective,
     *,
+    teaching: Teaching = LIVE,
     shardings: TrainState | None = None,
     watch: Callable[[Any], None] = lambda gradient: None,
 ) -> Callable[[TrainState, PackedBatch], tuple[TrainState, Metrics]]:
     """Returns the jitted `update(state, batch) -> (state, metrics)` of Eq. 7; the state is donated.
 
     The loss is the mean over the problems' autonomous responses of the mean over tokens of `losses.clipped_surrogate`,
-    plus the mean over problems of alpha times the mean over the target's tokens of the distillation loss.
+    plus the mean over problems of alpha times the mean over the target's tokens of the distillation loss. Other methods
+    change these terms, or add one of the guided responses.
 
     Args:
       forward: the model.
       optimizer: applied to the gradient of the mean loss over the B problems.
       objective: the coefficients of the loss.
+      teaching: the rule of the teacher, with which `init_state` made the state.
       shardings: of the state, which stays where it is; None leaves it to the compiler.
       watch: sees every gradient while tracing, also that of an update that will be skipped.
     """
-    target_loss = likelihood_loss if objective.distillation in LIKELIHOODS else kl_loss
-    policy_loss = partial(grpo_loss, forward=forward, objective=objective)
-    distillation_loss = partial(target_loss, forward=forward, objective=objective)
 
     def update(state, batch):
-        autonomous, targets = jax.lax.stop_gradient(select(state.params, batch, forward, objective))
+        held = jax.lax.stop_gradient(select(state, batch, forward, objective, teaching))
 
         def optimise(state, _):
-            with jax.named_scope("autonomous"):
-                gradient, metrics = accumulate(policy_loss, state.params, batch.autonomous.count, autonomous)
-            metrics["loss"] = metrics["loss_grpo"] - objective.entropy_bonus * metrics["entropy"]
-            if targets is not None:
-                with jax.named_scope("targets"):
-                    gradient, target_metrics = accumulate(
-                        distillation_loss, state.params, batch.targets.count, targets, gradient
-                    )
-                metrics |= target_metrics | {"loss": metrics["loss"] + target_metrics["loss_kd"]}
+            gradient, metrics, loss = None, {}, None
+            for name, (term, packed) in terms(state, batch, forward, objective, teaching).items():
+                with jax.named_scope(name):
+                    gradient, measured = accumulate(term, state.params, packed.count, held[name], gradient)
+                part = term_loss(measured, objective if name == "autonomous" else replace(objective, entropy_bonus=0.0))
+                loss = part if loss is None else loss + part
+                metrics |= {f"{key}_guided": x for key, x in measured.items()} if name == "guided" else measured
+            metrics["loss"] = loss
             watch(gradient)
-            measured = metrics["loss"], metrics["logp_mismatch"]
-            state, grad_norm = apply_gradients(state, gradient, optimizer, measured)
+            state, grad_norm = apply_gradients(state, gradient, optimizer, (loss, metrics["logp_mismatch"]))
             return state, metrics | {"grad_norm": grad_norm}
 
         state, measured = jax.lax.scan(optimise, state, None, length=objective.updates_per_batch)
-        metrics = {name: values.max() if name.endswith("_max") else values.mean() for name, values in measured.items()}
+        metrics = {name: values.max() if "_max" in name else values.mean() for name, values in measured.items()}
         metrics["alpha"] = batch.alpha.sum() / batch.lengths.shape[0]
         if batch.correct is not None:
             metrics["target_found"] = batch.correct.any(axis=1).mean()
-        return state.replace(step=state.step + 1), metrics | {"skipped": state.skipped}
+        state = state.replace(step=state.step + 1)
+        with jax.named_scope("teacher"):
+            teacher = follow(state.teacher, state.params, state.step, batch.reward, teaching)
+        return state.replace(teacher=teacher), metrics | {"skipped": state.skipped}
 
     return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
 
 
+def terms(
+    state: TrainState, batch: PackedBatch, forward: Forward, objective: Objective, teaching: Teaching
+) -> dict[str, tuple[Callable[[Any, MicroBatch], tuple[jax.Array, Metrics]], Any]]:
+    """Returns the terms of the loss: name -> (function of parameters and a micro-batch, its packed responses)."""
+    reference = None if state.teacher is None else state.teacher.reference
+    policy = partial(grpo_loss, forward=forward, reference=reference, responses=batch.lengths.size)
+    found: dict[str, Any] = {"autonomous": (partial(policy, objective=objective), batch.autonomous)}
+    if batch.guided is not None:
+        # The entropy bonus is for the policy that acts without guidance.
+        guided = partial(policy, objective=replace(objective, entropy_bonus=0.0), responses=batch.guided.lengths.size)
+        found["guided"] = guided, batch.guided.packed
+    if batch.targets is not None:
+        distil = partial(likelihood_loss, forward=forward, objective=objective)
+        if objective.distillation not in LIKELIHOODS:
+            teacher = mixture(state.teacher, state.params, teaching)
+            distil = partial(kl_loss, forward=forward, objective=objective, teacher=teacher)
+        found["targets"] = distil, batch.targets
+    return found
+
+
+def term_loss(measured: Metrics, objective: Objective) -> jax.Array:
+    """Returns the part of the loss that the metrics of a term add up to."""
+    if "loss_kd" in measured:
+        return measured["loss_kd"]
+    loss = measured["loss_grpo"] - objective.entropy_bonus * measured["entropy"]
+    return loss + measured["loss_reference"] if "loss_reference" in measured else loss
+
+
 def select(
-    params: Any, batch: PackedBatch, forward: Forward, objective: Objective
-) -> tuple[MicroBatch, MicroBatch | None]:
-    """Makes the micro-batches of both loss terms, with what stays fixed: old log-probabilities and o+ (Eq. 4).
+    state: TrainState, batch: PackedBatch, forward: Forward, objective: Objective, teaching: Teaching
+) -> dict[str, MicroBatch]:
+    """Makes the micro-batches of the loss terms, with what stays fixed: old log-probabilities, delta, and o+ (Eq. 4).
 
     Returns:
-      (those of the autonomous responses, those of the targets or None), with a leading axis K.
+      Name of a term -> its micro-batches, with a leading axis K.
     """
-    problems, count = batch.lengths.shape[0], batch.lengths.size
-    packed = batch.autonomous
-    share = mean_share(packed, batch.lengths.reshape(-1), count)
-    weight = _weight(share, 1.0, objective.normaliser * count)
-    advantage = batch.advantages.reshape(-1)[packed.owner]
-    tokens = Tokens(*map(listed, (batch.autonomous_tokens, share, weight, advantage)))
-    autonomous = MicroBatch(packed.contexts[0], packed.chunks, tokens)
-    old_logp = None
-    if objective.updates_per_batch > 1:
+    reference = None if state.teacher is None else state.teacher.reference
+    make = partial(policy_batch, state.params, forward=forward, objective=objective, reference=reference)
+    group = PackedGroup(
+        batch.autonomous, batch.autonomous_tokens, batch.sampler_logp, batch.lengths, batch.advantages
+    )
+    both = objective.reference_kl_on == "all"
+    held = {"autonomous": make(group, 1.0, objective.reference_kl if both else 0.0)}
+    if batch.guided is not None:
+        with jax.named_scope("of_guided"):  # a plan tells its loops from those of the autonomous group
+            held["guided"] = make(batch.guided, objective.guided_grpo, objective.reference_kl)
+    if batch.targets is not None:
+        teacher = mixture(state.teacher, state.params, teaching)
+        held["targets"] = target_batch(state.params, batch, forward, objective, teacher)
+    return held
+
+
+def policy_batch(
+    params: Any,
+    group: PackedGroup,
+    coefficient: float,
+    kl: float,
+    *,
+    forward: Forward,
+    objective: Objective,
+    reference: Any,
+) -> MicroBatch:
+    """Makes the micro-batches of a group that the policy loss is for.
+
+    Args:
+      params, group, forward, objective: the policy before the update, and the group.
+      coefficient: of the policy loss.
+      kl: coefficient of the KL to the reference; 0 leaves it out.
+      reference: parameters of the reference; None if there is none.
+    """
+    packed, count = group.packed, group.lengths.size
+    share = mean_share(packed, group.lengths.reshape(-1), count)
+    weight = _weight(share, 1.0, objective, count, lambda: group.lengths.sum())
+    advantage = group.advantages.reshape(-1)[packed.owner]
+    scaled = weight if coefficient == 1.0 else coefficient * weight
+    tokens = Tokens(*map(listed, (group.tokens, share, scaled, advantage)))
+    micro = MicroBatch(packed.contexts[0], packed.chunks, tokens)
+    old_logp = reference_logp = None
+    if objective.updates_per_batch > 1 or objective.importance != "none":
         with jax.named_scope("old_logp"):
             old_logp = in_micro_batches(
-                lambda micro: response_logprobs(forward, params, micro)[0], packed.count, autonomous
+                lambda micro: response_logprobs(forward, params, micro)[0], packed.count, micro
             )
-    tokens = tokens._replace(old_logp=old_logp, sampler_logp=listed(batch.sampler_logp))
-    autonomous = autonomous._replace(tokens=tokens)
-    if batch.targets is None:
-        return autonomous, None
+    tokens = tokens._replace(old_logp=old_logp, sampler_logp=listed(group.sampler_logp))
+    if objective.importance != "none":
+        tokens = tokens._replace(advantage=tokens.advantage * _importance(tokens, packed, objective, count))
+    if objective.surrogate == "sequence":
+        tokens = tokens._replace(owner=listed(packed.owner))
+    if kl:
+        if objective.reference_kl_kind == "k3":
+            with jax.named_scope("reference_logp"):
+                reference_logp = in_micro_batches(
+                    lambda micro: response_logprobs(forward, reference, micro)[0], packed.count, micro
+                )
+        tokens = tokens._replace(kl_weight=kl * listed(weight), reference_logp=reference_logp)
+    return micro._replace(tokens=tokens)
 
-    packed = batch.targets
+
+def _importance(tokens: Tokens, packed: Any, objective: Objective, responses: int) -> jax.Array:
+    """Returns the weights `[K,S,C]` of trainer over sampler probabilities, of tokens or of whole responses."""
+    difference = jnp.where(tokens.share > 0, tokens.old_logp - tokens.sampler_logp, 0.0)
+    if objective.importance == "sequence":
+        owner = listed(packed.owner)
+        difference = jax.ops.segment_sum(difference.reshape(-1), owner.reshape(-1), responses)[owner]
+    return losses.importance_weight(difference, objective.importance_cap, objective.importance_rule)
+
+
+def target_batch(
+    params: Any, batch: PackedBatch, forward: Forward, objective: Objective, teacher: Parts = ()
+) -> MicroBatch:
+    """Makes the micro-batches of the targets."""
+    problems, packed = batch.lengths.shape[0], batch.targets
+    assert packed is not None
     lengths, responses = _select_targets(params, batch, forward)
     weighted = jnp.maximum((batch.alpha != 0).sum(), 1)
     share = mean_share(packed, lengths, weighted)
-    weight = batch.alpha[packed.owner] * _weight(share, weighted / problems, objective.normaliser * count)
+    weight = batch.alpha[packed.owner] * _weight(
+        share, weighted / problems, objective, batch.lengths.size, lambda: jnp.where(batch.alpha != 0, lengths, 0).sum()
+    )
     ids = jnp.where(packed.owner >= 0, responses[packed.owner, packed.index], 0)
     rows, *guided_rows = (with_responses(rows, packed.owner, ids) for rows in packed.contexts)
     tokens = Tokens(*map(listed, (ids, share, weight)))
-    return autonomous, MicroBatch(rows, packed.chunks, tokens, *guided_rows)
+    chosen = MicroBatch(rows, packed.chunks, tokens, *guided_rows)
+    if objective.delta_quantile:
+        with jax.named_scope("target_kl"):
+            measure = partial(token_kls, params, forward=forward, objective=objective, teacher=teacher)
+            token_kl = in_micro_batches(measure, packed.count, chosen)
+        delta = losses.kl_quantile(token_kl, tokens.share, objective.delta_quantile)
+        chosen = chosen._replace(tokens=tokens._replace(delta=jnp.full_like(tokens.share, delta)))
+    return chosen
 
 
 def _select_targets(params: Any, batch: PackedBatch, forward: Forward) -> tuple[jax.Array, jax.Array]:
@@ -138,6 +244,21 @@ def _select_targets(params: Any, batch: PackedBatch, forward: Forward) -> tuple[
     return batch.guided_lengths[problem, index], batch.guided_tokens[problem, index]
 
 
-def _weight(share: jax.Array, factor: Any, tokens: int) -> jax.Array:
-    """Returns the weight of tokens in the loss: `factor` times their share of a mean, or 1 / `tokens` if not 0."""
-    return jnp.where(share > 0, 1.0 / tokens, 0.0) if tokens else factor * share
+def _weight(
+    share: jax.Array, factor: Any, objective: Objective, responses: int, tokens: Callable[[], jax.Array]
+) -> jax.Array:
+    """Returns the weight of tokens in the loss, by `rl.normaliser`.
+
+    Args:
+      share: of each token in a mean of sequence means.
+      factor: of the mean.
+      objective: "sequence" is `factor` times the share; "tokens" is `factor / tokens()`, the same for all; "constant"
+        is `1 / (responses * max_new_tokens)`.
+      responses: of the group; for targets, the autonomous ones.
+      tokens: returns the number of tokens `[]` that the mean is over.
+    """
+    if objective.normaliser == "sequence":
+        return factor * share
+    if objective.normaliser == "tokens":
+        return jnp.where(share > 0, factor / jnp.maximum(tokens(), 1), 0.0)
+    return jnp.where(share > 0, 1.0 / (objective.max_new_tokens * responses), 0.0)

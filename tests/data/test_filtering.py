@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sgpo_jax import data
-from sgpo_jax.data import filtering
+from sgpo_jax.data import filtering, overlap
 from sgpo_jax.data.filtering import Sieve
 
 WORDS = "a farmer sells nine brown eggs at the market every single morning except on sundays for cash".split()
@@ -37,7 +37,7 @@ def write(path, lines):
     ],
 )
 def test_layout_does_not_change_a_problem(one, other):
-    assert filtering.key(one) == filtering.key(other)
+    assert overlap.key(one) == overlap.key(other)
     assert filtering.duplicates(rows(one, "else", other)) == {"r2": "r0"}
 
 
@@ -53,7 +53,7 @@ def test_layout_does_not_change_a_problem(one, other):
     ],
 )
 def test_what_changes_the_problem_is_kept(one, other):
-    assert filtering.key(one) != filtering.key(other)
+    assert overlap.key(one) != overlap.key(other)
     assert filtering.duplicates(rows(one, other)) == {}
 
 
@@ -77,12 +77,78 @@ def test_thirteen_words_in_a_row_are_contamination_and_twelve_are_not(before, af
     assert same(rows(" ".join(reversed(text.split()))), evaluation) == {}
 
 
-def test_a_short_problem_must_be_the_same_as_a_whole():
-    evaluation = rows("What is 3 + 4?", " ".join(WORDS[:12]), prefix="e")
+def test_a_short_problem_must_be_there_as_a_whole():
+    evaluation = rows("What is 3 + 4?", " ".join(WORDS[:12]), "Find x.", prefix="e")
     training = rows(
-        "what is $3+4$?", "What is 3 + 5?", "Now: what is 3 + 4?", " ".join(WORDS[:13]), " ".join(WORDS[:12])
+        "what is $3+4$?",
+        "What is 3 + 5?",
+        "What is 3 + 4.5?",
+        "What is 3 + 4 * 2?",
+        "And what is 3 + 4?",
+        " ".join(WORDS[:13]),
+        " ".join(WORDS[:12]),
+        "Let x = 3. Find x.",
     )
-    assert same(training, evaluation) == {"r0": "e0", "r4": "e1"}
+    assert same(training, evaluation) == {"r0": "e0", "r6": "e1"}
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        "What is 3 + 4?",
+        "Let $a = 2$. Compute $7a!$.",
+        "计算 3 + 4 的值。",
+        "设 x+3=7，求 x 的值。",
+        "Чему равно 3 + 4?",
+        "3 + 4 を計算しなさい。",
+        "ما هو 3 + 4؟",
+        "3 + 4는 얼마입니까?",
+    ],
+)
+@pytest.mark.parametrize(
+    "frame",
+    [
+        "Solve the following problem. {} Put the answer in a box.",
+        "Question: {}\nAnswer within \\boxed{{}}, please.",
+        "### Problem 12\n\n**{}**\n\nThink step by step.",
+        "<problem>{}</problem>",
+        "请解答以下问题：{}\n请把答案放在 \\boxed{{}} 中。",
+        "Решите задачу. {}",
+        "次の問題を解いてください。{}",
+    ],
+)
+def test_a_short_problem_is_found_in_any_script_and_under_a_frame(problem, frame):
+    training = rows("Something else", frame.format(problem), frame.format(problem.replace("3", "5").replace("2", "6")))
+    assert same(training, rows(problem, prefix="e")) == {"r1": "e0"}
+
+
+SCRIPTS = {
+    "chinese": "已知甲乙两人同时从相距一百二十公里的两地出发相向而行甲每小时走六公里乙每小时走四公里问几小时后两人相遇",
+    "japanese": "ある農夫が市場で毎朝卵を九個ずつ売っていますが日曜日だけは売りません一週間で何個の卵を売りますか",
+    "russian": "Фермер продаёт на рынке девять яиц каждое утро кроме воскресенья сколько яиц он продаст за год если в "
+    "нём триста шестьдесят пять дней",
+    "thai": "ชาวนาขายไข่เก้าฟองที่ตลาดทุกเช้ายกเว้นวันอาทิตย์เขาขายไข่ทั้งหมดกี่ฟองในหนึ่งสัปดาห์",
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_long_problem_is_found_in_other_scripts(script):
+    text = SCRIPTS[script]
+    half = text[: len(text) // 4] + "甲" + text[len(text) // 4 :]  # the rest is still a run
+    training = rows(text[:16], f"A frame {text} and its end", half.upper(), " ".join(reversed(text)))
+    assert same(training, rows(f"{text}?", prefix="e")) == {"r1": "e0", "r2": "e0"}
+
+
+def test_full_width_forms_and_accents_are_layout():
+    assert overlap.key("Ｗｈａｔ ｉｓ ３＋４？") == overlap.key("What is 3+4?")
+    assert overlap.key("求 x 的值") == overlap.key("求x的值") and overlap.key("école") == overlap.key("e\u0301cole")
+
+
+def test_a_short_problem_that_many_rows_have_is_a_phrase():
+    evaluation = {"set": rows("What is its area?", prefix="e")}
+    training = rows(*(f"A square has side {i}. What is its area?" for i in range(10)))
+    few, many = (filtering.contaminated(training[:count], evaluation)["set"] for count in (9, 10))
+    assert len(few.same) == 9 and not many.same and len(many.phrase) == 10
 
 
 def test_a_run_of_words_that_many_problems_have_is_a_phrase():

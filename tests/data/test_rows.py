@@ -31,7 +31,7 @@ def test_jsonl_keeps_known_fields_in_order(tmp_path):
     with file.open("a") as f:
         f.write("\n")  # an empty last line is not a row
     assert data.load(str(file)) == [
-        {k: v for k, v in first.items() if k not in ("url", "solutions")},
+        {k: v for k, v in first.items() if k not in ("url", "solutions")} | {"extra": {"url": "x", "solutions": 3}},
         row(1, level="5"),
     ]
 
@@ -222,6 +222,7 @@ def test_hugging_face_datasets(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     rows = data.load("owner/sums?split=test,name=main,problem=question")
     assert calls == [(("owner/sums", "main"), {"split": "test"})]
+    assert [row.pop("extra") for row in rows] == [{"extra": i} for i in range(3)]
     assert rows == [{"id": f"owner/sums/test/{i}", "problem": f"{i}?", "answer": f"{i}"} for i in range(3)]
     assert data.load("sums?problem=question,id=answer")[2]["id"] == "2"
     with pytest.raises(ValueError, match="field 'problem' is missing"):
@@ -319,6 +320,7 @@ def test_fields_by_other_names_and_in_depth(tmp_path, suffix):
     path = folder / f"set{suffix}" if suffix else folder
     options = "problem=chat,solution=chat,answer=task.final.value,id=uid,strategy=task.hints.-1,level=task.grade"
     expected = {"id": "7", "problem": "last", "answer": "42", "solution": "a2", "strategy": "yes", "level": "hard"}
+    expected["extra"] = {"id": 3, "problem": 1, "solution": "not this"}
     assert data.load(f"{path}?{options}") == [expected]
     del expected["solution"]
     changed = options.replace("problem=chat,solution=chat", " problem = chat.1.content , solution =")
@@ -445,7 +447,9 @@ def test_the_luffy_schema(tmp_path, kind, monkeypatch):
         source = "Elliott/Openr1-Math-46k-8192"
     else:
         source = (write_parquet if kind == "parquet" else write)(tmp_path / f"train.{kind}", *raw)
-    assert data.load(f"{source}?schema=luffy") == [
+    rows = data.load(f"{source}?schema=luffy")
+    assert [row.pop("extra") for row in rows] == [{"data_source": "", "ability": "math"}] * 3
+    assert rows == [
         {"id": "0", "problem": "0?", "answer": "0", "solution": "<think>\nFirst.\n</think>\n\\boxed{1}"},
         {"id": "1", "problem": "1?", "answer": "1"},
         {"id": "2", "problem": "2?", "answer": "2", "solution": "No thought."},
@@ -530,6 +534,7 @@ def test_tfds_without_tensorflow(tmp_path):
         ),
     )
     assert [r["id"] for r in whole] == [f"tiny_sums/train/{i}" for i in range(5)]
+    assert all("raw" not in r.pop("extra", {}) for r in whole), "bytes are no JSON"
     by_level = {r.pop("level"): r for r in whole}
     expected = {"problem": "3 + \u00e9?", "answer": "4", "solution": "s3", "strategy": "h3", "source": "3 + 1?"}
     assert by_level["3"] == {"id": by_level["3"]["id"], **expected} and len(by_level) == 5
@@ -621,3 +626,25 @@ def test_wrong_batches():
     with pytest.raises(ValueError, match="seed is -1"):
         data.batches(rows, 2, -1)
     assert len(data.batches(rows, 5, 0)[3]) == 5
+
+
+def test_other_fields_are_extra_and_the_first_rows_can_be_taken(tmp_path):
+    line = {"question": "q", "answer": 1, "unit": "km", "weight": 0.5, "tags": ["a", None]}
+    lines = [{"id": i, **line} for i in range(5)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = data.load(f"{tmp_path}/a.jsonl?problem=question,first=2")
+    assert [row["id"] for row in rows] == ["0", "1"]
+    assert rows[0]["extra"] == {"unit": "km", "weight": 0.5, "tags": ["a", None]}
+    assert json.loads(json.dumps(rows)) == rows, "a worker gets it as JSON"
+    # Rows that were written with their extra fields are read back as they were.
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert data.load(f"{tmp_path}/b.jsonl") == rows
+    for wrong in ("0", "-1", "x", "1.5", ""):
+        with pytest.raises(ValueError, match=f"first is '{wrong}'; allowed: a whole number from 1"):
+            data.load(f"{tmp_path}/a.jsonl?problem=question,first={wrong}")
+
+
+def test_extra_fields_do_not_change_which_rows_a_run_began_with(tmp_path):
+    row = {"id": "a", "problem": "q", "answer": "1"}
+    alone, more = (data.Sieve({"s": [row | extra]}).fingerprint() for extra in ({}, {"extra": {"unit": "km"}}))
+    assert alone == more != data.Sieve({"s": [row | {"level": "2"}]}).fingerprint()

@@ -24,8 +24,9 @@ from helpers.paths import ROOT
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
-from sgpo_jax import cli, config_checks, data, export, models, policy, sharding
+from sgpo_jax import cli, config_checks, data, models, policy, sharding
 from sgpo_jax import config as configs
+from sgpo_jax.commands import export
 from sgpo_jax.models import gguf, huggingface
 from sgpo_jax.policy import tokenizer
 from sgpo_jax.runtime import journal
@@ -83,6 +84,16 @@ CONFIGS = {
     "three sizes to fill in": (
         {"mesh.data": -1, "mesh.tensor": -1},
         r"config\.mesh\.data=-1: must be at least 1 when mesh\.fsdp and mesh\.tensor is -1",
+    ),
+    "more steps than a number holds": ({"rl.steps": 2**31}, r"config\.rl\.steps=2147483648: must be at most 21474"),
+    "a batch without end": ({"sft.batch": 10**30}, r"config\.sft\.batch=10{30}: must be at most"),
+    "samples without end": (
+        {"eval.sets.heldout.samples": 2**40}, r"config\.eval\.sets\.heldout\.samples=1099511627776: must be a whole",
+    ),
+    "True samples": ({"eval.sets.heldout.samples": True}, r"config\.eval\.sets\.heldout\.samples=True: must be a"),
+    "a set whose name is a path": (
+        {"eval.sets": ConfigDict({"a/b": {"source": "s", "samples": 1}})},
+        r"config\.eval\.sets\.a/b: must have a name of letters, digits, '_' and '-'",
     ),
     "a name no file can have": ({"data.train": f"/{'a' * 300}"}, r"config\.data\.train='/aaa.*no such file"),
     "a name with NUL": ({"data.train": "./a\0b"}, r"config\.data\.train='\./a\\x00b': there is no such file"),
@@ -226,6 +237,19 @@ def header(content: dict, lengthen: int = 0):
     return lambda folder: (folder / "model.safetensors").write_bytes(written)
 
 
+def number(value):
+    """Returns a change of one number of the weights."""
+
+    def change(folder):
+        tensors = load_file(folder / "model.safetensors")
+        name = max(tensors, key=lambda name: tensors[name].size)
+        tensors[name] = tensors[name].copy()
+        tensors[name].flat[7] = value
+        save_file(tensors, folder / "model.safetensors")
+
+    return change
+
+
 WEIGHTS = "model.safetensors"
 MODELS = {
     "no config.json": (without("config.json"), r"config\.json cannot be read as JSON"),
@@ -293,8 +317,10 @@ MODELS = {
     "a broken index": (without(WEIGHTS, model__safetensors__index__json=b"{"), r"index\.json cannot be read as JSON"),
     "nothing at all": (lambda f: (shutil.rmtree(f), f.mkdir()), r"config\.json cannot be read as JSON"),
     "a file for a folder": (
-        lambda f: (shutil.rmtree(f), f.write_text("x")), r"neither a local folder nor a Hugging Face model",
+        lambda f: (shutil.rmtree(f), f.write_text("x")), r"model '.*/model' is a file; allowed: a folder \(an archive",
     ),
+    "a parameter that is NaN": (number(np.nan), r"model '.*/model': NaN or infinity in 1 of its parameters: [a-z]+/"),
+    "a parameter that is infinite": (number(-np.inf), r"NaN or infinity in 1 of its parameters"),
 }  # fmt: skip
 
 # ---- GGUF

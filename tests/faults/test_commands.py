@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from helpers.paths import ROOT
@@ -135,6 +136,7 @@ def results(started):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_says_what_is_wrong_in_one_line(results, place, name):
     code, output, errors = results[name]
@@ -143,12 +145,14 @@ def test_a_command_says_what_is_wrong_in_one_line(results, place, name):
     assert "Traceback" not in output and not (place / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_device_that_jax_does_not_have_is_named(results):
     code, _, errors = results["no such device"]
     line = r"sgpo_jax: JAX_PLATFORMS='abacus': JAX finds no such devices here \(.*\)\n"
     assert code == 1 and re.fullmatch(line, errors), errors
 
 
+@pytest.mark.slow
 def test_an_old_jax_is_named(results):
     code, _, errors = results["old jax"]
     assert code == 1
@@ -159,11 +163,9 @@ def test_an_old_jax_is_named(results):
 
 # ---- the flags alone
 
-FLAGS = r"""
-import sys
-from absl import app
+FLAGS = """
 from sgpo_jax import cli
-cli.start(lambda config, flags: None, ["config"])
+cli.start("nothing", cli.Command("", "builtins:print", announced=False))
 """
 WRONG_FLAGS = {
     "a value that is no number": ("--config.rl.batch=3.5", r"--config\.rl\.batch=3\.5: invalid literal for int"),
@@ -194,10 +196,8 @@ def test_an_error_is_one_line_and_a_bug_is_not_hidden(error, monkeypatch):
         def run(flags):
             raise raised
 
-        monkeypatch.setattr(cli.app, "run", lambda main, flags_parser: main(["main.py"]))
-        monkeypatch.setattr(cli.config_flags, "DEFINE_config_file", lambda *arguments, **options: None)
-        monkeypatch.setattr(cli.flags, "FLAGS", type("Flags", (), {"config": None}))
-        cli.start(run, [])
+        monkeypatch.setitem(sys.modules, "failing", SimpleNamespace(run=run))
+        cli.start("fail", cli.Command("", "failing:run", config="", announced=False), [])
 
     with pytest.raises(SystemExit) as exit:
         start(error("two\n  lines"))

@@ -14,7 +14,7 @@ from helpers.configs import extraction
 from sgpo_jax import config as configs
 from sgpo_jax import strategies
 from sgpo_jax.runtime.files import read_jsonl
-from sgpo_jax.strategies import clients, replies
+from sgpo_jax.strategies import clients, faults, replies
 
 pytest.importorskip("openai", reason="needs the extra 'extract'")
 
@@ -74,12 +74,12 @@ def test_the_waits_of_a_long_outage_are_bounded():
     clock, fields = Clock(), configs.base().extract
     with ChatServer(lambda *_: failure(503, "down")) as server:
         ask = client(server.url, stop=clock, retries=fields.retries, backoff=fields.backoff)
-        with pytest.raises(replies.Unavailable, match="7 tries, the last one: 503"):
+        with pytest.raises(faults.Unavailable, match="7 tries, the last one: 503"):
             ask(REQUEST)
     assert len(server.requests) == 7 and 63 * 0.75 <= clock.waited <= 63 * 1.25
     clock = Clock()
     with ChatServer(lambda *_: failure(429, **{"Retry-After": "1e300"})) as server:
-        with pytest.raises(replies.Unavailable):
+        with pytest.raises(faults.Unavailable):
             client(server.url, stop=clock, retries=3)(REQUEST)
     assert len(server.requests) == 4 and clock.waited == 3 * clients.LONGEST_WAIT
 
@@ -116,24 +116,6 @@ def test_a_small_body_that_unpacks_into_a_large_one_is_given_up(monkeypatch):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150 * 1024, "KiB"
 
 
-@pytest.mark.parametrize("status", [301, 302, 307, 308])
-def test_a_redirect_does_not_take_the_key_to_another_server(status):
-    seen = []
-
-    def elsewhere(prompt, body, headers, number):
-        seen.append(headers)
-        return completion("stolen")
-
-    with ChatServer(elsewhere) as other:
-        there = Answer(b"{}", status, {"Content-Type": "application/json", "Location": f"{other.url}/chat/completions"})
-        with ChatServer(lambda *_: there) as server:
-            try:
-                client(server.url, stop=Clock(), retries=1)(REQUEST)
-            except (replies.Unavailable, replies.Refused):
-                pass
-    assert KEY not in json.dumps(seen)
-
-
 # ---- whole extractions
 
 
@@ -154,7 +136,8 @@ def test_every_token_is_counted_once_whatever_the_server_does(tmp_path, capsys):
         good = good._replace(body=json.dumps(json.loads(good.body) | {"usage": usage}).encode())
         return {
             "429": failure(429, **{"Retry-After": "0.01"}), "500": failure(500), "list": Answer(b"[]"),
-            "html": Answer(b"<html>", 200, {"Content-Type": "text/html"}), "cut": good._replace(cut=20),
+            "html": Answer(b"<html>", 200, {"Content-Type": "text/html"}),
+            "cut": good._replace(body=good.body[:-20], cut=20),
             "slow": good._replace(delay=0.9), "good": good,
         }[kind]  # fmt: skip
 

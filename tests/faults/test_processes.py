@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import pytest
 from helpers.paths import ROOT
 
-from sgpo_jax import cli
 from sgpo_jax import config as configs
+from sgpo_jax.cli.processes import join
 from sgpo_jax.data import filtering
 from sgpo_jax.runtime import distributed, watchdog
 from sgpo_jax.training import stage
@@ -73,7 +73,9 @@ def test_they_find_each_other_and_share_work(slurm):
     results, _ = run(3 if slurm else 2, "well", slurm)
     assert [(code, errors) for code, _, errors in results] == [(0, "")] * len(results)
     spoken = [[line for line in output.splitlines() if not line.startswith("[Gloo]")] for _, output, _ in results]
-    assert spoken == [[f"0 of {len(results)} is done"], *[[]] * (len(results) - 1)], "only the first one talks"
+    count = len(results)
+    assert spoken[0][0].startswith(f"{count} processes, {count} x cpu (cpu), jax ")
+    assert [spoken[0][1:], *spoken[1:]] == [[f"0 of {count} is done"], *[[]] * (count - 1)], "only the first one talks"
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ def test_sigterm_to_one_stops_all_at_the_same_step():
     results, _ = run(2, "stopped between steps")
     assert [(code, errors) for code, _, errors in results] == [(0, "")] * 2
     assert results[0][1].splitlines()[-1] == (
-        "sgpo_jax: stopped by SIGTERM; the finished work is saved and the same command resumes it"
+        "sgpo_jax: stopped by SIGTERM; the finished work is saved; the same command resumes"
     )
 
 
@@ -176,7 +178,7 @@ def test_flags_that_do_not_go_together_are_refused(name):
     given, message = FLAGS[name]
     flags = {"coordinator": None, "processes": None, "process": None, "distributed": True} | given
     with pytest.raises(ValueError, match=message):
-        cli.join(configs.base(), SimpleNamespace(**flags))
+        join(configs.base(), SimpleNamespace(**flags))
 
 
 # ---- the meeting

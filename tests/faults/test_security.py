@@ -11,8 +11,12 @@ MODULES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "she
 NAMES = {"eval", "exec", "compile", "__import__"}  # the builtins; a method of these names is another thing
 METHODS = {"system", "popen", "unpack_archive", "load_module", "read_pickle", "sympify", "parse_expr"}
 SHELLS = {"run", "Popen", "call", "check_call", "check_output"}
-# Code by name or path: of the user's own reward function and config, never of a model, a row or a reply.
-IMPORTS = {("sgpo_jax/rewards/worker.py", "import_module"), ("sgpo_jax/cli.py", "run_path")}
+# Code by name or path: of the user's own reward function and config, never of a model, a row or a reply; and modules
+# of this package that its own tables name.
+IMPORTS = {
+    ("sgpo_jax/rewards/worker.py", "import_module"), ("sgpo_jax/cli/parsing.py", "run_path"),
+    ("sgpo_jax/cli/entry.py", "import_module"), ("sgpo_jax/cli/lazy.py", "import_module"),
+}  # fmt: skip
 
 
 def dotted(node: ast.AST) -> str:

@@ -15,9 +15,8 @@ from pathlib import Path
 
 warnings.simplefilter("ignore")  # jax warns of forks, but none of its threads is running yet
 commands = json.loads(Path(sys.argv[1]).read_text())
-programs = {module: runpy._get_module_details(module)[0] for module, _ in commands}  # of a package, its __main__
-for program in set(programs.values()):
-    importlib.import_module(program)
+for module in {module for module, _ in commands}:
+    importlib.import_module("sgpo_jax.commands." + module.removeprefix("sgpo_jax.").replace("main", "train"))
 
 children = []
 for module, arguments in commands:
@@ -27,7 +26,6 @@ for module, arguments in commands:
         for number, file in enumerate(files, start=1):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
         sys.argv = [module, *arguments]
-        del sys.modules[programs[module]]  # it runs as __main__
         runpy.run_module(module, run_name="__main__", alter_sys=True)
         sys.exit(0)
     children.append((child, files))

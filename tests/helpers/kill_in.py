@@ -119,7 +119,6 @@ def run(kill, output):
         if kill:
             arm(*kill)
         sys.argv = [plan["module"], *plan["arguments"]]
-        del sys.modules[program]  # it runs as __main__
         runpy.run_module(plan["module"], run_name="__main__", alter_sys=True)
         sys.exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -127,8 +126,7 @@ def run(kill, output):
 
 warnings.simplefilter("ignore")  # jax warns of forks, but none of its threads is running yet
 plan = json.loads(Path(sys.argv[1]).read_text())
-program = runpy._get_module_details(plan["module"])[0]  # of a package, its __main__
-importlib.import_module(program)
+importlib.import_module("sgpo_jax.commands." + plan["module"].removeprefix("sgpo_jax.").replace("main", "train"))
 results, output = [], Path(sys.argv[1]).with_suffix(".output")
 for kill in [*plan["kills"], None]:
     code = run(kill, output)

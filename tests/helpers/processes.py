@@ -1,13 +1,11 @@
 """A program that runs as several processes, which share work; one of them then ends in the way that --how names."""
 
-import contextlib
 import os
 import signal
 import time
 
-from absl import flags
-
 from sgpo_jax import cli
+from sgpo_jax.cli.processes import join
 from sgpo_jax.runtime import distributed, preemption
 
 LONG = "€" * 100_000
@@ -27,7 +25,7 @@ def share_work(process):
 def main(config, flag_values):
     if flag_values.how == "frozen":
         distributed.HEARTBEAT = 6
-    cli.join(config, flag_values)
+    join(config, flag_values)
     import jax  # only now, because join must run before any device is used
 
     assert not jax.config.jax_enable_compilation_cache, "on CPU its programs are not safe"
@@ -61,7 +59,5 @@ def main(config, flag_values):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("how", "well", "How it ends.")
-    cli.define_processes()
-    with contextlib.suppress(KeyboardInterrupt):
-        cli.start(main, required=["config"])
+    how = cli.Flag("how", "How it ends.", default="well")
+    cli.start("test", cli.Command("", "__main__:main", (how,), processes=True, announced=False))

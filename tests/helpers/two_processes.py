@@ -8,7 +8,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from sgpo_jax import export, sharding
+from sgpo_jax import sharding
+from sgpo_jax.commands import export
 from sgpo_jax.models import huggingface
 from sgpo_jax.training import stage
 

@@ -409,7 +409,7 @@ def run(flags):
     while True:
         preemption.check()
         time.sleep(0.01)
-cli.start(run, required=[])
+cli.start("run", cli.Command("", "__main__:run", config="", announced=False))
 """
     command = [str(ROOT / "launch/preemptible.sh"), sys.executable, "-c", text]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

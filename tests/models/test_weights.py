@@ -220,6 +220,7 @@ def run(*commands, **environment):
             process.kill()
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     """One process's checkpoint, restored and exported by two, imported and saved by two, restored by one."""
     state = start(config_with(**{"mesh.fsdp": 1, "mesh.tensor": 1, "mesh.data": 8}), tmp_path / "one")
@@ -241,6 +242,7 @@ def test_two_processes(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, state)
 
 
+@pytest.mark.slow
 def test_a_host_holds_its_own_shard_and_little_more(tmp_path):
     """The benchmark on 0.2 GB: each of two processes imports and exports half of 0.4 GB of float32."""
     out = tmp_path / "out.json"

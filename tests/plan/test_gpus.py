@@ -1,5 +1,6 @@
 """Tests plans for GPUs: the names of topologies, the cards, time over NVLink and the network, dollars, and one plan."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -7,7 +8,6 @@ import re
 import subprocess
 import sys
 from importlib import resources
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -79,7 +79,8 @@ def test_dollars_of_a_run():
     assert estimate.dollars(hours, 32, CHIP.price) == {"least": 192.0, "most": 336.0}
 
 
-class Device(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Device:
     """What a mesh needs to know of a device."""
 
     id: int
@@ -88,10 +89,7 @@ class Device(NamedTuple):
 
 def mesh_of(hosts, each, tensor):
     devices = [Device(i, i // each) for i in range(hosts * each)]
-    grid = np.empty(len(devices), object)
-    for i, device in enumerate(devices):  # numpy would take a tuple apart
-        grid[i] = device
-    return Mesh(grid.reshape(1, -1, tensor), ("data", "fsdp", "tensor"))
+    return Mesh(np.array(devices, object).reshape(1, -1, tensor), ("data", "fsdp", "tensor"))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
+from sgpo_jax import config as configs
 from sgpo_jax import policy, sharding
 from sgpo_jax.models import presets
 from sgpo_jax.policy import memory
@@ -39,6 +40,7 @@ def sampling(monkeypatch):
     def sampling(slots, gib):
         monkeypatch.setattr(memory, "_limit", lambda mesh: gib and int(gib * GIB))
         fields = {"max_new_tokens": 16384, "temperature": 1.0, "top_p": 0.95, "top_k": 0, "slots": slots}
+        fields |= {"teacher": "live", "reference_kl": 0.0, "teacher_dtype": "float32"}
         config = ConfigDict(
             {"rl": fields, "data": {"max_prompt_tokens": 1024}, "optimizer": {"mu_dtype": "float32"}, "stages": ("rl",)}
         )
@@ -64,6 +66,19 @@ def test_slots_that_do_not_fit_are_refused(sampling):
         sampling(512, 20)
     with pytest.raises(ValueError, match=r"config.rl.slots=0: the cache of one slot takes 0.2 of 0.0 GiB"):
         sampling(0, 4.05)
+
+
+@pytest.mark.parametrize(
+    ("changes", "held"),
+    [({}, 8), ({"teacher": "frozen", "teacher_dtype": "bfloat16"}, 10), ({"teacher": "ema"}, 12),
+     ({"teacher": "gated", "reference_kl": 0.1}, 16), ({"teacher": "trust_region", "reference_kl": 0.1}, 12)],
+)  # fmt: skip
+def test_moments_and_teachers_are_counted(changes, held):
+    config = configs.base()
+    config.rl.update(changes)
+    assert memory._held_bytes(config) == held
+    config.stages = ("eval",)
+    assert memory._held_bytes(config) == 0
 
 
 def test_devices_of_this_machine_do_not_say_how_much_memory_they_have():

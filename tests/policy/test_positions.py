@@ -6,7 +6,8 @@ import pytest
 from helpers.configs import load
 from helpers.paths import ROOT
 
-from sgpo_jax import evaluate, evaluation, main, sharding
+from sgpo_jax import evaluation, sharding
+from sgpo_jax.commands import evaluate, train
 from sgpo_jax.policy import Run, positions
 from sgpo_jax.training import rl, sft, stage
 
@@ -77,10 +78,10 @@ def test_every_stage_refuses_what_does_not_fit(tmp_path):
     ],
 )
 def test_later_stages_are_checked_before_the_first(tmp_path, monkeypatch, changes, field):
-    monkeypatch.setattr(main.sft, "train", lambda *_: pytest.fail("too late"))
-    monkeypatch.setattr(main.rl, "train", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(train.sft, "train", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(train.rl, "train", lambda *_: pytest.fail("too late"))
     with pytest.raises(ValueError, match=f"config.{field}: must be at most .* 4096 positions"):
-        main.run(config_with(**changes), tmp_path)
+        train.run(config_with(**changes), tmp_path)
 
 
 def test_the_command_for_benchmarks_checks_before_it_reads_weights(tmp_path, monkeypatch):

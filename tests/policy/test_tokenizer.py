@@ -15,6 +15,7 @@ from sgpo_jax.data.generators import arithmetic
 from sgpo_jax.models import huggingface, init
 from sgpo_jax.policy import tokenizer
 from sgpo_jax.policy.prompts import INSTRUCTION, user_turn
+from sgpo_jax.rewards.boxes import extract_boxed
 
 LLAMA = (
     "{{ bos_token }}{% if not date_string is defined %}{% if strftime_now is defined %}"
@@ -55,6 +56,25 @@ def test_prompt_is_the_template_around_the_turn():
     assert datetime.now().strftime("%d %b %Y") != "26 Jul 2024"  # else the date proves nothing
 
 
+@pytest.mark.parametrize("call", ["strftime_now('%d %b %Y')", 'strftime_now( format = "%d %b %Y" )'])
+def test_a_template_that_asks_the_clock_is_told_the_same_day(tmp_path, call):
+    """As those of gpt-oss and SmolLM3 do, without looking for a date that was passed."""
+    tok = byte_level(NO_CLOSING + "{% set today = " + call + " %}Today: {{ today }}")
+    assert tok.decode(tokenizer.encode_turn(tok, "p")).endswith("Today: 26 Jul 2024")
+    assert tokenizer._conversation(tok).endswith("Today: 26 Jul 2024")
+    tok.save_pretrained(tmp_path)
+    assert call in tokenizer.load(str(tmp_path)).chat_template  # the export has the authors' template
+
+
+@pytest.mark.parametrize(
+    "call", ["{% set f = '%d' %}{{ strftime_now(f) }}", "{% set now = strftime_now %}{{ now('%d') }}"]
+)
+def test_a_template_that_asks_the_clock_in_another_way_is_refused(tmp_path, call):
+    byte_level(NO_CLOSING + call).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="template fails.*asks for today's date; allowed: only as strftime_now"):
+        tokenizer.load(str(tmp_path))
+
+
 def test_special_tokens_in_a_text_are_plain_text():
     tok = byte_level()
     special = {tok.convert_tokens_to_ids(t) for t in SPECIAL}
@@ -68,6 +88,17 @@ def test_special_tokens_in_a_text_are_plain_text():
     response = tokenizer.encode_response(tok, problem, stop)
     assert [i in special for i in response] == [False] * (len(response) - 1) + [True]
     assert tokenizer.decode(tok, response, len(response)) == problem
+
+
+def test_a_thought_in_special_tokens_is_read_and_written():
+    tok = byte_level(additional_special_tokens=["<think>", "</think>"])
+    begin, end, stop = tok.convert_tokens_to_ids(["<think>", "</think>", "<|eot|>"])
+    text = "<think>\nperhaps \\boxed{1}<|eot|></think> \\boxed{2}"
+    ids = tokenizer.encode_response(tok, text, stop)
+    assert [i for i in ids if i in (begin, end, stop)] == [begin, end, stop]
+    assert tokenizer.decode(tok, ids, len(ids)) == text
+    unfinished = tokenizer.decode(tok, ids[: ids.index(end)], len(ids))
+    assert extract_boxed(unfinished) is None and extract_boxed(text) == "2"
 
 
 def opening_prompt(opening):

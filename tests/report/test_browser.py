@@ -5,8 +5,8 @@ import shutil
 import pytest
 from helpers.folders import make_lab, make_run
 
-from sgpo_jax.report import __main__ as report_command
-from sgpo_jax.report import page
+from sgpo_jax.commands import report as report_command
+from sgpo_jax.report import comparison, page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra 'browser'")
 
@@ -32,7 +32,9 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     lab = make_lab(folder / "lab")
     report_command.write(lab, lab / "report.html")
-    return {"run": page.write_run(make_run(folder / "run")), "lab": lab / "report.html"}
+    runs = [make_run(folder / "run"), make_run(folder / "other")]
+    compared = comparison.write(runs, folder / "compared.html")
+    return {"run": page.write_run(runs[0]), "lab": lab / "report.html", "compared": compared}
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def open_page(browser, files):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("kind", ["run", "lab"])
+@pytest.mark.parametrize("kind", ["run", "lab", "compared"])
 def test_the_page_renders_without_complaint_and_fits_its_width(open_page, files, kind, width):
     tab, complaints, requests = open_page(kind, width)
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
@@ -65,7 +67,7 @@ def test_the_page_renders_without_complaint_and_fits_its_width(open_page, files,
     for i in range(charts.count()):
         box = charts.nth(i).bounding_box()
         assert box["width"] > 200 and box["height"] > 100
-    assert tab.locator("h1").inner_text() == kind
+    assert tab.locator("h1").inner_text().startswith({"run": "SGPO · ", "lab": "Lab · ", "compared": "2 runs"}[kind])
     assert complaints == [] and requests == [files[kind].as_uri()]
 
 
@@ -116,3 +118,12 @@ def test_page_text_and_charts_follow_the_colour_scheme(open_page, scheme, dark):
     assert (brightness("body", "backgroundColor") < 60) == dark
     for selector, name in (("body", "color"), ("svg text", "fill"), (".answer .text", "color")):
         assert (brightness(selector, name) > 180) == dark, selector
+
+
+def test_on_a_phone_a_field_of_the_config_stands_above_its_values(open_page):
+    tab, _, _ = open_page("run", 375)
+    field, here = (tab.locator(".fields td").nth(i).bounding_box() for i in (0, 1))
+    assert here["y"] >= field["y"] + field["height"] and here["x"] == field["x"]
+    with tab.expect_download() as waiting:
+        tab.get_by_role("link", name="rl.jsonl").click()
+    assert waiting.value.suggested_filename == "rl.jsonl"

@@ -48,6 +48,14 @@ def test_training_curves_shows_the_rows(tmp_path, drawn):
     assert steps == [1, 2, 3] and values[0] == 0.5 and values[1] != values[1]
 
 
+@pytest.mark.parametrize("loss", [None, float("nan"), 0.0])
+def test_a_run_without_a_number_has_its_panels(tmp_path, drawn, loss):
+    rows = [{"step": step, "reward_auto": 0.5, "token_kl": loss} for step in (1, 2)]
+    figures.training_curves(rows, tmp_path / "curves.png")
+    assert all(axes.get_ylim()[1] == 1.0 for axes in drawn[0].axes)
+    assert figures.loss_panel([{"step": 1, "loss": loss}, {"step": 2, "loss": None}])
+
+
 def test_every_panel_names_its_unit(tmp_path, drawn):
     metrics = [metric for panel in figures._PANELS for metric, _, _ in panel.curves]
     figures.training_curves([{"step": 1, **dict.fromkeys(metrics, 0.0)}], tmp_path / "curves.pdf")

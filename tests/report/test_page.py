@@ -22,8 +22,9 @@ from helpers.folders import (
 from helpers.paths import ROOT
 from ml_collections import ConfigDict
 
-from sgpo_jax import lab, main
-from sgpo_jax.report import __main__ as report_command
+from sgpo_jax import lab
+from sgpo_jax.commands import report as report_command
+from sgpo_jax.commands import train
 from sgpo_jax.report import examples, figures, page
 
 
@@ -83,8 +84,10 @@ def test_texts_of_problems_models_and_configs_stay_text(found):
     assert {tag for tag, _ in found.tags} & {"img", "iframe", "link", "object", "form"} == set()
     assert len(found.scripts) == 1 and "owned" not in found.scripts[0]
     assert not any(name.startswith("on") for _, attributes in found.tags for name in attributes)
-    # In the facts and two tables of the config, the environment, an analysis, and four problems with four responses.
-    assert found.text.count(HOSTILE) == 3 + 1 + 4 + 4 * (1 + 4)
+    # In two tables of the config, the environment, an analysis, and four problems with four responses.
+    assert found.text.count(HOSTILE) == 2 + 1 + 4 + 4 * (1 + 4)
+    end = HOSTILE.rpartition("/")[2]  # of the model's name, in both titles
+    assert found.text.count(end) == found.text.count(HOSTILE) + 2
 
 
 def test_nothing_is_loaded_and_no_other_script_may_run(run, found):
@@ -93,7 +96,9 @@ def test_nothing_is_loaded_and_no_other_script_may_run(run, found):
     assert policy.startswith("default-src 'none';") and f"script-src 'sha256-{digest}';" in policy
     for _, attributes in found.tags:
         for name in ("src", "href", "xlink:href", "action"):
-            assert attributes.get(name, "#").startswith("#")
+            target = attributes.get(name, "#")
+            kept = "download" in attributes and target.startswith("data:application/octet-stream;base64,")
+            assert target.startswith("#") or kept
     source = (run / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"https?://|@import|url\((?!#)", source)
 
@@ -263,16 +268,16 @@ def test_a_run_writes_its_page_as_it_goes_and_does_not_depend_on_it(tmp_path, mo
         raise RuntimeError("no page today")
 
     monkeypatch.setattr(page, "write_run", fail)
-    main.run(config, tmp_path)
+    train.run(config, tmp_path)
     assert written == [(f"{stage} step {i} of 2", True) for stage in ("SFT", "RL") for i in (1, 2)] + [("", False)]
     assert capsys.readouterr().out.count("report: not written: RuntimeError: no page today") == 5
     (start,) = json.loads((tmp_path / "environment.json").read_text())
     assert {"started", "python", "jax", "flax", "device", "commit"} <= start.keys()
 
     written.clear()
-    monkeypatch.setattr(main.rl, "train", lambda *args: 1 / 0)
+    monkeypatch.setattr(train.rl, "train", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        main.run(config, tmp_path)
+        train.run(config, tmp_path)
     assert written == [("", False)], "a run that failed is not said to be running"
 
 

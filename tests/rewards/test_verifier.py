@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.paths import ROOT, SHARED
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sgpo_jax import rewards
@@ -40,7 +40,7 @@ BOMBS = [
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
-    with closing(Pool(workers=2, seconds=3.0)) as pool:
+    with closing(Pool(workers=2, seconds=10.0)) as pool:
         yield pool
 
 
@@ -185,7 +185,7 @@ PIECES = r"""
 """
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(
     pieces=st.lists(st.sampled_from(PIECES.split()), min_size=1, max_size=12),
     gap=st.sampled_from(["", " "]),
@@ -337,7 +337,9 @@ def test_text_comparison_needs_no_worker() -> None:
 
 
 def test_an_answer_that_math_verify_cannot_read_is_wrong(pool: Pool) -> None:
-    assert [v.outcome for v in score(boxed(["'", "x+2", r"\infty0"]), ["204", "'", "204"], pool=pool)] == ["wrong"] * 3
+    answers = ["'", "x+2", r"\infty0", "0i<1<0", r"x^2\ne 1\ne i^2", "[1,21i]", r"\{(8,18),(i2,32)\}", r"\frac{0}{0}"]
+    golds = ["204", "'", "204", "204", r"\{1,2\}", "(1,2]", "1,2,3", "x=1"]
+    assert {v.outcome for v in score(boxed(answers), golds, pool=pool)} == {"wrong"}
 
 
 def test_long_answers_are_wrong_unless_identical() -> None:
@@ -361,6 +363,7 @@ def test_bad_input_is_named() -> None:
 # Hostile answers
 
 
+@pytest.mark.slow
 def test_bombs_cost_their_time_and_nothing_else() -> None:
     with closing(Pool(workers=2, seconds=1.5)) as pool:
         score(boxed(["x+1", "y+1"]), ["1+x", "1+y"], pool=pool)
@@ -390,8 +393,9 @@ def test_default_limit_is_six_seconds() -> None:
     assert score(boxed(["1+x"]), ["x+1"])[0].outcome == "correct"
 
 
-@pytest.mark.slow
-@settings(max_examples=5000, deadline=None)
+@settings(max_examples=150, deadline=None)
+@example(answer="0i<1<0", gold="204")
+@example(answer="[1,21i]", gold="(1,2]")
 @given(
     answer=st.text()
     | st.lists(
@@ -402,9 +406,7 @@ def test_default_limit_is_six_seconds() -> None:
     gold=st.sampled_from(["204", r"\frac{1}{2}", "x+1", "(1,2]", r"\text{even}", "6-5i", "62.5%"]),
 )
 def test_fuzzed_answers(pool: Pool, answer: str, gold: str) -> None:
-    start = time.monotonic()
     assert score([rf"\boxed{{{answer}}}"], [gold], pool=pool)[0].outcome != "crash"
-    assert time.monotonic() - start < 8.0
 
 
 @settings(max_examples=60, deadline=None)
@@ -570,7 +572,7 @@ def test_no_worker_outlives_a_killed_parent() -> None:
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) == 2 and not any(map(gone, pids))
         parent.kill()
-        assert wait_until(lambda: all(map(gone, pids)), 5.0)
+        assert wait_until(lambda: all(map(gone, pids)), 60.0)  # both need the processor once, which may be busy
 
 
 def test_a_large_parent_does_not_cost_a_worker_per_answer() -> None:

@@ -7,7 +7,7 @@ import jax
 import pytest
 from helpers.folders import config_of
 
-from sgpo_jax import main
+from sgpo_jax.commands import train
 from sgpo_jax.runtime import memory
 
 
@@ -49,10 +49,10 @@ def test_another_c_library_has_nothing_to_call(monkeypatch, compile_something, e
 def test_the_command_asks_for_it(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(memory, "trim_after_compiling", lambda: asked.append("trim"))
-    monkeypatch.setattr(main.preemption, "watch", lambda grace: None)
-    monkeypatch.setattr(main, "run", lambda config, workdir: asked.append("run"))
+    monkeypatch.setattr(train.preemption, "watch", lambda grace: None)
+    monkeypatch.setattr(train, "run", lambda config, workdir: asked.append("run"))
     one_process = dict.fromkeys(("coordinator", "processes", "process"))
-    main.main(config_of("quickstart.py"), SimpleNamespace(workdir=str(tmp_path), distributed=False, **one_process))
+    train.main(config_of("quickstart.py"), SimpleNamespace(workdir=str(tmp_path), distributed=False, **one_process))
     assert asked == ["trim", "run"]
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from sgpo_jax import policy, sharding
 from sgpo_jax.policy.generation import respond
-from sgpo_jax.strategies import clients, replies
+from sgpo_jax.strategies import clients, faults, replies
 
 pytest.importorskip("openai", reason="needs the extra 'extract'")
 
@@ -62,7 +62,7 @@ def test_a_normal_reply_and_what_was_asked():
         (Answer(b"<html>bad gateway</html>", 502, {"Content-Type": "text/html"}), "502: "),
         (completion("late")._replace(delay=0.8), "Timeout"),
         (completion("drip")._replace(drip=0.02), "Timeout"),
-        (completion("half")._replace(cut=50), "Error"),
+        (completion("half")._replace(body=completion("half").body[:-20], cut=50), "Error"),
         (Answer(b'{"choices": [{"mess'), "JSONDecodeError"),
         (Answer(b"\xff\xfe not text"), "UnicodeDecodeError"),
         (Answer(b"[" * 100_000), "RecursionError"),
@@ -93,7 +93,7 @@ def test_tokens_of_replies_without_choices_are_counted():
 def test_tries_end():
     with scripted(failure(503, "down")) as server:
         ask, reasons = client(server, retries=2)
-        with pytest.raises(replies.Unavailable, match="3 tries, the last one: 503"):
+        with pytest.raises(faults.Unavailable, match="3 tries, the last one: 503"):
             ask(REQUEST)
     assert len(server.requests) == 3 and len(reasons) == 2
 
@@ -117,15 +117,15 @@ def test_retry_after():
 @pytest.mark.parametrize(
     ("bad", "error"),
     [
-        (failure(401, f"wrong key {KEY}"), replies.Denied),
-        (failure(402, "no money"), replies.Denied),
-        (failure(403, "not you"), replies.Denied),
-        (failure(404, "no such model"), replies.Denied),
-        (failure(429, "pay first", "insufficient_quota"), replies.Denied),
-        (failure(400, "odd"), replies.Refused),
-        (failure(422, "odd"), replies.Refused),
-        (failure(400, "long", "context_length_exceeded"), replies.TooLong),
-        (failure(400, "maximum context length is 4096 tokens"), replies.TooLong),
+        (failure(401, f"wrong key {KEY}"), faults.Denied),
+        (failure(402, "no money"), faults.Denied),
+        (failure(403, "not you"), faults.Denied),
+        (failure(404, "no such model"), faults.Denied),
+        (failure(429, "pay first", "insufficient_quota"), faults.Denied),
+        (failure(400, "odd"), faults.Refused),
+        (failure(422, "odd"), faults.Refused),
+        (failure(400, "long", "context_length_exceeded"), faults.TooLong),
+        (failure(400, "maximum context length is 4096 tokens"), faults.TooLong),
     ],
 )
 def test_what_no_retry_mends_is_not_tried_again(bad, error):
@@ -143,7 +143,7 @@ def test_stopping_ends_the_wait():
         ask, _ = client(server, stop=stop)
         threading.Timer(0.3, stop.set).start()
         started = time.monotonic()
-        with pytest.raises(replies.Unavailable, match="stopped while waiting"):
+        with pytest.raises(faults.Unavailable, match="stopped while waiting"):
             ask(REQUEST)
     assert time.monotonic() - started < 5
 
@@ -312,9 +312,9 @@ def test_tokens_and_ends_are_counted(small):
 
 
 def test_what_does_not_fit_is_refused(small):
-    with pytest.raises(replies.TooLong, match="at most 24 fit"):
+    with pytest.raises(faults.TooLong, match="at most 24 fit"):
         local(small)(replies.Request("1", "3 " * 40, 1, 6))
-    with pytest.raises(replies.Denied, match="4096 positions"):
+    with pytest.raises(faults.Denied, match="4096 positions"):
         local(small)(replies.Request("1", "3 3", 1, 5000))
 
 

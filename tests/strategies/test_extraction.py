@@ -11,7 +11,7 @@ from collections import Counter
 from importlib.util import find_spec
 
 import pytest
-from helpers.chat_server import ChatServer, completion, failure, helpful, problems, stage_of, strategy
+from helpers.chat_server import Answer, ChatServer, completion, failure, helpful, problems, stage_of, strategy
 from helpers.configs import extraction
 from helpers.paths import ROOT
 from ml_collections import ConfigDict
@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from sgpo_jax import data, strategies
 from sgpo_jax.runtime import journal
 from sgpo_jax.runtime.files import read_jsonl
-from sgpo_jax.strategies import budget, leakage, prompts, replies
+from sgpo_jax.strategies import budget, faults, leakage, prompts, replies
 
 pytest.importorskip("openai", reason="needs the extra 'extract'")
 
@@ -297,7 +297,8 @@ def test_only_the_solution_of_a_thought_is_shown(tmp_path, rows):
 
 def test_a_bad_server_costs_retries_and_nothing_else(tmp_path, rows, capsys):
     rows(problems(4))
-    bad = [failure(429, **{"Retry-After": "0.05"}), failure(500), completion("cut")._replace(cut=9), completion()]
+    cut = Answer(b'{"choices": [', cut=9)
+    bad = [failure(429, **{"Retry-After": "0.05"}), failure(500), cut, completion()]
 
     def answer(prompt, body, headers, number):
         return bad[number // 2 % 4] if number % 2 else helpful(prompt, body, headers, number)
@@ -358,7 +359,7 @@ def test_nothing_new_is_asked_for_once_it_stops(tmp_path):
         assert paid("score", 0, "prompt", 1, 5) == reply
         stop.set()
         assert paid("score", 0, "prompt", 1, 5) == reply, "what is paid for can be used"
-        with pytest.raises(replies.Unavailable, match="stopped"):
+        with pytest.raises(faults.Unavailable, match="stopped"):
             paid("score", 1, "prompt", 1, 5)
     assert [request.id for request in asked] == ["p/score/0"]
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from helpers.chat_server import Answer, ChatServer, completion
 
-from sgpo_jax.strategies import clients, parsing, replies
+from sgpo_jax.strategies import clients, faults, parsing, replies
 
 pytest.importorskip("openai", reason="needs the extra 'extract'")
 
@@ -51,22 +51,22 @@ def delta(content=None, finish=None, index=0, **more):
 # name: (answer, exception or None for one that may pass, the server's words in the message)
 FAULTS = {
     # HTTP statuses
-    "400": (error("odd field", 400), replies.Refused, "400: odd field"),
-    "400 as text": (Answer(b"no such thing", 400), replies.Refused, "no such thing"),
-    "401": (error("bad key", 401), replies.Denied, "401: bad key"),
-    "402": (error("pay", 402), replies.Denied, "402: pay"),
-    "403": (body({"detail": "not you"}, 403), replies.Denied, "not you"),
-    "404 of another place": (body({"detail": "Not Found"}, 404), replies.Denied, "/v1/chat/completions"),
-    "404 as a web page": (Answer(b"<html><title>Gone</title></html>", 404, HTML), replies.Denied, "'Gone'"),
-    "404 without a body": (Answer(b"", 404), replies.Denied, "404: an empty body"),
-    "405": (Answer(b"Method Not Allowed", 405), replies.Denied, "Method Not Allowed"),
-    "413": (error("too large", 413), replies.Refused, "too large"),
-    "422 of a list": (body({"detail": [{"loc": ["body"], "msg": "n"}]}, 422), replies.Refused, '"loc"'),
+    "400": (error("odd field", 400), faults.Refused, "400: odd field"),
+    "400 as text": (Answer(b"no such thing", 400), faults.Refused, "no such thing"),
+    "401": (error("bad key", 401), faults.Denied, "401: bad key"),
+    "402": (error("pay", 402), faults.Denied, "402: pay"),
+    "403": (body({"detail": "not you"}, 403), faults.Denied, "not you"),
+    "404 of another place": (body({"detail": "Not Found"}, 404), faults.Denied, "/v1/chat/completions"),
+    "404 as a web page": (Answer(b"<html><title>Gone</title></html>", 404, HTML), faults.Denied, "'Gone'"),
+    "404 without a body": (Answer(b"", 404), faults.Denied, "404: an empty body"),
+    "405": (Answer(b"Method Not Allowed", 405), faults.Denied, "Method Not Allowed"),
+    "413": (error("too large", 413), faults.Refused, "too large"),
+    "422 of a list": (body({"detail": [{"loc": ["body"], "msg": "n"}]}, 422), faults.Refused, '"loc"'),
     "429": (error("tokens per minute", 429), None, "429: tokens per minute"),
-    "429 without balance": (error("Insufficient balance", 429), replies.Denied, "Insufficient balance"),
+    "429 without balance": (error("Insufficient balance", 429), faults.Denied, "Insufficient balance"),
     "429 that names the context": (error("the context window is busy", 429), None, "busy"),
     "500": (error("oops", 500), None, "500: oops"),
-    "501": (error("not here", 501), replies.Refused, "not here"),
+    "501": (error("not here", 501), faults.Refused, "not here"),
     "502 as a web page": (Answer(b"<html><title>502 Bad Gateway</title></html>", 502, HTML), None, "Bad Gateway"),
     "503 with the words behind a gateway": (
         error("Provider error", 503, metadata={"raw": "out of memory"}), None, "Provider error (out of memory)",
@@ -74,18 +74,18 @@ FAULTS = {
     # an error inside a 200
     "200: overloaded": (error("upstream overloaded", code=502), None, "an error in a 200: upstream overloaded"),
     "200: rate limit": (error("free models per day", code=429), None, "free models per day"),
-    "200: no credit": (error("Add more", code=402), replies.Denied, "Add more"),
-    "200: no credit by words": (error("Insufficient credits"), replies.Denied, "Insufficient credits"),
-    "200: status as text": (error("no such key", code="401"), replies.Denied, "no such key"),
+    "200: no credit": (error("Add more", code=402), faults.Denied, "Add more"),
+    "200: no credit by words": (error("Insufficient credits"), faults.Denied, "Insufficient credits"),
+    "200: status as text": (error("no such key", code="401"), faults.Denied, "no such key"),
     "200: too long": (
-        error("This endpoint's maximum context length is 4096 tokens", code=400), replies.TooLong, "4096 tokens",
+        error("This endpoint's maximum context length is 4096 tokens", code=400), faults.TooLong, "4096 tokens",
     ),
-    "200: a bad request": (error("what?", type="invalid_request_error"), replies.Refused, "what?"),
+    "200: a bad request": (error("what?", type="invalid_request_error"), faults.Refused, "what?"),
     "200: an error as text": (body({"error": "model is loading"}), None, "model is loading"),
     "200: two texts": (body({"status": "FAILED", "error": "err.x", "why": "no map"}), None, "no map"),
     "200: detail": (body({"detail": "Model is loading"}), None, "Model is loading"),
     "200: object error": (
-        body({"object": "error", "message": "The model `m` does not exist.", "code": 404}), replies.Denied, "`m`",
+        body({"object": "error", "message": "The model `m` does not exist.", "code": 404}), faults.Denied, "`m`",
     ),
     "200: an error in a choice": (
         body({"choices": [{"error": {"message": "idle", "code": 502}, "message": {"content": "half"}}]}), None, "idle",
@@ -114,7 +114,7 @@ FAULTS = {
 def test_a_fault_has_its_outcome_and_the_words_of_the_server(name):
     answer, kind, words = FAULTS[name]
     result, requests, reasons, notices, _ = asked(answer)
-    assert type(result) is (kind or replies.Unavailable), result
+    assert type(result) is (kind or faults.Unavailable), result
     assert words in str(result) and len(str(result)) < 700
     assert len(requests) == (1 if kind else RETRIES + 1) and len(reasons) == len(requests) - 1 and not notices
     assert all(words in why for why in reasons)
@@ -146,7 +146,7 @@ def test_a_filter_is_a_reply_that_is_refused(name):
 @pytest.mark.parametrize("status", [401, 429, 500])
 def test_the_word_policy_is_no_filter_in_a_status_of_another_kind(status):
     result, *_ = asked(error("by our content policy", status))
-    assert isinstance(result, replies.Denied if status == 401 else replies.Unavailable)
+    assert isinstance(result, faults.Denied if status == 401 else faults.Unavailable)
 
 
 ENDS = {
@@ -333,7 +333,7 @@ def test_the_limit_goes_by_its_other_name_but_is_never_left_out():
     assert reply.texts == ["five"] and "max_completion_tokens is sent instead" in notices[0]
     assert requests[1]["max_completion_tokens"] == 50 and "max_tokens" not in requests[1]
     result, requests, _, _, _ = asked(error("Unsupported parameter: 'max_tokens', 'max_completion_tokens'", 400))
-    assert type(result) is replies.Refused and len(requests) == 2
+    assert type(result) is faults.Refused and len(requests) == 2
 
 
 @pytest.mark.parametrize(
@@ -349,5 +349,5 @@ def test_the_limit_goes_by_its_other_name_but_is_never_left_out():
 )
 def test_a_value_out_of_range_is_the_users_mistake(message):
     result, requests, _, notices, _ = asked(error(message, 400))
-    assert type(result) is replies.Refused and message in str(result)
+    assert type(result) is faults.Refused and message in str(result)
     assert len(requests) == 1 and not notices

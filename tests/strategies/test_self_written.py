@@ -1,12 +1,15 @@
 """Strategies that the student writes: which response is shown, what is refused, and that a kill changes nothing."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
 from helpers.configs import load
 from helpers.paths import ROOT
 
-from sgpo_jax import data, main, methods, rewards, sharding
+from sgpo_jax import data, methods, rewards, sharding
+from sgpo_jax.commands import train
 from sgpo_jax.policy import Run, generation, tokenizer
 from sgpo_jax.policy.generation import Graded
 from sgpo_jax.rollout import STOP, Rollout
@@ -204,6 +207,7 @@ def test_nothing_is_written_after_the_first_step(student, replies, tmp_path):
     assert replies.calls == 0
 
 
+@pytest.mark.slow
 def test_a_run_trains_with_what_its_student_wrote(tmp_path, monkeypatch):
     """The whole path: half of the problems have a strategy; the other half are shown as they are."""
     config = methods.select(load(ROOT / "configs" / "quickstart.py"), "self_strategies")
@@ -229,7 +233,7 @@ def test_a_run_trains_with_what_its_student_wrote(tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr("sgpo_jax.training.rl.encode_prompts", encode)
-    main.run(config, tmp_path)
+    train.run(config, tmp_path)
     verdicts = read_jsonl(tmp_path / "rl" / "strategies.jsonl")[1:]
     kept = [verdict["strategy"] is not None for verdict in verdicts]
     assert len(kept) == 16 and 2 <= sum(kept) <= 8
@@ -240,5 +244,20 @@ def test_a_run_trains_with_what_its_student_wrote(tmp_path, monkeypatch):
     assert all(np.isfinite(row["loss"]) and row["skipped"] == 0 and "reward_guided" in row for row in steps)
     # One more step resumes from the checkpoint with the same strategies.
     config.rl.steps = 3
-    main.run(config, tmp_path)
+    train.run(config, tmp_path)
     assert prompts[2:] == prompts[:2] and len(read_jsonl(tmp_path / "rl.jsonl")) == 3
+
+
+def test_prompts_leave_room_for_a_response_in_the_models_positions(student, replies, tmp_path):
+    policy, params, rows, mesh = student
+    path = tmp_path / "run/rl/strategies.jsonl"
+    write(student, path)
+    kept = [verdict["id"] for verdict in read_jsonl(path)[1:] if verdict["reason"] == "kept"]
+    longest = max(len(generation.encode_prompts(policy, [row], guided=False)[0]) for row in rows)
+    small = policy._replace(config=replace(policy.config, max_positions=longest + 24))
+    found = write((small, params, rows, mesh), tmp_path / "small/rl/strategies.jsonl")
+    verdicts = read_jsonl(tmp_path / "small/rl/strategies.jsonl")[1:]
+    long = [verdict for verdict in verdicts if verdict["reason"] == "prompt_too_long"]
+    assert kept and {verdict["id"] for verdict in long} >= set(kept), "their guided prompts are longer than the problem"
+    assert all(verdict["detail"].endswith(f" tokens; at most {longest} fit") for verdict in long)
+    assert not any(row["strategy"] for row in found)

@@ -15,7 +15,8 @@ import pytest
 from helpers.configs import load
 from helpers.paths import ROOT
 
-from sgpo_jax import main, sharding
+from sgpo_jax import sharding
+from sgpo_jax.commands import train
 from sgpo_jax.policy import Run
 from sgpo_jax.runtime.files import read_jsonl
 from sgpo_jax.training import stage
@@ -59,7 +60,7 @@ def test_a_run_of_an_earlier_version_resumes_and_comes_to_the_same_end(workdir, 
     state = stage.state_at(Run(config, workdir, policy, mesh), "rl", 2, stage.optimizer(config, "rl", 4)[0])
     assert int(state.step) == 2 and all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
 
-    main.run(config, workdir)
+    train.run(config, workdir)
     assert "damaged" not in capsys.readouterr().out
     assert (workdir / "rl.jsonl").read_text().startswith(before), "what was there stays"
     rows, expected = read_jsonl(workdir / "rl.jsonl")[2:], read_jsonl(DATA / "run_34d3c70_continued.jsonl")
@@ -73,5 +74,5 @@ def test_a_changed_field_of_an_earlier_run_is_still_refused(workdir, mesh):
     config = config_of(steps=4)
     config.rl.delta = 2.0
     with pytest.raises(ValueError, match=r"config\.rl\.delta=2\.0: the run in .* has 1\.0"):
-        main.run(config, workdir)
+        train.run(config, workdir)
     assert json.loads((workdir / "config.json").read_text())["rl"]["delta"] == 1.0

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from helpers.paths import ROOT
 
-from sgpo_jax import losses, main, models, replay
+from sgpo_jax import losses, models
+from sgpo_jax.commands import replay, train
 from sgpo_jax.runtime.files import read_jsonl
 from sgpo_jax.training import rl, skipped_batch
 from sgpo_jax.training.batch import Batch
@@ -57,7 +58,7 @@ def run(tmp_path_factory):
         loss, batch = poison(iter([1, 2, 3, 4]).__next__)
         patch.setattr(losses, "clipped_surrogate", loss)
         patch.setattr(rl, "Batch", batch)
-        main.run(config_of("rl"), workdir)
+        train.run(config_of("rl"), workdir)
         yield workdir
 
 
@@ -124,7 +125,7 @@ def test_a_bad_parameter_stops_the_warm_up_and_the_replay_names_it(tmp_path, mon
     config = config_of("sft")
     config.max_skipped = 2
     with pytest.raises(FloatingPointError, match=r"step 2: 2 updates .*\(max_skipped=2\).*replay .*skipped_batch_0+2"):
-        main.run(config, tmp_path)
+        train.run(config, tmp_path)
     capsys.readouterr()
     path = tmp_path / "sft" / "skipped_batch_000002.npz"
     found = replay.run(config, tmp_path, path)

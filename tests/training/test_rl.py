@@ -9,7 +9,7 @@ import pytest
 from sgpo_jax import config as configs
 from sgpo_jax import policy, sharding
 from sgpo_jax.policy import generation
-from sgpo_jax.rollout import Sampling
+from sgpo_jax.rollout import Rollout, Sampling
 from sgpo_jax.training import rl
 
 PROMPTS = {
@@ -66,6 +66,48 @@ def test_what_is_not_sampled_is_not_there(tiny, tiny_params, changes):
     found, _, alone = step(tiny, tiny_params, settings(**changes))
     assert list(found) == ["autonomous"]
     np.testing.assert_array_equal(found["autonomous"].tokens, alone("autonomous", 3).tokens)
+
+
+def sampled(ids, rewards):
+    """A made-up batch; every number of a response is that of its problem and place."""
+    rewards = np.array(rewards, np.float32)
+    place = np.arange(rewards.size).reshape(rewards.shape) + 100 * ord(ids[0])
+    rollout = Rollout(place[..., None], place[..., None] / 2, place, place)
+    graded = generation.Graded(rollout, place.astype(str).tolist(), place.tolist(), rewards)
+    return rl.Sampled([{"id": name} for name in ids], {"autonomous": graded, "guided": graded}, 5, 7)
+
+
+def test_problems_without_spread_are_replaced_by_others_with_it():
+    batch = sampled("abcd", [[1, 1], [1, 0], [0, 0], [0, 0]])
+    other = sampled("wbxy", [[0, 0], [0, 1], [1, 0], [0, 1]])  # b is in the batch, w is of no use
+    found = rl.fill(batch, other)
+    assert [row["id"] for row in found.problems] == ["x", "b", "y", "d"] and found[2:] == (10, 14)
+    for graded in found.graded.values():
+        assert graded.rewards.tolist() == [[1, 0], [1, 0], [0, 1], [0, 0]]
+        expected = [[int(x) for x in row] for row in graded.texts]
+        assert expected[0] == [100 * ord("w") + 4, 100 * ord("w") + 5] and expected[3] == [9706, 9707]
+        for field in (graded.verdicts, graded.rollout.tokens[..., 0], graded.rollout.lengths):
+            assert np.asarray(field).tolist() == expected
+    assert rl.has_spread(found).tolist() == [True, True, True, False]
+
+
+def test_a_response_is_shown_another_correct_one(monkeypatch):
+    """Problem a has two correct responses, b one and c none; the thought is not shown, nor a response too long."""
+    def encode(policy, rows, guided, hint):
+        return [[50, *map(int, row[hint].split())] for row in rows]
+
+    monkeypatch.setattr(rl, "encode_prompts", encode)
+    run = policy.Run(settings(target="own", guide="sibling", max_new_tokens=2), None, None, None)
+    rewards = np.array([[0, 1, 1], [0, 0, 1], [0, 0, 0]], np.float32)
+    texts = [["1", "<think> 9 </think> 2", "3"], ["4", "5", " ".join(["6"] * 60)], ["7", "8", "9"]]
+    graded = generation.Graded(None, texts, None, rewards)
+    contexts = rl.own_contexts(run, graded, PROMPTS, [{"id": name} for name in "abc"])
+    plain = PROMPTS["autonomous"]
+    assert contexts.tokens == [[50, 2], [50, 3], [50, 2], *[plain["b"]] * 3, *[plain["c"]] * 3]
+    assert contexts.longest == 4 + 2 + 32
+    run = policy.Run(settings(target="own", guide="solution"), None, None, None)
+    fixed = rl.own_contexts(run, graded, PROMPTS, [{"id": name} for name in "abc"])
+    assert fixed.tokens == [PROMPTS["guided"][name] for name in "aaabbbccc"] and fixed.longest == 7
 
 
 def test_another_step_has_other_noise(tiny, tiny_params):

@@ -12,7 +12,8 @@ import pytest
 from helpers.paths import ROOT
 
 from sgpo_jax import config as configs
-from sgpo_jax import config_checks, main, sharding
+from sgpo_jax import config_checks, sharding
+from sgpo_jax.commands import train
 from sgpo_jax.runtime.files import read_jsonl
 from sgpo_jax.training import collapse, rl, rollback
 from sgpo_jax.training.checkpoint import Checkpoints
@@ -203,13 +204,13 @@ def test_a_collapse_is_left_behind_until_the_last_rollback_has_been_made(world, 
     visited = world(3, 4, 6, 7, 8)
     said = "truncated is 1, above monitor.most_truncated=0.5: responses do not end"
     with pytest.raises(FloatingPointError, match=r"step 6: truncated is 1, .*; stopped after 1 rollbacks, as monitor"):
-        main.run(config_of(most_rollbacks=1), tmp_path)
+        train.run(config_of(most_rollbacks=1), tmp_path)
     # Batches 3 and 4, of steps 4 and 5, were sick: it went back to step 3, and on with 5, 6 and 7, which ended it.
     assert visited == [0, 1, 2, 3, 4, 5, 6, 7]
     assert rollback.read(tmp_path) == [{"at": 5, "to": 3, "sign": said}]
     assert f"step 5: {said}; back to step 3, to continue with other batches" in capsys.readouterr().out
     visited.clear()
-    main.run(config_of(most_rollbacks=2), tmp_path)
+    train.run(config_of(most_rollbacks=2), tmp_path)
     # The rows of before tell that step 7, with batch 8, is sick too, and has been since step 6: back to step 4.
     assert visited == [8, 9, 10, 11, 12]
     assert rollback.read(tmp_path)[1:] == [{"at": 7, "to": 4, "sign": said}]

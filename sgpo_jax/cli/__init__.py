@@ -1,0 +1,10 @@
+"""The front of every command: flags, help, config, start line, and errors as one line; imports no JAX."""
+
+from sgpo_jax.cli.command import Command, Flag
+from sgpo_jax.cli.entry import start
+from sgpo_jax.cli.folders import folder
+from sgpo_jax.cli.help import overview
+from sgpo_jax.cli.lazy import lazily
+from sgpo_jax.config import nearest
+
+__all__ = ["Command", "Flag", "folder", "lazily", "nearest", "overview", "start"]

@@ -1,0 +1,44 @@
+"""Exports the trained model as a Hugging Face folder, which transformers and vLLM load.
+
+The folder has weights, config, tokenizer and stop ids.
+
+sgpo export --config=configs/NAME.py --workdir=DIR --to=FOLDER [--stage=sft]
+"""
+
+from pathlib import Path
+
+from sgpo_jax import cli, config_checks, sharding
+from sgpo_jax import config as configs
+from sgpo_jax.cli.processes import join
+from sgpo_jax.models import huggingface
+from sgpo_jax.policy import Run
+from sgpo_jax.report import model_card
+from sgpo_jax.runtime import files, is_first
+from sgpo_jax.training import stage
+
+
+def run(config, workdir: Path, from_stage: str, folder: Path, dtype: str) -> None:
+    """Writes the best parameters of a stage to a new folder.
+
+    Raises:
+      ValueError: the stage has no checkpoint, or the folder is not empty.
+    """
+    configs.check_resume(config, workdir / "config.json")
+    policy, _ = stage.load_policy(config)
+    step = stage.find_step(config, workdir, from_stage, "best")
+    if step is None:
+        raise ValueError(f"workdir={str(workdir)!r}: there is no checkpoint of stage {from_stage!r}")
+    params = stage.params_at(Run(config, workdir, policy, sharding.make_mesh(**config.mesh)), from_stage, step)
+    huggingface.save(folder, params, policy.config, tokenizer=policy.tokenizer, stop_ids=policy.stop_ids, dtype=dtype)
+    if is_first():
+        card = model_card.model_card(workdir, from_stage, step, dtype)
+        files.write_text(folder / "README.md", card)
+        print(f"exported to {folder}", flush=True)
+
+
+def main(config, given) -> None:
+    """Checks the config and the flags, joins the other processes, and exports."""
+    config_checks.check(config)
+    folder = cli.folder("to", given.to)
+    join(config, given)
+    run(config, Path(given.workdir).expanduser(), given.stage, folder, given.dtype)

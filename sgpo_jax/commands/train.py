@@ -1,0 +1,80 @@
+"""Trains: runs the stages of a config in order, each from where it stopped."""
+
+import contextlib
+from functools import partial
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from sgpo_jax import cli, config_checks, rewards, sharding
+from sgpo_jax import config as configs
+from sgpo_jax.cli.processes import join
+from sgpo_jax.policy import Run
+from sgpo_jax.report import page
+from sgpo_jax.runtime import distributed, environment, is_first, lock, memory, preemption, write_text
+from sgpo_jax.training import final_eval, rl, sft, stage
+
+
+def run(config, workdir: Path) -> None:
+    """Runs the stages of the config in order, each from where it stopped."""
+    mesh = sharding.make_mesh(**config.mesh)
+    config_checks.check_mesh(config, sharding.row_ways(mesh))
+    rewards.check(config.rl.reward)
+    with lock.hold(workdir) if is_first() else contextlib.nullcontext():
+        if is_first():
+            # A run that was refused over its rows or its model has left a config too, which binds nobody.
+            begun = "*/checkpoints/[0-9]*", "eval/*", "rl/rollbacks.json"
+            if any(any(workdir.glob(pattern)) for pattern in begun):
+                configs.check_resume(config, workdir / "config.json")
+            write_text(workdir / "config.json", configs.to_json(config))
+            environment.record(workdir)
+        distributed.wait_for(workdir / lock.FILE)
+        _run_stages(config, workdir, mesh)
+
+
+def found(config, workdir: Path) -> list[str]:
+    """Returns what a resumed run finds, as in "SFT finished at step 320", "RL resumes at step 17 of 50"."""
+    steps = {name: stage.find_step(config, workdir, name, "last") for name in ("sft", "rl") if name in config.stages}
+    done = [name for name, step in steps.items() if step is not None]
+    lines = []
+    for name in done:
+        total = config[name].steps
+        if name != done[-1] or steps[name] == total or any((workdir / "eval").glob("*.json")):
+            lines.append(f"{name.upper()} finished at step {steps[name]}")
+        else:
+            lines.append(f"{name.upper()} resumes at step {steps[name]}" + f" of {total}" * bool(total))
+    return lines
+
+
+def _run_stages(config, workdir: Path, mesh: Mesh) -> None:
+    if lines := found(config, workdir):
+        print(f"{workdir}: {'; '.join(lines)}", flush=True)
+    policy, load = stage.load_policy(config)
+    run = Run(config, workdir, policy, mesh)
+    stage.check_positions(run)
+    if "rl" in config.stages:
+        rl.sampling(run)  # slots that do not fit are refused before the warm-up
+    initial = partial(load, jax.random.key(config.seed))
+    warmed_up = partial(stage.warmed_up, run, initial)
+    try:
+        if "sft" in config.stages:
+            sft.train(run, initial)
+        if "rl" in config.stages:
+            rl.train(run, warmed_up)
+        if "eval" in config.stages:
+            final_eval.write(run, warmed_up)
+    finally:  # also after a failure, else the page would say that the run is still running
+        if is_first():
+            page.attempt(page.write_run, workdir)
+            print(f"Page: {workdir / 'report.html'}", flush=True)
+
+
+def main(config, given) -> None:
+    """Checks the config and the flags, joins the other processes, and runs."""
+    config_checks.check(config)
+    workdir = cli.folder("workdir", given.workdir)
+    join(config, given)
+    preemption.watch(config.grace)
+    memory.trim_after_compiling()
+    run(config, workdir)
