@@ -7,7 +7,7 @@ code.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -94,19 +94,18 @@ def named(config: Mapping[str, Any]) -> str:
     if "rl" not in config["stages"]:
         return "sft"
     recipe = base().rl
-    signatures = {name: _signature({**recipe, **change(recipe)}) for name, change in METHODS.items() if name != "sft"}
-    ours = _signature({**recipe, **config["rl"]})
-    return next((name for name, signature in signatures.items() if signature == ours), "")
+    changes = {name: change(recipe) for name, change in METHODS.items() if name != "sft"}
+    fields = sorted({field for changed in changes.values() for field in changed} - set(_TUNED))
+    ours = _signature({**recipe, **config["rl"]}, fields)
+    return next((name for name, changed in changes.items() if _signature({**recipe, **changed}, fields) == ours), "")
 
 
-def _signature(rl: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what tells methods apart: the choices that are words, and which of the optional parts there are."""
-    words = {name: value for name, value in rl.items() if isinstance(value, str) and name not in ("reward", "decay")}
-    parts = {name: rl[name] > 0 for name in ("resample", "guided_grpo", "reference_kl", "delta_quantile")}
-    if not rl["guided"] and rl["target"] != "own":
-        names = ("advantage", "normaliser", "surrogate", "importance")
-        return {name: words[name] for name in names} | {"resample": parts["resample"]}
-    return words | parts | {"clips": math.isfinite(rl["delta"])}
+_TUNED = ("autonomous", "learning_rate", "clip_low", "clip_high", "entropy_bonus")  # tell no method from another
+
+
+def _signature(rl: Mapping[str, Any], fields: Iterable[str]) -> list[Any]:
+    """Returns what tells methods apart: the words among the fields, and of a number whether it is 0 or infinite."""
+    return [value if isinstance(value := rl[name], str | bool) else (value > 0, math.isinf(value)) for name in fields]
 
 
 def select(config: ConfigDict, choice: str, cards: Mapping[str, dict[str, Any]] | None = None) -> ConfigDict:

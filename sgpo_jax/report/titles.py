@@ -6,7 +6,9 @@ from typing import Any
 from sgpo_jax import methods
 
 # Methods that are called by their own name; the others are variants of SGPO.
-_OWN = ("sgpo", "sft", "grpo", "luffy", "hpt")
+_OWN = (
+    "sgpo", "sft", "grpo", "luffy", "hpt", "sdpo", "opsd", "sdft", "dr_grpo", "dapo", "gspo", "cispo", "truncated_is",
+)  # fmt: skip
 _SHOWN = 3  # joined sources of the data
 
 
@@ -18,7 +20,7 @@ def title_of(config: Mapping[str, Any]) -> str:
     """
     name = methods.named(config)
     variant = f"SGPO, {name.replace('_', ' ')}" if name else "a method of its own"
-    return f"{name.upper() if name in _OWN else variant} · {model_of(config)} · {data_of(config)}"
+    return f"{name.upper().replace('_', ' ') if name in _OWN else variant} · {model_of(config)} · {data_of(config)}"
 
 
 def model_of(config: Mapping[str, Any]) -> str:

@@ -59,6 +59,14 @@ def test_the_title_has_method_model_data_and_commit(runs):
     assert titles.title_of(config).startswith("a method of its own · ")
 
 
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_method_is_known_by_its_config(name):
+    config = methods.select(config_of("quickstart.py"), name)
+    assert methods.named(configs.to_dict(config)) == name
+    config.rl.learning_rate, config.rl.autonomous = 0.5, 99
+    assert methods.named(configs.to_dict(config)) == name, "these are tuned"
+
+
 def test_fallen_guided_accuracy_is_noted_and_the_rows_can_be_kept(runs):
     text = page.write_run(runs[0]).read_text()
     assert "Guided accuracy" not in text and "Guided: the data" in text
