@@ -342,11 +342,6 @@ def test_a_method_beyond_the_paper_trains(name, tmp_path, monkeypatch):
     assert len(graded) == 2 * rounds * (2 if name == "anchored" else 1) and (rounds > 1) == (name == "dapo")
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_config_tells_its_method(name):
-    assert methods.named(configs.to_dict(select(configs.base(), name))) == name
-
-
 def test_a_collapse_stops_the_run_after_a_checkpoint(tmp_path):
     config = methods.select(load(ROOT / "configs" / "quickstart.py"), "grpo")
     config.model.update({"hidden": 16, "heads": 2, "mlp": 32, "layers": 1})
