@@ -46,19 +46,14 @@ def test_a_run_leaves_metrics_checkpoints_generations_table_and_figures(undistur
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(undisturbed, tmp_path):
-    run(tmp_path / "again", rl__steps=2, rl__eval_every=0, eval__guided=False)
+def test_another_seed_and_another_reward_give_another_run(undisturbed, tmp_path):
     half = "tests.helpers.reward_functions:half"  # of the user's own
     run(tmp_path / "other", rl__steps=2, rl__eval_every=0, eval__guided=False, seed=1, rl__reward=half)
-    first = rows(undisturbed[0], "sft")
-    assert rows(tmp_path / "again", "sft") == first
-    assert rows(tmp_path / "other", "sft") != first
+    assert rows(tmp_path / "other", "sft") != rows(undisturbed[0], "sft")
     for row in rows(tmp_path / "other", "rl"):
         assert row["reward_auto"] == pytest.approx(0.5 * (1 - row["truncated"]), abs=1e-6)
     for path in (tmp_path / "other").rglob("heldout_*.jsonl"):
         assert {line["reward"] for line in read_jsonl(path)} <= {0.0, 0.5}
-    # The learning rate of RL is constant, so its first steps do not depend on how many follow.
-    assert rows(tmp_path / "again", "rl") == rows(undisturbed[0], "rl")[:2]
 
 
 def stop(workdir, stage, step, how):

