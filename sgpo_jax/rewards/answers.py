@@ -233,8 +233,10 @@ def _interval(piece: str) -> tuple[str, str] | None:
 _INTEGER = re.compile(r"([+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+))(?:\.0*)?(?:_\{?[0-9]+\}?)?")
 _WRAPPED = re.compile(SET + r"\{([A-Za-z .'()-]*)\}")
 _CHOICE = re.compile(rf"{SET}\{{ ?\(?([A-Z])\)? ?\}}|\(([A-Z])\)")
+_DENIED = r"\(?[a-z]\)?[.:, ]*(?:(?:is|was|can|looks|seems) ?)?(?:not|isn.?t|wasn.?t|wrong|incorrect|false|excluded)\b"
 _CHOSEN = re.compile(
-    r"(?:option|choice|answer)?:? ?(?!.*\b(?:and|or)\b|.*\([a-z]\).*\([a-z]\))(?:\(([a-z])\).*|([a-z])(?:[).:].*)?)",
+    rf"(?:option|choice|answer)?:? ?(?!.*\b(?:and|or)\b|.*\([a-z]\).*\([a-z]\)|{_DENIED})"
+    r"(?:\(([a-z])\).*|([a-z])(?:[).:].*)?)",
     re.IGNORECASE,
 )
 _CLOCK = re.compile(r"([0-9]{1,2})(?: ?: ?([0-5][0-9]))? *(?:([ap])\.? ?m\.?)?", re.IGNORECASE)
