@@ -16,7 +16,7 @@ _NAME = 20  # columns to which the first cell of a line may be broken inside a w
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Prints a table in the width of the terminal, and returns it in full width, for a report at the end of a run.
+    """Prints a table, on a terminal in its width, and returns it in full width, for a report at the end of a run.
 
     Args:
         title: printed above the table.
@@ -31,7 +31,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
         if len(line) != len(columns):
             raise ValueError(f"row {line!r} has {len(line)} cells for {len(columns)} columns")
     text = _drawn(title, columns, lines, WIDTH)
-    shown = fitting(title, columns, lines, shutil.get_terminal_size((WIDTH, 50)).columns)
+    width = shutil.get_terminal_size((WIDTH, 50)).columns if sys.stdout.isatty() else WIDTH
+    shown = fitting(title, columns, lines, width)
     print(shown if _draws_lines() else shown.translate(_ASCII), flush=True)
     return text
 

@@ -117,7 +117,8 @@ def test_any_bytes_are_rows_or_an_error_that_names_file_and_line(file, lines):
         return
     assert len({row["id"] for row in rows}) == len(rows) >= 1
     for row in rows:
-        assert {"id", "problem", "answer"} <= set(row) <= {*REQUIRED, *OPTIONAL}
+        assert {"id", "problem", "answer"} <= set(row) <= {*REQUIRED, *OPTIONAL, "extra"}
+        json.dumps(row.pop("extra", {}), allow_nan=False)
         assert all(isinstance(value, str) and value.strip() and value.encode() for value in row.values())
 
 

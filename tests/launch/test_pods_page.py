@@ -1,16 +1,17 @@
 """Keeps docs/pods.md and docs/gpus.md true: commands run dry, figures follow from each other, no file has a secret."""
 
-import ast
 import math
 import re
 import runpy
 import shlex
 import shutil
+from importlib.util import find_spec
 
 import pytest
 from helpers.launching import ROOT, bench
 
 from sgpo_jax import config as configs
+from sgpo_jax.commands import COMMANDS
 
 PAGE = (ROOT / "docs/pods.md").read_text()
 GPUS = (ROOT / "docs/gpus.md").read_text()
@@ -73,14 +74,10 @@ def load(config):
 @pytest.mark.parametrize("words", modules(), ids=lambda words: words[0])
 def test_the_python_commands_have_flags_and_fields_that_exist(words):
     module, *arguments = words
-    place = ROOT / module.replace(".", "/")
-    file = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
-    assert file.is_file(), f"there is no command {module}"
-    sources = [path.read_text() for path in (file, ROOT / "sgpo_jax/cli.py")]
-    calls = [node for source in sources for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
-    flags = {call.args[0].value for call in calls if ast.unparse(call.func).startswith("flags.DEFINE_")}
-    names = [argument.lstrip("-").partition("=")[0] for argument in arguments]
-    assert {name for name in names if not name.startswith("config")} <= flags
+    assert find_spec(module), f"there is no command {module}"
+    command = COMMANDS[{"sgpo_jax.main": "train"}.get(module, module.rpartition(".")[2])]
+    names = {argument.lstrip("-").partition("=")[0] for argument in arguments}
+    assert {name for name in names if not name.startswith("config")} <= {flag.name for flag in command.all_flags}
     (config,) = (argument.partition("=")[2] for argument in arguments if argument.startswith("--config="))
     assert configs.unknown_field(load(config), arguments) is None
 

@@ -104,7 +104,10 @@ def test_what_becomes_of_thoughts_is_counted(tmp_path, policy, monkeypatch, caps
     training, validation, _ = sft.load_rows(run(config, tmp_path, policy))
     assert len(training + validation) == 30
     (counts,) = json.loads((tmp_path / "data.json").read_text())["sft"]["sources"].values()
-    assert counts["kept_although"] == {"duplicate": counts["kept_although"]["duplicate"], "closed": 2, "endless": 1}
+    assert counts["kept_although"] == {
+        "duplicate": counts["kept_although"]["duplicate"], "closed": 2, "endless": 1,
+        "solution without the right boxed answer": 0,
+    }  # fmt: skip
     assert "although: closed" in capsys.readouterr().out
     said = iter(["closed"])
     config.data.train, config.rl.guide = config.sft.train, "demonstration"
