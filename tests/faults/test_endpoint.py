@@ -142,7 +142,7 @@ def test_every_token_is_counted_once_whatever_the_server_does(tmp_path, capsys):
         }[kind]  # fmt: skip
 
     with ChatServer(answer) as server:
-        why, written = run(tmp_path, server.url, retries=30, timeout=0.5, backoff=0.001)
+        why, written = run(tmp_path, server.url, retries=30, timeout=0.5, backoff=1e-6)
     assert why == "" and len(written) == 8
     paid = paid_for(tmp_path)
     assert len({(record["id"], record["stage"], record["index"]) for record in paid}) == len(paid) == 48
