@@ -39,11 +39,13 @@ def test_parity_and_a_step_on_the_cpu(tmp_path):
     assert "share of HBM peak" in printed
 
 
+@pytest.mark.slow
 def test_a_part_that_runs_too_long_leaves_the_others(tmp_path):
     results, _ = run(tmp_path, "--parts=rollout,parity", "--minutes=0.01")
     assert [result["status"].split(" after")[0] for result in results.values()] == ["stopped", "stopped"]
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_says_why(tmp_path):
     results, printed = run(tmp_path, "--parts=rollout", "--shape=none")
     assert results["rollout"]["status"] == "failed: exit status 1"

@@ -209,7 +209,7 @@ def test_the_methods_differ_on_this_batch():
     assert len({round(norm, 5) for norm in norms.values()}) == len(TRAINED), norms
 
 
-@pytest.mark.parametrize("name", ["self_strategies", "fixed_weight", "direct_sft", "no_target_selection"])
+@pytest.mark.parametrize("name", ["self_strategies", "direct_sft"])
 def test_problems_without_a_strategy_are_not_distilled(name):
     """Bit for bit, whatever alpha, the loss and the choice of targets are."""
     params, batch = make_params(), method_batch("sgpo")

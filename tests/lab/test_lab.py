@@ -247,6 +247,7 @@ def test_a_cell_that_fails_does_not_cost_the_others(config, tmp_path, monkeypatc
     assert "1 method · 2 seeds · 1 world · scratch" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_methods_begin_with_the_warm_up_of_their_world_and_seed(config, tmp_path, monkeypatch):
     config.lab.update({"rates": (1.0,), "worlds": ("base",), "methods": ("grpo", "sgpo"), "seeds": (0, 1)})
     begun = {}

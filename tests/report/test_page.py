@@ -281,6 +281,7 @@ def test_a_run_writes_its_page_as_it_goes_and_does_not_depend_on_it(tmp_path, mo
     assert written == [("", False)], "a run that failed is not said to be running"
 
 
+@pytest.mark.slow
 def test_the_command_needs_no_config_and_refuses_in_one_line(run, tmp_path):
     def call(*arguments):
         return subprocess.run(

@@ -84,7 +84,7 @@ def changes(values: list[float], k: int) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(values=SEVERAL, k=st.integers(0, 3), form=st.integers(0, 4))
 def test_a_changed_answer_is_right_only_if_it_has_the_same_value(pool, kind, values, k, form):
     if kind == "ratio" and len(values) == 2:

@@ -282,6 +282,7 @@ def test_grading_pairs(pool: Pool) -> None:
 BY_POLICY = {78: "the answer stands outside a box; the prompt asks for one"}
 
 
+@pytest.mark.slow
 def test_grading_cases(pool: Pool) -> None:
     cases = rows("grading_cases")
     verdicts = score([c["prediction"] for c in cases], [c["gold"] for c in cases], pool=pool)

@@ -569,6 +569,7 @@ def environment():
     return os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "OPENAI_LOG": "debug"}
 
 
+@pytest.mark.slow
 def test_a_killed_extraction_goes_on_and_pays_for_nothing_twice(tmp_path, rows):
     rows(problems(10, solved=False))
 
@@ -629,6 +630,7 @@ def test_a_command_whose_requests_are_all_refused_fails_with_the_reason(tmp_path
     assert tables(done.stdout)["left open"] == ["3"]
 
 
+@pytest.mark.slow
 def test_the_key_appears_nowhere(tmp_path, rows):
     """The server puts it into texts and errors, and everything is logged."""
     rows(problems(5))
