@@ -50,7 +50,8 @@ def main(config, flag_values):
 flags = (cli.Flag("workdir", "", required=True),)
 cli.start("others", cli.Command("", "__main__:main", flags, processes=True))
 """
-SAVED = re.compile(r"stopped by SIGTERM; saved at step \d+; the same command resumes\s*$")
+# A stop during an evaluation comes before its step is written.
+SAVED = re.compile(r"stopped by SIGTERM; (saved at step \d+|the finished work is saved); the same command resumes\s*$")
 
 
 def start(workdir, processes, devices, program=("-m", "sgpo_jax.main")):
