@@ -16,18 +16,18 @@ _LIMITS = (
 )
 
 
-def model_card(workdir: Path, stage: str, step: int, dtype: str) -> str:
+def model_card(workdir: Path, config: Mapping[str, Any], stage: str, step: int, dtype: str) -> str:
     """Returns the text of a model's README.md for the Hugging Face hub.
 
     Args:
       workdir: folder of the run.
+      config: of the run, as in config.json.
       stage, step: of the checkpoint that is exported.
       dtype: of the exported weights.
 
     Raises:
       ValueError: a file of the run is broken.
     """
-    config = page.read_config(workdir)
     starts = json.loads((workdir / "environment.json").read_text()) if (workdir / "environment.json").is_file() else []
     last = starts[-1] if starts else {}
     source = config["model"]["source"]

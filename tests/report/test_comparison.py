@@ -92,7 +92,7 @@ def test_the_card_says_what_the_model_is_and_how_it_was_made(runs):
         path.write_text(json.dumps(results))
     source = {"read": 9, "kept": 7, "left_out": {"without strategy": 2, "prompt too long": 0}, "kept_although": {}}
     (run / "data.json").write_text(json.dumps({"rl": {"sources": {"t.jsonl": source}}}))
-    text = model_card(run, "rl", 6, "bfloat16")
+    text = model_card(run, page.read_config(run), "rl", 6, "bfloat16")
     head = text.partition("\n---\n")[0].splitlines()
     assert head[:2] == ["---", "library_name: transformers"] and head[-1] == "base_model: Qwen/Qwen2.5-7B-Instruct"
     for said in (
@@ -103,4 +103,4 @@ def test_the_card_says_what_the_model_is_and_how_it_was_made(runs):
     ):  # fmt: skip
         assert said in text, said
     assert re.search(r"\| MATH500 \| 4 \| 2 \| 0.0 \[0.0, 0.0\] \| 25.0 \[[\d.]+, [\d.]+\] \| 82.7 \|", text)
-    assert "after RL" not in model_card(run, "sft", 1, "float32")
+    assert "after RL" not in model_card(run, page.read_config(run), "sft", 1, "float32")
