@@ -46,7 +46,7 @@ COMMANDS = {
     "a paper's row that is none": (
         "evaluate", ["--model=smollm2", "--out={place}/out", "--paper=gpt"], r"--paper=gpt: must be one of",
     ),
-    "topology that is none": ("plan", ["--topology=v9:4x4"], r"--topology=v9:4x4: must be v5e, v6e, v5p, ':' and a"),
+    "topology that is none": ("plan", ["--topology=v9:4x4"], r"--topology=v9:4x4: must be v5e, v6e, v5p, ':' and the"),
     "search without chips": ("plan", ["--topology=auto"], r"--chips=: must be given with --topology=auto, and only"),
     "response beyond its limit": (
         "plan", ["--topology=v5e:2x2", "--response_tokens=29"], r"--response_tokens=29: must be between 1 and 28",

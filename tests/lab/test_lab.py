@@ -244,7 +244,7 @@ def test_a_cell_that_fails_does_not_cost_the_others(config, tmp_path, monkeypatc
     lab.run(config, tmp_path)
     (row,) = [r for r in read_jsonl(tmp_path / "results.jsonl") if (r["method"], r["seed"]) == ("sgpo", 0)]
     assert row["accuracy"] == 0.0 and row["failed"] == "step 2: the gradient was not finite"
-    assert "1 method · 2 seeds · 1 world · scratch" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "1 method · 2 seeds · 1 world" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

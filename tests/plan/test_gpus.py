@@ -183,7 +183,7 @@ def test_decoding_on_gpus_moves_the_weights_and_the_live_cache(planned):
     # The sampler halves an interval 32 times, and writes and reads the logits each time; weights are copied out of the
     # stack of layers; and activations are a large part of so small a model.
     logits = 4 * V * 2 * G / 2
-    assert decoding["hbm_bytes"] <= 3 * least + steps * 32 * 4 * logits
+    assert decoding["hbm_bytes"] <= 4 * least + steps * 32 * 4 * logits
 
 
 @pytest.mark.slow
