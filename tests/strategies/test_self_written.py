@@ -227,8 +227,8 @@ def test_a_run_trains_with_what_its_student_wrote(tmp_path, monkeypatch):
     monkeypatch.setattr(self_written, "read", read)
     prompts = []
 
-    def encode(policy, rows, guided):
-        found = generation.encode_prompts(policy, rows, guided)
+    def encode(policy, rows, guided, hint="strategy"):
+        found = generation.encode_prompts(policy, rows, guided, hint)
         prompts.append(found)
         return found
 
