@@ -5,7 +5,6 @@ The folder has weights, config, tokenizer and stop ids.
 sgpo export --config=configs/NAME.py --workdir=DIR --to=FOLDER [--stage=sft]
 """
 
-import json
 from pathlib import Path
 
 from sgpo_jax import cli, config_checks, sharding
@@ -32,7 +31,7 @@ def run(config, workdir: Path, from_stage: str, folder: Path, dtype: str) -> Non
     params = stage.params_at(Run(config, workdir, policy, sharding.make_mesh(**config.mesh)), from_stage, step)
     huggingface.save(folder, params, policy.config, tokenizer=policy.tokenizer, stop_ids=policy.stop_ids, dtype=dtype)
     if is_first():
-        card = model_card.model_card(workdir, json.loads(configs.to_json(config)), from_stage, step, dtype)
+        card = model_card.model_card(workdir, configs.to_dict(config), from_stage, step, dtype)
         files.write_text(folder / "README.md", card)
         print(f"exported to {folder}", flush=True)
 
