@@ -11,7 +11,8 @@ from typing import Any
 
 from sgpo_jax.rewards.structure import CONNECTIVE, entries, has_ratio, same_ratio, split, with_colons
 from sgpo_jax.rewards.symbols import names_to_latex, to_latex
-from sgpo_jax.rewards.units import MONTHS, NUMBERS, SET, number_alone, says_more, without_units, without_words
+from sgpo_jax.rewards.units import MONTHS, SET, number_alone, says_more, without_units, without_words
+from sgpo_jax.rewards.words import NUMBERS
 
 MAX_ANSWER = 1000  # characters; a longer answer is wrong unless it is identical to the gold answer
 

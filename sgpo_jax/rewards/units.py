@@ -1,6 +1,8 @@
-"""Units and other words after a number that do not change it, and words that do."""
+"""Units and other words after a number that do not change it."""
 
 import re
+
+from sgpo_jax.rewards.words import DOUBT, QUALIFIER
 
 SET = r"\\(?:text|textbf|textrm|textit|textsf|textnormal|mbox|hbox|mathrm|mathbf|mathit|mathsf|operatorname)\s*"
 # Units of two or more letters, which cannot be variables. For units of one letter see `without_words`.
@@ -12,33 +14,6 @@ _UNIT = (
 )
 _POWER = r"(?:\s*\^\s*\{?-?[0-9]\}?)?"
 MONTHS = "jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec"
-NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-# Words that scale, negate, limit or doubt a number, or add another one. A number beside such a word is not that number.
-_TENS = (
-    "thirteen fourteen fifteen sixteen seventeen eighteen nineteen "
-    "twenty thirty forty fifty sixty seventy eighty ninety"
-)
-_SCALES = (
-    "hundred thousand million billion trillion quadrillion mil mln bil bln mio mrd lakh crore dozen gross "
-    "half halve third quarter fourth fifth sixth seventh eighth ninth tenth hundredth thousandth millionth billionth "
-    "double twice triple thrice quadruple doubled tripled halved fold squared cubed factorial reciprocal inverse "
-    "percent ppm ppb permille score"
-)
-_DOUBTS = (
-    "not no never neither nor none without except excluding but minus negative opposite plus about around approx "
-    "approximately roughly nearly almost circa maybe perhaps probably possibly likely unlikely unless if when wrong "
-    "incorrect false impossible invalid unknown unclear more less fewer greater larger smaller higher lower "
-    "least most than under over below beneath beyond exceeding "
-    "ish maximum minimum between other instead otherwise remainder mod modulo isn't aren't cannot can't"
-)
-QUALIFIER = re.compile(
-    rf"(?<![\\A-Za-z])(?:(?:{'|'.join([*NUMBERS, *_TENS.split(), *_SCALES.split(), 'halves'])})s?"
-    rf"|{'|'.join(_DOUBTS.split())}|up to"
-    r"|(?:and|or)(?: |\W+text\W+)(?:up|down|above|below|more|less|fewer|greater|higher|lower|larger|smaller|so)"
-    r")(?![A-Za-z])",
-    re.IGNORECASE,
-)
-_DOUBT = re.compile(rf"(?<![\\A-Za-z])(?:{'|'.join(_DOUBTS.split())})(?![A-Za-z])", re.IGNORECASE)
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mbox|hbox) ?\{(?! ?(?:and|or|to) ?\})[^{}]*[A-Za-z]{2}")
 # In \text{} any words except an hour of the day or a month. Other fonts are also used for variables: there only units.
 # A digit is allowed only as a power (cm2, m^2): any other says more than the number before it. So do signs. A single
@@ -67,7 +42,7 @@ def says_more(gold: str, answer: str) -> bool:
 
     math-verify would read such a word as a variable, which times zero is nothing.
     """
-    return bool(_DOUBT.search(answer) and not QUALIFIER.search(gold) or _TEXT.search(answer) and not _TEXT.search(gold))
+    return bool(DOUBT.search(answer) and not QUALIFIER.search(gold) or _TEXT.search(answer) and not _TEXT.search(gold))
 
 
 # What a unit may be called, by its name here.

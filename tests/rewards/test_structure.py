@@ -116,14 +116,25 @@ def test_an_answer_written_otherwise_stays_right(pool, kind, values, forms, orde
 # The words that a golden list of numbers may not lose as if they were units.
 WORDS = """
     million, billion, thousand, hundred, dozen, halves, thirds, tenths, and a half, squared, cubed, or more, or less,
-    at least, at most, or so, approximately, below zero, and up, percent less, mod two, out of nine, but not integral
+    at least, at most, or so, approximately, below zero, and up, percent less, mod two, out of nine, but not integral,
+    pairs, couples, trios, twelfths, twentieths, ten thousandths, grand, kilo, basis points, decades, root, times as many,
+    short, shy, too many, extra, missing, or so, rounded, repeating, negated, inverted, estimated, hopefully, I think,
+    could be, is wrong, ruled out, at best, nicht, tausend, millones, docenas
 """
+# Words that say what was counted.
+NOUNS = "ordered pairs, possible triples, roots, multiples of it, times, only, exactly, apiece, months, teeth, paths"
 
 
 @pytest.mark.parametrize("word", [word.strip() for word in WORDS.split(",")])
 def test_a_word_that_changes_a_number_is_no_unit(pool, word):
     boxes = [rf"\boxed{{7 \text{{ {word}}}}}", rf"\boxed{{7 {word}}}", rf"\boxed{{7 \text{{ {word} apples}}}}"]
     assert [verdict.outcome for verdict in score(boxes, ["7"] * 3, pool=pool)] == ["wrong"] * 3
+
+
+@pytest.mark.parametrize("word", [word.strip() for word in NOUNS.split(",")])
+def test_a_word_for_what_was_counted_is_a_unit(pool, word):
+    boxes = [rf"\boxed{{7 \text{{ {word}}}}}", rf"\boxed{{7\text{{ {word}}}}}"]
+    assert [verdict.outcome for verdict in score(boxes, ["7"] * 2, pool=pool)] == ["correct"] * 2
 
 
 @pytest.mark.parametrize("word", "about,around,not,nearly,half of,at least,minus,double,no more than".split(","))
