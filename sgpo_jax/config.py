@@ -94,6 +94,9 @@ def base() -> ConfigDict:
     config.rl.max_new_tokens = 16384  # tokens; a longer response is cut and gets reward 0
     config.rl.reward = ""  # "" is the verifier, else "module:function" with function(row, response) -> 0..1
     config.rl.slots = 0  # responses decoded at once, over all devices and both groups; 0 is all. No effect on responses
+    # Ways that split the weights in each stage of decoding, times mesh.tensor: ascending numbers from 1, one divisor of
+    # mesh.data * mesh.fsdp, and that product. A stage has a quarter of the slots of the one before.
+    config.rl.decode_ways = (1,)
     config.rl.clip_low = 0.2  # Eq. 1
     config.rl.clip_high = 0.28  # Eq. 1
     config.rl.delta = 1.0  # nats; tokens with a larger KL are masked; Eq. 5
@@ -174,6 +177,7 @@ def base() -> ConfigDict:
     config.eval.top_k = 0  # 0 keeps the whole vocabulary
     config.eval.max_new_tokens = 32768  # tokens; a longer response is cut and gets reward 0
     config.eval.slots = 0  # responses decoded at once, over all devices; 0 is all. No effect on responses
+    config.eval.decode_ways = (1,)  # as in rl
 
     config.extract = ConfigDict()  # strategies from expert responses, offline: Sec. 3.1, App. B, C
     config.extract.source = ""  # problems, with or without solutions: see data.load

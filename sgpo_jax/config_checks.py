@@ -276,6 +276,15 @@ def check_mesh(config: ConfigDict, data_ways: int) -> None:
         fields.append("rl.slots")
     if "eval" in config.stages or config.rl.eval_every:
         fields += ["eval.batch", "eval.slots"]
+    for section in ("rl", "eval"):
+        ways = tuple(_get(config, f"{section}.decode_ways"))
+        inner = [count for count in ways if count not in (1, data_ways)]
+        ascending = bool(ways) and all(isinstance(n, int) for n in ways) and list(ways) == sorted(set(ways))
+        if not ascending or ways[0] < 1 or len(inner) > 1 or any(data_ways % count for count in ways):
+            raise ValueError(
+                f"config.{section}.decode_ways={ways}: must ascend, from 1, one divisor of mesh.data * mesh.fsdp = "
+                f"{data_ways} between, and {data_ways}"
+            )
     for field in fields:
         if _get(config, field) % data_ways:
             raise ValueError(

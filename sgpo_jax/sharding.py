@@ -67,6 +67,40 @@ def mesh_shape(sizes: tuple[int, int, int], num_devices: int) -> tuple[int, int,
     return resolved  # type: ignore[return-value]
 
 
+def decoding_mesh(mesh: Mesh, ways: tuple[int, ...]) -> Mesh:
+    """Returns the mesh whose axes split the weights of decoding, with the devices and the rows of `mesh`.
+
+    Its fsdp axis are neighbours along data and fsdp, as many as the stages of decoding ask for.
+
+    Args:
+      mesh: of the training.
+      ways: of each stage, see `weight_axes`; one of them may be other than 1 and data * fsdp.
+    """
+    rows = row_ways(mesh)
+    inner = [count for count in ways if 1 < count < rows]
+    if not inner:
+        return mesh
+    return Mesh(mesh.devices.reshape(rows // inner[0], inner[0], -1), AXES, axis_types=mesh.axis_types)
+
+
+def weight_axes(ways: int) -> tuple[str, ...]:
+    """Returns the axes of `decoding_mesh` that split weights `ways` times as often as the tensor axis alone.
+
+    They begin with the tensor axis. So a device has its part of a wider split already, and no weight moves.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or ways == 1:
+        return ("tensor",)
+    return ("tensor", "fsdp") if ways == mesh.shape["fsdp"] else ("tensor", "fsdp", "data")
+
+
+def dividing(size: int, axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the first of the axes, as many as divide a dimension of this size together."""
+    mesh = jax.sharding.get_abstract_mesh()
+    counts = [n for n in range(len(axes) + 1) if mesh.empty or size % math.prod(mesh.shape[a] for a in axes[:n]) == 0]
+    return axes[: counts[-1]]
+
+
 def row_ways(mesh: Mesh | AbstractMesh) -> int:
     """Returns the number of parts into which the mesh splits the rows of a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH)

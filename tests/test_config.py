@@ -410,6 +410,20 @@ def test_batches_must_divide_over_the_mesh(config, field, value, stages, every):
     config_checks.check_mesh(config, 4)
 
 
+@pytest.mark.parametrize("ways", [(1,), (2,), (8,), (1, 4), (2, 8), (1, 2, 8)])
+@pytest.mark.parametrize("section", ["rl", "eval"])
+def test_ways_of_decoding_are_divisors_of_the_rows(config, section, ways):
+    config[section].decode_ways = ways
+    config_checks.check_mesh(config, 8)
+
+
+@pytest.mark.parametrize("ways", [(), (0,), (-2,), (3,), (16,), (4, 1), (2, 2), (2, 4), (1, 2, 4, 8), (2.0,)])
+def test_other_ways_of_decoding_are_refused(config, ways):
+    config.eval.decode_ways = ways
+    with pytest.raises(ValueError, match=r"config\.eval\.decode_ways=\(.*\): must ascend.*fsdp = 8 between, and 8"):
+        config_checks.check_mesh(config, 8)
+
+
 # ---- the command line
 
 

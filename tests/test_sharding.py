@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.batches import make_params
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sgpo_jax import config as configs
@@ -151,6 +152,32 @@ def test_mesh_shape_fills_in_what_remains(sizes, expected):
 def test_impossible_mesh_is_refused(sizes):
     with pytest.raises(ValueError, match=f"mesh.data={sizes[0]}, mesh.fsdp={sizes[1]}"):
         sharding.mesh_shape(sizes, 8)
+
+
+@pytest.mark.parametrize(
+    ("shape", "ways"), [((1, 8, 1), (2,)), ((2, 2, 2), (2, 4)), ((4, 1, 2), (1, 2, 4)), ((1, 4, 2), (1,))]
+)
+def test_a_wider_split_of_weights_moves_none(shape, ways):
+    mesh = sharding.make_mesh(*shape)
+    decoding = sharding.decoding_mesh(mesh, ways)
+    assert (decoding.devices.ravel() == mesh.devices.ravel()).all()
+    with jax.set_mesh(decoding):
+        specs = [P(sharding.weight_axes(count)) for count in (1, *ways)]
+    held = [NamedSharding(decoding, spec).devices_indices_map((64,)) for spec in specs]
+    for device in mesh.devices.ravel():
+        parts = [set(range(64)[indices[device][0]]) for indices in held]
+        assert [len(part) for part in parts] == [64 // (shape[2] * count) for count in (1, *ways)]
+        assert all(wider <= narrower for narrower, wider in zip(parts, parts[1:], strict=False))
+    rows = [NamedSharding(m, P(sharding.BATCH)).devices_indices_map((64,)) for m in (mesh, decoding)]
+    assert rows[0] == rows[1]
+
+
+def test_as_many_axes_as_divide():
+    with jax.set_mesh(sharding.make_mesh(2, 2, 2)):
+        axes = sharding.weight_axes(4)
+        assert axes == ("tensor", "fsdp", "data")
+        assert [len(sharding.dividing(size, axes)) for size in (8, 4, 12, 6, 5)] == [3, 2, 2, 1, 0]
+    assert sharding.dividing(5, axes) == axes and sharding.weight_axes(4) == ("tensor",), "without a mesh"
 
 
 def test_constrain_leaves_indivisible_dimensions_whole():

@@ -1,7 +1,18 @@
 """Language models: one decoder as functions of arrays, and its parameters read from and written to checkpoints."""
 
 from sgpo_jax.models.config import ModelConfig, RopeScaling
-from sgpo_jax.models.decoder import REMAT, Cache, apply, head, head_weight, init, init_cache, positions_of
+from sgpo_jax.models.decoder import (
+    REMAT,
+    Cache,
+    apply,
+    decode,
+    head,
+    head_weight,
+    init,
+    init_cache,
+    other_rows,
+    positions_of,
+)
 
 __all__ = [
     "Cache",
@@ -9,9 +20,11 @@ __all__ = [
     "REMAT",
     "RopeScaling",
     "apply",
+    "decode",
     "head",
     "head_weight",
     "init",
     "init_cache",
+    "other_rows",
     "positions_of",
 ]

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from sgpo_jax.models.attention import SAVED, append, attend, attend_cache, cache_shape
 from sgpo_jax.models.config import ModelConfig
-from sgpo_jax.sharding import BATCH, constrain, exact_products, platform, spec_for
+from sgpo_jax.sharding import BATCH, constrain, dividing, exact_products, platform, spec_for
 
 Cache = dict[str, jax.Array]
 
@@ -82,6 +82,11 @@ def _in_blocks_backward(saved, gradient):
 _in_blocks.defvjp(lambda x, kernel: (_in_blocks(x, kernel), (x, kernel)), _in_blocks_backward)
 
 
+def other_rows(split: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the axes that split rows where weights are split over the axes `split`."""
+    return tuple(axis for axis in BATCH if axis not in split)
+
+
 class Block(nn.Module):
     """A layer: pre-norm attention and a gated MLP.
 
@@ -90,6 +95,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     dtype: Any
+    split: tuple[str, ...] = ("tensor",)  # axes that split the weights; more than the tensor axis in decoding alone
 
     @nn.compact
     def __call__(self, carry, layer, angle, segments, lengths):
@@ -114,11 +120,18 @@ class Block(nn.Module):
         def norm(name):
             return nn.RMSNorm(epsilon=config.norm_eps, dtype=dtype, name=name)
 
+        def spread(x, size=1):
+            """Moves rows `[B,1,D]`, or features of weights `size` wide, to the devices that split the weights."""
+            if self.split == ("tensor",):
+                return x
+            return constrain(x, other_rows(self.split), None, dividing(size, self.split))
+
         def heads(name, count):
             out = dense(name, count * config.head_dim, config.qkv_bias)(h)
+            out = spread(out, count * config.head_dim)
             return constrain(out, BATCH, None, "tensor").reshape(batch, length, count, config.head_dim)
 
-        h = norm("attn_norm")(x)
+        h = spread(norm("attn_norm")(x))
         query, key = heads("q", config.num_heads), heads("k", config.num_kv_heads)
         value = heads("v", config.num_kv_heads)
         if config.qk_norm:
@@ -134,14 +147,16 @@ class Block(nn.Module):
                 )
         else:
             keys, values = append(keys, key[:, 0], layer, lengths), append(values, value[:, 0], layer, lengths)
-            attention = attend_cache(query[:, 0], keys, values, layer, lengths + 1)[:, None]
+            reached = jnp.where(segments[:, 0] > 0, lengths + 1, 1)  # of a row that is not decoded nothing is read
+            attention = attend_cache(query[:, 0], keys, values, layer, reached)[:, None]
         attention = checkpoint_name(constrain(attention, BATCH, None, "tensor"), SAVED)
+        attention = spread(attention, attention.shape[-1])
         x = constrain(x + dense("o", config.hidden_size)(attention), *residual)
 
-        h = norm("mlp_norm")(x)
+        h = spread(norm("mlp_norm")(x))
         gated = nn.silu(dense("gate", config.mlp_size)(h)) * dense("up", config.mlp_size)(h)
         # Without this, the partitioner gathers the MLP and all-reduces full-width weight gradients.
-        gated = constrain(gated, BATCH, None, "tensor")
+        gated = constrain(gated, BATCH, None, "tensor") if len(self.split) == 1 else spread(gated, config.mlp_size)
         x = constrain(x + dense("down", config.hidden_size)(gated), *residual)
         return (x, keys, values), None
 
@@ -152,16 +167,18 @@ class Decoder(nn.Module):
     config: ModelConfig
     dtype: Any
     remat: str
+    split: tuple[str, ...] = ("tensor",)
 
     @nn.compact
     def __call__(self, tokens, positions, mask, cache):
         config = self.config
         embed = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype, name="embed")
-        x = constrain(embed(tokens), BATCH, None, None)
-        angle = positions[..., None] * jnp.asarray(rope_frequencies(config))
+        x = embed(constrain(tokens, other_rows(self.split), None)) if len(self.split) > 1 else embed(tokens)
+        x = constrain(x, BATCH, None, None)
+        angle = constrain(positions[..., None] * jnp.asarray(rope_frequencies(config)), BATCH, None, None)
         keys, values = (None, None) if cache is None else (cache["key"], cache["value"])
         decoding = cache is not None and tokens.shape[1] == 1
-        lengths = cache["length"] if decoding else None
+        lengths = constrain(cache["length"], BATCH) if decoding else None
 
         block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
         layers = nn.scan(
@@ -170,7 +187,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=config.num_layers,
-        )(config, self.dtype, name="layers")
+        )(config, self.dtype, self.split, name="layers")
         layer = jnp.arange(config.num_layers)
         (x, keys, values), _ = layers((x, keys, values), layer, angle, mask.astype(jnp.int32), lengths)
         if cache is not None:
@@ -215,8 +232,7 @@ def apply(
         mask may be int32: several sequences packed into one row are segments 1, 2, ..., and 0 is padding. A token
         attends only within its segment.
       cache: from `init_cache`. Several tokens of a row (prefill) fill its empty cache, real tokens first and padding
-        after them. A single token (decode) is written after the row's earlier tokens and attends to all of them. If
-        its mask is False, it is not counted, and the next token takes its slot.
+        after them. A single token is decoded, see `decode`.
       dtype: of activations and matrix products; norms, rotary angles and softmax are float32.
       remat: a key of `REMAT`: what the backward pass computes again.
 
@@ -226,6 +242,36 @@ def apply(
     module = Decoder(config, dtype, remat)
     with exact_products(dtype):
         return module.apply({"params": params}, tokens, positions, mask, cache)  # type: ignore[return-value]
+
+
+def decode(
+    params: dict[str, Any],
+    config: ModelConfig,
+    tokens: jax.Array,
+    active: jax.Array,
+    cache: Cache,
+    *,
+    dtype: Any = jnp.float32,
+    split: tuple[str, ...] = ("tensor",),
+) -> tuple[jax.Array, Cache]:
+    """Appends one token of each row to the cache. The token attends to all earlier ones of its row.
+
+    Args:
+      params, config, dtype: as in `apply`.
+      tokens: `[B]` token ids.
+      active: `[B]` bool; where it is False, the token is not counted, and the next one takes its slot.
+      cache: of B rows.
+      split: the axes of the mesh that split the weights, see `sharding.weight_axes`. Rows are gathered over those of
+        them that split rows, for the products of weights alone.
+
+    Returns:
+      (hidden `[B,D]` after the final norm, cache).
+    """
+    module = Decoder(config, dtype, "none", split)
+    columns = (x[:, None] for x in (tokens, cache["length"], active))
+    with exact_products(dtype):
+        hidden, cache = module.apply({"params": params}, *columns, cache)  # type: ignore[assignment]
+    return hidden[:, 0], cache
 
 
 def head(params: dict[str, Any], config: ModelConfig) -> jax.Array:

@@ -27,7 +27,7 @@ from sgpo_jax.policy import Policy
 from sgpo_jax.rollout import Prompts, Sampling, generate
 from sgpo_jax.rollout.memory import cache_bytes, head_ways
 from sgpo_jax.rollout.schedule import Stage, schedule
-from sgpo_jax.sharding import BATCH, platform, row_ways
+from sgpo_jax.sharding import BATCH, decoding_mesh, platform, row_ways
 from sgpo_jax.training import packing, rl, sft, stage, train_step
 from sgpo_jax.training.batch import Batch, Contexts, Group, pack_batch, specs
 from sgpo_jax.training.forward import Forward
@@ -231,12 +231,16 @@ def _generation(
     rows, whole = NamedSharding(mesh, P(BATCH)), NamedSharding(mesh, P())
     prompts = [jax.ShapeDtypeStruct((prompt_count, longest), kind, sharding=rows) for kind in (jnp.int32, jnp.bool)]
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), len(groups)))
-    trace = partial(
-        generate.trace, params, policy.language_model, Prompts(*prompts),
-        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
-        jax.ShapeDtypeStruct((prompt_count,), jnp.uint32, sharding=rows), sampling=Sampling.from_config(fields),
-        group=groups, shards=shards,
-    )  # fmt: skip
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+    ids, sampling = jax.ShapeDtypeStruct((prompt_count,), jnp.uint32, sharding=rows), Sampling.from_config(fields)
+
+    def trace():
+        with jax.set_mesh(decoding_mesh(mesh, sampling.decode_ways)):
+            return generate.trace(
+                params, policy.language_model, Prompts(*prompts), key, ids, sampling=sampling, group=groups,
+                shards=shards,
+            )  # fmt: skip
+
     count = fields.batch * sum(groups)
     responses = workload.lengths(count, assumed.response_tokens, fields.max_new_tokens)
     waiting, slots = responses.reshape(shards, -1), min(fields.slots or count, count)

@@ -1,4 +1,4 @@
-"""Searches a mesh, micro-batches and slots with which a run fits the chips."""
+"""Searches a mesh, a layout of the weights in decoding, micro-batches and slots with which a run fits the chips."""
 
 import math
 from collections.abc import Callable
@@ -20,6 +20,7 @@ from sgpo_jax.plan.workload import Assumed
 from sgpo_jax.training import rl
 
 FIELDS = ("sft.micro_batch", "rl.micro_batch", "rl.slots", "eval.slots")
+WAYS = ("rl.decode_ways", "eval.decode_ways")
 MOST_ROWS = 4  # rows of a micro-batch on a device that the search begins with
 
 Measured = list[tuple[Program, Result]]
@@ -48,7 +49,7 @@ def search(
     A program is not compiled where its arguments, its cache and the inputs of its layers are already too large.
 
     Args:
-        config: of the run; its mesh and FIELDS are replaced.
+        config: of the run; its mesh, FIELDS and WAYS are replaced.
         shape, devices, chip, assumed: what the plan is for.
         limit: bytes of HBM of a device.
         measure: `estimate.measure` without the program and the mesh.
@@ -82,7 +83,9 @@ def search(
 def flags(config: ConfigDict) -> str:
     """Returns the fields that the search has chosen, as flags for the command line."""
     fields = [*(f"mesh.{axis}" for axis in sharding.AXES), *FIELDS]
-    return " ".join(f"--config.{field}={config[field.split('.')[0]][field.split('.')[1]]}" for field in fields)
+    values = [f"--config.{field}={config[field.split('.')[0]][field.split('.')[1]]}" for field in fields]
+    ways = [f'--config.{field}="({config[field.split(".")[0]].decode_ways[0]},)"' for field in WAYS]
+    return " ".join([*values, *ways])
 
 
 def meshes(
@@ -105,6 +108,7 @@ def meshes(
             config_checks.check_mesh(candidate, candidate.mesh.fsdp)
         except ValueError:  # the mesh does not divide a batch, and the search keeps the batches
             continue
+        candidate.rl.decode_ways = candidate.eval.decode_ways = (decode_ways(candidate, mesh, shape, chip),)
         candidates.append((candidate, mesh))
     return sorted(candidates, key=lambda pair: moving_seconds(pair[0], pair[1], shape, chip, assumed))
 
@@ -112,20 +116,46 @@ def meshes(
 def moving_seconds(config: ConfigDict, mesh: Mesh, shape: ModelConfig, chip: Chip, assumed: Assumed) -> float:
     """Estimates the seconds of an RL step that depend on the mesh, at peak speeds.
 
-    They go to the transfer of weights and activations. At every token, decoding gathers the weights of its tensor shard
-    over the fsdp axis and reads them. An update gathers the weights three times for each micro-batch, and sums
-    activations over the tensor axis four times in each layer.
+    They go to the transfer of weights and activations. An update gathers the weights three times for each micro-batch,
+    and sums activations over the tensor axis four times in each layer. A rollout gathers the weights once.
     """
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     size = jax.numpy.dtype(config.model.dtype).itemsize
-    params = jax.eval_shape(partial(models.init, config=shape), jax.random.key(0))
-    weights = size * sum(x.size for x in jax.tree.leaves(params)) / tensor
-    gather = weights * (fsdp - 1) / fsdp / _speed(mesh, "fsdp", chip)
-    decoding = config.rl.max_new_tokens * (weights / chip.hbm + gather)
+    gather = _weights(config, shape) / tensor * (fsdp - 1) / fsdp / _speed(mesh, "fsdp", chip)
+    ways = config.rl.decode_ways[0]
+    decoding = config.rl.max_new_tokens * decoding_seconds(config, mesh, ways, shape, chip) + gather
     tokens = config.rl.batch * (config.rl.autonomous + config.rl.guided) * assumed.response_tokens
     micro_batches = math.ceil(tokens / (fsdp * config.rl.max_new_tokens))
     summed = 4 * shape.num_layers * tokens / fsdp * shape.hidden_size * size * 2 * (tensor - 1) / tensor
     return decoding + 3 * micro_batches * gather + summed / _speed(mesh, "tensor", chip)
+
+
+def decode_ways(config: ConfigDict, mesh: Mesh, shape: ModelConfig, chip: Chip) -> int:
+    """Returns the ways to split the weights, beyond the tensor axis, with which a step of decoding is the fastest."""
+    rows = sharding.row_ways(mesh)
+    ways = [2**i for i in range(rows.bit_length()) if rows % 2**i == 0]
+    return min(ways, key=lambda count: decoding_seconds(config, mesh, count, shape, chip))
+
+
+def decoding_seconds(config: ConfigDict, mesh: Mesh, ways: int, shape: ModelConfig, chip: Chip) -> float:
+    """Estimates the seconds of a step of decoding, all responses at once, that depend on the split of the weights.
+
+    They go to reading the weights; and, twice in each layer, to gathering the rows of the devices that split them
+    further than the tensor axis does, and to summing the results. All at peak speeds.
+    """
+    tensor, size = mesh.shape["tensor"], jax.numpy.dtype(config.model.dtype).itemsize
+    responses = config.rl.batch * sum(rl.sampled_groups(config.rl).values())
+    rows = ways * responses / sharding.row_ways(mesh) * shape.hidden_size * size
+    all_ways = ways * tensor
+    moved = 2 * shape.num_layers * rows * (2 * (all_ways - 1) / all_ways + (ways - 1) / ways)
+    speed = min(_speed(sharding.decoding_mesh(mesh, (ways,)), axis, chip) for axis in ("fsdp", "tensor")[ways == 1 :])
+    return _weights(config, shape) / all_ways / chip.hbm + moved / speed
+
+
+def _weights(config: ConfigDict, shape: ModelConfig) -> int:
+    """Returns the bytes of the weights in the type of the products."""
+    params = jax.eval_shape(partial(models.init, config=shape), jax.random.key(0))
+    return jax.numpy.dtype(config.model.dtype).itemsize * sum(x.size for x in jax.tree.leaves(params))
 
 
 def _speed(mesh: Mesh, axis: str, chip: Chip) -> float:

@@ -95,10 +95,11 @@ def respond(
     Returns:
       (rollout in host memory, slot-steps).
     """
-    rollout, slot_steps = generate(
-        params, policy.language_model, Prompts(*sharding.put_rows(tuple(prompts), mesh)), key,
-        sharding.put_rows(ids.astype(np.uint32), mesh), sampling=sampling, group=group, shards=sharding.row_ways(mesh),
-    )  # fmt: skip
+    placed = Prompts(*sharding.put_rows(tuple(prompts), mesh)), key, sharding.put_rows(ids.astype(np.uint32), mesh)
+    with jax.set_mesh(sharding.decoding_mesh(mesh, sampling.decode_ways)):
+        rollout, slot_steps = generate(
+            params, policy.language_model, *placed, sampling=sampling, group=group, shards=sharding.row_ways(mesh)
+        )
     return sharding.fetch(rollout), int(slot_steps)
 
 

@@ -44,7 +44,8 @@ def sampling(run: Run, section: str, responses: int, prompts: int) -> Sampling:
     longest = run.config.data.max_prompt_tokens - 1
     slot, prefilled = size(shards, longest + chosen.max_new_tokens), size(prompts, longest)
     held = _held_bytes(run.config)
-    room = limit - _resident(run.policy.config, run.policy.dtype, held, run.mesh) - prefilled
+    resident = _resident(run.policy.config, run.policy.dtype, held, chosen.decode_ways, run.mesh)
+    room = limit - resident - prefilled
     most = fitting_slots(responses, room - round(RESERVE * limit), slot, shards)
     field, sizes = f"config.{section}.slots", f"of {room / GIB:.1f} GiB that are left on a device"
     if most == 0:
@@ -89,15 +90,17 @@ def _held_bytes(config: ConfigDict) -> int:
 
 
 @cache
-def _resident(config: models.ModelConfig, dtype: Any, held: int, mesh: Mesh) -> int:
-    """Returns the bytes of a device that the training state takes, and the weights in the type of the products.
+def _resident(config: models.ModelConfig, dtype: Any, held: int, decode_ways: tuple[int, ...], mesh: Mesh) -> int:
+    """Returns the bytes of a device that the training state takes, and each stage's weights in the products' type.
 
     Args:
       config, dtype, mesh: of the run.
       held: see `_held_bytes`.
+      decode_ways: see `Sampling`.
     """
     params = jax.eval_shape(partial(models.init, config=config), jax.random.key(0))
     shardings = sharding.tree_shardings(params, mesh)
     on_device = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)), params, shardings)
-    gathered = sum(x.size for x in jax.tree.leaves(params)) // mesh.shape["tensor"]
-    return sum(jax.tree.leaves(on_device)) * (4 + held) + gathered * np.dtype(dtype).itemsize
+    whole = sum(x.size for x in jax.tree.leaves(params))
+    decoding = sum(whole // (mesh.shape["tensor"] * ways) for ways in decode_ways)
+    return sum(jax.tree.leaves(on_device)) * (4 + held) + decoding * np.dtype(dtype).itemsize

@@ -35,7 +35,8 @@ _DOUBTS = """
 _DOUBT_BEFORE = rf"(?<![\\A-Za-z])(?:{'|'.join(_DOUBTS)})"
 QUALIFIER = re.compile(
     rf"{_DOUBT_BEFORE}(?![A-Za-z])"
-    rf"|(?<![\\A-Za-z])(?:(?:{'|'.join([*NUMBERS, *_SCALES])}|{_ORDINALS})s?|{_TUPLES}|{_SINGULAR}|halves|up to|at (?:best|worst)|times(?= [A-Za-z])"
+    rf"|(?<![\\A-Za-z])(?:(?:{'|'.join([*NUMBERS, *_SCALES])}|{_ORDINALS})s?|{_TUPLES}|{_SINGULAR}|halves"
+    r"|up to|at (?:best|worst)|times(?= [A-Za-z])"
     r"|(?:and|or)(?: |\W+text\W+)(?:up|down|above|below|more|less|fewer|greater|higher|lower|larger|smaller|so)"
     r")(?![A-Za-z])",
     re.IGNORECASE,

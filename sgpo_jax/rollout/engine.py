@@ -8,7 +8,7 @@ shard, R slots of a shard, P prompt length, T new tokens, V vocabulary. In a cac
 length, N head size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from sgpo_jax import models, output_head
 from sgpo_jax.rollout.sampling import Sampling, sample
-from sgpo_jax.sharding import BATCH, constrain, path_name, platform, row_ways, spec_for
+from sgpo_jax.sharding import BATCH, constrain, dividing, path_name, platform, row_ways, spec_for, weight_axes
 
 Array = Any  # JAX's, or numpy's on the host
 
@@ -105,8 +105,8 @@ def generate(
     problems, per_problem = count // len(groups), sum(groups)  # a problem is one prompt of each kind
     responses = problems // shards * per_problem
     width = min(slots // shards or responses, responses)
-    params = _resident(params, dtype)
-    head = _contiguous_head(params, config)
+    splits = [weight_axes(ways) for ways in sampling.decode_ways]
+    params = _split(_cast(params, dtype), splits[0])
     stops = jnp.asarray(model.stop_ids, jnp.int32)
 
     by_shard = partial(jnp.reshape, shape=(shards, count // shards))
@@ -129,17 +129,16 @@ def generate(
     def take_prompt(values, response):
         return jnp.take_along_axis(values, prompt_index(response), axis=1)
 
-    def decode(state):
+    def decode(params, head, split, state):
         queued, slots, out, steps = state
         active = slots.response < responses
-        position = slots.cache["length"]
-        hidden, cache = models.apply(
-            params, config, *(x.reshape(-1, 1) for x in (slots.token, position, active)), slots.cache, dtype=dtype
+        hidden, cache = models.decode(
+            params, config, slots.token.reshape(-1), active.reshape(-1), slots.cache, dtype=dtype, split=split
         )
-        assert cache is not None
-        logits = output_head.product(hidden[:, 0], head)
+        rows = models.other_rows(split)
+        logits = output_head.product(constrain(hidden, rows, None), head)
         # Each device computes the logits of its part of the vocabulary, and then samples its part of the rows.
-        logits = constrain(constrain(logits, BATCH, "tensor"), (*BATCH, "tensor"), None)
+        logits = constrain(constrain(logits, rows, dividing(config.vocab_size, split)), (*BATCH, "tensor"), None)
         slot_keys, slot_samples = (values[slots.response % per_problem] for values in (keys[kinds], samples))
         ids = take_prompt(problem_ids, slots.response), slot_samples, slots.sampled
         noise = [x.reshape(-1) for x in (slot_keys, *ids)]
@@ -178,7 +177,11 @@ def generate(
         jnp.full((shards, responses), LENGTH, jnp.int32),
     )
     state = jnp.zeros(shards, jnp.int32), _Slots(idle, idle * 0, idle * 0, cache), out, jnp.int32(0)
-    state = _decode_all(state, responses, refill, decode)
+    decodes = []
+    for split in splits:
+        params = _split(params, split)
+        decodes.append(partial(decode, params, _contiguous_head(params, config), split))
+    state = _decode_all(state, responses, refill, decodes)
     return jax.tree.map(lambda field: field.reshape(problems, per_problem, *field.shape[2:]), state[2]), state[3]
 
 
@@ -188,8 +191,11 @@ def narrowed(slots: int, all_slots: int) -> int:
     return narrower if narrower >= LEAST[slots < all_slots] else 0
 
 
-def _decode_all(state: Any, responses: int, refill: Callable, decode: Callable) -> Any:
-    """Decodes until every response has ended; once the queue is empty, in fewer and fewer slots."""
+def _decode_all(state: Any, responses: int, refill: Callable, decodes: Sequence[Callable]) -> Any:
+    """Decodes until every response has ended; once the queue is empty, in fewer and fewer slots.
+
+    Each of `decodes` serves a stage, and the last one those after it too.
+    """
 
     all_slots = width = state[1].response.shape[1]
 
@@ -206,16 +212,17 @@ def _decode_all(state: Any, responses: int, refill: Callable, decode: Callable) 
 
         state = refill(state)
         with jax.named_scope(f"decode_{all_slots}"):
-            return jax.lax.while_loop(no_refill_due, decode, state)
+            return jax.lax.while_loop(no_refill_due, decodes[0], state)
 
-    step = refill_and_decode
+    step: Callable = refill_and_decode
     while width:
         narrower = narrowed(width, all_slots)
         with jax.named_scope("refill" if step is refill_and_decode else f"decode_{width}"):
             state = jax.lax.while_loop(partial(busy, narrower=narrower), step, state)
         if narrower:
             state = state[0], _active_first(state[1], responses, narrower), *state[2:]
-        step, width = decode, narrower
+        decodes = decodes[1:] or decodes
+        step, width = decodes[0], narrower
     return state
 
 
@@ -335,21 +342,36 @@ def _constrain_cache(cache: models.Cache) -> models.Cache:
     return {**cache, **{name: constrain(cache[name], *layout) for name in ("key", "value")}}
 
 
-def _resident(params: Any, dtype: Any) -> Any:
-    """Casts matrices to the dtype of the products, and gathers them over all axes but the tensor axis.
+def _cast(params: Any, dtype: Any) -> Any:
+    """Casts matrices to the dtype of the products; norms and biases keep theirs."""
 
-    This happens once, before decoding: otherwise every token would cast and gather them. Norms and biases keep their
-    dtype.
-    """
-
-    def prepare(path, leaf):
+    def cast(path, leaf):
         name = path_name(path)
         leaf = leaf.astype(dtype) if name.endswith(("kernel", "embedding")) else leaf
-        if platform() == "gpu":  # else the partitioner gathers first and casts then, with twice the memory
-            leaf = constrain(leaf, *spec_for(name, leaf.shape))
-        return constrain(leaf, *("tensor" if axis == "tensor" else None for axis in spec_for(name, leaf.shape)))
+        if platform() != "gpu":
+            return leaf
+        # Else the partitioner gathers first and casts then, with twice the memory.
+        return constrain(leaf, *(BATCH if axis == "fsdp" else axis for axis in spec_for(name, leaf.shape)))
 
-    return jax.tree_util.tree_map_with_path(prepare, params)
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def _split(params: Any, axes: tuple[str, ...]) -> Any:
+    """Gathers matrices, and splits over these axes what the tensor axis splits in training.
+
+    This happens once, before a stage of decoding: otherwise every token would gather them.
+    """
+
+    def split(path, leaf):
+        spec = spec_for(path_name(path), leaf.shape)
+        # In these steps every move is an exchange or a gather over one axis; at once, all devices would hold all.
+        steps = [{"fsdp": BATCH, "tensor": ("tensor",)}, {"fsdp": ("data",), "tensor": ("tensor", "fsdp")}]
+        for step in [*(steps if len(axes) > 1 else ()), {"tensor": axes}]:
+            by_dimension = [step.get(axis, ()) for axis in spec]
+            leaf = constrain(leaf, *(dividing(n, some) for n, some in zip(leaf.shape, by_dimension, strict=False)))
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(split, params)
 
 
 def _contiguous_head(params: Any, config: models.ModelConfig) -> jax.Array:

@@ -24,6 +24,9 @@ class Sampling:
     top_p: float = 1.0  # keep the smallest set of most likely tokens whose total probability reaches this; 1 keeps all
     top_k: int = 0  # keep this many most likely tokens; 0 keeps all
     slots: int = 0  # responses decoded at once, over all devices; 0 means all; does not change any response
+    # For each stage of decoding, of which each has a quarter of the slots of the one before: the ways that split the
+    # weights, times the tensor axis; the last one counts for the later stages too.
+    decode_ways: tuple[int, ...] = (1,)
     # Is called on the host at every decoding step with `[W,R]` arrays, for W shards of R slots: the index of the slot's
     # response in its shard (their number for an idle slot), the tokens that it had, and its new one. In any order.
     watch: Callable[[Any, Any, Any], None] | None = None
@@ -31,7 +34,8 @@ class Sampling:
     @classmethod
     def from_config(cls, fields: ConfigDict) -> "Sampling":
         """Reads the settings from the section `rl` or `eval` of a config."""
-        return cls(fields.max_new_tokens, fields.temperature, fields.top_p, fields.top_k, fields.slots)
+        names = ("max_new_tokens", "temperature", "top_p", "top_k", "slots")
+        return cls(**{name: fields[name] for name in names}, decode_ways=tuple(fields.decode_ways))
 
 
 def sample(logits: jax.Array, uniform: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:

@@ -16,7 +16,7 @@ class Stage(NamedTuple):
     width: int  # R
     refills: int  # number of times that free slots are refilled; 0 after the first stage
     steps: int  # decoding steps
-    cached: float  # tokens in the cache of a shard's slots, idle slots included; mean over steps and shards
+    cached: float  # tokens in the cache of a shard's slots, one for an idle slot; mean over steps and shards
 
 
 def schedule(lengths: np.ndarray, prompts: np.ndarray, slots: int) -> list[Stage]:
@@ -63,7 +63,8 @@ def schedule(lengths: np.ndarray, prompts: np.ndarray, slots: int) -> list[Stage
             remaining = np.take_along_axis(padded, response, axis=1) - sampled
             step_count = int(remaining[response < responses].min())
             active = response < responses
-            cached += step_count * (cache.sum() + active.sum() * (step_count + 1) / 2) / shards
+            reached = np.where(active, cache + (step_count + 1) / 2, 1)
+            cached += step_count * reached.sum() / shards
             steps += step_count
             sampled += step_count
             cache += step_count * active

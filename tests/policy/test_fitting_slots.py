@@ -35,12 +35,12 @@ def test_slots_that_fit(responses, room, slots):
 
 @pytest.fixture
 def sampling(monkeypatch):
-    """(slots, GiB of a device or None) -> the sampling of a run of 512 responses to 128 prompts on 8 devices."""
+    """(slots, GiB of a device or None, decode_ways) -> the sampling of 512 responses to 128 prompts on 8 devices."""
 
-    def sampling(slots, gib):
+    def sampling(slots, gib, ways=(1,)):
         monkeypatch.setattr(memory, "_limit", lambda mesh: gib and int(gib * GIB))
         fields = {"max_new_tokens": 16384, "temperature": 1.0, "top_p": 0.95, "top_k": 0, "slots": slots}
-        fields |= {"teacher": "live", "reference_kl": 0.0, "teacher_dtype": "float32"}
+        fields |= {"decode_ways": ways, "teacher": "live", "reference_kl": 0.0, "teacher_dtype": "float32"}
         config = ConfigDict(
             {"rl": fields, "data": {"max_prompt_tokens": 1024}, "optimizer": {"mu_dtype": "float32"}, "stages": ("rl",)}
         )
@@ -59,6 +59,12 @@ def sampling(monkeypatch):
 def test_as_many_slots_as_fit(sampling, slots, gib, fit, capsys):
     assert sampling(slots, gib).slots == fit
     assert ("config.rl.slots=0: 240 of 512 responses are decoded at once" in capsys.readouterr().out) == (gib == 20)
+
+
+def test_weights_that_are_split_further_leave_more_room(sampling):
+    # A copy in eighths in place of halves: 1.08 GiB less, which is 4 slots of each of four devices, and 0.15 GiB.
+    assert sampling(0, 20, (4,)).slots == 4 * 64
+    assert sampling(0, 20, (1, 4)).slots == 4 * 58, "both copies: 0.36 GiB more"
 
 
 def test_slots_that_do_not_fit_are_refused(sampling):

@@ -117,9 +117,9 @@ def test_an_answer_written_otherwise_stays_right(pool, kind, values, forms, orde
 WORDS = """
     million, billion, thousand, hundred, dozen, halves, thirds, tenths, and a half, squared, cubed, or more, or less,
     at least, at most, or so, approximately, below zero, and up, percent less, mod two, out of nine, but not integral,
-    pairs, couples, trios, twelfths, twentieths, ten thousandths, grand, kilo, basis points, decades, root, times as many,
-    short, shy, too many, extra, missing, or so, rounded, repeating, negated, inverted, estimated, hopefully, I think,
-    could be, is wrong, ruled out, at best, nicht, tausend, millones, docenas
+    pairs, couples, trios, twelfths, twentieths, ten thousandths, grand, kilo, basis points, decades, root,
+    times as many, short, shy, too many, extra, missing, or so, rounded, repeating, negated, inverted, estimated,
+    hopefully, I think, could be, is wrong, ruled out, at best, nicht, tausend, millones, docenas
 """
 # Words that say what was counted.
 NOUNS = "ordered pairs, possible triples, roots, multiples of it, times, only, exactly, apiece, months, teeth, paths"

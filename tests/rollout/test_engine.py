@@ -503,20 +503,28 @@ def test_the_prompt_is_prefilled_once_per_problem(tiny, tiny_params):
     assert head < alone["decode"] / batch < 1.1 * (token + head)
 
 
-MESHES = [(2, 2, 2)] + [pytest.param(m, marks=pytest.mark.slow) for m in [(1, 4, 2), (4, 1, 2), (1, 1, 8), (2, 1, 4)]]
+# Mesh, and the ways that split the weights in each stage of decoding.
+MESHES = [((2, 2, 2), (1,)), ((1, 4, 2), (2, 4))] + [
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in [
+        ((1, 4, 2), (1,)), ((4, 1, 2), (1,)), ((1, 1, 8), (1,)), ((2, 1, 4), (1,)),
+        ((2, 2, 2), (4,)), ((4, 1, 2), (2,)), ((1, 4, 2), (1, 4)),
+    ]
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", MESHES)
-def test_a_mesh_of_eight_devices_samples_the_same_tokens(shape, stopped, tiny, tiny_params):
+@pytest.mark.parametrize(("shape", "decode_ways"), MESHES)
+def test_a_mesh_of_eight_devices_samples_the_same_tokens(shape, decode_ways, stopped, tiny, tiny_params):
     stops, expected = stopped
     mesh = sharding.make_mesh(*shape)
     placed = policy.place(tiny_params, mesh)
     assert len(placed["layers"]["q"]["kernel"].sharding.device_set) == 8
     tokens, mask = sharding.put_rows(padded(PROMPTS), mesh)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(sharding.decoding_mesh(mesh, decode_ways)):
         actual, _ = generate(
             placed, LanguageModel(tiny, stops, PAD), Prompts(tokens, mask), jax.random.key(0),
-            sharding.put_rows(np.array(IDS, np.uint32), mesh), sampling=Sampling(NEW, 0.7, 0.9), group=2,
+            sharding.put_rows(np.array(IDS, np.uint32), mesh),
+            sampling=Sampling(NEW, 0.7, 0.9, decode_ways=decode_ways), group=2,
         )  # fmt: skip
     assert_same(jax.device_get(actual), expected)
 
