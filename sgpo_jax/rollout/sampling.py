@@ -3,6 +3,7 @@
 Axis key: R rows, V vocabulary.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,11 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from sgpo_jax.sharding import platform
+
 _BLOCK = 128  # vocabulary entries per block of the two-level inverse CDF
 _BISECTIONS = 32
+AT_ONCE = 4  # of them in a pass over the vocabulary, where memory is slower than arithmetic
 
 
 @dataclass(frozen=True)
@@ -72,17 +76,23 @@ def filtered(logits: jax.Array, *, top_p: float, top_k: int) -> jax.Array:
         return probs
     # Bisect for the smallest kept logit, which avoids sorting the vocabulary. `low` always keeps enough mass.
     needed = top_p * jnp.sum(probs, axis=-1, keepdims=True)
+    at_once = 1 if platform() == "cpu" else AT_ONCE
 
     def halve(_, bounds):
-        low, high = bounds
-        middle = 0.5 * (low + high)
-        mass = jnp.sum(jnp.where(gap >= middle, probs, 0.0), axis=-1, keepdims=True)
-        enough = mass >= needed
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+        # All bounds that the next halvings can come to. One pass over the vocabulary decides between them.
+        edges = list(bounds)
+        for _ in range(at_once):
+            middles = [0.5 * (low + high) for low, high in itertools.pairwise(edges)]
+            edges = [edge for pair in itertools.zip_longest(edges, middles) for edge in pair][:-1]
+        masses = [jnp.sum(jnp.where(gap >= edge, probs, 0.0), axis=-1, keepdims=True) for edge in edges[1:-1]]
+        low, high = bounds[0], edges[1]
+        for lower, upper, mass in zip(edges[1:], edges[2:], masses, strict=False):
+            low, high = (jnp.where(mass >= needed, new, old) for new, old in ((lower, low), (upper, high)))
+        return low, high
 
     # exp(-40) times the vocabulary size is below the float32 resolution of the total, which is at least 1.
     low, high = jnp.full_like(needed, -40.0), jnp.full_like(needed, 1e-6)
-    low, _ = jax.lax.fori_loop(0, _BISECTIONS, halve, (low, high))
+    low, _ = jax.lax.fori_loop(0, _BISECTIONS // at_once, halve, (low, high))
     return jnp.where(gap >= _below(low), probs, 0.0)
 
 

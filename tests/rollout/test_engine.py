@@ -53,6 +53,17 @@ def test_top_p_keeps_what_a_sort_keeps(logits, top_p):
         assert (actual[~most] == 0).all(), (row, top_p)
 
 
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.95, 0.9999])
+def test_several_halvings_in_a_pass_keep_the_same_tokens(monkeypatch, top_p):
+    logits = 4 * jax.random.normal(jax.random.key(0), (32, 3000))
+    kept = []
+    for platform in ("cpu", "gpu"):
+        monkeypatch.setattr(sampling, "platform", lambda platform=platform: platform)
+        kept.append(jax.jit(lambda x: sampling.filtered(x, top_p=top_p, top_k=0))(logits))
+    np.testing.assert_array_equal(*kept)
+    assert 0 < (kept[0] > 0).sum() < logits.size
+
+
 def test_top_p_of_a_large_vocabulary():
     # Hundreds of tokens lie close to the border here.
     logits = np.random.default_rng(0).normal(size=(ROWS, 3000)).astype(np.float32)
