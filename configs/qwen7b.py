@@ -15,7 +15,7 @@ from sgpo_jax import methods
 # Fields with which the run fits, according to the plans in benchmarks/plans.
 CARDS = {
     "h100x8": {"sft.micro_batch": 16, "rl.micro_batch": 16, "rl.slots": 256, "eval.slots": 128},
-    "h100x32": {"rl.slots": 1024, "eval.slots": 512},
+    "h100x32": {"rl.slots": 1024, "eval.slots": 512, "rl.decode_ways": (2,), "eval.decode_ways": (2,)},
 }
 
 
