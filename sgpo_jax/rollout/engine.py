@@ -138,7 +138,8 @@ def generate(
         rows = models.other_rows(split)
         logits = output_head.product(constrain(hidden, rows, None), head)
         # Each device computes the logits of its part of the vocabulary, and then samples its part of the rows.
-        logits = constrain(constrain(logits, rows, dividing(config.vocab_size, split)), (*BATCH, "tensor"), None)
+        logits = constrain(logits, rows, dividing(config.vocab_size, split))
+        logits = constrain(logits, dividing(len(logits), (*BATCH, "tensor")), None)
         slot_keys, slot_samples = (values[slots.response % per_problem] for values in (keys[kinds], samples))
         ids = take_prompt(problem_ids, slots.response), slot_samples, slots.sampled
         noise = [x.reshape(-1) for x in (slot_keys, *ids)]
