@@ -10,7 +10,7 @@ from sgpo_jax import config as configs
 from sgpo_jax.lab.grid import Cell, grid_cells, tuning_cells, with_warm_ups
 from sgpo_jax.lab.records import Results, chosen_rates, planned_cells
 from sgpo_jax.lab.summary import write_page, write_tables
-from sgpo_jax.lab.workers import RunCells, worker_pool
+from sgpo_jax.lab.workers import RunCells, has_warmed_up, worker_pool
 from sgpo_jax.report import page
 from sgpo_jax.runtime import files
 from sgpo_jax.runtime.progress import Progress
@@ -41,18 +41,24 @@ def run(config: ConfigDict, workdir: Path) -> None:
             if config.report_seconds:
                 page.attempt(write_page, results, running=True)
 
-        _run_missing(tuning_cells(config), results, run_cells, add)
-        _run_missing(grid_cells(config, chosen_rates(results)), results, run_cells, add)
+        _run_missing(tuning_cells(config), results, workdir, run_cells, add)
+        _run_missing(grid_cells(config, chosen_rates(results)), results, workdir, run_cells, add)
     write_tables(results)
     write_page(results, running=False)
 
 
 def _run_missing(
-    cells: Sequence[Cell], results: Results, run_cells: RunCells, add: Callable[[dict[str, Any]], None]
+    cells: Sequence[Cell], results: Results, workdir: Path, run_cells: RunCells, add: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Runs the cells that have no row yet, all warm-ups before the others, and calls `add` with each row."""
-    for are_warm_ups in (True, False):
-        missing = [c for c in with_warm_ups(cells) if c not in results and (c.method == "sft") == are_warm_ups]
+    """Runs the cells that have no row yet, all warm-ups before the others, and calls `add` with each row.
+
+    Rows can be there without their folders. A warm-up is run again where a cell is to begin with it and its checkpoint
+    is gone.
+    """
+    others = [cell for cell in cells if cell.method != "sft" and cell not in results]
+    gone = {cell.warm_up for cell in others if not has_warmed_up(results.config, workdir, cell.warm_up)}
+    warm_ups = [c for c in with_warm_ups(cells) if c.method == "sft" and (c not in results or c in gone)]
+    for missing in (warm_ups, others):
         failures = {}
         for cell, outcome in run_cells(missing):
             if isinstance(outcome, Exception):

@@ -60,6 +60,8 @@ def run_cell(config: ConfigDict, cell: Cell, workdir: Path) -> dict[str, Any]:
         try:
             if cell.method == "sft":
                 sft.train(run, initial)
+            elif not has_warmed_up(config, workdir, cell.warm_up):
+                raise ValueError(f"{warm_up.workdir} has no checkpoint of the warm-up that {cell} begins with")
             else:
                 rl.train(run, warmed_up)
         except FloatingPointError as error:
@@ -70,6 +72,11 @@ def run_cell(config: ConfigDict, cell: Cell, workdir: Path) -> dict[str, Any]:
     if step is not None:
         result |= _training_means(folder / "rl.jsonl")
     return {**cell._asdict(), "config": digest(config), **result, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def has_warmed_up(config: ConfigDict, workdir: Path, warm_up: Cell) -> bool:
+    """Returns True if the checkpoint of a warm-up is in the folder of the lab."""
+    return stage.find_step(config, workdir / str(warm_up), "sft", "best") is not None
 
 
 def _accuracies(run: Run, params: Any, step: int, failed: bool) -> dict[str, Any]:

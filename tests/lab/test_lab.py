@@ -267,6 +267,29 @@ def test_methods_begin_with_the_warm_up_of_their_world_and_seed(config, tmp_path
 
 
 @pytest.mark.slow
+def test_a_warm_up_that_left_only_its_row_is_run_again(config, tmp_path):
+    """Rows are copied to another folder, without the folders of the runs, and a method is added."""
+    config.lab.update({"worlds": ("base",), "methods": ("sft", "grpo"), "seeds": (0,), "rates": (1.0,)})
+    lab.run(config, tmp_path / "first")
+    config.lab.methods = ("sft", "grpo", "sgpo")
+    (tmp_path / "second").mkdir()
+    rows = (tmp_path / "first" / "results.jsonl").read_text()
+    (tmp_path / "second" / "results.jsonl").write_text(rows)
+    for folder in ("first", "second"):
+        lab.run(config, tmp_path / folder)
+    found = [
+        {(row["world"], row["method"], row["rate"], row["seed"]): row["accuracy"] for row in read_jsonl(file)}
+        for file in (tmp_path / "first/results.jsonl", tmp_path / "second/results.jsonl")
+    ]
+    assert found[0] == found[1] and len(found[0]) == 6
+    assert (tmp_path / "second" / "base" / "sft@1" / "seed0" / "sft" / "checkpoints").is_dir()
+
+    cell = lab.Cell("base", "sgpo", 1.0, 5)
+    with pytest.raises(ValueError, match=r"base/sft@1/seed5 has no checkpoint of the warm-up that base/sgpo@1/seed5"):
+        lab.run_cell(lab.cell_config(config, cell), cell, tmp_path / "first")
+
+
+@pytest.mark.slow
 def test_several_processes_give_the_rows_of_one(config, tmp_path, capsys):
     config.lab.update({"rates": (0.5, 2.0), "worlds": ("base",), "methods": ("grpo",), "seeds": (0,)})
     lab.run(config, tmp_path / "one")
