@@ -60,6 +60,8 @@ EXTRAS = {
     # also bring scikit-learn, SQLAlchemy and older pyarrow.
     "trackers": ["wandb>=0.31", "mlflow-skinny>=3.17", "trackio>=0.43"],
     "browser": ["playwright>=1.55"],  # the report's page in headless Chromium; `playwright install chromium` brings one
+    # The site, by `mkdocs serve`, and what runs the notebooks.
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings-python>=2.0", "nbclient>=0.10", "ipykernel>=7.0"],
     "tpu": ["jax[tpu]>=0.10.2"],
     # XLA's compiler for GPUs without NVIDIA's own wheels: plans and compile tests on machines without a GPU.
     "gpu-compiler": ["jax-cuda13-plugin>=0.10.2", "jax-cuda13-pjrt>=0.10.2"],

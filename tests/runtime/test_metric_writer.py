@@ -201,3 +201,11 @@ def test_table_prints_what_it_returns(capsys):
     assert [c for c in cells if c] == [["unguided", "[0.1]"], ["[bold]guided", "0.25"]]
     with pytest.raises(ValueError, match="has 1 cells for 2 columns"):
         tables.table("Accuracy", ["", "before"], [["unguided"]])
+
+
+def test_a_table_in_a_notebook_is_text_as_elsewhere(capsys, monkeypatch):
+    """Rich would draw into the notebook by itself, and return nothing."""
+    text = tables.table("Accuracy", ["", "before"], [["unguided", 0.25]])
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert tables.table("Accuracy", ["", "before"], [["unguided", 0.25]]) == text
+    assert "0.25" in tables.fitting("Accuracy", ["", "before"], [["unguided", "0.25"]], 12)
