@@ -4,6 +4,7 @@ The start is README.md. The reference is made from docstrings, the comments of `
 commands. A file of the repository that a page links to is shown on a page of its own.
 """
 
+import html
 import json
 import os
 import re
@@ -109,14 +110,19 @@ def config_page() -> str:
     ]  # fmt: skip
     shown_section = None
     values, places = configs.flat(configs.base().to_dict()), {field: i for i, field in enumerate(said)}
-    for field in sorted(values, key=lambda field: places.get(field, places.get(field.rpartition(".")[0], 0))):
+
+    def place(field):  # sections as in config.py, and their fields too
+        section = field.rpartition(".")[0]
+        return places.get(section, -1), section, places.get(field, len(places))
+
+    for field in sorted(values, key=place):
         section, value = field.rpartition(".")[0], values[field]
         if section != shown_section:
             about = said.get(section, "")
             lines += ["", f"## {section or 'The run'}", "", *([about, ""] if about else [])]
             lines += ["| field | value | |", "|---|---|---|"]
             shown_section = section
-        text = said.get(field, "").replace("|", "\\|")
+        text = html.escape(said.get(field, ""), quote=False).replace("|", "\\|")
         lines.append(f"| `{field}` | `{value!r}` | {text} |")
     return "\n".join(lines) + "\n"
 

@@ -186,6 +186,8 @@ def two_starts(name, workdir, monkeypatch):
         for step in (1, 2):
             writer.log("rl", step, {"loss": 0.5 / step, "pass@4": 1.0})
         writer.table("rl/generations/heldout", 2, ROWS)
+    if name == "wandb":
+        time.sleep(1.1)  # W&B names the folder of a start by its second
     with Trackers([name], workdir, CONFIG | {"seed": 4}) as writer:
         writer.begin("rl", 2)
         writer.log("rl", 3, {"loss": 0.25, "pass@4": 0.5})
