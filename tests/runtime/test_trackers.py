@@ -58,7 +58,8 @@ WAIT, BUSY = threading.Event(), threading.Event()
 
 @pytest.fixture(autouse=True)
 def recorder(monkeypatch):
-    RECORDED.clear()
+    global RECORDED
+    RECORDED = []  # a tracker that stood still in an earlier test may still write to its own
     FAILS.clear()
     WAIT.set()
     monkeypatch.setitem(tracker_clients.CLIENTS, "wandb", Recorder)
