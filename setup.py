@@ -56,7 +56,12 @@ EXTRAS = {
     "llama": ["xllamacpp>=2026.10"],  # llama.cpp's own server in one wheel, which a test extracts strategies from
     "hub": ["datasets>=5.0"],  # parquet files and data sets of the Hugging Face hub
     "tfds": ["tensorflow-datasets>=4.9.10"],  # data sets of TFDS, read without TensorFlow
+    # Trackers besides TensorBoard. mlflow-skinny speaks to MLflow's servers without bringing one; all of mlflow would
+    # also bring scikit-learn, SQLAlchemy and older pyarrow.
+    "trackers": ["wandb>=0.31", "mlflow-skinny>=3.17", "trackio>=0.43"],
     "browser": ["playwright>=1.55"],  # the report's page in headless Chromium; `playwright install chromium` brings one
+    # The site, by `mkdocs serve`, and what runs the notebooks.
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings-python>=2.0", "nbclient>=0.10", "ipykernel>=7.0"],
     "tpu": ["jax[tpu]>=0.10.2"],
     # XLA's compiler for GPUs without NVIDIA's own wheels: plans and compile tests on machines without a GPU.
     "gpu-compiler": ["jax-cuda13-plugin>=0.10.2", "jax-cuda13-pjrt>=0.10.2"],

@@ -13,10 +13,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 STAGES = ("sft", "rl", "eval")
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 # Fields and sections that a resumed run may change: how long, how often and where it runs, and how it is evaluated.
 MAY_CHANGE = (
-    "stages", "grace", "max_skipped", "report_seconds", "profile", "rl.steps", "rl.epochs", "rl.eval_every", "monitor",
-    "eval", "checkpoint", "mesh", "extract", "lab",
+    "stages", "grace", "max_skipped", "report_seconds", "trackers", "profile", "rl.steps", "rl.epochs", "rl.eval_every",
+    "monitor", "eval", "checkpoint", "mesh", "extract", "lab",
 )  # fmt: skip
 FREE = ("eval.sets", "lab.changes", "lab.fast")  # sections whose names the user chooses
 
@@ -29,7 +30,7 @@ def base() -> ConfigDict:
     config.grace = 30.0  # seconds after SIGTERM in which a run finishes its step and saves
     config.max_skipped = 3  # consecutive non-finite updates that stop the run
     config.report_seconds = 60.0  # between two updates of report.html during a run; 0 writes it only at the end
-
+    config.trackers = ("tensorboard",)  # who gets the metrics: any of "tensorboard", "wandb", "mlflow", "trackio"
     config.profile = ()  # (first, last): a trace of these steps of each stage goes to STAGE/profile; () is none
 
     config.model = ConfigDict()

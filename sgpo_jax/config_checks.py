@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sgpo_jax.config import FREE, STAGES, base
+from sgpo_jax.config import FREE, STAGES, TRACKERS, base
 from sgpo_jax.divergences import DIVERGENCES
 from sgpo_jax.methods import METHODS
 
@@ -40,6 +40,9 @@ def check(config: ConfigDict) -> None:
     steps = config.profile
     ordered_steps = len(steps) == 2 and all(type(step) is int for step in steps) and 1 <= steps[0] <= steps[-1]
     need("profile", len(steps) == 0 or ordered_steps, "() or (first, last), steps counted from 1")
+    names = list(config.trackers)
+    known = all(name in TRACKERS for name in names) and len({*names}) == len(names)
+    need("trackers", known, f"names from {TRACKERS}, each at most once")
     need("report_seconds", 0 <= config.report_seconds < float("inf"), "a finite number, at least 0")
 
     need("model.source", bool(config.model.source), "a folder, hub id, .gguf file, 'smollm2' or 'scratch'")

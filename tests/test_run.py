@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import transformers
+from helpers.hub_server import TOKEN, HubServer
 from helpers.paths import ROOT
 from helpers.runs import assert_same_run, command, environment, parameters, rows, run
 
@@ -120,12 +121,17 @@ def test_the_trained_model_is_exported_for_transformers(undisturbed, tmp_path):
     workdir, _ = undisturbed
     step = min(int(path.name) for path in (workdir / "rl/checkpoints").iterdir() if path.name.isdigit())
     flags = [flag for flag in command(workdir)[3:] if not flag.startswith("--workdir")]
-    arguments = [*flags, f"--workdir={workdir}", f"--to={tmp_path / 'model'}", "--dtype=float32"]
-    exported = subprocess.run(
-        [sys.executable, "-m", "sgpo_jax.export", *arguments],
-        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    arguments = [*flags, f"--workdir={workdir}", f"--to={tmp_path / 'model'}", "--dtype=float32", "--push=me/tiny"]
+    with HubServer() as hub:
+        variables = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+        exported = subprocess.run(
+            [sys.executable, "-m", "sgpo_jax.export", *arguments],
+            env=environment() | variables, cwd=ROOT, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
     assert exported.returncode == 0, exported.stderr[-3000:]
+    written = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    assert "model.safetensors" in written and hub.files == {"models/me/tiny": written}
+    assert hub.repositories == {"models/me/tiny": True}, "private"
     params, config = huggingface.load(tmp_path / "model")
     saved = [parameters(workdir, "rl", s)["params"] for s in (step, 6, 8) if (workdir / f"rl/checkpoints/{s}").exists()]
     assert any(

@@ -10,6 +10,11 @@ from sgpo_jax.cli import Command, Flag
 __all__ = ["COMMANDS", "main", "start"]
 
 _WORKDIR = Flag("workdir", "Folder of the run.", required=True)
+_PUSH = (
+    Flag("push", "Repository of the Hugging Face hub that gets it too, OWNER/NAME; created, private, if it is new.",
+         default=""),
+    Flag("public", "With --push: anyone may read the repository.", bool, False),
+)  # fmt: skip
 _BEFORE = "sgpo_jax.commands."
 
 COMMANDS = {
@@ -55,9 +60,13 @@ COMMANDS = {
             Flag("to", "Folder to create.", required=True),
             Flag("stage", "Whose best checkpoint is exported.", default="rl", choices=("sft", "rl")),
             Flag("dtype", "Of the exported weights.", default="bfloat16", choices=("float32", "bfloat16")),
+            *_PUSH,
         ),
         config="run",
-        examples=("sgpo export --workdir=/tmp/quickstart --to=/tmp/model",),
+        examples=(
+            "sgpo export --workdir=/tmp/quickstart --to=/tmp/model",
+            "sgpo export --workdir=runs/mine --to=/tmp/model --push=me/my-model",
+        ),
         processes=True,
     ),
     "generate": Command(
@@ -146,6 +155,7 @@ COMMANDS = {
             Flag("workdir", "Folder of the journal; an extraction there is resumed.", required=True),
             Flag("to", "JSONL file for the problems with strategies; WORKDIR/strategies.jsonl by default.", default=""),
             Flag("audit", "Rate a sample of the kept strategies instead.", bool, False),
+            *_PUSH,
         ),
         fields=("seed", "extract."),
         examples=(

@@ -2,7 +2,7 @@
 
 The folder has weights, config, tokenizer and stop ids.
 
-sgpo export --config=configs/NAME.py --workdir=DIR --to=FOLDER [--stage=sft]
+sgpo export --workdir=DIR --to=FOLDER [--stage=sft] [--push=OWNER/NAME [--public]]
 """
 
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 from sgpo_jax import cli, config_checks, sharding
 from sgpo_jax import config as configs
 from sgpo_jax.cli.processes import join
+from sgpo_jax.commands import push
 from sgpo_jax.models import huggingface
 from sgpo_jax.policy import Run
 from sgpo_jax.report import model_card
@@ -37,8 +38,15 @@ def run(config, workdir: Path, from_stage: str, folder: Path, dtype: str) -> Non
 
 
 def main(config, given) -> None:
-    """Checks the config and the flags, joins the other processes, and exports."""
+    """Checks the config and the flags, joins the other processes, exports, and pushes if the flags ask for it."""
     config_checks.check(config)
     folder = cli.folder("to", given.to)
+    if given.push or given.public:
+        push.check(given.push)
     join(config, given)
     run(config, Path(given.workdir).expanduser(), given.stage, folder, given.dtype)
+    if given.push and is_first():
+        visible = "" if given.public else " --private"
+        again = f"The export is whole in {folder}; `hf upload {given.push} {folder} .{visible}` pushes it"
+        exported = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        push.push(exported, given.push, "model", given.public, again)

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from sgpo_jax import cli
 from sgpo_jax.lab.compare import run
 from sgpo_jax.lab.grid import check
-from sgpo_jax.runtime import lock
+from sgpo_jax.runtime import lock, trackers
 
 
 def main(config: ConfigDict, given: Any) -> None:
@@ -23,6 +23,7 @@ def main(config: ConfigDict, given: Any) -> None:
     if given.fast:
         config.update(config.lab.fast)
     check(config)
+    trackers.check(config.trackers)
     workdir = cli.folder("workdir", given.workdir)
     with lock.hold(workdir):
         run(config, workdir)

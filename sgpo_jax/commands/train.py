@@ -1,6 +1,7 @@
 """Trains: runs the stages of a config in order, each from where it stopped."""
 
 import contextlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from sgpo_jax import config as configs
 from sgpo_jax.cli.processes import join
 from sgpo_jax.policy import Run
 from sgpo_jax.report import page
-from sgpo_jax.runtime import distributed, environment, is_first, lock, memory, preemption, write_text
+from sgpo_jax.runtime import distributed, environment, is_first, lock, memory, preemption, trackers, write_text
 from sgpo_jax.training import final_eval, rl, sft, stage
 
 
@@ -51,7 +52,12 @@ def _run_stages(config, workdir: Path, mesh: Mesh) -> None:
     if lines := found(config, workdir):
         print(f"{workdir}: {'; '.join(lines)}", flush=True)
     policy, load = stage.load_policy(config)
-    run = Run(config, workdir, policy, mesh)
+    with trackers.Trackers.from_config(config, workdir) as tracked:
+        _train(Run(config, workdir, policy, mesh, tracked), load)
+
+
+def _train(run: Run, load: Callable) -> None:
+    config, workdir = run.config, run.workdir
     stage.check_positions(run)
     if "rl" in config.stages:
         rl.sampling(run)  # slots that do not fit are refused before the warm-up
@@ -67,12 +73,14 @@ def _run_stages(config, workdir: Path, mesh: Mesh) -> None:
     finally:  # also after a failure, else the page would say that the run is still running
         if is_first():
             page.attempt(page.write_run, workdir)
+            run.trackers.file(workdir / "report.html")
             print(f"Page: {workdir / 'report.html'}", flush=True)
 
 
 def main(config, given) -> None:
     """Checks the config and the flags, joins the other processes, and runs."""
     config_checks.check(config)
+    trackers.check(config.trackers)
     workdir = cli.folder("workdir", given.workdir)
     join(config, given)
     preemption.watch(config.grace)

@@ -204,5 +204,6 @@ def evaluate_sets(
         path = folder / f"{name}_{settings.context}_{step:06d}.jsonl"
         first = rows[: limit or fields.limit or None]
         result = evaluate(run.policy, params, first, run.mesh, settings, path, restart)
+        run.trackers.lines(f"{folder.parent.name}/{folder.name}/{name}_{settings.context}", step, path)
         results[name] = result | {"available": len(rows)}
     return results

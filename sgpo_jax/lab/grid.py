@@ -94,7 +94,8 @@ def digest(config: ConfigDict) -> str:
     for section, name in (field.split(".") for field in _NEWER):
         if fields[section][name] == defaults[section][name]:
             del fields[section][name]
-    values = [value for name, value in sorted(fields.items()) if name not in ("lab", "report_seconds", "profile")]
+    without_effect = ("lab", "report_seconds", "trackers", "profile")
+    values = [value for name, value in sorted(fields.items()) if name not in without_effect]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 

@@ -24,6 +24,7 @@ from sgpo_jax.evaluation import evaluate_sets
 from sgpo_jax.lab.grid import Cell, cell_config, digest
 from sgpo_jax.policy import Run
 from sgpo_jax.runtime import environment, files
+from sgpo_jax.runtime.trackers import Trackers
 from sgpo_jax.training import rl, sft, stage
 
 # A row has the mean of these metrics over the steps of training.
@@ -46,12 +47,16 @@ def run_cell(config: ConfigDict, cell: Cell, workdir: Path) -> dict[str, Any]:
     started, folder = time.perf_counter(), workdir / str(cell)
     folder.mkdir(parents=True, exist_ok=True)
     mesh = sharding.make_mesh(**config.mesh)
-    with (folder / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+    with (
+        (folder / "log.txt").open("a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        Trackers.from_config(config, folder) as trackers,
+    ):
         configs.check_resume(config, folder / "config.json")
         files.write_text(folder / "config.json", configs.to_json(config))
         environment.record(folder)
         policy, load = stage.load_policy(config)
-        run = Run(config, folder, policy, mesh)
+        run = Run(config, folder, policy, mesh, trackers)
         stage.check_positions(run)
         initial = functools.partial(load, jax.random.key(config.seed))
         warm_up = dataclasses.replace(run, workdir=workdir / str(cell.warm_up))

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from sgpo_jax.models import gguf, huggingface
 from sgpo_jax.policy import tokenizer as tokenizers
 from sgpo_jax.policy.prompts import user_turn
 from sgpo_jax.rollout import LanguageModel
+from sgpo_jax.runtime.trackers import Trackers
 
 WORDS = "words:"  # prefix of a tokenizer's name: its tokens are the words of a source of problems
 _WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
@@ -48,6 +49,7 @@ class Run:
     workdir: Path
     policy: Policy
     mesh: Mesh
+    trackers: Trackers = field(default_factory=Trackers)
 
 
 def load(

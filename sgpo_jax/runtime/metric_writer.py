@@ -1,4 +1,4 @@
-"""Writes the metrics of a training stage to a JSONL file, TensorBoard and the progress line."""
+"""Writes the metrics of a training stage to a JSONL file, the trackers and the progress line."""
 
 import json
 import math
@@ -8,15 +8,14 @@ from typing import Any, Self, TextIO
 
 from sgpo_jax.runtime.files import read_jsonl, sync, write_text
 from sgpo_jax.runtime.progress import Progress
-
-_FLUSH = 5  # seconds of scalars that TensorBoard loses when the process is killed
+from sgpo_jax.runtime.trackers import Trackers
 
 
 class Writer:
     """A writer of one stage's metrics, one row a step; a context manager.
 
     It writes `folder/NAME.jsonl` with one strict JSON object a line (`step` first, then the metrics in the order
-    given, null for a value that is not finite), and `folder/tensorboard/NAME`.
+    given, null for a value that is not finite).
 
     Steps count from 1. A run that resumes after step `resume_step` first drops the later rows, because it will write
     them again. So the file has each step once.
@@ -27,6 +26,7 @@ class Writer:
         name: the stage, such as "sft" or "rl".
         resume_step: last step whose row is kept; 0 starts an empty file.
         enabled: False on every process but the first; then nothing is read, written or shown.
+        trackers: get every row too.
 
     Raises:
         ValueError: `total_steps` or `resume_step` is out of range, or the JSONL file is broken.
@@ -39,6 +39,7 @@ class Writer:
         name: str,
         resume_step: int = 0,
         enabled: bool = True,
+        trackers: Trackers | None = None,
     ):
         if total_steps < 0:
             raise ValueError(f"total_steps must be at least 0, not {total_steps}")
@@ -49,19 +50,16 @@ class Writer:
         self._name = name
         self._last_step = resume_step
         self._enabled = enabled
+        self._trackers = trackers or Trackers()
         self._progress = Progress(name, total_steps, resume_step, live=True, enabled=enabled)
 
     def __enter__(self) -> Self:
         if not self._enabled:
             return self
-        from tensorboardX import SummaryWriter  # imports torch where that is installed, which takes a second
-
         self._path.parent.mkdir(parents=True, exist_ok=True)
         _drop_rows_after(self._path, self._last_step)
         self._rows: TextIO = self._path.open("a", encoding="utf-8")
-        # purge_step makes TensorBoard ignore what an earlier run logged from that step on.
-        events = self._path.parent / "tensorboard" / self._name
-        self._scalars = SummaryWriter(str(events), purge_step=self._last_step + 1, flush_secs=_FLUSH)
+        self._trackers.begin(self._name, self._last_step)
         self._progress.__enter__()
         return self
 
@@ -69,7 +67,6 @@ class Writer:
         if not self._enabled:
             return
         self._progress.__exit__(*exception)
-        self._scalars.close()
         self._rows.close()
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
@@ -91,9 +88,7 @@ class Writer:
         values = {key: _number(value) for key, value in metrics.items()}
         self._rows.write(_line({"step": step, **values}))
         self._rows.flush()
-        for key, value in values.items():
-            if math.isfinite(value):
-                self._scalars.add_scalar(f"{self._name}/{key}", value, step)
+        self._trackers.log(self._name, step, values)
         self._last_step = step
         self._progress.show(step, values)
 

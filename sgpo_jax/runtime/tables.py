@@ -49,7 +49,7 @@ def fitting(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], 
     cells = zip(columns, *lines, strict=True)
     words = [max(len(word) for cell in column for word in (*cell.split(), "")) for column in cells]
     out = io.StringIO()
-    console = Console(file=out, width=width)
+    console = Console(file=out, width=width, force_jupyter=False)
     if min(words[0], _NAME) + sum(words[1:]) + 2 * (len(words) - 1) <= width:
         console.print(_table(title, columns, lines, wrap=True))
     else:
@@ -72,7 +72,7 @@ def _draws_lines() -> bool:
 
 def _drawn(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], width: int) -> str:
     text = io.StringIO()
-    Console(file=text, width=width).print(_table(title, columns, lines))
+    Console(file=text, width=width, force_jupyter=False).print(_table(title, columns, lines))
     return text.getvalue()
 
 

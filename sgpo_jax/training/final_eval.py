@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from sgpo_jax import config as configs
 from sgpo_jax import policy as policies
@@ -53,9 +52,12 @@ def write(run: Run, initial: Callable[[], Any]) -> dict[str, Any]:
                     scores = evaluate_sets(run, params, folder / when, step, guided=kind == "guided")
                 if is_first():
                     write_text(path, json.dumps({**settings, "results": scores}) + "\n")
+                for name, result in scores.items():
+                    numbers = {metric: value for metric, value in result.items() if isinstance(value, float)}
+                    run.trackers.log("eval", step, {f"{name}/{kind}/{metric}": numbers[metric] for metric in numbers})
             results.setdefault(when, {})[kind] = scores
     if is_first():
-        _show(config, run.workdir, folder, results)
+        _show(run, folder, results)
     return results
 
 
@@ -76,7 +78,8 @@ def _read_finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | Non
     return content["results"] if {name: content.get(name) for name in settings} == settings else None
 
 
-def _show(config: ConfigDict, workdir: Path, folder: Path, results: dict[str, Any]) -> None:
+def _show(run: Run, folder: Path, results: dict[str, Any]) -> None:
+    config, workdir = run.config, run.workdir
     columns = ["set", "prompt", "avg@k before", "avg@k after", "gain", "pass@k", "tokens", "truncated"]
     lines = []
     before, after = results["before"], results.get("after")
@@ -93,6 +96,7 @@ def _show(config: ConfigDict, workdir: Path, folder: Path, results: dict[str, An
     title += f"; the first {config.eval.limit} problems of each set (eval.limit)" if config.eval.limit else ""
     table = tables.table(title, columns, lines)
     (folder / "table.txt").write_text(table, encoding="utf-8")
+    run.trackers.table("eval/accuracy", 0, [dict(zip(columns, line, strict=True)) for line in lines])
     for name in config.eval.sets:
         _show_answers(folder, name)
     rows = read_jsonl(workdir / "rl.jsonl") if (workdir / "rl.jsonl").is_file() else []

@@ -105,7 +105,9 @@ class Loop:
         rows = rollback.rows_up_to(workdir, self._done) if self._name == "rl" else []
         self._watch = collapse.Watch(limits, rows) if self._name == "rl" else None
         if self._done < self._total:
-            writer = Writer(workdir, self._total, self._name, resume_step=self._done, enabled=is_first())
+            writer = Writer(
+                workdir, self._total, self._name, resume_step=self._done, enabled=is_first(), trackers=run.trackers
+            )
             self._writer = self._writing.enter_context(writer)
         return state
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from sgpo_jax.runtime import files, metric_writer, progress, tables
+from sgpo_jax.runtime import files, metric_writer, progress, tables, tracker_clients
 from sgpo_jax.runtime.files import read_jsonl
 from sgpo_jax.runtime.progress import progress_line
+from sgpo_jax.runtime.trackers import Trackers
 
 
 def rows_of(path):
@@ -58,14 +59,18 @@ def test_every_line_is_strict_json(tmp_path):
 
 def test_scalars_reach_the_disk_during_the_run(tmp_path, monkeypatch):
     """TensorBoard's writer would keep those of two minutes, which a kill loses for good."""
-    assert metric_writer._FLUSH <= 10
-    monkeypatch.setattr(metric_writer, "_FLUSH", 0.05)
-    with metric_writer.Writer(tmp_path, total_steps=3, name="sft") as writer:
+    assert tracker_clients._FLUSH <= 10
+    monkeypatch.setattr(tracker_clients, "_FLUSH", 0.05)
+    with (
+        Trackers(["tensorboard"], tmp_path) as trackers,
+        metric_writer.Writer(tmp_path, total_steps=3, name="sft", trackers=trackers) as writer,
+    ):
         writer.write(1, {"loss": 0.5})
         writer.write(2, {"loss": 0.25})
         deadline = time.monotonic() + 30
-        while (found := scalars_of(tmp_path / "tensorboard/sft")) != [("sft/loss", 1, 0.5), ("sft/loss", 2, 0.25)]:
-            assert time.monotonic() < deadline, found
+        events = tmp_path / "tensorboard/sft"
+        while not events.exists() or scalars_of(events) != [("sft/loss", 1, 0.5), ("sft/loss", 2, 0.25)]:
+            assert time.monotonic() < deadline
             time.sleep(0.01)
 
 
@@ -80,11 +85,15 @@ def test_rows_are_on_disk_before_a_checkpoint(tmp_path, monkeypatch):
 
 
 def test_tensorboard_scalars(tmp_path):
-    with metric_writer.Writer(tmp_path, total_steps=3, name="sft") as writer:
+    with (
+        Trackers(["tensorboard"], tmp_path) as trackers,
+        metric_writer.Writer(tmp_path, total_steps=3, name="sft", trackers=trackers) as writer,
+    ):
         writer.write(1, {"loss": 0.5, "bad": math.nan})
         writer.write(3, {"loss": 0.25})
     scalars = scalars_of(tmp_path / "tensorboard/sft")
     assert scalars == [("sft/loss", 1, 0.5), ("sft/loss", 3, 0.25)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sft.jsonl", "tensorboard"]
 
 
 def test_a_resumed_run_has_each_step_once(tmp_path):
@@ -192,3 +201,11 @@ def test_table_prints_what_it_returns(capsys):
     assert [c for c in cells if c] == [["unguided", "[0.1]"], ["[bold]guided", "0.25"]]
     with pytest.raises(ValueError, match="has 1 cells for 2 columns"):
         tables.table("Accuracy", ["", "before"], [["unguided"]])
+
+
+def test_a_table_in_a_notebook_is_text_as_elsewhere(capsys, monkeypatch):
+    """Rich would draw into the notebook by itself, and return nothing."""
+    text = tables.table("Accuracy", ["", "before"], [["unguided", 0.25]])
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert tables.table("Accuracy", ["", "before"], [["unguided", 0.25]]) == text
+    assert "0.25" in tables.fitting("Accuracy", ["", "before"], [["unguided", "0.25"]], 12)
