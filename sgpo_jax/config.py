@@ -16,7 +16,8 @@ STAGES = ("sft", "rl", "eval")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 # Fields and sections that a resumed run may change: how long, how often and where it runs, and how it is evaluated.
 MAY_CHANGE = (
-    "stages", "grace", "max_skipped", "report_seconds", "trackers", "profile", "rl.steps", "rl.epochs", "rl.eval_every",
+    "stages", "grace", "max_skipped", "report_seconds", "trackers", "profile", "rl.steps", "rl.epochs",
+    "rl.eval_every", "rl.decode_ways",
     "monitor", "eval", "checkpoint", "mesh", "extract", "lab",
 )  # fmt: skip
 FREE = ("eval.sets", "lab.changes", "lab.fast")  # sections whose names the user chooses

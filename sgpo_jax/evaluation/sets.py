@@ -78,7 +78,7 @@ def evaluate(
         "model": settings.model, "set": settings.name, "seed": settings.seed, "step": settings.step,
         "guided": settings.guided, "samples": settings.samples, "reward": settings.reward,
         "instruction": policy.instruction, "dtype": jnp.dtype(policy.dtype).name,
-        **{name: value for name, value in asdict(sampling).items() if name not in ("slots", "watch")},
+        **{name: value for name, value in asdict(sampling).items() if name not in ("slots", "decode_ways", "watch")},
         **({"system": policy.system} if policy.system else {}), "problems": problems,
     }  # fmt: skip
     distributed.agree({f"the content of the problems of {settings.name}": problems})
