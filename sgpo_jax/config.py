@@ -46,6 +46,16 @@ def base() -> ConfigDict:
     # except products with weights, "none" nothing.
     config.model.remat = "full"
 
+    # Low-rank adapters (arXiv 2106.09685): training changes factors A and B beside kernels W, y = x W + s (x A) B, and
+    # nothing else; docs/lora.md.
+    config.lora = ConfigDict()
+    config.lora.rank = 0  # columns of A and rows of B; 0 trains all parameters
+    config.lora.alpha = 32.0  # s is alpha / rank
+    config.lora.rslora = False  # s is alpha / sqrt(rank); arXiv 2312.03732
+    config.lora.targets = ".*"  # regular expression of whole names: which of q, k, v, o, gate, up, down have adapters
+    config.lora.base_dtype = "float32"  # of the frozen parameters; "bfloat16" halves their memory
+    config.lora.start = ""  # folder of peft with the adapters to begin with; "" draws A, and B is 0
+
     config.data = ConfigDict()
     config.data.train = ""  # problems with solutions and strategies: see data.load
     config.data.remove_duplicates = False  # leave out repeated problems; False only counts and lists them

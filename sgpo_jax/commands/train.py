@@ -4,13 +4,11 @@ import contextlib
 from functools import partial
 from pathlib import Path
 
-import jax
 from jax.sharding import Mesh
 
 from sgpo_jax import cli, config_checks, rewards, sharding
 from sgpo_jax import config as configs
 from sgpo_jax.cli.processes import join
-from sgpo_jax.policy import Run
 from sgpo_jax.report import page
 from sgpo_jax.runtime import distributed, environment, is_first, lock, memory, preemption, write_text
 from sgpo_jax.training import final_eval, rl, sft, stage
@@ -50,12 +48,10 @@ def found(config, workdir: Path) -> list[str]:
 def _run_stages(config, workdir: Path, mesh: Mesh) -> None:
     if lines := found(config, workdir):
         print(f"{workdir}: {'; '.join(lines)}", flush=True)
-    policy, load = stage.load_policy(config)
-    run = Run(config, workdir, policy, mesh)
+    run, initial = stage.open_run(config, workdir, mesh)
     stage.check_positions(run)
     if "rl" in config.stages:
         rl.sampling(run)  # slots that do not fit are refused before the warm-up
-    initial = partial(load, jax.random.key(config.seed))
     warmed_up = partial(stage.warmed_up, run, initial)
     try:
         if "sft" in config.stages:

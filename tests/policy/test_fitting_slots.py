@@ -42,8 +42,9 @@ def sampling(monkeypatch):
         fields = {"max_new_tokens": 16384, "temperature": 1.0, "top_p": 0.95, "top_k": 0, "slots": slots}
         fields |= {"teacher": "live", "reference_kl": 0.0, "teacher_dtype": "float32"}
         config = ConfigDict(
-            {"rl": fields, "data": {"max_prompt_tokens": 1024}, "optimizer": {"mu_dtype": "float32"}, "stages": ("rl",)}
-        )
+            {"rl": fields, "data": {"max_prompt_tokens": 1024}, "optimizer": {"mu_dtype": "float32"}, "stages": ("rl",),
+             "lora": {"base_dtype": "bfloat16"}}
+        )  # fmt: skip
         chosen = policy.Policy(SHAPE, None, (0,), 0, jnp.dtype(jnp.bfloat16), "")
         run = SimpleNamespace(config=config, policy=chosen, mesh=sharding.make_mesh(1, 4, 2))
         return memory.sampling(run, "rl", 512, 128)
