@@ -68,8 +68,9 @@ def test_a_rule_names_kernels_and_one_that_names_none_is_refused():
     config = CONFIGS["qwen3"]
     assert list(lora.init(jax.random.key(0), config, Lora(2, 1.0, "[qv]|down", False))["layers"]) == ["down", "q", "v"]
     assert lora.kernels(config)["down"] == (3, 20, 12)
-    with pytest.raises(ValueError, match=r"config.lora.targets='query'.*: down, gate, k, o, q, up, v"):
-        lora.kernels(config, "query")
+    for targets in ("query", "g"):  # the whole name counts, not its beginning
+        with pytest.raises(ValueError, match=rf"config.lora.targets='{targets}'.*: down, gate, k, o, q, up, v"):
+            lora.kernels(config, targets)
 
 
 def test_factors_lie_on_a_mesh_as_their_kernel_does_with_the_rank_whole():

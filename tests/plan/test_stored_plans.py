@@ -38,6 +38,25 @@ def test_a_plan_is_of_the_preset_in_the_config(model, cards):
     assert configs.flat(configs.to_dict(without_files(config))) == before  # a newer field has its default
 
 
+@pytest.mark.parametrize(
+    ("name", "chips", "changes"), [("h100x1", "h100:1", {}), ("v5e_2x4", "v5e:2x4", {"mesh.tensor": 4})]
+)
+def test_the_plans_of_adapters_are_of_their_preset_and_in_their_table(name, chips, changes):
+    stored = plan("qwen7b_lora", name)
+    config = runpy.run_path(str(ROOT / "configs/qwen7b.py"))["get_config"]("lora")
+    config.update_from_flattened_dict(changes)
+    assert configs.to_dict(without_files(config)) == stored["config"] and stored["topology"] == chips and stored["fits"]
+    needed = [stored["programs"][name]["hbm"]["needed"] / GIB for name in ("SFT update", "update", "rollout")]
+    needed.append(max(p["hbm"]["needed"] for p in stored["programs"].values() if p["stage"] == "eval") / GIB)
+    hours = (stored["hours"][stage] for stage in ("sft", "rl", "eval"))
+    cells = [
+        chips, f"{stored['mesh']['fsdp']} x {stored['mesh']['tensor']}", ", ".join(f"{x:.1f}" for x in needed),
+        f"{stored['programs']['update']['hbm']['limit'] / GIB:.4g}",
+        ", ".join(f"{bounds['least']:,.1f} to {bounds['most']:,.1f}" for bounds in hours),
+    ]  # fmt: skip
+    assert "| " + " | ".join(cells) + " |" in (ROOT / "docs/lora.md").read_text()
+
+
 def test_no_other_plans_are_in_the_table():
     rows = [line for line in PAGE.splitlines() if line.startswith("|") and "| h100:" in line]
     assert len(rows) == len(STORED)

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from sgpo_jax import config as configs
 from sgpo_jax import policy, sharding
 from sgpo_jax.models import presets
+from sgpo_jax.models.lora import Lora
 from sgpo_jax.policy import memory
 from sgpo_jax.rollout.memory import cache_bytes, fitting_slots
 
@@ -67,6 +68,13 @@ def test_slots_that_do_not_fit_are_refused(sampling):
         sampling(512, 20)
     with pytest.raises(ValueError, match=r"config.rl.slots=0: the cache of one slot takes 0.2 of 0.0 GiB"):
         sampling(0, 4.05)
+
+
+def test_adapters_have_a_base_and_merged_kernels_beside_them():
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    every, kernels, adapters = 1_543_714_304, 28 * 1536 * 1536, 28 * 16 * (1536 + 1536)
+    found = memory._resident(SHAPE, jnp.dtype(jnp.bfloat16), 8, mesh, Lora(16, 32.0, "q", False), "bfloat16")
+    assert found == 2 * every + 2 * kernels + 12 * adapters + 2 * every, "base, merged, adapters, for the products"
 
 
 @pytest.mark.parametrize(

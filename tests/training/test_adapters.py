@@ -144,7 +144,7 @@ def single_device(tiny):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 4, 2), (1, 1, 8), (2, 2, 2)], ids=str)
 def test_every_mesh_trains_adapters_like_one_device(shape, single_device, tiny):
     losses, adapters, merged = trained(sharding.make_mesh(*shape), tiny)
     np.testing.assert_allclose(losses, single_device[0], atol=1e-4)
