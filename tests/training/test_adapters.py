@@ -17,7 +17,7 @@ from helpers.small_models import random_adapters
 
 from sgpo_jax import config as configs
 from sgpo_jax import models, sharding
-from sgpo_jax.commands import export, train
+from sgpo_jax.commands import evaluate, export, train
 from sgpo_jax.models import huggingface, lora, peft
 from sgpo_jax.models.lora import Lora
 from sgpo_jax.training import Forward, Objective, Teaching, Weighting, init_state, make_update, pack_batch, sft
@@ -156,7 +156,7 @@ def settings(**changes):
     config = load(ROOT / "configs" / "quickstart.py")
     config.update_from_flattened_dict(TINY | {
         "lora.rank": 2, "lora.base_dtype": "bfloat16", "sft.steps": 2, "sft.validate_every": 1, "rl.steps": 2,
-        "rl.eval_every": 0, "stages": ("sft", "rl"), "rl.teacher": "frozen", "checkpoint.every": 1,
+        "rl.eval_every": 2, "eval.guided": False, "rl.teacher": "frozen", "checkpoint.every": 1,
         "rl.reward": "helpers.reward_functions:even", "rl.learning_rate": 1e-2, "report_seconds": 0.0,
     } | {name.replace("__", "."): value for name, value in changes.items()})  # fmt: skip
     return config
@@ -186,7 +186,7 @@ def test_a_run_saves_adapters_alone_and_resumes_bit_for_bit(whole, tmp_path, mon
     assert names == {f"layers/{kernel}/lora_{factor}" for kernel in kernels for factor in "ab"}
     size = sum(leaf.size for leaf in jax.tree.leaves(saved["params"]))
     assert sum(leaf.size for leaf in jax.tree.leaves(saved)) < 3 * size + 10, "two moments, and no base"
-    for changes in ({"rl__steps": 1}, {}):
+    for changes in ({"stages": ("sft", "rl"), "rl__steps": 1, "rl__eval_every": 0}, {}):
         on_one_device(train.run, tmp_path, **changes)
     for stage in ("sft", "rl"):
         assert rows(whole, stage) == rows(tmp_path, stage)
@@ -208,12 +208,16 @@ def test_exports_are_the_merged_weights_and_the_adapters_with_which_a_run_can_be
     merged, config = huggingface.load(tmp_path / "merged")
     chosen = Lora.from_config(settings().lora)
     adapters = peft.load(tmp_path / "adapters", config, chosen)
-    saved = parameters(whole, "rl", 2)["params"]  # without evaluations the best checkpoint is the last
+    saved = parameters(whole, "rl", 2)["params"]  # the only one that was evaluated
     jax.tree.map(np.testing.assert_array_equal, adapters, saved)
     base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), models.init(jax.random.key(0), config))
     jax.tree.map(np.testing.assert_array_equal, merged, lora.merge(base, saved, chosen.scale))
 
-    changes = {"stages": ("rl",), "lora__start": str(tmp_path / "adapters"), "rl__steps": 1}
+    measured = on_one_device(evaluate.run, str(whole), str(tmp_path / "measured"), "", 0)
+    assert measured["unguided"] == json.loads((whole / "eval/after_unguided.json").read_text())["results"]
+    assert measured["unguided"] != json.loads((whole / "eval/before_unguided.json").read_text())["results"]
+
+    changes = {"stages": ("rl",), "rl__eval_every": 0, "lora__start": str(tmp_path / "adapters"), "rl__steps": 1}
     on_one_device(train.run, tmp_path / "next", **changes)
     reference = parameters(tmp_path / "next", "rl", 1)["teacher"]["reference"]
     jax.tree.map(np.testing.assert_array_equal, reference, saved)
