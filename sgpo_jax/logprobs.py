@@ -19,6 +19,7 @@ from typing import Any, Literal
 import chex
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -29,7 +30,6 @@ from sgpo_jax.sharding import BATCH, fit_spec, platform, row_ways
 # Positions per step on a device. An accelerator needs many to be kept busy (at V = 152k one float32 logits buffer is
 # 311 MB); a CPU is as fast with few.
 CHUNK, CPU_CHUNK = 512, 128
-PARTS = 4  # a chunk's gradient of the head is added in this many parts: as a whole, it is as large as the head
 
 Direction = Literal["forward", "reverse"]
 Heads = jax.Array | tuple[jax.Array, jax.Array]  # of both sides; or (unguided, guided): see `kl_loss`
@@ -256,9 +256,9 @@ def _measure_chunks_backward(measure, tied, saved, cotangents):
 
         def step(s, gradients):
             _, backward = measure(heads, *_chunk(inputs, s))
-            return _add_gradients(backward(*_chunk(cotangents, s)), inputs[0], heads[0], s, gradients)
+            return output_head.add_gradients(backward(*_chunk(cotangents, s)), inputs[0], heads[0], s, gradients)
 
-        d_hidden, d_head = _for_each_chunk(step, chunks, _zero_gradients(inputs[0], heads[0]))
+        d_hidden, d_head = _for_each_chunk(step, chunks, output_head.zero_gradients(inputs[0], heads[0]))
         return d_hidden, output_head.sum_over_positions(d_head)
 
     d_hidden, d_head = _on_devices(local, (inputs, cotangents), heads, tied, chunks, outputs=("h", "g"))
@@ -272,10 +272,16 @@ _measure_chunks.defvjp(_measure_chunks_forward, _measure_chunks_backward)
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _loss(measure, token_loss, tied, inputs, heads, chunks, data):
     """Returns (sum of `token_loss` over the values of `measure`, these values `[S,C]`)."""
-    return _loss_forward(measure, token_loss, tied, inputs, heads, chunks, data)[0]
+    return _loss_and_gradients(measure, token_loss, tied, inputs, heads, chunks, data, trained=False)[0]
 
 
-def _loss_forward(measure, token_loss, tied, inputs, heads, chunks, data):
+def _loss_forward(measure, token_loss, tied, *arguments):
+    trained = arguments[1][0].perturbed  # not where the head is frozen: then a third of the products is left out
+    values = jax.tree.map(lambda x: x.value, arguments)
+    return _loss_and_gradients(measure, token_loss, tied, *values, trained=trained)
+
+
+def _loss_and_gradients(measure, token_loss, tied, inputs, heads, chunks, data, trained):
     def local(arrays, heads, chunks):
         inputs, data = arrays
 
@@ -283,16 +289,17 @@ def _loss_forward(measure, token_loss, tied, inputs, heads, chunks, data):
             outputs, total, *gradients = carry
             values, backward = measure(heads, *_chunk(inputs, s))
             loss, pull = jax.vjp(lambda *values: token_loss(*values, _chunk(data, s)), *values)
-            gradients = _add_gradients(backward(*pull(jnp.ones_like(loss))), inputs[0], heads[0], s, gradients)
+            d_logits = backward(*pull(jnp.ones_like(loss)))
+            gradients = output_head.add_gradients(d_logits, inputs[0], heads[0], s, gradients)
             return _store(outputs, s, values), total.at[s].set(loss), *gradients
 
         outputs = _zero_values(measure, inputs, heads)
-        start = outputs, jnp.zeros_like(outputs[0]), *_zero_gradients(inputs[0], heads[0])
+        start = outputs, jnp.zeros_like(outputs[0]), *output_head.zero_gradients(inputs[0], heads[0], trained)
         outputs, total, d_hidden, d_head = _for_each_chunk(step, chunks, start)
-        return outputs, total, d_hidden, output_head.sum_over_positions(d_head)
+        return outputs, total, d_hidden, output_head.sum_over_positions(d_head) if trained else None
 
     numbers = _zero_values(measure, inputs, [Head(head, tied) for head in heads])
-    outputs = ("n",) * len(numbers), "n", "h", "g"
+    outputs = ("n",) * len(numbers), "n", "h", "g" if trained else None
     values, total, *gradients = _on_devices(local, (inputs, data), heads, tied, chunks, outputs=outputs)
     # Scalars tell the backward pass the number of heads, and the type of the first.
     return (total.sum(), values), (*gradients, [jnp.zeros((), head.dtype) for head in heads])
@@ -300,13 +307,15 @@ def _loss_forward(measure, token_loss, tied, inputs, heads, chunks, data):
 
 def _loss_backward(measure, token_loss, tied, saved, cotangents):
     d_hidden, d_head, (head_type, *others) = saved
-    d_head = d_head.T if tied else d_head
-    d_loss, _ = cotangents
+    d_loss = 0.0 if isinstance(cotangents[0], SymbolicZero) else cotangents[0]
     d_hidden = (d_loss * d_hidden).astype(d_hidden.dtype)
-    return (d_hidden, None), ((d_loss * d_head).astype(head_type.dtype), *(None for _ in others)), None, None
+    if d_head is not None:
+        d_head = d_head.T if tied else d_head
+        d_head = (d_loss * d_head).astype(head_type.dtype)
+    return (d_hidden, None), (d_head, *(None for _ in others)), None, None
 
 
-_loss.defvjp(_loss_forward, _loss_backward)
+_loss.defvjp(_loss_forward, _loss_backward, symbolic_zeros=True)
 
 
 def _for_each_chunk(step: Callable, chunks: jax.Array | int, start: Any) -> Any:
@@ -327,28 +336,6 @@ def _zero_values(measure: Callable, inputs: Any, heads: Sequence[Head]) -> tuple
     """Returns zeros `[S,C]` for each of the values that `measure` returns."""
     values = jax.eval_shape(lambda inputs: measure(heads, *inputs)[0], _chunk(inputs, 0))
     return tuple(jnp.zeros(inputs[0].shape[:2], jnp.float32) for _ in values)
-
-
-def _zero_gradients(hidden: jax.Array, head: Head) -> tuple[jax.Array, jax.Array]:
-    return jnp.zeros_like(hidden), jnp.zeros((hidden.shape[-1], head.vocabulary), jnp.float32)
-
-
-def _add_gradients(d_logits, hidden, head, s, gradients):
-    """Adds the gradients that `d_logits` `[C,V]` of chunk s gives `hidden` `[S,C,D]` and the head `[D,V]`."""
-    d_hidden, d_head = gradients
-    d_logits = d_logits.astype(hidden.dtype)
-    d_chunk = output_head.sum_over_vocabulary(output_head.product(d_logits, head.columns().T))
-    # An explicit transpose: on CPU it cuts the time of the product by a third, and saves a copy of `d_logits`.
-    transposed = jax.lax.optimization_barrier(hidden[s].T)
-    parts = PARTS if len(d_head) % PARTS == 0 else 1
-    size = len(d_head) // parts
-
-    def add(i, d_head):
-        rows = partial(jax.lax.dynamic_slice_in_dim, start_index=i * size, slice_size=size)
-        total = rows(d_head) + output_head.product(rows(transposed), d_logits)
-        return jax.lax.dynamic_update_slice_in_dim(d_head, total, i * size, axis=0)
-
-    return d_hidden.at[s].set(d_chunk.astype(hidden.dtype)), jax.lax.fori_loop(0, parts, add, d_head)
 
 
 _SPECS = {"h": P(None, BATCH, None), "n": P(None, BATCH), "v": P(None, "tensor"), "g": P("fsdp", "tensor")}

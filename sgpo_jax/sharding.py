@@ -119,6 +119,9 @@ def spec_for(name: str, shape: tuple[int, ...]) -> P:
     """
     if not shape:
         return P()
+    if match := re.search(r"/lora_([ab])$", name):  # beside a kernel `[L,D,F]`: `[L,D,r]` or `[L,r,F]`, r whole
+        *outer, rows, columns = spec_for(name[: match.start()] + "/kernel", shape)
+        return P(*outer, rows, None) if match[1] == "a" else P(*outer, None, columns)
     for pattern, spec in RULES:
         if re.search(pattern, name):
             return spec

@@ -501,6 +501,22 @@ def test_values_and_data_of_a_sum_of_token_losses_are_constants():
     assert np.asarray(loss_gradients[0]).all()
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_frozen_head_costs_no_product_for_its_gradient(tied):
+    guided, unguided, head, targets = (x[None] if i != 2 else x for i, x in enumerate(inputs()))
+    head = head.T if tied else head
+
+    def loss(hidden, head):
+        weight = jnp.ones((1, N))
+        likelihood, _ = logprobs.logprobs_loss(lambda logp, h, w: w * logp, hidden, head, targets, 1, weight, tied)
+        return likelihood + logprobs.kl_loss(lambda kl, w: w * kl, guided, hidden, head, 1, weight, tied=tied)[0]
+
+    alone, both = jax.grad(loss), jax.grad(loss, (0, 1))
+    np.testing.assert_array_equal(alone(unguided, head), both(unguided, head)[0])
+    products = [str(jax.make_jaxpr(gradient)(unguided, head)).count("dot_general") for gradient in (alone, both)]
+    assert products == [5, 7], "three products with logits of one or two sides, two for d_hidden, two for d_head"
+
+
 # ---- refusals
 
 

@@ -60,6 +60,7 @@ COMMANDS = {
             Flag("to", "Folder to create.", required=True),
             Flag("stage", "Whose best checkpoint is exported.", default="rl", choices=("sft", "rl")),
             Flag("dtype", "Of the exported weights.", default="bfloat16", choices=("float32", "bfloat16")),
+            Flag("adapters", "Write only the adapters (config.lora), in float32, as a folder of peft.", bool, False),
             *_PUSH,
         ),
         config="run",

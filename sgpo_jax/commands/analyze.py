@@ -25,7 +25,7 @@ from rich.text import Text
 from sgpo_jax import config as configs
 from sgpo_jax import config_checks, data, logprobs, models, rewards, sharding
 from sgpo_jax.cli.processes import join
-from sgpo_jax.policy import Policy, Run
+from sgpo_jax.policy import Policy
 from sgpo_jax.policy import tokenizer as tokenizers
 from sgpo_jax.policy.generation import encode_prompts, grade, noise_key, pad_prompts, respond
 from sgpo_jax.report import examples, figures, reasoning_steps
@@ -51,13 +51,14 @@ def run(config: ConfigDict, workdir: Path, problems: int) -> list[dict[str, Any]
     rewards.check(config.rl.reward)
     mesh = sharding.make_mesh(**config.mesh)
     names, rows = _problems(config, problems)
-    policy, _ = stage.load_policy(config)
+    run, _ = stage.open_run(config, workdir, mesh)
+    policy = run.policy
     for part in ("rl", "sft"):
         if (step := stage.find_step(config, workdir, part, "best")) is not None:
             break
     else:
         raise ValueError(f"workdir={str(workdir)!r}: there is no checkpoint of stage 'rl' or 'sft'")
-    params = stage.params_at(Run(config, workdir, policy, mesh), part, step)
+    params = stage.weights_at(run, part, step)
 
     ways = sharding.row_ways(mesh)
     filled = [rows[min(i, len(rows) - 1)] for i in range(-(-len(rows) // ways) * ways)]  # a row for every device

@@ -20,7 +20,6 @@ from sgpo_jax import config as configs
 from sgpo_jax.cli.processes import join
 from sgpo_jax.commands import trained
 from sgpo_jax.evaluation import check_sets, evaluate_sets
-from sgpo_jax.policy import Run
 from sgpo_jax.runtime import is_first, preemption, tables, write_text
 from sgpo_jax.stats import benchmark, paper
 from sgpo_jax.training import stage
@@ -51,13 +50,12 @@ def run(config: ConfigDict, checkpoint: str | None, out: str | None, paper_row: 
     if not (out or workdir):
         raise ValueError("--out: must be given with --model")
     folder = cli.folder("out", out) if out else Path(str(workdir)) / "evaluate"
-    policy, load = stage.load_policy(config)
-    run = Run(config, workdir or folder, policy, mesh)
+    run, initial = stage.open_run(config, workdir or folder, mesh)
     check_sets(run, limit)
     if workdir:
-        params, model = stage.params_at(run, trained_in, step), f"{workdir} after {trained_in} step {step}"
+        params, model = stage.weights_at(run, trained_in, step), f"{workdir} after {trained_in} step {step}"
     else:
-        params, model = load(jax.random.key(config.seed)), config.model.source
+        params, model = stage.weights(run, initial()), config.model.source
     results = {}
     for kind in benchmark.contexts(config.eval.guided):
         with jax.set_mesh(mesh):

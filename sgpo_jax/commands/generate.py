@@ -142,7 +142,7 @@ def main(config: ConfigDict, given: Any) -> None:
         shown = {"strategy": given.strategy} if given.strategy else {}
         rows = [{"problem": text, **shown} for text in given.questions]
     config.model.source = given.model or config.model.source
-    config.seed = given.seed
+    seed, config.seed = config.seed, given.seed
     if given.temperature is not None:
         config.eval.temperature = given.temperature
     config.eval.slots = 0
@@ -157,7 +157,8 @@ def main(config: ConfigDict, given: Any) -> None:
     config_checks.check_mesh(config, sharding.row_ways(mesh))
 
     place = trained.find(config, "workdir", given.workdir) if given.workdir else None
-    policy, load = stage.load_policy(config)
+    run, initial = stage.open_run(config, place[0] if place else Path(), mesh, seed)
+    policy = run.policy
     longest = max(map(len, encode_prompts(policy, [{"strategy": None, **row} for row in rows], guided)))
     room = policy.config.max_positions - longest
     limit = given.max_new_tokens or min(config.eval.max_new_tokens, TOKENS, max(room, 1))
@@ -166,8 +167,7 @@ def main(config: ConfigDict, given: Any) -> None:
             f"--max_new_tokens={limit}: the model has {policy.config.max_positions} positions, and the longest prompt "
             f"takes {longest}; must be at most {room}"
         )
-    run = Run(config, place[0] if place else Path(), policy, mesh)
-    params = stage.params_at(run, *place[1:]) if place else load(jax.random.key(0))
+    params = stage.weights_at(run, *place[1:]) if place else stage.weights(run, initial())
     what = f"{place[0]} after {place[1]} step {place[2]}" if place else config.model.source
     _tell(f"{what}; {len(rows)} question{'s' * (len(rows) > 1)}, temperature {config.eval.temperature:g}, seed "
           f"{config.seed}, at most {limit} tokens")  # fmt: skip

@@ -11,7 +11,6 @@ M rows, J response tokens of a row in a chunk, C = M * J.
 """
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,14 +84,13 @@ def run(config: ConfigDict, workdir: Path, file: Path, step: int | None = None) 
             "--config.checkpoint.every=1: it comes to the same batch, with a checkpoint just before it",
             flush=True,
         )
-    policy, load = stage.load_policy(config)
-    run = Run(config, workdir, policy, sharding.make_mesh(**config.mesh))
+    run, initial = stage.open_run(config, workdir, sharding.make_mesh(**config.mesh))
     tx, _ = stage.optimizer(config, skipped.stage, total_steps=1)  # the learning rate does not matter here
     with jax.set_mesh(run.mesh):
-        state = _state(run, skipped.stage, step, partial(load, jax.random.key(config.seed)), tx)
+        state = _state(run, skipped.stage, step, initial, tx)
         findings = _in_leaves("parameters", state.params) + _in_leaves("optimizer state", state.opt_state)
         for group in _groups(config, skipped):
-            findings += _in_responses(run, skipped.ids, state.params, group)
+            findings += _in_responses(run, skipped.ids, stage.weights(run, state.params), group)
         findings += _in_update(run, skipped, tx, state)
     if is_first():
         _show(findings)
@@ -211,7 +209,7 @@ def _in_update(
     _, shardings = stage.state_shardings(run.policy, tx, run.mesh, teaching)
     if skipped.stage == "sft":
         update = sft.make_update(stage.forward(run), tx, shardings=shardings, watch=watch)
-        _, metrics = update(state, sft.put(skipped.batch, run.mesh))
+        _, metrics = update(state, sft.put(skipped.batch, run.mesh), stage.base(run))
     else:
         rl = run.config.rl
         packed = pack_batch(skipped.batch, Weighting.from_config(rl), rl.distillation, micro_batch=rl.micro_batch)
@@ -219,7 +217,7 @@ def _in_update(
         update = make_update(
             stage.forward(run), tx, objective, teaching=teaching, shardings=shardings, watch=watch
         )
-        _, metrics = update(state, sharding.put(packed, specs(packed), run.mesh))
+        _, metrics = update(state, sharding.put(packed, specs(packed), run.mesh), stage.base(run))
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     jax.effects_barrier()
     findings = [Finding("metric", name, 1) for name, value in values.items() if not np.isfinite(value)]

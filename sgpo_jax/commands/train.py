@@ -2,10 +2,10 @@
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import jax
 from jax.sharding import Mesh
 
 from sgpo_jax import cli, config_checks, rewards, sharding
@@ -51,17 +51,16 @@ def found(config, workdir: Path) -> list[str]:
 def _run_stages(config, workdir: Path, mesh: Mesh) -> None:
     if lines := found(config, workdir):
         print(f"{workdir}: {'; '.join(lines)}", flush=True)
-    policy, load = stage.load_policy(config)
+    run, initial = stage.open_run(config, workdir, mesh)
     with trackers.Trackers.from_config(config, workdir) as tracked:
-        _train(Run(config, workdir, policy, mesh, tracked), load)
+        _train(replace(run, trackers=tracked), initial)
 
 
-def _train(run: Run, load: Callable) -> None:
+def _train(run: Run, initial: Callable) -> None:
     config, workdir = run.config, run.workdir
     stage.check_positions(run)
     if "rl" in config.stages:
         rl.sampling(run)  # slots that do not fit are refused before the warm-up
-    initial = partial(load, jax.random.key(config.seed))
     warmed_up = partial(stage.warmed_up, run, initial)
     try:
         if "sft" in config.stages:

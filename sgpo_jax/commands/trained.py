@@ -23,7 +23,7 @@ def find(config: ConfigDict, flag: str, value: str) -> tuple[Path, str, int]:
     if not colon or not (which in ("best", "last") or which.isdigit()):
         name, which = value, "best"
     workdir = Path(name).expanduser()
-    configs.check_resume(config, workdir / "config.json", only=("model.", "data.instruction", "data.system"))
+    configs.check_resume(config, workdir / "config.json", only=("model.", "lora.", "data.instruction", "data.system"))
     for part in ("rl", "sft"):
         step = stage.find_step(config, workdir, part, which)
         if step is not None:

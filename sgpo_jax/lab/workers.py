@@ -55,10 +55,9 @@ def run_cell(config: ConfigDict, cell: Cell, workdir: Path) -> dict[str, Any]:
         configs.check_resume(config, folder / "config.json")
         files.write_text(folder / "config.json", configs.to_json(config))
         environment.record(folder)
-        policy, load = stage.load_policy(config)
-        run = Run(config, folder, policy, mesh, trackers)
+        run, initial = stage.open_run(config, folder, mesh)
+        run = dataclasses.replace(run, trackers=trackers)
         stage.check_positions(run)
-        initial = functools.partial(load, jax.random.key(config.seed))
         warm_up = dataclasses.replace(run, workdir=workdir / str(cell.warm_up))
         warmed_up = functools.partial(stage.warmed_up, warm_up, initial)
         result: dict[str, Any] = {}
@@ -73,7 +72,7 @@ def run_cell(config: ConfigDict, cell: Cell, workdir: Path) -> dict[str, Any]:
             result["failed"] = str(error)
         step = None if cell.method == "sft" else stage.find_step(config, folder, "rl", "last")
         params = warmed_up() if step is None else stage.params_at(run, "rl", step)
-        result |= _accuracies(run, params, step or 0, failed="failed" in result)
+        result |= _accuracies(run, stage.weights(run, params), step or 0, failed="failed" in result)
     if step is not None:
         result |= _training_means(folder / "rl.jsonl")
     return {**cell._asdict(), "config": digest(config), **result, "seconds": round(time.perf_counter() - started, 1)}

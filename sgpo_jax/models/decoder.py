@@ -107,13 +107,20 @@ class Block(nn.Module):
 
         def dense(name, features, bias=False):
             _, *spec = spec_for(f"layers/{name}/kernel", (config.num_layers, 1, features))
+            beside = {} if self.is_initializing() else self.get_variable("params", name)
 
             def dot(x, kernel, *_, **__):
                 if keys is not None:  # sampling takes the fastest product, and has its own layout of the weights
-                    return x @ kernel
-                # The kernel already has this layout. The constraint gives it to the gradient too, which would otherwise
-                # be summed whole on every device.
-                return dot_in_blocks(x, constrain(kernel, *spec))
+                    product = x @ kernel
+                else:
+                    # The kernel already has this layout. The constraint gives it to the gradient too, which would
+                    # otherwise be summed whole on every device.
+                    product = dot_in_blocks(x, constrain(kernel, *spec))
+                if "lora_a" not in beside:
+                    return product
+                a, b = beside["lora_a"], beside["lora_scale"] * beside["lora_b"]  # see `lora.attach`
+                a, b = constrain(a, spec[0], None), constrain(b, None, spec[1])
+                return product + x @ a.astype(dtype) @ b.astype(dtype)
 
             return nn.Dense(features, use_bias=bias, dtype=dtype, dot_general=dot, name=name)
 

@@ -18,8 +18,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from sgpo_jax import logprobs
-from sgpo_jax.models import ModelConfig, attention, attention_gpu, attention_tpu, huggingface, presets
+from sgpo_jax import logprobs, sharding
+from sgpo_jax.models import ModelConfig, attention, attention_gpu, attention_tpu, huggingface, lora, presets
+from sgpo_jax.models.lora import Lora
+from sgpo_jax.models.param_mapping import shapes as model_shapes
 from sgpo_jax.plan import workload
 from sgpo_jax.plan.phases import Scopes
 from sgpo_jax.plan.workload import Assumed
@@ -30,7 +32,6 @@ from sgpo_jax.rollout.schedule import Stage, schedule
 from sgpo_jax.sharding import BATCH, decoding_mesh, platform, row_ways
 from sgpo_jax.training import packing, rl, sft, stage, train_step
 from sgpo_jax.training.batch import Batch, Contexts, Group, pack_batch, specs
-from sgpo_jax.training.forward import Forward
 from sgpo_jax.training.objective import Objective
 from sgpo_jax.training.packing import Packed
 from sgpo_jax.training.state import TrainState
@@ -100,14 +101,14 @@ def programs(config: ConfigDict, shape: ModelConfig, mesh: Mesh, assumed: Assume
     Raises:
         ValueError: a parameter does not divide over the mesh.
     """
-    policy = Policy(shape, None, (0,), 0, jnp.dtype(config.model.dtype), "")
+    policy = Policy(shape, None, (0,), 0, jnp.dtype(config.model.dtype), "", lora=Lora.from_config(config.lora))
     setup = _Setup(config, policy, mesh, assumed, workload.calls(config, assumed))
     sft_programs = _sft_programs(setup) if "sft" in config.stages else []
     rl_programs = _rl_programs(setup) if "rl" in config.stages else []
-    state = _state(config, "rl", policy, mesh)
-    resident = _moments_bytes(state) if config.rl.eval_every else 0
+    state, base = _state(config, "rl", policy, mesh), _base(config, policy, mesh)
+    params, resident = _whole(state, base, policy, training=bool(config.rl.eval_every))
     evaluations = [
-        _generation(setup, "eval", f"evaluation, {samples} samples", state.params, resident, (samples,), count)
+        _generation(setup, "eval", f"evaluation, {samples} samples", params, resident, (samples,), count)
         for samples, count in sorted(setup.calls.evaluations.items())
     ]
     return [*sft_programs, *rl_programs, *evaluations]
@@ -115,8 +116,9 @@ def programs(config: ConfigDict, shape: ModelConfig, mesh: Mesh, assumed: Assume
 
 def _sft_programs(setup: _Setup) -> list[Program]:
     config, policy, mesh, assumed, calls = setup
-    fields, forward = config.sft, Forward(policy.config, policy.dtype, config.model.remat)
-    state = _state(config, "sft", policy, mesh)
+    fields, forward = config.sft, stage.make_forward(policy, config.model.remat)
+    state, base = _state(config, "sft", policy, mesh), _base(config, policy, mesh)
+    params, resident = _whole(state, base, policy)
     tx, _ = stage.optimizer(config, "sft", 1)
     update: Any = sft.make_update(forward, tx, shardings=_shardings(state))
     loss: Any = sft.make_losses(forward)
@@ -137,12 +139,12 @@ def _sft_programs(setup: _Setup) -> list[Program]:
     total = float(responses.sum())
     return [
         Program(
-            "SFT update", "sft", partial(update.trace, state, batch), scopes, resident=0,
-            arguments=device_bytes((state, batch)), calls=calls.sft_steps, tokens=total, setting=setting,
+            "SFT update", "sft", partial(update.trace, state, batch, base), scopes, resident=0,
+            arguments=device_bytes((state, batch, base)), calls=calls.sft_steps, tokens=total, setting=setting,
         ),
         Program(
-            "SFT validation", "sft", partial(loss.trace, state.params, batch), scopes, resident=_moments_bytes(state),
-            arguments=device_bytes((state.params, batch)), calls=calls.sft_validations, tokens=total,
+            "SFT validation", "sft", partial(loss.trace, params, batch), scopes, resident=resident,
+            arguments=device_bytes((params, batch)), calls=calls.sft_validations, tokens=total,
             setting=setting._replace(bytes=0),
         ),
     ]  # fmt: skip
@@ -151,18 +153,19 @@ def _sft_programs(setup: _Setup) -> list[Program]:
 def _rl_programs(setup: _Setup) -> list[Program]:
     config, policy, mesh, assumed, calls = setup
     fields = config.rl
-    state = _state(config, "rl", policy, mesh)
+    state, base = _state(config, "rl", policy, mesh), _base(config, policy, mesh)
+    params, resident = _whole(state, base, policy)
     generations = {"rollout": (tuple(rl.sampled_groups(fields).values()), calls.rl_steps)}
     if calls.own_strategies:
         generations["own responses"] = (fields.self_tries,), calls.own_strategies
         generations["own strategies"] = (1,), calls.own_strategies
     samplers = [
-        _generation(setup, "rl", name, state.params, _moments_bytes(state), groups, count)
+        _generation(setup, "rl", name, params, resident, groups, count)
         for name, (groups, count) in generations.items()
     ]
 
     tx, _ = stage.optimizer(config, "rl", 1)
-    forward = Forward(policy.config, policy.dtype, config.model.remat)
+    forward = stage.make_forward(policy, config.model.remat)
     update: Any = train_step.make_update(
         forward, tx, Objective.from_config(fields), teaching=stage.teaching(config, "rl"), shardings=_shardings(state)
     )
@@ -181,8 +184,8 @@ def _rl_programs(setup: _Setup) -> list[Program]:
     setting = _layer_inputs("rl.micro_batch", packed.autonomous, policy, mesh)
     tokens = float(packed.lengths.sum() + (0 if packed.guided_lengths is None else packed.guided_lengths.sum()))
     planned_update = Program(
-        "update", "rl", partial(update.trace, state, batch), scopes, resident=0,
-        arguments=device_bytes((state, batch)), calls=calls.rl_steps, tokens=tokens, setting=setting,
+        "update", "rl", partial(update.trace, state, batch, base), scopes, resident=0,
+        arguments=device_bytes((state, batch, base)), calls=calls.rl_steps, tokens=tokens, setting=setting,
     )  # fmt: skip
     return [*samplers, planned_update]
 
@@ -327,6 +330,23 @@ def device_bytes(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _moments_bytes(state: TrainState) -> int:
-    """Returns the bytes of the training state on a device, without the parameters."""
-    return device_bytes(state) - device_bytes(state.params)
+def _base(config: ConfigDict, policy: Policy, mesh: Mesh) -> Any:
+    """Returns the frozen parameters under the adapters as shapes on the mesh; None without adapters."""
+    if policy.lora is None:
+        return None
+    dtype = jnp.dtype(config.lora.base_dtype)
+    shapes = model_shapes(policy.config)
+    shardings = sharding.tree_shardings(shapes, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), shapes, shardings)
+
+
+def _whole(state: TrainState, base: Any, policy: Policy, training: bool = True) -> tuple[Any, int]:
+    """Returns the whole model's parameters, as they are sampled from, and the bytes that a device holds beside them.
+
+    These are the rest of the training state, if the run is `training`; and with adapters the kernels of the base that
+    differ from the merged ones. Its other parameters are shared.
+    """
+    if base is None or policy.lora is None:
+        return state.params, training * (device_bytes(state) - device_bytes(state.params))
+    kernels = [base["layers"][name]["kernel"] for name in lora.kernels(policy.config, policy.lora.targets)]
+    return base, training * device_bytes(state) + device_bytes(kernels)

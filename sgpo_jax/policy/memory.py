@@ -12,6 +12,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sgpo_jax import models, sharding
+from sgpo_jax.models import lora
+from sgpo_jax.models.lora import Lora
 from sgpo_jax.policy.policy import Run
 from sgpo_jax.rollout import Sampling
 from sgpo_jax.rollout.memory import RESERVE, cache_bytes, fitting_slots
@@ -44,7 +46,8 @@ def sampling(run: Run, section: str, responses: int, prompts: int) -> Sampling:
     longest = run.config.data.max_prompt_tokens - 1
     slot, prefilled = size(shards, longest + chosen.max_new_tokens), size(prompts, longest)
     held = _held_bytes(run.config)
-    resident = _resident(run.policy.config, run.policy.dtype, held, chosen.decode_ways, run.mesh)
+    shape, dtype, adapters = run.policy.config, run.policy.dtype, run.policy.lora
+    resident = _resident(shape, dtype, held, chosen.decode_ways, run.mesh, adapters, run.config.lora.base_dtype)
     room = limit - resident - prefilled
     most = fitting_slots(responses, room - round(RESERVE * limit), slot, shards)
     field, sizes = f"config.{section}.slots", f"of {room / GIB:.1f} GiB that are left on a device"
@@ -90,17 +93,37 @@ def _held_bytes(config: ConfigDict) -> int:
 
 
 @cache
-def _resident(config: models.ModelConfig, dtype: Any, held: int, decode_ways: tuple[int, ...], mesh: Mesh) -> int:
+def _resident(
+    config: models.ModelConfig,
+    dtype: Any,
+    held: int,
+    decode_ways: tuple[int, ...],
+    mesh: Mesh,
+    adapters: Lora | None,
+    base_dtype: str,
+) -> int:
     """Returns the bytes of a device that the training state takes, and each stage's weights in the products' type.
+
+    With adapters the state is theirs, and there are the base and its merged kernels, in the type of the base.
 
     Args:
       config, dtype, mesh: of the run.
       held: see `_held_bytes`.
       decode_ways: see `Sampling`.
+      adapters: their shape; None without.
+      base_dtype: type of the base; unused without adapters.
     """
     params = jax.eval_shape(partial(models.init, config=config), jax.random.key(0))
-    shardings = sharding.tree_shardings(params, mesh)
-    on_device = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)), params, shardings)
+
+    def on_device(tree):
+        parts = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)), tree, sharding.tree_shardings(tree, mesh))
+        return sum(jax.tree.leaves(parts))
+
     whole = sum(x.size for x in jax.tree.leaves(params))
-    decoding = sum(whole // (mesh.shape["tensor"] * ways) for ways in decode_ways)
-    return sum(jax.tree.leaves(on_device)) * (4 + held) + decoding * np.dtype(dtype).itemsize
+    decoding = sum(whole // (mesh.shape["tensor"] * ways) for ways in decode_ways) * np.dtype(dtype).itemsize
+    if adapters is None:
+        return on_device(params) * (4 + held) + decoding
+    merged = {"layers": {name: {"kernel": params["layers"][name]["kernel"]}
+                         for name in lora.kernels(config, adapters.targets)}}  # fmt: skip
+    frozen = (on_device(params) + on_device(merged)) * jnp.dtype(base_dtype).itemsize
+    return frozen + on_device(lora.shapes(config, adapters)) * (4 + held) + decoding

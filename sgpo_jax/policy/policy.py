@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from sgpo_jax import data, models, sharding
 from sgpo_jax.models import gguf, huggingface
+from sgpo_jax.models.lora import Lora
 from sgpo_jax.policy import tokenizer as tokenizers
 from sgpo_jax.policy.prompts import user_turn
 from sgpo_jax.rollout import LanguageModel
@@ -34,6 +35,7 @@ class Policy(NamedTuple):
     dtype: Any  # of activations, matrix products and the cache
     instruction: str  # closing line of every prompt
     system: str = ""  # the system's turn before every prompt; "" for none
+    lora: Lora | None = None  # the adapters that training changes; None: it changes all parameters
 
     @property
     def language_model(self) -> LanguageModel:
@@ -50,11 +52,12 @@ class Run:
     policy: Policy
     mesh: Mesh
     trackers: Trackers = field(default_factory=Trackers)
+    base: Callable[[], Any] | None = None  # returns the frozen parameters under the adapters; None without adapters
 
 
 def load(
     source: str, tokenizer: str, *, layers: int, hidden: int, heads: int, mlp: int, dtype: Any, instruction: str
-) -> tuple[Policy, Callable[[jax.Array, Mesh], Any]]:
+) -> tuple[Policy, Callable[..., Any]]:
     """Reads a model's shape and tokenizer; its weights are read when the returned function is called.
 
     Args:
@@ -66,7 +69,7 @@ def load(
       instruction: closing line of every prompt.
 
     Returns:
-      (policy, `initial(key, mesh) -> params`), params float32 on the mesh; only a model from scratch uses the key.
+      (policy, `initial(key, mesh, dtype=float32) -> params`), on the mesh; only a model from scratch uses the key.
 
     Raises:
       ValueError: the model or the tokenizer cannot be read, or one of its special ids is outside the vocabulary.
@@ -91,17 +94,17 @@ def load(
     if source == "scratch":
         config = scratch_config(len(tok), layers=layers, hidden=hidden, heads=heads, mlp=mlp)
 
-        def initial(key, mesh):
-            return place(models.init(key, config), mesh)
+        def initial(key, mesh, dtype=jnp.float32):
+            return place(jax.tree.map(lambda x: x.astype(dtype), models.init(key, config)), mesh)
     elif folder is None:
         config, listed = gguf.read_config(source), gguf.stop_ids(source)
 
-        def initial(key, mesh):
-            return _finite(source, gguf.load(source, jnp.float32, mesh)[0])
+        def initial(key, mesh, dtype=jnp.float32):
+            return _finite(source, gguf.load(source, dtype, mesh)[0])
     else:
 
-        def initial(key, mesh):
-            return _finite(source, huggingface.load(folder, config, jnp.float32, mesh)[0])
+        def initial(key, mesh, dtype=jnp.float32):
+            return _finite(source, huggingface.load(folder, config, dtype, mesh)[0])
 
     if len(tok) > config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tok)} tokens, the model's vocabulary {config.vocab_size}")

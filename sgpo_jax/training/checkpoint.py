@@ -69,6 +69,8 @@ class Checkpoints:
       stop_on_error: whether a checkpoint that cannot be saved (a full disk) stops the run. If not, a warning is printed
         and the run continues. With several processes the run always stops: the others would wait for the one that
         failed.
+      base: fingerprint of the frozen parameters under the adapters in the states; "" without adapters. A state is
+        restored only where it is the same.
       reading: only read, because a run may be using the folder: nothing is written or renamed. Otherwise damaged
         checkpoints are set aside, and finished ones get their checksums.
     """
@@ -81,11 +83,13 @@ class Checkpoints:
         higher_is_better: bool,
         seed: int,
         stop_on_error: bool = True,
+        base: str = "",
         reading: bool = False,
     ):
         self._folder = Path(folder).absolute()
         self._stop_on_error = stop_on_error or jax.process_count() > 1
         self._reading = reading
+        self._base = base
         if not reading:
             self._set_aside_damaged()
         self._best = best
@@ -142,7 +146,7 @@ class Checkpoints:
           OSError: this or an earlier save failed, and `stop_on_error` is set.
         """
         self.wait()
-        run = {"format": FORMAT, "seed": self._seed}
+        run = {"format": FORMAT, "seed": self._seed} | ({"base": self._base} if self._base else {})
         saved = _present(state)
         pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_PIECE), saved)
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(saved, pieces), run=ocp.args.JsonSave(run))
@@ -191,7 +195,7 @@ class Checkpoints:
 
         Raises:
           Damaged: files are missing or differ from what was saved.
-          ValueError: the checkpoint has another format, model or optimizer.
+          ValueError: the checkpoint has another format, model or optimizer, or adapters of another base.
         """
         return self._restore(step, jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
 
@@ -205,9 +209,14 @@ class Checkpoints:
         path = self._folder / str(step)
         if damage := distributed.first(lambda: checksums.damage(path, quick=False)):
             raise Damaged(f"checkpoint {path} is damaged: {damage}")
-        saved_format = self._run(step).get("format")
-        if saved_format != FORMAT:
-            raise ValueError(f"checkpoint {path} has format {saved_format!r}; this version reads {FORMAT}")
+        run = self._run(step)
+        if run.get("format") != FORMAT:
+            raise ValueError(f"checkpoint {path} has format {run.get('format')!r}; this version reads {FORMAT}")
+        if self._base and run.get("base") != self._base:
+            raise ValueError(
+                f"checkpoint {path} has adapters of a model with the fingerprint {run.get('base')!r}; that of "
+                f"config.model.source is {self._base!r}, so its weights have changed"
+            )
         wanted = _present(target)
         placed = ocp.checkpoint_utils.construct_restore_args(wanted)
         return target.replace(**self._read(step, state=ocp.args.PyTreeRestore(wanted, restore_args=placed))["state"])

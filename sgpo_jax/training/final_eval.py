@@ -46,7 +46,7 @@ def write(run: Run, initial: Callable[[], Any]) -> dict[str, Any]:
             if scores is None:
                 if params is None:
                     params = initial() if when == "before" else stage.best_params(run, "rl")
-                    params = policies.place(params, run.mesh)
+                    params = policies.place(stage.weights(run, params), run.mesh)
                 print(f"evaluating {when} RL, {kind}", flush=True)
                 with jax.set_mesh(run.mesh):
                     scores = evaluate_sets(run, params, folder / when, step, guided=kind == "guided")

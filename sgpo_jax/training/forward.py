@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from sgpo_jax import logprobs, models
+from sgpo_jax.models import lora
 from sgpo_jax.sharding import BATCH, constrain
 from sgpo_jax.training.packing import Packed, Rows
 
@@ -23,6 +24,12 @@ class Forward:
     config: models.ModelConfig
     dtype: Any = jnp.float32  # of activations and matrix products
     remat: str = "none"  # what the backward pass computes again: see `models.apply`
+    scale: float = 1.0  # of adapters: see `lora.attach`; unused where all parameters are trained
+
+
+def attached(forward: Forward, base: Any, params: Any) -> Any:
+    """Returns the parameters that the decoder takes: `params`, or a frozen base with them as its adapters."""
+    return params if base is None else lora.attach(base, params, forward.scale)
 
 
 class Tokens(NamedTuple):

@@ -82,7 +82,7 @@ class Loop:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
-            self._saved = stack.enter_context(stage.checkpoints(self._run.config, self._run.workdir, self._name))
+            self._saved = stack.enter_context(stage.checkpoints_of(self._run, self._name))
             stack.enter_context(jax.set_mesh(self._run.mesh))
             self._writing = stack.enter_context(contextlib.ExitStack())
             self._stack = stack.pop_all()
@@ -98,6 +98,7 @@ class Loop:
         run = self._run
         state = stage.start(self._saved, initial, run.policy, self.optimizer, run.mesh, self.teaching)
         self._initial = initial
+        self.base = stage.base(run)
         self.first = self._done = int(state.step)
         self._taken = updates_taken(state.opt_state)
         workdir, limits = run.workdir, run.config.monitor
@@ -110,6 +111,10 @@ class Loop:
             )
             self._writer = self._writing.enter_context(writer)
         return state
+
+    def weights(self, state: TrainState) -> Any:
+        """Returns the parameters to sample with and to evaluate; adapters are merged into their base."""
+        return stage.weights(self._run, state.params)
 
     def steps(self) -> Iterator[int]:
         """Yields the number of finished steps before each step that is left; after a rollback it goes down."""
@@ -156,7 +161,7 @@ class Loop:
         self._taken = updates_taken(state.opt_state)
         score, last = None, done == self._total
         if self._evaluate and self._evaluate_every and (done % self._evaluate_every == 0 or last):
-            score, measured = self._evaluate(state.params, done)
+            score, measured = self._evaluate(self.weights(state), done)
             metrics |= measured
         self._writer.write(done, metrics)
         collapsed = self._watch(metrics) if self._watch else ""

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+_MATRICES = ("kernel", "embedding", "lora_a", "lora_b")  # the parameters that are decayed
+
 
 def schedule(
     peak: float, total_steps: int, *, warmup_share: float = 0.0, decay: Literal["constant", "cosine"] = "constant"
@@ -60,7 +62,7 @@ def adamw(
     """
 
     def decayed(params):
-        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in _MATRICES, params)
 
     return optax.chain(
         _clip(clip_norm),

@@ -63,14 +63,14 @@ def train(run: Run, initial: Callable[[], Any]) -> None:
         update = phase("update")(update)
         state = loop.start(initial)
         if rl.guided and rl.guide == "self" and loop.first < total:
-            prompts["guided"] = own_prompts(run, state.params, rows, loop.first)
+            prompts["guided"] = own_prompts(run, loop.weights(state), rows, loop.first)
         for step in loop.steps():
             clock, position = Clock(), loop.position(step)
-            sampled = sample_and_grade(run, state.params, prompts, batches, position, clock)
+            sampled = sample_and_grade(run, loop.weights(state), prompts, batches, position, clock)
             problems, graded = sampled.problems, sampled.graded
             batch = make_batch(run, graded, prompts, problems)
             packed = pack_batch(batch, weighting, rl.distillation, micro_batch=rl.micro_batch, chunk=chunk)
-            state, device_metrics = update(state, sharding.put(packed, specs(packed), run.mesh))
+            state, device_metrics = update(state, sharding.put(packed, specs(packed), run.mesh), loop.base)
             metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
             clock.lap("update")
             metrics |= _rollout_metrics(graded["autonomous"], graded.get("guided"))

@@ -20,7 +20,7 @@ from sgpo_jax.policy.generation import encode_solution
 from sgpo_jax.runtime import distributed
 from sgpo_jax.runtime.profile import phase
 from sgpo_jax.training import packing, stage
-from sgpo_jax.training.forward import Forward, MicroBatch, Tokens, listed, response_logprobs, response_loss
+from sgpo_jax.training.forward import Forward, MicroBatch, Tokens, attached, listed, response_logprobs, response_loss
 from sgpo_jax.training.gradients import Metrics, accumulate, apply_gradients, in_micro_batches
 from sgpo_jax.training.loop import Clock, Loop
 from sgpo_jax.training.packing import Packed
@@ -55,7 +55,7 @@ def train(run: Run, initial: Callable[[], Any]) -> None:
         for step in loop.steps():
             clock, rows = Clock(), batches[step]
             batch = encode(rows)
-            state, device_metrics = update(state, put(batch, mesh))
+            state, device_metrics = update(state, put(batch, mesh), loop.base)
             metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
             clock.lap("step")
             metrics["tokens_per_second"] = metrics.pop("tokens") / clock.total
@@ -170,21 +170,22 @@ def make_update(
     *,
     shardings: TrainState | None = None,
     watch: Callable[[Any], None] = lambda gradient: None,
-) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """Returns the jitted `update(state, (packed, tokens)) -> (state, metrics)` on the mean loss per response token.
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Returns the jitted `update(state, (packed, tokens), base=None) -> (state, metrics)` on the mean loss per token.
 
-    It donates the state. `watch` sees the gradient, also that of an update that is skipped.
+    It donates the state. `watch` sees the gradient, also that of an update that is skipped. With a `base`, the
+    parameters of the state are adapters of it.
     """
 
     def token_loss(logp, _, tokens):
         return -jnp.where(tokens.weight > 0, logp, 0.0)
 
-    def update(state, batch):
+    def update(state, batch, base=None):
         packed, tokens = batch
         count = (packed.owner >= 0).sum()
 
         def loss_fn(params, micro):
-            loss, *_ = response_loss(forward, params, micro, token_loss)
+            loss, *_ = response_loss(forward, attached(forward, base, params), micro, token_loss)
             loss = loss / jnp.maximum(count, 1)
             return loss, {"loss": loss}
 

@@ -1,7 +1,9 @@
 """A stage of a run and its folder: policy, optimizer, state and checkpoints, as the config and the disk have them."""
 
+import zlib
 from collections.abc import Callable, Mapping
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from sgpo_jax import data, models, sharding
 from sgpo_jax import policy as policies
 from sgpo_jax.data import filtering
 from sgpo_jax.evaluation import check_sets
+from sgpo_jax.models import lora, peft
 from sgpo_jax.policy import Policy, Run, positions
 from sgpo_jax.policy import tokenizer as tokenizers
 from sgpo_jax.policy.prompts import INSTRUCTION
@@ -41,12 +44,62 @@ def load_policy(config: ConfigDict) -> tuple[Policy, Callable[[jax.Array], Any]]
         dtype=jnp.dtype(model.dtype), instruction=INSTRUCTION if instruction == "default" else instruction,
     )  # fmt: skip
     policy = policies.with_system(policy, config.data.system)
-    return policy, lambda key: initial(key, sharding.make_mesh(**config.mesh))
+    policy = policy._replace(lora=lora.Lora.from_config(config.lora))
+    if policy.lora:
+        lora.kernels(policy.config, policy.lora.targets)  # refuses a rule that names none
+        if config.lora.start:
+            peft.check(config.lora.start, policy.config, policy.lora)
+    dtype = jnp.dtype(config.lora.base_dtype if policy.lora else jnp.float32)
+    return policy, lambda key: initial(key, sharding.make_mesh(**config.mesh), dtype)
+
+
+def open_run(
+    config: ConfigDict, workdir: Path, mesh: Mesh, seed: int | None = None
+) -> tuple[Run, Callable[[], Any]]:
+    """Opens a run, without reading weights.
+
+    Args:
+      config, workdir, mesh: of the run.
+      seed: of parameters that are drawn; None takes the config's.
+
+    Returns:
+      (run, `initial() -> params`, which reads or draws what training begins with: the model's parameters or adapters).
+    """
+    policy, load = load_policy(config)
+    run, key = Run(config, workdir, policy, mesh), jax.random.key(config.seed if seed is None else seed)
+    if policy.lora is None:
+        return run, partial(load, key)
+    return replace(run, base=cache(partial(load, key))), partial(_first_adapters, run, key)
+
+
+def _first_adapters(run: Run, key: jax.Array) -> Any:
+    shape, chosen = run.policy.config, run.policy.lora
+    assert chosen is not None
+    if run.config.lora.start:
+        return policies.place(peft.load(run.config.lora.start, shape, chosen), run.mesh)
+    return policies.place(lora.init(jax.random.fold_in(key, zlib.crc32(b"adapters")), shape, chosen), run.mesh)
+
+
+def base(run: Run) -> Any | None:
+    """Returns the frozen parameters under the adapters, read once; None where training changes all parameters."""
+    return None if run.base is None else run.base()
+
+
+def weights(run: Run, params: Any) -> Any:
+    """Returns the whole model's parameters: `params`, or where these are adapters, their base with them merged in."""
+    if run.base is None or run.policy.lora is None:
+        return params
+    return lora.merge(run.base(), params, run.policy.lora.scale)
 
 
 def forward(run: Run) -> Forward:
     """Returns how the run's training applies its model."""
-    return Forward(run.policy.config, run.policy.dtype, run.config.model.remat)
+    return make_forward(run.policy, run.config.model.remat)
+
+
+def make_forward(policy: Policy, remat: str) -> Forward:
+    """Returns how training applies a policy, with adapters if it has them."""
+    return Forward(policy.config, policy.dtype, remat, scale=policy.lora.scale if policy.lora else 1.0)
 
 
 def check_positions(run: Run) -> None:
@@ -117,7 +170,10 @@ def state_shardings(
     policy: Policy, tx: optax.GradientTransformation, mesh: Mesh, rule: Teaching = LIVE
 ) -> tuple[TrainState, TrainState]:
     """Returns (shapes, shardings) of the state of a stage, whose teacher has this rule."""
-    params = jax.eval_shape(partial(models.init, config=policy.config), jax.random.key(0))
+    if policy.lora:
+        params = lora.shapes(policy.config, policy.lora)
+    else:
+        params = jax.eval_shape(partial(models.init, config=policy.config), jax.random.key(0))
     shapes = jax.eval_shape(partial(init_state, optimizer=tx, teaching=rule), params)
     return shapes, sharding.tree_shardings(shapes, mesh)
 
@@ -130,11 +186,19 @@ def placed_shapes(
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def checkpoints(config: ConfigDict, workdir: Path, stage: str, reading: bool = False) -> Checkpoints:
-    """Opens the checkpoints of a stage, to continue it or only to read."""
+def checkpoints(
+    config: ConfigDict, workdir: Path, stage: str, reading: bool = False, base: str = ""
+) -> Checkpoints:
+    """Opens the checkpoints of a stage, to continue it or only to read; `base` is needed to restore adapters."""
     fields = config.checkpoint
     folder = workdir / stage / "checkpoints"
-    return Checkpoints(folder, fields.keep, *BEST[stage], config.seed, fields.stop_on_error, reading)
+    return Checkpoints(folder, fields.keep, *BEST[stage], config.seed, fields.stop_on_error, base, reading)
+
+
+def checkpoints_of(run: Run, stage: str, reading: bool = False) -> Checkpoints:
+    """Opens the checkpoints of a stage of a run; adapters are restored only if the run has the base they belong to."""
+    fingerprint = "" if run.base is None else lora.fingerprint(run.base())
+    return checkpoints(run.config, run.workdir, stage, reading, fingerprint)
 
 
 def start(
@@ -161,13 +225,13 @@ def first_state(
 
 
 def warmed_up(run: Run, initial: Callable[[], Any]) -> Any:
-    """Returns the parameters that RL begins with: the best of the warm-up, or, where there is none, `initial()`."""
+    """Returns the parameters or adapters that RL begins with: the best of the warm-up; without one, `initial()`."""
     params = best_params(run, "sft")
     return initial() if params is None else params
 
 
 def best_params(run: Run, stage: str) -> Any | None:
-    """Reads the parameters of the best checkpoint of a stage; None where the stage has none."""
+    """Reads what is trained of the best checkpoint of a stage; None where the stage has none."""
     step = find_step(run.config, run.workdir, stage, "best")
     return None if step is None else params_at(run, stage, step)
 
@@ -199,15 +263,20 @@ def saved_steps(config: ConfigDict, workdir: Path, stage: str) -> list[int]:
         return saved.all_steps()
 
 
+def weights_at(run: Run, stage: str, step: int) -> Any:
+    """Reads the whole model's parameters of the checkpoint after `step` of a stage."""
+    return weights(run, params_at(run, stage, step))
+
+
 def params_at(run: Run, stage: str, step: int) -> Any:
-    """Reads the parameters of the checkpoint after `step` of a stage."""
+    """Reads what is trained, the model's parameters or adapters, of the checkpoint after `step` of a stage."""
     tx, _ = optimizer(run.config, stage, total_steps=1)  # only the shape of its state matters here
-    with checkpoints(run.config, run.workdir, stage, reading=True) as saved:
+    with checkpoints_of(run, stage, reading=True) as saved:
         shapes = placed_shapes(run.policy, tx, run.mesh, teaching(run.config, stage))
         return saved.restore_params(step, shapes)
 
 
 def state_at(run: Run, stage: str, step: int, tx: optax.GradientTransformation) -> TrainState:
     """Reads the checkpoint after `step` of a stage."""
-    with checkpoints(run.config, run.workdir, stage, reading=True) as saved:
+    with checkpoints_of(run, stage, reading=True) as saved:
         return saved.restore(step, placed_shapes(run.policy, tx, run.mesh, teaching(run.config, stage)))

@@ -19,6 +19,7 @@ from sgpo_jax.training.forward import (
     Forward,
     MicroBatch,
     Tokens,
+    attached,
     listed,
     mean_share,
     response_logprobs,
@@ -46,12 +47,13 @@ def make_update(
     teaching: Teaching = LIVE,
     shardings: TrainState | None = None,
     watch: Callable[[Any], None] = lambda gradient: None,
-) -> Callable[[TrainState, PackedBatch], tuple[TrainState, Metrics]]:
-    """Returns the jitted `update(state, batch) -> (state, metrics)` of Eq. 7; the state is donated.
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Returns the jitted `update(state, batch, base=None) -> (state, metrics)` of Eq. 7; the state is donated.
 
     The loss is the mean over the problems' autonomous responses of the mean over tokens of `losses.clipped_surrogate`,
     plus the mean over problems of alpha times the mean over the target's tokens of the distillation loss. Other methods
-    change these terms, or add one of the guided responses.
+    change these terms, or add one of the guided responses. With a `base`, the parameters of the state and of its
+    teacher are adapters of it.
 
     Args:
       forward: the model.
@@ -62,14 +64,16 @@ def make_update(
       watch: sees every gradient while tracing, also that of an update that will be skipped.
     """
 
-    def update(state, batch):
-        held = jax.lax.stop_gradient(select(state, batch, forward, objective, teaching))
+    def update(state, batch, base=None):
+        attach = partial(attached, forward, base)
+        held = jax.lax.stop_gradient(select(seen(state, attach), batch, forward, objective, teaching))
 
         def optimise(state, _):
             gradient, metrics, loss = None, {}, None
-            for name, (term, packed) in terms(state, batch, forward, objective, teaching).items():
+            for name, (term, packed) in terms(seen(state, attach), batch, forward, objective, teaching).items():
                 with jax.named_scope(name):
-                    gradient, measured = accumulate(term, state.params, packed.count, held[name], gradient)
+                    trained = partial(_of_trained, term, attach)
+                    gradient, measured = accumulate(trained, state.params, packed.count, held[name], gradient)
                 part = term_loss(measured, objective if name == "autonomous" else replace(objective, entropy_bonus=0.0))
                 loss = part if loss is None else loss + part
                 metrics |= {f"{key}_guided": x for key, x in measured.items()} if name == "guided" else measured
@@ -89,6 +93,19 @@ def make_update(
         return state.replace(teacher=teacher), metrics | {"skipped": state.skipped}
 
     return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def seen(state: TrainState, attach: Callable[[Any], Any]) -> TrainState:
+    """Returns the state with parameters, also of its teacher, as the decoder takes them."""
+    teacher = state.teacher
+    if teacher is not None:
+        reference, moving = (x if x is None else attach(x) for x in (teacher.reference, teacher.moving))
+        teacher = teacher.replace(reference=reference, moving=moving)
+    return state.replace(params=attach(state.params), teacher=teacher)
+
+
+def _of_trained(term: Callable, attach: Callable[[Any], Any], params: Any, micro: MicroBatch) -> Any:
+    return term(attach(params), micro)
 
 
 def terms(

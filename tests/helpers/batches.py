@@ -1,5 +1,7 @@
 """A small model, and batches of random rollouts for it."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +16,9 @@ CONFIG = models.ModelConfig(
 B, G1, G2, P, PG, T = 4, 4, 3, 5, 9, 7
 
 
-@jax.jit
-def make_params(seed=0):
-    params = models.init(jax.random.key(seed), CONFIG)
+@partial(jax.jit, static_argnames="config")
+def make_params(seed=0, config=CONFIG):
+    params = models.init(jax.random.key(seed), config)
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     noisy = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]

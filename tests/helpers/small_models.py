@@ -1,10 +1,10 @@
-"""A small model of every family, and random parameters for it."""
+"""A small model of every family, and random parameters and adapters for it."""
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from sgpo_jax.models import ModelConfig, RopeScaling, init
+from sgpo_jax.models import ModelConfig, RopeScaling, init, lora
 
 SHAPE = dict(
     vocab_size=151,
@@ -31,6 +31,13 @@ def random_params(config, dtype=np.float32, seed=0):
     rng = np.random.default_rng(seed)
     tree = jax.eval_shape(lambda: init(jax.random.key(0), config))
     return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(dtype), tree)
+
+
+def random_adapters(config, chosen, seed=0):
+    """Returns adapters of a `Lora` with a random B too, which `lora.init` leaves at zero."""
+    leaves, tree = jax.tree.flatten(lora.init(jax.random.key(seed), config, chosen))
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    return tree.unflatten([x + 0.2 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)])
 
 
 def assert_same(left, right):

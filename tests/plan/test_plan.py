@@ -388,6 +388,26 @@ def test_own_strategies_are_planned(tiny, guided, calls):
         assert responses.tokens == pytest.approx(3 * strategies.tokens, rel=0.05)
 
 
+def test_adapters_are_planned_with_a_frozen_base(tiny):
+    """Of `q` alone, with rank 4, on two devices that split the rows of A and W. 2 layers, hidden 16, 4 heads of 8."""
+    changes = {"lora.rank": 4, "lora.targets": "q", "lora.base_dtype": "bfloat16", "rl.teacher": "frozen"}
+    mesh = sharding.make_mesh(1, 2, 1, devices=jax.devices()[:2])
+    small, whole = (
+        {program.name: program for program in programs.programs(small_run(**fields), tiny, mesh, Assumed(4, 4))}
+        for fields in (changes, {"rl.teacher": "frozen"})
+    )
+    weights = sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: models.init(jax.random.key(0), tiny))))
+    norms = 2 * (2 * 16 + 2 * 8) + 16  # whole on both devices
+    parameters = (weights - norms) // 2 + norms
+    adapters, kernel = 2 * (8 * 4 + 4 * 32), 2 * 8 * 32
+    # Value, two moments and the teacher of an adapter; four counts; and W, under the merged one that is sampled from.
+    assert small["rollout"].resident == 16 * adapters + 4 * 4 + 2 * kernel
+    assert small["evaluation, 4 samples"].resident == 2 * kernel
+    # The update has the base beside the state.
+    saved = 16 * parameters - (16 * adapters + 2 * parameters)
+    assert whole["update"].arguments - small["update"].arguments == saved
+
+
 def test_meshes_divide_heads_and_batches(tiny):
     # Two key and value heads; and a batch of 4, for which 8 ways are too many.
     every = search.meshes(small_run(), tiny, jax.devices(), CHIPS_FAST, Assumed(4, 4))

@@ -21,6 +21,11 @@ def plan(model, cards):
     return json.loads((ROOT / "benchmarks/plans" / f"{model}_{cards}.json").read_text())
 
 
+def planned_fields(stored):
+    """Returns the fields of a stored plan; those that are newer have their defaults."""
+    return configs.flat(configs.to_dict(configs.base())) | configs.flat(stored["config"])
+
+
 @pytest.mark.parametrize(("model", "cards"), STORED)
 def test_the_paper_models_fit(model, cards):
     stored = plan(model, cards)
@@ -34,7 +39,27 @@ def test_the_paper_models_fit(model, cards):
 @pytest.mark.parametrize(("model", "cards"), STORED)
 def test_a_plan_is_of_the_preset_in_the_config(model, cards):
     config = runpy.run_path(str(ROOT / "configs" / f"{model}.py"))["get_config"](cards)
-    assert configs.to_dict(without_files(config)) == plan(model, cards)["config"]
+    assert configs.flat(configs.to_dict(without_files(config))) == planned_fields(plan(model, cards))
+
+
+@pytest.mark.parametrize(
+    ("name", "chips", "changes"), [("h100x1", "h100:1", {}), ("v5e_2x4", "v5e:2x4", {"mesh.tensor": 4})]
+)
+def test_the_plans_of_adapters_are_of_their_preset_and_in_their_table(name, chips, changes):
+    stored = plan("qwen7b_lora", name)
+    config = runpy.run_path(str(ROOT / "configs/qwen7b.py"))["get_config"]("lora")
+    config.update_from_flattened_dict(changes)
+    assert configs.flat(configs.to_dict(without_files(config))) == planned_fields(stored)
+    assert stored["topology"] == chips and stored["fits"]
+    needed = [stored["programs"][name]["hbm"]["needed"] / GIB for name in ("SFT update", "update", "rollout")]
+    needed.append(max(p["hbm"]["needed"] for p in stored["programs"].values() if p["stage"] == "eval") / GIB)
+    hours = (stored["hours"][stage] for stage in ("sft", "rl", "eval"))
+    cells = [
+        chips, f"{stored['mesh']['fsdp']} x {stored['mesh']['tensor']}", ", ".join(f"{x:.1f}" for x in needed),
+        f"{stored['programs']['update']['hbm']['limit'] / GIB:.4g}",
+        ", ".join(f"{bounds['least']:,.1f} to {bounds['most']:,.1f}" for bounds in hours),
+    ]  # fmt: skip
+    assert "| " + " | ".join(cells) + " |" in (ROOT / "docs/lora.md").read_text()
 
 
 def test_no_other_plans_are_in_the_table():

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from sgpo_jax import config as configs
 from sgpo_jax import policy, sharding
 from sgpo_jax.models import presets
+from sgpo_jax.models.lora import Lora
 from sgpo_jax.policy import memory
 from sgpo_jax.rollout.memory import cache_bytes, fitting_slots
 
@@ -42,8 +43,9 @@ def sampling(monkeypatch):
         fields = {"max_new_tokens": 16384, "temperature": 1.0, "top_p": 0.95, "top_k": 0, "slots": slots}
         fields |= {"decode_ways": ways, "teacher": "live", "reference_kl": 0.0, "teacher_dtype": "float32"}
         config = ConfigDict(
-            {"rl": fields, "data": {"max_prompt_tokens": 1024}, "optimizer": {"mu_dtype": "float32"}, "stages": ("rl",)}
-        )
+            {"rl": fields, "data": {"max_prompt_tokens": 1024}, "optimizer": {"mu_dtype": "float32"}, "stages": ("rl",),
+             "lora": {"base_dtype": "bfloat16"}}
+        )  # fmt: skip
         chosen = policy.Policy(SHAPE, None, (0,), 0, jnp.dtype(jnp.bfloat16), "")
         run = SimpleNamespace(config=config, policy=chosen, mesh=sharding.make_mesh(1, 4, 2))
         return memory.sampling(run, "rl", 512, 128)
@@ -72,6 +74,13 @@ def test_slots_that_do_not_fit_are_refused(sampling):
         sampling(512, 20)
     with pytest.raises(ValueError, match=r"config.rl.slots=0: the cache of one slot takes 0.2 of 0.0 GiB"):
         sampling(0, 4.05)
+
+
+def test_adapters_have_a_base_and_merged_kernels_beside_them():
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    every, kernels, adapters = 1_543_714_304, 28 * 1536 * 1536, 28 * 16 * (1536 + 1536)
+    found = memory._resident(SHAPE, jnp.dtype(jnp.bfloat16), 8, (1,), mesh, Lora(16, 32.0, "q", False), "bfloat16")
+    assert found == 2 * every + 2 * kernels + 12 * adapters + 2 * every, "base, merged, adapters, for the products"
 
 
 @pytest.mark.parametrize(
