@@ -227,7 +227,7 @@ def _sample(config: Any, shape: Any, mesh: Any, assumed: Any) -> tuple[Any, Call
     import numpy as np
 
     program = _program("rollout", config, shape, mesh, assumed)
-    _, _, prompts, key, ids = program.trace.args
+    *_, prompts, key, ids = program.trace.args
     tokens = np.random.default_rng(0).integers(1, shape.vocab_size, prompts.tokens.shape, dtype=np.int32)
     values = (
         type(prompts)(tokens, np.ones(tokens.shape, bool)),
@@ -290,7 +290,7 @@ def _update(config: Any, shape: Any, mesh: Any, assumed: Any) -> tuple[Any, Call
     tx, _ = stage.optimizer(config, "rl", 1)
     with jax.set_mesh(mesh):
         state = stage.first_state(_params(config, shape, mesh), policy, tx, mesh)
-        return program, program.trace().lower().compile(), (state, batch)
+        return program, program.trace().lower().compile(), (state, batch, None)  # no adapters, and so no base
 
 
 @functools.cache
@@ -382,14 +382,14 @@ def update(flags: Any) -> dict[str, Any]:
     from sgpo_jax.plan.flops import matmul_flops
 
     config, shape, mesh, assumed = _setup(flags)
-    program, compiled, (state, batch) = _update(config, shape, mesh, assumed)
+    program, compiled, (state, *arguments) = _update(config, shape, mesh, assumed)
     config.model.remat = "none"
     once = _program("update", config, shape, mesh, assumed)  # only traced: its products without those computed again
     with jax.set_mesh(mesh):
         flops = sum(matmul_flops(once.trace().jaxpr, once.scopes).values())
-        state, _ = jax.block_until_ready(compiled(state, batch))
+        state, _ = jax.block_until_ready(compiled(state, *arguments))
         started = time.perf_counter()
-        _, metrics = jax.block_until_ready(compiled(state, batch))
+        _, metrics = jax.block_until_ready(compiled(state, *arguments))
         seconds = time.perf_counter() - started
     known = card()
     return {

@@ -236,14 +236,10 @@ def _generation(
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), len(groups)))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
     ids, sampling = jax.ShapeDtypeStruct((prompt_count,), jnp.uint32, sharding=rows), Sampling.from_config(fields)
-
-    def trace():
-        with jax.set_mesh(decoding_mesh(mesh, sampling.decode_ways)):
-            return generate.trace(
-                params, policy.language_model, Prompts(*prompts), key, ids, sampling=sampling, group=groups,
-                shards=shards,
-            )  # fmt: skip
-
+    trace = partial(
+        _trace_on, decoding_mesh(mesh, sampling.decode_ways), params, policy.language_model, Prompts(*prompts), key,
+        ids, sampling=sampling, group=groups, shards=shards,
+    )  # fmt: skip
     count = fields.batch * sum(groups)
     responses = workload.lengths(count, assumed.response_tokens, fields.max_new_tokens)
     waiting, slots = responses.reshape(shards, -1), min(fields.slots or count, count)
@@ -260,6 +256,12 @@ def _generation(
         name, section, trace, scopes, resident, arguments=device_bytes((params, prompts)), calls=calls,
         tokens=float(responses.sum()), setting=setting,
     )  # fmt: skip
+
+
+def _trace_on(mesh: Mesh, *arguments: Any, **settings: Any) -> Any:
+    """Traces `generate` on the mesh that it runs on, as `policy.respond` does."""
+    with jax.set_mesh(mesh):
+        return generate.trace(*arguments, **settings)
 
 
 def _decoding(stages: list[Stage], responses: int, at_once: int, token_bytes: int) -> Scopes:
