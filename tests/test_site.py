@@ -35,7 +35,7 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     assert [name for name in fields if f"\n{name}\n" not in config] == []
     assert said["rl.delta"] in config and said["rl"] in config and "any other word being <unk>" in config
     sections = re.findall(r'<h2 id="[\w.-]+">([\w. ]+)<', (tmp_path / "reference/config/index.html").read_text("utf-8"))
-    assert sections[:3] == ["The run", "model", "data"] and len(set(sections)) == len(sections) > 12
+    assert sections[:2] == ["The run", "model"] and len(set(sections)) == len(sections) > 12
     commands = text("reference/commands")
     assert [name for name in COMMANDS if f"usage: sgpo {name}" not in commands] == []
     page = (tmp_path / "reference/losses/index.html").read_text("utf-8")
