@@ -178,6 +178,12 @@ def test_two_processes_do_what_one_does(undisturbed, tmp_path):
 
 
 @pytest.mark.slow
+def test_four_processes_do_what_two_do(undisturbed, tmp_path):
+    finished(tmp_path, 4, 1)
+    assert_agree(undisturbed, tmp_path)
+
+
+@pytest.mark.slow
 def test_killed_preempted_and_damaged_it_ends_bit_for_bit_as_undisturbed(undisturbed, tmp_path):
     killed, seconds = interrupt(tmp_path, "sft", 2, 1, signal.SIGKILL)
     assert [code for code, _, _ in killed] == [1, -signal.SIGKILL] and seconds < 60
