@@ -25,6 +25,9 @@ Array = Any  # JAX's, or numpy's on the host
 STOP, LENGTH = 0, 1  # finish reasons: ended by a stop token, or cut at the limit
 NARROW = 4  # when the queue is empty, the last responses continue in 1/4 of the slots, later in 1/4 of these, and so on
 LEAST = 8, 2  # fewest slots of a shard after narrowing: the first time, which takes memory for a copy, and later
+# Layouts between that of training and one that splits weights over more than the tensor axis. From each to the next the
+# moves are exchanges or gathers over one axis; at once, all devices would hold all.
+FROM_TRAINING = {"fsdp": BATCH, "tensor": ("tensor",)}, {"fsdp": ("data",), "tensor": ("tensor", "fsdp")}
 
 
 class LanguageModel(NamedTuple):
@@ -106,7 +109,7 @@ def generate(
     responses = problems // shards * per_problem
     width = min(slots // shards or responses, responses)
     splits = [weight_axes(ways) for ways in sampling.decode_ways]
-    params = _split(_cast(params, dtype), splits[0])
+    params = _split(_cast(params, dtype), splits[0], FROM_TRAINING)
     stops = jnp.asarray(model.stop_ids, jnp.int32)
 
     by_shard = partial(jnp.reshape, shape=(shards, count // shards))
@@ -179,8 +182,8 @@ def generate(
     )
     state = jnp.zeros(shards, jnp.int32), _Slots(idle, idle * 0, idle * 0, cache), out, jnp.int32(0)
     decodes = []
-    for split in splits:
-        params = _split(params, split)
+    for i, split in enumerate(splits):
+        params = _split(params, split) if i else params
         decodes.append(partial(decode, params, _contiguous_head(params, config), split))
     state = _decode_all(state, responses, refill, decodes)
     return jax.tree.map(lambda field: field.reshape(problems, per_problem, *field.shape[2:]), state[2]), state[3]
@@ -357,17 +360,16 @@ def _cast(params: Any, dtype: Any) -> Any:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def _split(params: Any, axes: tuple[str, ...]) -> Any:
+def _split(params: Any, axes: tuple[str, ...], through: Sequence[dict[str, tuple[str, ...]]] = ()) -> Any:
     """Gathers matrices, and splits over these axes what the tensor axis splits in training.
 
-    This happens once, before a stage of decoding: otherwise every token would gather them.
+    This happens once, before a stage of decoding: otherwise every token would gather them. Where the matrices are split
+    over the first of these axes already, nothing moves. From the layout of training they go `through` others.
     """
 
     def split(path, leaf):
         spec = spec_for(path_name(path), leaf.shape)
-        # In these steps every move is an exchange or a gather over one axis; at once, all devices would hold all.
-        steps = [{"fsdp": BATCH, "tensor": ("tensor",)}, {"fsdp": ("data",), "tensor": ("tensor", "fsdp")}]
-        for step in [*(steps if len(axes) > 1 else ()), {"tensor": axes}]:
+        for step in [*(through if len(axes) > 1 else ()), {"tensor": axes}]:
             by_dimension = [step.get(axis, ()) for axis in spec]
             leaf = constrain(leaf, *(dividing(n, some) for n, some in zip(leaf.shape, by_dimension, strict=False)))
         return leaf
