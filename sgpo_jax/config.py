@@ -43,7 +43,8 @@ def base() -> ConfigDict:
     config.model.heads = 4  # attention heads; from scratch only
     config.model.mlp = 256  # width of the MLP; from scratch only
     config.model.dtype = "bfloat16"  # type of activations and matrix products; parameters are always float32
-    # What the backward pass computes again: "full" all, "attention" all but attention, "dots" all but products, "none".
+    # What a layer recomputes in the backward pass: "full" everything, "attention" all except attention, "dots" all
+    # except products with weights, "none" nothing.
     config.model.remat = "full"
 
     config.lora = ConfigDict()  # adapters, y = x W + s (x A) B, which alone are trained: arXiv 2106.09685; docs/lora.md

@@ -5,8 +5,10 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any, NamedTuple
+
+from helpers.local_server import LocalServer
 
 
 class Answer(NamedTuple):
@@ -36,7 +38,7 @@ def failure(status: int, message: str = "no", code: str | None = None, **headers
     return Answer(body, status, {"Content-Type": "application/json", **headers})
 
 
-class ChatServer:
+class ChatServer(LocalServer):
     """A server that replies with `answer(prompt, request body, headers, number of the request)`; a context manager."""
 
     def __init__(self, answer: Callable[[str, dict, dict, int], Answer], port: int = 0):
@@ -70,22 +72,8 @@ class ChatServer:
             def log_message(handler, *arguments):
                 pass
 
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(server, request, address):
-                pass  # a client that was killed
-
-        self._server = Server(("127.0.0.1", port), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-
-    def __enter__(self):
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return self
-
-    def __exit__(self, *exception):
-        self._server.shutdown()
-        self._server.server_close()
+        self.listen(Handler, port)
+        self.url += "/v1"
 
 
 def stage_of(prompt: str) -> str:

@@ -7,14 +7,15 @@ import base64
 import hashlib
 import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from helpers.local_server import LocalServer
 
 TOKEN = "hf_canary_0123456789"
 LFS = (".safetensors", ".model")  # names that the hub asks to be sent as LFS objects
 
 
-class HubServer:
+class HubServer(LocalServer):
     """A context manager with `url`, and what has arrived."""
 
     def __init__(self):
@@ -46,16 +47,7 @@ class HubServer:
             def log_message(handler, *arguments):
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self):
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return self
-
-    def __exit__(self, *exception):
-        self._server.shutdown()
-        self._server.server_close()
+        self.listen(Handler)
 
     def answer(self, method, path, body, headers):
         for part, statuses in self.fails.items():
