@@ -327,6 +327,8 @@ def test_what_moves_least_is_the_first(tiny, autonomous):
     chip, assumed = Chip(flops=1.0, hbm=1e6, ici=1e6), Assumed(1024, 4)
     config = small_run(**{"rl.max_new_tokens": 1024, "rl.autonomous": autonomous, "rl.guided": 2})
     candidates = search.meshes(config, tiny, jax.devices(), chip, assumed)
+    # A wider split in decoding serves as well as the tensor axis, which has activations to sum in an update too.
+    assert [mesh.shape["tensor"] for _, mesh in candidates] == [1, 2]
     params = jax.eval_shape(lambda key: models.init(key, tiny), jax.random.key(0))
     size, responses = 2 * sum(x.size for x in jax.tree.leaves(params)), 8 * (autonomous + 2)
     # Of 1024 tokens each, in micro-batches of 8 or 4 rows; two layers, four sums in each, twice in a ring.
