@@ -541,6 +541,22 @@ def test_a_mesh_of_eight_devices_samples_the_same_tokens(shape, decode_ways, sto
     assert_same(jax.device_get(actual), expected)
 
 
+@pytest.mark.parametrize("ways", [1, 2, 4])
+def test_a_step_of_decoding_multiplies_with_a_part_of_the_weights(ways, tiny, tiny_params):
+    """Of 32 columns of a gate, two devices of the tensor axis, times `ways`, have a part each; rows go to the parts."""
+    mesh, count = sharding.make_mesh(1, 4, 2), 8
+    placed = policy.place(tiny_params, mesh)
+    prompts = Prompts(*sharding.put_rows((np.ones((count, 3), np.int32), np.ones((count, 3), bool)), mesh))
+    ids = sharding.put_rows(np.arange(count, dtype=np.uint32), mesh)
+    with jax.set_mesh(sharding.decoding_mesh(mesh, (ways,))):
+        text = generate.lower(
+            placed, LanguageModel(tiny, (1,), 0), prompts, jax.random.key(0), ids,
+            sampling=Sampling(4, decode_ways=(ways,)), group=1, shards=4,
+        ).compile().as_text()  # fmt: skip
+    found = re.findall(r"= f32\[([\d,]+)\][^=]* dot\(.*decode_\d+/.*layers/gate/dot_general", text)
+    assert found and {tuple(map(int, sizes.split(","))) for sizes in found} == {(2 * ways, 32 // (2 * ways))}
+
+
 def test_a_later_stage_takes_its_part_of_the_weights_without_moving_any(tiny, tiny_params):
     placed = policy.place(tiny_params, mesh := sharding.make_mesh(1, 4, 2))
 
