@@ -7,6 +7,7 @@ stay. Weights are random, and no network is needed. The parts:
 
 * parity: attention, decoding and an update, compared with the CPU of this machine
 * rollout, update: one RL step of a model, against the peaks of the card and the memory of the plan
+* lora: the same update with adapters, and what it takes to merge them for a rollout
 * quickstart: the quickstart with few steps
 * generate, torch: Hugging Face generate and a torch update of the same model, where torch can use the card
 
@@ -30,7 +31,9 @@ import workload
 from sgpo_jax.runtime import tables
 
 GIB = 2**30
-LIMITS = {"parity": 100, "rollout": 105, "update": 105, "quickstart": 80, "generate": 45, "torch": 45}  # seconds
+# Seconds of each part.
+LIMITS = {"parity": 90, "rollout": 90, "update": 80, "lora": 80, "quickstart": 70, "generate": 35, "torch": 35}
+RANK = 64  # of the adapters
 MOST_ERROR = {"float32": 2e-4, "bfloat16": 3e-2}  # of the largest value; TF32 products would be about 1e-3
 QUICK = (
     "sft.steps=40", "sft.validate_every=40", "rl.steps=4", "checkpoint.every=40", "eval.batch=64",
@@ -65,6 +68,7 @@ def main() -> None:
         print(f"{part}: {results[part]['status']}, {results[part]['wall']:.0f} s", flush=True)
         for line in results[part].get("output", "").splitlines()[-4:]:
             print(f"    {line}", flush=True)
+    results |= {"ratios": ratios(results)}
     rows = [
         [part, name, f"{value:.4g}" if isinstance(value, float) else str(value)]
         for part, result in results.items() for name, value in result.items() if name != "output"
@@ -96,6 +100,22 @@ def run_part(part: str, arguments: list[str], limit: float) -> dict[str, Any]:
         if status:
             result["output"] = log.read_text(errors="replace")[-3000:]
     return result | {"wall": time.monotonic() - started}
+
+
+def ratios(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Returns the ratios of two parts, for those of which both were measured."""
+
+    def ratio(above: tuple[str, str], below: tuple[str, str]) -> float | None:
+        values = [results.get(part, {}).get(name) for part, name in (above, below)]
+        return values[0] / values[1] if all(values) else None
+
+    named = {
+        "rollout over Hugging Face generate, tokens/s": ratio(("rollout", "tokens/s"), ("generate", "tokens/s")),
+        "LoRA over full update, seconds": ratio(("lora", "seconds"), ("update", "seconds")),
+        "LoRA over full update, peak memory": ratio(("lora", "peak GiB"), ("update", "peak GiB")),
+        "merging over a rollout, seconds": ratio(("lora", "seconds to merge"), ("rollout", "seconds")),
+    }
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def _work(flags: Any) -> None:
@@ -273,6 +293,8 @@ def _update(config: Any, shape: Any, mesh: Any, assumed: Any) -> tuple[Any, Call
     import jax
 
     from sgpo_jax import logprobs
+    from sgpo_jax.models import lora
+    from sgpo_jax.models.lora import Lora
     from sgpo_jax.plan.programs import made_up_batch
     from sgpo_jax.policy import Policy
     from sgpo_jax.training import stage
@@ -286,11 +308,15 @@ def _update(config: Any, shape: Any, mesh: Any, assumed: Any) -> tuple[Any, Call
         micro_batch=fields.micro_batch, chunk=logprobs.default_chunk(mesh),
     )  # fmt: skip
     batch = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), packed, program.trace.args[1])
-    policy = Policy(shape, None, (0,), 0, config.model.dtype, "")
+    policy = Policy(shape, None, (0,), 0, config.model.dtype, "", lora=Lora.from_config(config.lora))
     tx, _ = stage.optimizer(config, "rl", 1)
     with jax.set_mesh(mesh):
-        state = stage.first_state(_params(config, shape, mesh), policy, tx, mesh)
-        return program, program.trace().lower().compile(), (state, batch, None)  # no adapters, and so no base
+        params, base = _params(config, shape, mesh), None
+        if policy.lora:
+            base = jax.tree.map(lambda x: x.astype(config.lora.base_dtype), params)
+            params = lora.init(jax.random.key(1), shape, policy.lora)
+        state = stage.first_state(params, policy, tx, mesh)
+        return program, program.trace().lower().compile(), (state, batch, base)
 
 
 @functools.cache
@@ -381,22 +407,45 @@ def update(flags: Any) -> dict[str, Any]:
 
     from sgpo_jax.plan.flops import matmul_flops
 
-    config, shape, mesh, assumed = _setup(flags)
-    program, compiled, (state, *arguments) = _update(config, shape, mesh, assumed)
+    figures, (config, shape, mesh, assumed), _ = _timed_update(flags, 0)
     config.model.remat = "none"
     once = _program("update", config, shape, mesh, assumed)  # only traced: its products without those computed again
     with jax.set_mesh(mesh):
         flops = sum(matmul_flops(once.trace().jaxpr, once.scopes).values())
-        state, _ = jax.block_until_ready(compiled(state, *arguments))
+    return figures | {"MFU": _share(flops, figures["seconds"], card()["peak_flops"])}
+
+
+def lora_update(flags: Any) -> dict[str, Any]:
+    """Updates adapters on the same responses, and merges them into the base as before a rollout."""
+    import jax
+
+    from sgpo_jax.models import lora
+
+    figures, (config, _, mesh, _), (adapters, base) = _timed_update(flags, RANK)
+    with jax.set_mesh(mesh):
+        for _ in range(2):
+            started = time.perf_counter()
+            jax.block_until_ready(lora.merge(base, adapters, lora.Lora.from_config(config.lora).scale))
+    return figures | {"rank": RANK, "seconds to merge": time.perf_counter() - started}
+
+
+def _timed_update(flags: Any, rank: int) -> tuple[dict[str, Any], tuple, tuple[Any, Any]]:
+    """Returns the figures of the second of two updates, the setup, and (what is trained, its base)."""
+    import jax
+
+    config, shape, mesh, assumed = setup = _setup(flags)
+    config.lora.rank = rank
+    program, compiled, (state, batch, base) = _update(config, shape, mesh, assumed)
+    with jax.set_mesh(mesh):
+        state, _ = jax.block_until_ready(compiled(state, batch, base))
         started = time.perf_counter()
-        _, metrics = jax.block_until_ready(compiled(state, *arguments))
+        state, metrics = jax.block_until_ready(compiled(state, batch, base))
         seconds = time.perf_counter() - started
-    known = card()
-    return {
-        "device": known["device"], "response tokens": program.tokens, "seconds": seconds,
-        "tokens/s": program.tokens / seconds, "MFU": _share(flops, seconds, known["peak_flops"]),
-        "grad_norm": float(metrics["grad_norm"]), **_memory(compiled, 0),
+    figures = {
+        "device": card()["device"], "response tokens": program.tokens, "seconds": seconds,
+        "tokens/s": program.tokens / seconds, "grad_norm": float(metrics["grad_norm"]), **_memory(compiled, 0),
     }  # fmt: skip
+    return figures, setup, (state.params, base)
 
 
 def _torch(flags: Any) -> tuple[Any, Any]:
@@ -473,8 +522,8 @@ def torch_update(flags: Any) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "parity": parity, "rollout": rollout, "update": update, "quickstart": quickstart, "generate": generate,
-    "torch": torch_update,
+    "parity": parity, "rollout": rollout, "update": update, "lora": lora_update, "quickstart": quickstart,
+    "generate": generate, "torch": torch_update,
 }  # fmt: skip
 
 if __name__ == "__main__":
