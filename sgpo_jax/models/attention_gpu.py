@@ -12,16 +12,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
 from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
-from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
 from jax.sharding import PartitionSpec as P
 
 from sgpo_jax.sharding import BATCH, exact_products, fit_spec, per_device
 
 LEAST = 16  # rows and columns of the smallest matrix that Triton multiplies
 BLOCK, BLOCK_BYTES = 128, 2**15  # most queries, or keys, of a block, and most bytes
-PAGE = 64  # tokens of a row's cache that are read at once
-SPLITS = 16  # parts of a row's cache that are read in parallel; fewer for a short cache
+PAGE = 64  # tokens of a row's cache that a program reads at once
+AHEAD = 3 * 2**15  # most bytes of keys and values that it reads ahead
+PROGRAMS = 1024  # as many as keep every part of a card busy
+LEAST_PAGES = 4  # of a part, in a full cache
+FILL = -1e30  # score of what is not seen
 
 
 def attend(
@@ -88,9 +92,8 @@ def _block_sizes(query: jax.Array) -> BlockSizes:
 
 
 def cache_shape(slots: int, size: int) -> tuple[int, int]:
-    """Returns (S, N) of a cache: S is a whole number of pages in every part, N a power of two."""
-    part = PAGE * _splits(slots)
-    return -(-slots // part) * part, _power_of_two(size)
+    """Returns (S, N) of a cache: S is a whole number of pages, N a power of two."""
+    return -(-slots // PAGE) * PAGE, _power_of_two(size)
 
 
 def takes(cache: jax.Array) -> bool:
@@ -98,9 +101,12 @@ def takes(cache: jax.Array) -> bool:
     return cache.shape[-2:] == cache_shape(*cache.shape[-2:])
 
 
-def tokens_at_once(slots: int) -> int:
-    """Returns how many tokens of a row one round of the loop of `attend_cache` reads: a page of each part."""
-    return PAGE * _splits(slots)
+def tokens_at_once(rows: int, kv_heads: int, slots: int) -> int:
+    """Returns how many tokens of a row one round of the loop of `attend_cache` reads: a page of each part.
+
+    The rows and heads are those of a device.
+    """
+    return PAGE * _parts(rows * kv_heads, slots)
 
 
 def append(cache: jax.Array, new: jax.Array, layer: Any, slots: jax.Array) -> jax.Array:
@@ -121,37 +127,72 @@ def append(cache: jax.Array, new: jax.Array, layer: Any, slots: jax.Array) -> ja
 def attend_cache(
     query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any, lengths: jax.Array, interpret: bool = False
 ) -> jax.Array:
-    """Computes `attention.attend_cache` with JAX's paged attention, which reads the pages in use.
+    """Computes `attention.attend_cache`; `interpret` runs it anywhere.
 
-    All layers share one page pool. `interpret` runs it anywhere.
+    A program of the kernel reads one part of a row's tokens for all query heads of a key head. The parts of a row are
+    equal, however long it is: with fixed parts of the cache, most of the card would wait for the few that are full.
     """
     batch, heads, size = query.shape
     kv_heads, _, _, slots, width = keys.shape
-    # The kernel does not scale the scores. Scaling the query rounds once more, in the query's type.
-    query = (query.astype(jnp.float32) * size**-0.5).astype(query.dtype)
-    query = jnp.pad(query, ((0, 0), (0, 0), (0, width - size)))
-    lengths = jnp.minimum(lengths, slots)
+    query = query.reshape(batch, kv_heads, heads // kv_heads, size)
+    query = jnp.pad(query, ((0, 0), (0, 0), (0, 0), (0, width - size)))
 
     def local(query, keys, values, layer, lengths):
-        pool = (len(keys), -1, PAGE, width)
-        pages, rows = slots // PAGE, keys.shape[2]
-        table = (layer * rows + jnp.arange(len(query))[:, None]) * pages + jnp.arange(pages)
+        rows, kv_heads, group, width = query.shape
+        parts = _parts(rows * kv_heads, slots)
+        by_head = pl.BlockSpec((None, None, _power_of_two(group), width), lambda row, head, part: (row, head, 0, 0))
+        out = pl.BlockSpec((None, None, None, *by_head.block_shape[2:]), lambda *program: (*program, 0, 0))
+        sums = pl.BlockSpec(out.block_shape[:-1], lambda *program: (*program, 0))
+        shapes = [jax.ShapeDtypeStruct((rows, kv_heads, parts, group, *n), jnp.float32) for n in ((width,), (), ())]
+        stages = min(max(AHEAD // (2 * PAGE * width * keys.dtype.itemsize), 1), 3)
+        kernel = pl.pallas_call(
+            partial(_decode_kernel, group, size**-0.5), shapes, grid=(rows, kv_heads, parts),
+            in_specs=[by_head, *[pl.BlockSpec()] * 4], out_specs=[out, sums, sums], interpret=interpret,
+            compiler_params=triton.CompilerParams(num_warps=4, num_stages=stages), name="decode_attention",
+        )  # fmt: skip
         with exact_products(query.dtype):
-            return paged_attention(
-                query, keys.reshape(pool), values.reshape(pool), table.astype(jnp.int32), lengths,
-                pages_per_compute_block=1, k_splits=_splits(slots), interpret=interpret,
-            )  # fmt: skip
+            out, most, total = kernel(query, keys, values, layer, lengths)
+        share = jnp.exp(most - most.max(axis=2, keepdims=True))
+        return ((out * share[..., None]).sum(axis=2) / (total * share).sum(axis=2)[..., None]).astype(query.dtype)
 
     rows, tensor = fit_spec((batch, kv_heads), (BATCH, "tensor"))
-    by_head, cache = P(rows, tensor, None), P(tensor, None, rows, None, None)
+    by_head, cache = P(rows, tensor, None, None), P(tensor, None, rows, None, None)
     run = per_device(local, (by_head, cache, cache, P(), P(rows)), by_head)
-    out = run(query, keys, values, jnp.asarray(layer, jnp.int32), lengths)
-    return out[..., :size].reshape(batch, heads * size)
+    layer, lengths = jnp.asarray(layer, jnp.int32).reshape(1), jnp.minimum(lengths, slots)
+    return run(query, keys, values, layer, lengths)[..., :size].reshape(batch, heads * size)
 
 
-def _splits(slots: int) -> int:
-    """Returns into how many parts a cache is split: a power of two, with 16 pages in a part at least, but for one."""
-    return max(min(SPLITS, 1 << (slots // (16 * PAGE)).bit_length() >> 1), 1)
+def _decode_kernel(group, scale, query, keys, values, layer, lengths, out, most, total):
+    """Attends to one part of a row: its outputs `[G,N]`, not divided by `total`, the greatest score, and `total`."""
+    row, head, part = (pl.program_id(axis) for axis in range(3))
+    length = lengths[row]
+    pages = pl.cdiv(pl.cdiv(length, PAGE), pl.num_programs(2))  # of a part
+    first, end = part * pages * PAGE, jnp.minimum((part + 1) * pages * PAGE, length)
+    real = jnp.arange(query.shape[0]) < group  # a product has more rows than there are query heads
+    q = triton.load(query, mask=real[:, None], other=0.0)
+
+    def page(i, carry):
+        result, highest, weight = carry
+        start = pl.multiple_of(first + i * PAGE, PAGE)
+        at = (head, layer[0], row, pl.ds(start, PAGE), slice(None))
+        scores = triton.dot(q, keys[at], trans_b=True) * scale
+        scores = jnp.where(start + jnp.arange(PAGE) < end, scores, FILL)
+        higher = jnp.maximum(highest, scores.max(axis=1))
+        shrink, exponentials = jnp.exp(highest - higher), jnp.exp(scores - higher[:, None])
+        result = result * shrink[:, None] + triton.dot(exponentials.astype(values.dtype), values[at])
+        return result, higher, weight * shrink + exponentials.sum(axis=1)
+
+    zeros = jnp.zeros(query.shape[0], jnp.float32)
+    start = jnp.zeros(query.shape, jnp.float32), zeros + FILL, zeros
+    result, highest, weight = jax.lax.fori_loop(0, pl.cdiv(jnp.maximum(end - first, 0), PAGE), page, start)
+    triton.store(out, result, mask=real[:, None])
+    triton.store(most, highest, mask=real)
+    triton.store(total, weight, mask=real)
+
+
+def _parts(rows: int, slots: int) -> int:
+    """Returns into how many parts the tokens of each of `rows` rows and heads are split."""
+    return max(1, min(PROGRAMS // rows, slots // (LEAST_PAGES * PAGE)))
 
 
 def _power_of_two(size: int) -> int:

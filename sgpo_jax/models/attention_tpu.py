@@ -57,8 +57,8 @@ def takes(cache: jax.Array) -> bool:
     return cache.shape[-1] % LANES == 0 and cache.shape[-2] % LANES == 0
 
 
-def tokens_at_once(slots: int) -> int:
-    """Returns how many tokens of a row one round of the loop of `attend_cache` reads."""
+def tokens_at_once(rows: int, kv_heads: int, slots: int) -> int:
+    """Returns how many tokens of a row one round of the loop of `attend_cache` reads, with any rows and heads."""
     return math.gcd(slots // LANES, PAGES_PER_BLOCK) * LANES
 
 

@@ -98,7 +98,7 @@ class Block(nn.Module):
     split: tuple[str, ...] = ("tensor",)  # axes that split the weights; more than the tensor axis in decoding alone
 
     @nn.compact
-    def __call__(self, carry, layer, angle, segments, lengths):
+    def __call__(self, carry, layer, angle, segments, lengths, stacks):
         config, dtype = self.config, self.dtype
         x, keys, values = carry
         batch, length = x.shape[:2]
@@ -124,6 +124,17 @@ class Block(nn.Module):
 
             return nn.Dense(features, use_bias=bias, dtype=dtype, dot_general=dot, name=name)
 
+        def project(x, bias=False, **features):
+            """Returns the products of x with the kernels of these names, and as many features as the numbers say."""
+            if stacks is None:
+                return [dense(name, size, bias)(x) for name, size in features.items()]
+            from sgpo_jax.models import products_gpu
+
+            chosen, rows = {name: stacks[name] for name in features}, other_rows(self.split)
+            outs = products_gpu.products(x[:, 0], chosen, layer, rows, self.split)
+            biases = [self.get_variable("params", name)["bias"].astype(dtype) if bias else 0 for name in features]
+            return [(out + bias)[:, None] for out, bias in zip(outs, biases, strict=True)]
+
         def norm(name):
             return nn.RMSNorm(epsilon=config.norm_eps, dtype=dtype, name=name)
 
@@ -133,14 +144,14 @@ class Block(nn.Module):
                 return x
             return constrain(x, other_rows(self.split), None, dividing(size, self.split))
 
-        def heads(name, count):
-            out = dense(name, count * config.head_dim, config.qkv_bias)(h)
-            out = spread(out, count * config.head_dim)
-            return constrain(out, BATCH, None, "tensor").reshape(batch, length, count, config.head_dim)
+        def by_head(out):
+            size = out.shape[-1]
+            return constrain(spread(out, size), BATCH, None, "tensor").reshape(batch, length, -1, config.head_dim)
 
         h = spread(norm("attn_norm")(x))
-        query, key = heads("q", config.num_heads), heads("k", config.num_kv_heads)
-        value = heads("v", config.num_kv_heads)
+        sizes = (count * config.head_dim for count in (config.num_heads, config.num_kv_heads, config.num_kv_heads))
+        projected = project(h, config.qkv_bias, **dict(zip("qkv", sizes, strict=True)))
+        query, key, value = map(by_head, projected)
         if config.qk_norm:
             query, key = norm("q_norm")(query), norm("k_norm")(key)
         query, key = rotate(query, angle), rotate(key, angle)
@@ -158,13 +169,16 @@ class Block(nn.Module):
             attention = attend_cache(query[:, 0], keys, values, layer, reached)[:, None]
         attention = checkpoint_name(constrain(attention, BATCH, None, "tensor"), SAVED)
         attention = spread(attention, attention.shape[-1])
-        x = constrain(x + dense("o", config.hidden_size)(attention), *residual)
+        (attention,) = project(attention, o=config.hidden_size)
+        x = constrain(x + attention, *residual)
 
         h = spread(norm("mlp_norm")(x))
-        gated = nn.silu(dense("gate", config.mlp_size)(h)) * dense("up", config.mlp_size)(h)
+        gate, up = project(h, gate=config.mlp_size, up=config.mlp_size)
+        gated = nn.silu(gate) * up
         # Without this, the partitioner gathers the MLP and all-reduces full-width weight gradients.
         gated = constrain(gated, BATCH, None, "tensor") if len(self.split) == 1 else spread(gated, config.mlp_size)
-        x = constrain(x + dense("down", config.hidden_size)(gated), *residual)
+        (mlp,) = project(gated, down=config.hidden_size)
+        x = constrain(x + mlp, *residual)
         return (x, keys, values), None
 
 
@@ -177,7 +191,7 @@ class Decoder(nn.Module):
     split: tuple[str, ...] = ("tensor",)
 
     @nn.compact
-    def __call__(self, tokens, positions, mask, cache):
+    def __call__(self, tokens, positions, mask, cache, stacks=None):
         config = self.config
         embed = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype, name="embed")
         x = embed(constrain(tokens, other_rows(self.split), None)) if len(self.split) > 1 else embed(tokens)
@@ -192,11 +206,11 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, *[nn.broadcast] * 4),
             length=config.num_layers,
         )(config, self.dtype, self.split, name="layers")
         layer = jnp.arange(config.num_layers)
-        (x, keys, values), _ = layers((x, keys, values), layer, angle, mask.astype(jnp.int32), lengths)
+        (x, keys, values), _ = layers((x, keys, values), layer, angle, mask.astype(jnp.int32), lengths, stacks)
         if cache is not None:
             cache = {"key": keys, "value": values, "length": cache["length"] + mask.sum(axis=1, dtype=jnp.int32)}
         hidden = nn.RMSNorm(epsilon=config.norm_eps, dtype=self.dtype, name="norm")(x)
@@ -276,9 +290,24 @@ def decode(
     """
     module = Decoder(config, dtype, "none", split)
     columns = (x[:, None] for x in (tokens, cache["length"], active))
+    params, stacks = _stacks(params) if platform() == "gpu" else (params, None)
     with exact_products(dtype):
-        hidden, cache = module.apply({"params": params}, *columns, cache)  # type: ignore[assignment]
+        hidden, cache = module.apply({"params": params}, *columns, cache, stacks)  # type: ignore[assignment]
     return hidden[:, 0], cache
+
+
+def _stacks(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, jax.Array] | None]:
+    """Returns (the other parameters, name -> kernels of all layers), if the kernel of GPUs takes them all."""
+    from sgpo_jax.models import products_gpu
+
+    stacks = {name: leaves["kernel"] for name, leaves in params["layers"].items() if "kernel" in leaves}
+    if not all(products_gpu.takes(stack) for stack in stacks.values()):
+        return params, None
+    layers = {
+        name: {leaf: value for leaf, value in leaves.items() if leaf != "kernel"}
+        for name, leaves in params["layers"].items()
+    }
+    return params | {"layers": layers}, stacks
 
 
 def head(params: dict[str, Any], config: ModelConfig) -> jax.Array:

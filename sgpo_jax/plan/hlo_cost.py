@@ -156,7 +156,7 @@ def hbm_bytes(module: Module, scopes: Scopes) -> dict[str, float]:
 
     Every operation reads its operands and writes its results. Arrays in memory on the core are free. A fusion that
     slices an operand, or writes a slice of one in place, moves only that slice. A kernel moves all of its arrays unless
-    `Scopes.reads` says otherwise.
+    `Scopes.reads` or `Scopes.entries` says otherwise.
     """
     total: dict[str, float] = defaultdict(float)
     usage: dict[str, list[float]] = {}
@@ -166,7 +166,7 @@ def hbm_bytes(module: Module, scopes: Scopes) -> dict[str, float]:
             path = op.path or execution.path
             moved = scopes.read_bytes(path) if op.kind == "custom-call" else None
             if moved is None:
-                moved = _moved(module, computation, op, usage)
+                moved = _moved(module, computation, op, usage) - _other_entries(computation, op, scopes.stacked(path))
             total[scopes.phase(path)] += execution.times * moved
     return dict(total)
 
@@ -195,6 +195,14 @@ def _moved(module: Module, computation: Computation, op: Op, usage: dict[str, li
         usage[name] = _usage(module, name)
     read = sum(min(whole, part) for whole, part in zip(reads, usage[name], strict=False))
     return read + sum(min(whole, part) for whole, part in zip(results, _written(module, name), strict=False))
+
+
+def _other_entries(computation: Computation, op: Op, count: int) -> float:
+    """Returns the bytes of the entries that a kernel does not read, in those of its operands that stack `count`."""
+    if not count or op.kind != "custom-call":
+        return 0.0
+    stacks = (a for name in op.operands for a in computation.ops[name].arrays if a.shape[:1] == (count,))
+    return sum(a.bytes for a in stacks) * (1 - 1 / count)
 
 
 def _is_product(op: Op) -> bool:

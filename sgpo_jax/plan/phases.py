@@ -15,6 +15,7 @@ class Scopes(NamedTuple):
     phases: tuple[tuple[str, str], ...] = ()  # (pattern, phase)
     trips: tuple[tuple[str, float], ...] = ()  # (pattern, trip count), for loops whose text does not state it
     reads: tuple[tuple[str, float], ...] = ()  # (pattern, bytes of HBM a call reads), for kernels that read in part
+    entries: tuple[tuple[str, int], ...] = ()  # (pattern, n), for kernels that read one entry of each stack of n
 
     def phase(self, path: str) -> str:
         """Returns the phase of the operation at `path`."""
@@ -34,3 +35,7 @@ class Scopes(NamedTuple):
     def read_bytes(self, path: str) -> float | None:
         """Returns the bytes that a call of the kernel at `path` reads; None where no pattern matches."""
         return next((size for pattern, size in self.reads if re.search(pattern, path)), None)
+
+    def stacked(self, path: str) -> int:
+        """Returns the length of the stacks of which the kernel at `path` reads one entry each; 0 if it reads all."""
+        return next((count for pattern, count in self.entries if re.search(pattern, path)), 0)

@@ -250,8 +250,10 @@ def _generation(
     with jax.set_mesh(mesh):
         cache_slots, width = attention.cache_shape(length, policy.config.head_dim)
         kernels = attention_gpu if platform() == "gpu" else attention_tpu
-    token_bytes = 2 * policy.config.num_kv_heads // split * width * policy.dtype.itemsize
-    scopes = _decoding(stages, count // shards, kernels.tokens_at_once(cache_slots), token_bytes)
+    heads = policy.config.num_kv_heads // split
+    at_once = [kernels.tokens_at_once(decoding.width, heads, cache_slots) for decoding in stages]
+    scopes = _decoding(stages, count // shards, at_once, 2 * heads * width * policy.dtype.itemsize)
+    scopes = scopes._replace(entries=(("layer_products", policy.config.num_layers),))
     return Program(
         name, section, trace, scopes, resident, arguments=device_bytes((params, prompts)), calls=calls,
         tokens=float(responses.sum()), setting=setting,
@@ -264,21 +266,21 @@ def _trace_on(mesh: Mesh, *arguments: Any, **settings: Any) -> Any:
         return generate.trace(*arguments, **settings)
 
 
-def _decoding(stages: list[Stage], responses: int, at_once: int, token_bytes: int) -> Scopes:
-    """Returns the trip counts of the engine's loops, and the bytes that the paged kernel reads from a layer's cache.
+def _decoding(stages: list[Stage], responses: int, at_once: list[int], token_bytes: int) -> Scopes:
+    """Returns the trip counts of the engine's loops, and the bytes that the kernel reads from a layer's cache.
 
     Args:
         stages: from the engine's schedule.
         responses: of a shard; the prompt of each is copied once.
-        at_once: cached tokens of a row that the kernel reads in one round of its loop.
+        at_once: cached tokens of a row that the kernel reads in one round of its loop, in each stage.
         token_bytes: keys and values of a token in one layer on a device.
     """
     refills = float(stages[0].refills)
     trips, reads = [("refill/while$", refills), ("refill/while/body/while$", responses / refills)], []
-    for decoding in stages:
-        kernel = f"decode_{decoding.width}/.*paged_attention"
+    for decoding, tokens in zip(stages, at_once, strict=True):
+        kernel = rf"decode_{decoding.width}/.*(paged|decode)_attention"
         steps = decoding.steps / max(decoding.refills, 1)
-        trips += [(kernel, decoding.cached / decoding.width / at_once), (f"decode_{decoding.width}/while$", steps)]
+        trips += [(kernel, decoding.cached / decoding.width / tokens), (f"decode_{decoding.width}/while$", steps)]
         reads.append((kernel, decoding.cached * token_bytes))
     return Scopes("prefill", (("decode_", "decode"), ("refill", "refill")), tuple(trips), tuple(reads))
 

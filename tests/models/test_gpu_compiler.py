@@ -126,7 +126,7 @@ def test_decoding_steps_copy_no_layer_of_the_cache(mesh, kind, count, tensor, he
         program = jax.jit(step, donate_argnums=(2, 3)).trace(*given).lower().compile()
     rows = batch * tensor // count
     one_layer = kv_heads // (tensor if heads_of else 1) * rows * slots * size
-    assert "paged_attention" in program.as_text()
+    assert "decode_attention" in program.as_text()
     assert copies(program, one_layer) == []
     assert program.memory_analysis().temp_size_in_bytes < one_layer
 
