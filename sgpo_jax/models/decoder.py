@@ -126,13 +126,13 @@ class Block(nn.Module):
 
         def project(x, bias=False, **features):
             """Returns the products of x with the kernels of these names, and as many features as the numbers say."""
-            if stacks is None:
+            names, sizes = tuple(features), tuple(features.values())
+            if names not in stacks:
                 return [dense(name, size, bias)(x) for name, size in features.items()]
             from sgpo_jax.models import products_gpu
 
-            chosen, rows = {name: stacks[name] for name in features}, other_rows(self.split)
-            outs = products_gpu.products(x[:, 0], chosen, layer, rows, self.split)
-            biases = [self.get_variable("params", name)["bias"].astype(dtype) if bias else 0 for name in features]
+            outs = products_gpu.products(x[:, 0], names, sizes, stacks[names], layer, self.split)
+            biases = [self.get_variable("params", name)["bias"].astype(dtype) if bias else 0 for name in names]
             return [(out + bias)[:, None] for out, bias in zip(outs, biases, strict=True)]
 
         def norm(name):
@@ -191,7 +191,7 @@ class Decoder(nn.Module):
     split: tuple[str, ...] = ("tensor",)
 
     @nn.compact
-    def __call__(self, tokens, positions, mask, cache, stacks=None):
+    def __call__(self, tokens, positions, mask, cache, stacks):
         config = self.config
         embed = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype, name="embed")
         x = embed(constrain(tokens, other_rows(self.split), None)) if len(self.split) > 1 else embed(tokens)
@@ -224,7 +224,7 @@ def init(rng: jax.Array, config: ModelConfig) -> dict[str, Any]:
     """Returns random float32 parameters; `models.param_mapping.NAMES` lists the paths of the tree."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     module = Decoder(config, jnp.float32, remat="none")
-    params = module.init(rng, tokens, tokens, tokens == 0, None)["params"]
+    params = module.init(rng, tokens, tokens, tokens == 0, None, {})["params"]
     # GPT-2's deviation of 0.02: Flax's rows of unit variance would saturate the softmax of a tied head.
     embedding = params["embed"]["embedding"]
     scale = 0.02 / (1.0 / config.hidden_size**0.5)
@@ -262,7 +262,7 @@ def apply(
     """
     module = Decoder(config, dtype, remat)
     with exact_products(dtype):
-        return module.apply({"params": params}, tokens, positions, mask, cache)  # type: ignore[return-value]
+        return module.apply({"params": params}, tokens, positions, mask, cache, {})  # type: ignore[return-value]
 
 
 def decode(
@@ -278,7 +278,8 @@ def decode(
     """Appends one token of each row to the cache. The token attends to all earlier ones of its row.
 
     Args:
-      params, config, dtype: as in `apply`.
+      params: as in `apply`, or from `for_decoding` with the same `split`.
+      config, dtype: as in `apply`.
       tokens: `[B]` token ids.
       active: `[B]` bool; where it is False, the token is not counted, and the next one takes its slot.
       cache: of B rows.
@@ -290,24 +291,25 @@ def decode(
     """
     module = Decoder(config, dtype, "none", split)
     columns = (x[:, None] for x in (tokens, cache["length"], active))
-    params, stacks = _stacks(params) if platform() == "gpu" else (params, None)
+    params, stacks = {name: leaf for name, leaf in params.items() if name != "stacks"}, params.get("stacks", {})
     with exact_products(dtype):
         hidden, cache = module.apply({"params": params}, *columns, cache, stacks)  # type: ignore[assignment]
     return hidden[:, 0], cache
 
 
-def _stacks(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, jax.Array] | None]:
-    """Returns (the other parameters, name -> kernels of all layers), if the kernel of GPUs takes them all."""
+def for_decoding(params: dict[str, Any], split: tuple[str, ...]) -> dict[str, Any]:
+    """Returns parameters from which `decode` reads fastest. On GPUs, kernels that multiply the same rows are joined."""
+    if platform() != "gpu":
+        return params
     from sgpo_jax.models import products_gpu
 
-    stacks = {name: leaves["kernel"] for name, leaves in params["layers"].items() if "kernel" in leaves}
-    if not all(products_gpu.takes(stack) for stack in stacks.values()):
-        return params, None
+    stacks = products_gpu.stacks(params["layers"], split)
+    joined = {name for group in stacks for name in group}
     layers = {
-        name: {leaf: value for leaf, value in leaves.items() if leaf != "kernel"}
+        name: {leaf: value for leaf, value in leaves.items() if leaf != "kernel" or name not in joined}
         for name, leaves in params["layers"].items()
     }
-    return params | {"layers": layers}, stacks
+    return params | {"layers": layers, "stacks": stacks}
 
 
 def head(params: dict[str, Any], config: ModelConfig) -> jax.Array:

@@ -253,7 +253,7 @@ def _generation(
     heads = policy.config.num_kv_heads // split
     at_once = [kernels.tokens_at_once(decoding.width, heads, cache_slots) for decoding in stages]
     scopes = _decoding(stages, count // shards, at_once, 2 * heads * width * policy.dtype.itemsize)
-    scopes = scopes._replace(entries=(("layer_products", policy.config.num_layers),))
+    scopes = scopes._replace(entries=(("layer_product", policy.config.num_layers),))
     return Program(
         name, section, trace, scopes, resident, arguments=device_bytes((params, prompts)), calls=calls,
         tokens=float(responses.sum()), setting=setting,

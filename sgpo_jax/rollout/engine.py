@@ -184,7 +184,7 @@ def generate(
     decodes = []
     for i, split in enumerate(splits):
         params = _split(params, split) if i else params
-        decodes.append(partial(decode, params, _contiguous_head(params, config), split))
+        decodes.append(partial(decode, models.for_decoding(params, split), _contiguous_head(params, config), split))
     state = _decode_all(state, responses, refill, decodes)
     return jax.tree.map(lambda field: field.reshape(problems, per_problem, *field.shape[2:]), state[2]), state[3]
 

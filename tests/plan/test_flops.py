@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas.ops.gpu import attention as gpu_attention
-from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention as gpu_paged_attention
 from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import PartitionSpec as P
 
 from sgpo_jax import sharding
+from sgpo_jax.models import attention_gpu, products_gpu
 from sgpo_jax.plan.flops import matmul_flops
 from sgpo_jax.plan.phases import Scopes
 
@@ -165,13 +165,19 @@ def test_flash_attention_computes_the_blocks_up_to_the_diagonal(gradient):
     assert count == one * (2 * causal(128) + gradient * (4 + 3) * causal(64))
 
 
-def test_paged_attention_on_gpus_computes_the_pages_in_use():
-    # Rows of 16 query heads, of which the three of a group are a part; 2.5 of the 4 pages of each of two parts.
-    rows, kv_heads, group, page, pages = 4, 2, 3, 64, 8
-    pool = shape(kv_heads, rows * pages, page, SIZE)
-    kernel = partial(gpu_paged_attention, pages_per_compute_block=1, k_splits=2)
+def test_decoding_on_gpus_computes_the_pages_in_use():
+    # Rows of 16 query heads, of which the three of a group are a part; 2.5 pages in each of two parts.
+    rows, kv_heads, group, page, slots = 4, 2, 3, attention_gpu.PAGE, 512
+    cache = shape(kv_heads, 5, rows, slots, SIZE)
     counts = flops(
-        kernel, shape(rows, kv_heads * group, SIZE), pool, pool, shape(rows, pages, dtype=jnp.int32),
-        shape(rows, dtype=jnp.int32), scopes=Scopes("all", trips=(("paged_attention", 2.5),)),
+        attention_gpu.attend_cache, shape(rows, kv_heads * group, SIZE), cache, cache, shape(dtype=jnp.int32),
+        shape(rows, dtype=jnp.int32), scopes=Scopes("all", trips=(("while", 2.5),)),
     )  # fmt: skip
+    assert attention_gpu.tokens_at_once(rows, kv_heads, slots) == 2 * page
     assert counts == {"all": 2 * 2 * rows * kv_heads * 16 * (2 * 2.5 * page) * SIZE}
+
+
+def test_a_product_of_a_layer_on_gpus_computes_blocks_of_whole_rows():
+    rows, block, depth, width = 5, 16, 1024, 192
+    x, stack = (jax.ShapeDtypeStruct(sizes, jnp.bfloat16) for sizes in ((rows, depth), (3, depth, width)))
+    assert flops(products_gpu.product, x, stack, shape(dtype=jnp.int32)) == {"all": 2 * block * depth * width}

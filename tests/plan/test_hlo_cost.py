@@ -253,6 +253,11 @@ def test_a_kernel_may_read_less_than_it_is_given():
     assert moved == {"all": 3 * (WEIGHT + 2 * 2 * 1024 + 100)}
 
 
+def test_a_kernel_may_read_one_entry_of_a_stack():
+    moved = hlo_cost.hbm_bytes(hlo.parse(LAYERS_LOOP), Scopes("all", entries=(("kernel", 64),)))
+    assert moved == {"all": 3 * (WEIGHT + 2 * 2 * 1024 + 2 * 1024)}  # a row of the cache
+
+
 def test_the_largest_arrays():
     # Not what is in memory on the core, and not the slices there.
     assert hlo_cost.largest(hlo.parse(LAYERS_LOOP), 2) == [
