@@ -180,10 +180,10 @@ def test_decoding_on_gpus_moves_the_weights_and_the_live_cache(planned):
     steps, cached = sum(stage.steps for stage in stages), sum(stage.steps * stage.cached for stage in stages)
     least = steps * weights + cached * 2 * 2 * 2 * N
     assert least <= decoding["hbm_bytes"]
-    # The sampler halves an interval 16 times, and reads the logits each time. Activations are a large part of so small a
-    # model.
+    # The sampler halves an interval 16 times, each time with a pass over the logits and, in rows so short, two masks.
+    # The weights, copied out of the stack of layers, would add more than `least`.
     logits = 4 * V * 2 * G / 2
-    assert decoding["hbm_bytes"] <= 2.6 * least + steps * 16 * 2 * logits
+    assert decoding["hbm_bytes"] <= 1.8 * least + steps * 16 * 8 * logits
 
 
 @pytest.mark.slow
