@@ -78,7 +78,7 @@ setup(
     license_files=["LICENSE"],
     packages=find_packages(include=["sgpo_jax", "sgpo_jax.*"]),
     package_data={"sgpo_jax": ["py.typed"], "sgpo_jax.report": ["templates/*"], "sgpo_jax.plan": ["cards/*.txtpb"]},
-    entry_points={"console_scripts": ["sgpo = sgpo_jax.commands:main"]},
+    entry_points={"console_scripts": ["sgpo = sgpo_jax.cli:main"]},
     python_requires=">=3.11,<3.14",
     install_requires=RUNTIME,
     extras_require=EXTRAS,

@@ -13,9 +13,9 @@ from pathlib import Path, PurePosixPath
 from mkdocs.structure.files import File
 
 from sgpo_jax import config as configs
+from sgpo_jax.cli import COMMANDS
 from sgpo_jax.cli.fields import comments
 from sgpo_jax.cli.help import help_text
-from sgpo_jax.commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 # file of the repository -> page

@@ -1,6 +1,6 @@
 """Runs `python -m sgpo_jax.analyze`, which is `sgpo analyze`."""
 
-from sgpo_jax.commands import start
+from sgpo_jax import cli
 
 if __name__ == "__main__":
-    start("analyze")
+    cli.start("analyze", cli.COMMANDS["analyze"])

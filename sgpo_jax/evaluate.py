@@ -1,6 +1,6 @@
 """Runs `python -m sgpo_jax.evaluate`, which is `sgpo evaluate`."""
 
-from sgpo_jax.commands import start
+from sgpo_jax import cli
 
 if __name__ == "__main__":
-    start("evaluate")
+    cli.start("evaluate", cli.COMMANDS["evaluate"])

@@ -1,6 +1,6 @@
 """Runs `python -m sgpo_jax.export`, which is `sgpo export`."""
 
-from sgpo_jax.commands import start
+from sgpo_jax import cli
 
 if __name__ == "__main__":
-    start("export")
+    cli.start("export", cli.COMMANDS["export"])

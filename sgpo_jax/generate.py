@@ -1,6 +1,6 @@
 """Runs `python -m sgpo_jax.generate`, which is `sgpo generate`."""
 
-from sgpo_jax.commands import start
+from sgpo_jax import cli
 
 if __name__ == "__main__":
-    start("generate")
+    cli.start("generate", cli.COMMANDS["generate"])

@@ -1,6 +1,6 @@
 """Runs `python -m sgpo_jax.main`, which is `sgpo train`."""
 
-from sgpo_jax.commands import start
+from sgpo_jax import cli
 
 if __name__ == "__main__":
-    start("train")
+    cli.start("train", cli.COMMANDS["train"])

@@ -1,6 +1,6 @@
 """Runs `python -m sgpo_jax.replay`, which is `sgpo replay`."""
 
-from sgpo_jax.commands import start
+from sgpo_jax import cli
 
 if __name__ == "__main__":
-    start("replay")
+    cli.start("replay", cli.COMMANDS["replay"])

@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 
 from sgpo_jax import config as configs
 from sgpo_jax import config_checks, losses
+from sgpo_jax.cli import COMMANDS as COMMANDS_OF
 from sgpo_jax.cli import start
-from sgpo_jax.commands import COMMANDS as COMMANDS_OF
 
 # configs/strategies.py belongs to another command.
 FILES = [file for file in sorted((ROOT / "configs").glob("*.py")) if file.stem != "strategies"]

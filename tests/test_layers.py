@@ -23,7 +23,7 @@ LAYERS = (
     ("training",),
     ("lab", "plan"),
     ("commands",),
-    ("main", "evaluate", "export", "generate", "analyze", "replay"),  # and every __main__.py: the doors to the commands
+    ("main", "evaluate", "export", "generate", "analyze", "replay"),  # doors, which start a command by its name
 )
 COMMANDS = LAYERS[-1]
 # These are each one file, and one purpose in several: within such a layer the order of the names counts.
@@ -37,9 +37,8 @@ def level(name: str) -> tuple[int, int]:
 
 
 def room(file: Path) -> str:
-    """The name of LAYERS that a file belongs to; "main" for a package's command."""
-    parts = file.relative_to(PACKAGE).with_suffix("").parts
-    return "main" if parts[-1] == "__main__" else parts[0]
+    """The name of LAYERS that a file belongs to; `sgpo_jax/__main__.py` is a door."""
+    return file.relative_to(PACKAGE).with_suffix("").parts[0].replace("__main__", "main")
 
 
 def imported(file: Path) -> list[str]:
@@ -106,4 +105,6 @@ def test_a_package_says_what_it_is_for_and_what_others_may_use(package):
     module = importlib.import_module(f"sgpo_jax.{package}")
     lines = (module.__doc__ or "").strip().splitlines()
     assert len(lines) == 1 and lines[0].endswith(".")
-    assert module.__all__ and all(hasattr(module, name) for name in module.__all__)
+    exported = getattr(module, "__all__", [])
+    assert all(hasattr(module, name) for name in exported)
+    assert bool(exported) == (str(package) != "commands")  # which `cli` imports by name

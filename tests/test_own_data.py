@@ -24,7 +24,7 @@ TINY = {
 }  # fmt: skip
 PROGRAM = """
 import json, shlex, sys
-from sgpo_jax.commands import main
+from sgpo_jax.cli import main
 for line in json.load(open("commands.json")):
     sys.argv = shlex.split(line)
     main()
@@ -47,8 +47,7 @@ def gsm8k(count, start=0):
 
 def test_the_config_is_short_and_passes_the_check(tmp_path, monkeypatch):
     from sgpo_jax import config_checks
-    from sgpo_jax.cli import parsing
-    from sgpo_jax.commands import COMMANDS
+    from sgpo_jax.cli import COMMANDS, parsing
 
     code = block("mine.py")
     assert len(code.splitlines()) <= 30

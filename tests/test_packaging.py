@@ -70,8 +70,8 @@ def test_the_wheel_and_the_archive_have_all_that_a_command_needs(tmp_path):
     for name in ("py.typed", "report/templates/report.html", "rewards/worker.py", "commands/train.py"):
         assert (installed / "sgpo_jax" / name).is_file() and f"sgpo_jax/{name}" in inside
     (entries,) = installed.glob("*.dist-info/entry_points.txt")
-    assert "sgpo = sgpo_jax.commands:main" in entries.read_text()
-    program = "from sgpo_jax.commands import main; import sys; sys.argv = ['sgpo', 'train', '--help']; main()"
+    assert "sgpo = sgpo_jax.cli:main" in entries.read_text()
+    program = "from sgpo_jax.cli import main; import sys; sys.argv = ['sgpo', 'train', '--help']; main()"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60,
         env={**os.environ, "PYTHONPATH": str(installed)},

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers.paths import ROOT
 
-from sgpo_jax.commands import COMMANDS
+from sgpo_jax.cli import COMMANDS
 
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -12,8 +12,8 @@ from helpers.paths import ROOT
 
 from sgpo_jax import config as configs
 from sgpo_jax import losses
+from sgpo_jax.cli import COMMANDS
 from sgpo_jax.cli.fields import comments
-from sgpo_jax.commands import COMMANDS
 
 
 @pytest.mark.slow

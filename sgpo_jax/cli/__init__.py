@@ -3,8 +3,7 @@
 from sgpo_jax.cli.command import Command, Flag
 from sgpo_jax.cli.entry import start
 from sgpo_jax.cli.folders import folder
-from sgpo_jax.cli.help import overview
 from sgpo_jax.cli.lazy import lazily
-from sgpo_jax.config import nearest
+from sgpo_jax.cli.table import COMMANDS, main
 
-__all__ = ["Command", "Flag", "folder", "lazily", "nearest", "overview", "start"]
+__all__ = ["COMMANDS", "Command", "Flag", "folder", "lazily", "main", "start"]

@@ -1,6 +1,6 @@
 """Runs `python -m sgpo_jax.lab`, which is `sgpo lab`."""
 
-from sgpo_jax.commands import start
+from sgpo_jax import cli
 
 if __name__ == "__main__":
-    start("lab")
+    cli.start("lab", cli.COMMANDS["lab"])

@@ -1,6 +1,6 @@
 """Runs `python -m sgpo_jax.plan`, which is `sgpo plan`."""
 
-from sgpo_jax.commands import start
+from sgpo_jax import cli
 
 if __name__ == "__main__":
-    start("plan")
+    cli.start("plan", cli.COMMANDS["plan"])

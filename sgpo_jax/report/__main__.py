@@ -1,6 +1,6 @@
 """Runs `python -m sgpo_jax.report`, which is `sgpo report`."""
 
-from sgpo_jax.commands import start
+from sgpo_jax import cli
 
 if __name__ == "__main__":
-    start("report")
+    cli.start("report", cli.COMMANDS["report"])

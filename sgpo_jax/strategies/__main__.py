@@ -1,6 +1,6 @@
 """Runs `python -m sgpo_jax.strategies`, which is `sgpo strategies`."""
 
-from sgpo_jax.commands import start
+from sgpo_jax import cli
 
 if __name__ == "__main__":
-    start("strategies")
+    cli.start("strategies", cli.COMMANDS["strategies"])

@@ -10,9 +10,8 @@ from helpers.paths import ROOT
 
 from sgpo_jax import cli
 from sgpo_jax import config as configs
+from sgpo_jax.cli import COMMANDS, fields, help, parsing
 from sgpo_jax.cli import entry as starting
-from sgpo_jax.cli import fields, help, parsing
-from sgpo_jax.commands import COMMANDS
 from sgpo_jax.runtime import tables
 
 QUICKSTART = "--config=configs/quickstart.py"
@@ -20,7 +19,7 @@ QUICKSTART = "--config=configs/quickstart.py"
 HEAVY = ("jax", "numpy", "transformers", "matplotlib", "orbax", "flax")
 PROGRAM = f"""
 import sys
-from sgpo_jax.commands import main
+from sgpo_jax.cli import main
 sys.argv = ["sgpo", *sys.argv[1:]]
 try:
     main()

@@ -10,7 +10,8 @@ import pytest
 
 from sgpo_jax import config as configs
 from sgpo_jax import sharding
-from sgpo_jax.commands import COMMANDS, generate, stream
+from sgpo_jax.cli import COMMANDS
+from sgpo_jax.commands import generate, stream
 from sgpo_jax.policy import Run, tokenizer
 from sgpo_jax.rollout import Sampling
 from sgpo_jax.training import stage

@@ -14,7 +14,7 @@ from helpers.chat_server import ChatServer, completion
 from helpers.configs import extraction
 
 from sgpo_jax import cli, strategies
-from sgpo_jax.commands import COMMANDS
+from sgpo_jax.cli import COMMANDS
 from sgpo_jax.runtime import journal, lock, tables, watchdog
 from sgpo_jax.strategies import clients, faults, replies
 

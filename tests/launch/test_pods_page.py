@@ -11,7 +11,7 @@ import pytest
 from helpers.launching import ROOT, bench
 
 from sgpo_jax import config as configs
-from sgpo_jax.commands import COMMANDS
+from sgpo_jax.cli import COMMANDS
 
 PAGE = (ROOT / "docs/pods.md").read_text()
 GPUS = (ROOT / "docs/gpus.md").read_text()
