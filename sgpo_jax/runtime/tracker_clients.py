@@ -1,8 +1,10 @@
 """The clients of the trackers, behind the same five methods; each imports its package when it opens."""
 
+import html
+import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,10 +54,10 @@ class Client:
 
 
 class TensorBoard(Client):
-    """Event files in `workdir/tensorboard/STAGE`, of metrics only."""
+    """Event files in `workdir/tensorboard/STAGE`: metrics, and the config and tables as text. It takes no files."""
 
     def __init__(self, run: Tracked):
-        self._folder = run.workdir / "tensorboard"
+        self._folder, self._config = run.workdir / "tensorboard", run.config
         self._writers: dict[str, Any] = {}
 
     def begin(self, stage: str, after: int) -> None:
@@ -64,19 +66,44 @@ class TensorBoard(Client):
 
         if stage in self._writers:
             self._writers[stage].close()
-        self._writers[stage] = SummaryWriter(str(self._folder / stage), purge_step=after + 1, flush_secs=_FLUSH)
+        writer = SummaryWriter(str(self._folder / stage), purge_step=after + 1, flush_secs=_FLUSH)
+        writer.add_text("config", _code(json.dumps(self._config, indent=1)), after + 1)
+        self._writers[stage] = writer
 
     def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Writes scalars named STAGE/METRIC."""
+        for name, value in values.items():
+            self._writer(stage, step).add_scalar(f"{stage}/{name}", value, step)
+
+    def table(self, name: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes a table in Markdown. The name begins with that of the stage."""
+        self._writer(name.split("/")[0], step).add_text(name, _markdown(rows), step)
+
+    def _writer(self, stage: str, step: int) -> Any:
         if stage not in self._writers:
             self.begin(stage, step - 1)
-        for name, value in values.items():
-            self._writers[stage].add_scalar(f"{stage}/{name}", value, step)
+        return self._writers[stage]
 
     def close(self, failed: bool) -> None:
         """Closes the files."""
         for writer in self._writers.values():
             writer.close()
+
+
+def _code(text: str) -> str:
+    """Returns Markdown that shows a text as it is."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns rows as a table in Markdown, with the keys of the first as its head."""
+
+    def line(cells: Iterable[Any]) -> str:
+        texts = (html.escape(str(cell)).replace("|", "&#124;").replace("\n", "<br>") for cell in cells)
+        return f"| {' | '.join(texts)} |"
+
+    columns = list(rows[0])
+    return "\n".join([line(columns), line(["---"] * len(columns)), *(line(row.values()) for row in rows)])
 
 
 class WandB(Client):

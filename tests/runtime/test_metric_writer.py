@@ -21,15 +21,18 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def scalars_of(folder):
-    """Returns (tag, step, value) of every scalar in a folder of TensorBoard event files."""
+def scalars_of(folder, texts=False):
+    """Returns (tag, step, value) of every scalar, or text, in a folder of TensorBoard event files."""
     found = []
     for path in sorted(folder.iterdir()):
         data, start = path.read_bytes(), 0
         while start < len(data):
             (size,) = struct.unpack_from("<Q", data, start)
             event = Event.FromString(data[start + 12 : start + 12 + size])
-            found += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
+            for v in event.summary.value:
+                kind = v.metadata.plugin_data.plugin_name
+                value = v.tensor.string_val[0].decode() if kind == "text" else v.simple_value
+                found += [(v.tag.removesuffix("/text_summary"), event.step, value)] * ((kind == "text") == texts)
             start += 16 + size
     return found
 
@@ -94,6 +97,17 @@ def test_tensorboard_scalars(tmp_path):
     scalars = scalars_of(tmp_path / "tensorboard/sft")
     assert scalars == [("sft/loss", 1, 0.5), ("sft/loss", 3, 0.25)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sft.jsonl", "tensorboard"]
+
+
+def test_tensorboard_has_the_config_and_tables_as_text(tmp_path):
+    with Trackers(["tensorboard"], tmp_path, {"rl": {"delta": 1.0}}) as trackers:
+        trackers.begin("rl", 4)
+        trackers.table("rl/generations/heldout", 7, [{"id": 1, "response": "a | b\n<c>"}, {"id": 2, "response": ""}])
+    assert scalars_of(tmp_path / "tensorboard/rl", texts=True) == [
+        ("config", 5, '    {\n     "rl": {\n      "delta": 1.0\n     }\n    }'),
+        ("rl/generations/heldout", 7,
+         "| id | response |\n| --- | --- |\n| 1 | a &#124; b<br>&lt;c&gt; |\n| 2 |  |"),
+    ]  # fmt: skip
 
 
 def test_a_resumed_run_has_each_step_once(tmp_path):
