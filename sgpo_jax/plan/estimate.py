@@ -107,16 +107,20 @@ def dollars(run_hours: dict[str, dict[str, float]], chips: int, price: float) ->
     return {bound: value * chips * price for bound, value in run_hours["all"].items()}
 
 
-def seconds(result: Result) -> tuple[float, float]:
-    """Returns (least, most) seconds of a call: full overlap within each phase, or none."""
+def seconds(result: Result, slower: float = 1.0) -> tuple[float, float]:
+    """Returns (least, most) seconds of a call: full overlap within each phase, or none.
+
+    HBM is `slower` times slower than assumed.
+    """
     phases = [roofline.Seconds(**phase["seconds"]) for phase in result["phases"].values()]
+    phases = [phase._replace(hbm=slower * phase.hbm) for phase in phases]
     return sum(phase.least for phase in phases), sum(phase.most for phase in phases)
 
 
-def hours(results: dict[str, Result]) -> dict[str, dict[str, float]] | None:
+def hours(results: dict[str, Result], slower: float = 1.0) -> dict[str, dict[str, float]] | None:
     """Returns stage -> hours of the run, "least" and "most". "all" is their sum.
 
-    The result is None where a program does not compile.
+    The result is None where a program does not compile. HBM is `slower` times slower than assumed.
     """
     if not all(result["compiled"] for result in results.values()):
         return None
@@ -124,7 +128,7 @@ def hours(results: dict[str, Result]) -> dict[str, dict[str, float]] | None:
     total = {name: {"least": 0.0, "most": 0.0} for name in (*stages, "all")}
     for result in results.values():
         for name in (result["stage"], "all"):
-            for bound, call_seconds in zip(("least", "most"), seconds(result), strict=True):
+            for bound, call_seconds in zip(("least", "most"), seconds(result, slower), strict=True):
                 total[name][bound] += result["calls"] * call_seconds / 3600
     return total
 

@@ -14,6 +14,7 @@ from sgpo_jax.runtime.tables import table
 _PARTS = ("arguments", "outputs", "temporaries", "code", "resident", "needed")  # of a program's memory
 _RESOURCES = {"compute": "compute s", "hbm": "HBM s", "ici": "links s", "network": "network s"}
 _LARGEST = 3  # arrays of each program that are shown
+CAUTIOUS = 0.4  # share of the bandwidth of HBM at which hours are shown too
 
 
 def show(plan: dict[str, Any]) -> None:
@@ -27,11 +28,7 @@ def show(plan: dict[str, Any]) -> None:
     if plan["programs"]:
         _show_programs(plan["programs"])
     if plan["hours"]:
-        rows = [[stage, *map(_short, bounds.values())] for stage, bounds in plan["hours"].items()]
-        table("Hours", ["stage", "least", "most"], rows)
-        count, price = plan["chips"], plan["assumed"]["chip"]["price"]
-        least, most = map(_short, plan["dollars"].values())
-        print(f"Dollars at {price:g} for a chip and hour, {count} chips: {least} to {most}")
+        show_hours(plan)
     print("Assumed:", ", ".join(f"{name}={value:g}" for name, value in configs.flat(plan["assumed"]).items()))
     print("Not in the hours: grading, packing, loading and saving, compilation")
     for line in plan["remarks"] + plan["advice"]:
@@ -39,6 +36,21 @@ def show(plan: dict[str, Any]) -> None:
     if plan["flags"]:
         print(f"Run it with {plan['flags']}")
     print("fits" if plan["fits"] else "does not fit", flush=True)
+
+
+def show_hours(plan: dict[str, Any]) -> None:
+    """Prints hours and dollars at the assumed share of the bandwidth of HBM, and at one that is easier to reach."""
+    count, price, assumed = plan["chips"], plan["assumed"]["chip"]["price"], plan["assumed"]["reached"]["hbm"]
+    cautious = min(CAUTIOUS, assumed)
+    columns = ["stage"]
+    rows: dict[str, list[str]] = {name: [] for name in (*plan["hours"], "dollars")}
+    for share in (assumed, cautious):
+        hours = estimate.hours(plan["programs"], assumed / share) or {}
+        columns += [f"{bound}, HBM at {100 * share:g} %" for bound in ("least", "most")]
+        for name, bounds in (hours | {"dollars": estimate.dollars(hours, count, price)}).items():
+            rows[name] += map(_short, bounds.values())
+    table("Hours", columns, [[name, *cells] for name, cells in rows.items()])
+    print(f"Dollars are {price:g} for a chip and hour, {count} chips")
 
 
 def _show_programs(results: dict[str, Result]) -> None:

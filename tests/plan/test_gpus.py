@@ -166,7 +166,7 @@ def test_memory_and_dollars_of_a_plan_for_gpus(planned):
         assert program["hbm"]["limit"] == int(0.9 * gpus.memory("h100")) and program["hbm"]["workspace"] >= 0
     assert run_plan["assumed"]["memory_share"] == 0.9 and set(run_plan["versions"]) > {"jax"}
     assert run_plan["dollars"]["least"] == pytest.approx(run_plan["hours"]["all"]["least"] * 4 * 2.95)
-    assert "Dollars at 2.95 for a chip and hour, 4 chips" in printed and printed.endswith("fits\n")
+    assert "Dollars are 2.95 for a chip and hour, 4 chips" in printed and printed.endswith("fits\n")
 
 
 @pytest.mark.slow

@@ -142,6 +142,8 @@ def test_hours_of_a_run():
         "rl": {"least": 6.5, "most": 8.0},
         "all": {"least": 8.75, "most": 10.5},
     }
+    # With HBM three times as slow a generation takes 12 to 14 seconds, an update 9 to 11.
+    assert estimate.hours(results, 3.0)["rl"] == {"least": 10.5, "most": 12.5}
     results["RL"] |= {"compiled": False}
     assert estimate.hours(results) is None
 

@@ -3,10 +3,12 @@
 import json
 import runpy
 
+import numpy as np
 import pytest
 from helpers.paths import ROOT
 
 from sgpo_jax import config as configs
+from sgpo_jax.plan import report
 from sgpo_jax.plan.hardware import GIB
 from sgpo_jax.plan.planner import without_files
 
@@ -78,3 +80,22 @@ def test_the_table_has_the_figures_of_the_plan(model, cards):
         " to ".join(f"{value:,.0f}" for value in stored["dollars"].values()),
     ]  # fmt: skip
     assert "| " + " | ".join(cells) + " |" in PAGE
+
+
+def test_hours_are_shown_at_a_lower_share_of_the_bandwidth_too(capsys):
+    stored = plan("qwen7b", "v5p_4x4x4")
+    report.show_hours(stored)
+    printed = capsys.readouterr().out
+    (line,) = (line for line in printed.splitlines() if line.strip("│ ").startswith("dollars"))
+    shown = [float(cell.replace(",", "")) for cell in line.strip("│ ").split("│")[1:]]
+    # The 0.65 of the plan becomes 0.4; a phase takes its slowest part at least, and all of them at most.
+    expected = []
+    for share in (0.65, 0.4):
+        for bound in (max, sum):
+            calls = (
+                program["calls"] * bound({**phase["seconds"], "hbm": phase["seconds"]["hbm"] * 0.65 / share}.values())
+                for program in stored["programs"].values() for phase in program["phases"].values()
+            )  # fmt: skip
+            expected.append(sum(calls) / 3600 * stored["chips"] * stored["assumed"]["chip"]["price"])
+    np.testing.assert_allclose(shown, expected, rtol=1e-3)
+    assert "HBM at 65 %" in printed and "HBM at 40 %" in printed
