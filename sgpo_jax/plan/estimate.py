@@ -31,7 +31,7 @@ def measure(program: Program, mesh: Mesh, chip: Chip, reached: Reached, limit: i
         Plain data. Bytes, FLOPs and seconds are those of one device. "compiled" is False where the compiler refuses the
         program as too large. The entries that need the compiled program are then missing.
     """
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(program.mesh):
         started = time.monotonic()
         traced = program.trace()
         work = flops.matmul_flops(traced.jaxpr, program.scopes)

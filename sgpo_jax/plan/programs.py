@@ -51,7 +51,8 @@ class Program(NamedTuple):
 
     name: str
     stage: str  # "sft", "rl" or "eval"
-    trace: Callable[[], Any]  # traces the program; call it, and compile its result, inside jax.set_mesh
+    mesh: Mesh  # on which it runs
+    trace: Callable[[], Any]  # traces the program; call it, and compile its result, inside jax.set_mesh(mesh)
     scopes: Scopes
     resident: int  # bytes of a device's HBM that the run holds during a call, without the memory of the program
     arguments: int  # bytes of the arguments on a device
@@ -139,11 +140,11 @@ def _sft_programs(setup: _Setup) -> list[Program]:
     total = float(responses.sum())
     return [
         Program(
-            "SFT update", "sft", partial(update.trace, state, batch, base), scopes, resident=0,
+            "SFT update", "sft", mesh, partial(update.trace, state, batch, base), scopes, resident=0,
             arguments=device_bytes((state, batch, base)), calls=calls.sft_steps, tokens=total, setting=setting,
         ),
         Program(
-            "SFT validation", "sft", partial(loss.trace, params, batch), scopes, resident=resident,
+            "SFT validation", "sft", mesh, partial(loss.trace, params, batch), scopes, resident=resident,
             arguments=device_bytes((params, batch)), calls=calls.sft_validations, tokens=total,
             setting=setting._replace(bytes=0),
         ),
@@ -184,7 +185,7 @@ def _rl_programs(setup: _Setup) -> list[Program]:
     setting = _layer_inputs("rl.micro_batch", packed.autonomous, policy, mesh)
     tokens = float(packed.lengths.sum() + (0 if packed.guided_lengths is None else packed.guided_lengths.sum()))
     planned_update = Program(
-        "update", "rl", partial(update.trace, state, batch, base), scopes, resident=0,
+        "update", "rl", mesh, partial(update.trace, state, batch, base), scopes, resident=0,
         arguments=device_bytes((state, batch, base)), calls=calls.rl_steps, tokens=tokens, setting=setting,
     )  # fmt: skip
     return [*samplers, planned_update]
@@ -237,8 +238,8 @@ def _generation(
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
     ids, sampling = jax.ShapeDtypeStruct((prompt_count,), jnp.uint32, sharding=rows), Sampling.from_config(fields)
     trace = partial(
-        _trace_on, decoding_mesh(mesh, sampling.decode_ways), params, policy.language_model, Prompts(*prompts), key,
-        ids, sampling=sampling, group=groups, shards=shards,
+        generate.trace, params, policy.language_model, Prompts(*prompts), key, ids, sampling=sampling, group=groups,
+        shards=shards,
     )  # fmt: skip
     count = fields.batch * sum(groups)
     responses = workload.lengths(count, assumed.response_tokens, fields.max_new_tokens)
@@ -255,15 +256,9 @@ def _generation(
     scopes = _decoding(stages, count // shards, at_once, 2 * heads * width * policy.dtype.itemsize)
     scopes = scopes._replace(entries=(("layer_product", policy.config.num_layers),))
     return Program(
-        name, section, trace, scopes, resident, arguments=device_bytes((params, prompts)), calls=calls,
-        tokens=float(responses.sum()), setting=setting,
+        name, section, decoding_mesh(mesh, sampling.decode_ways), trace, scopes, resident,
+        arguments=device_bytes((params, prompts)), calls=calls, tokens=float(responses.sum()), setting=setting,
     )  # fmt: skip
-
-
-def _trace_on(mesh: Mesh, *arguments: Any, **settings: Any) -> Any:
-    """Traces `generate` on the mesh that it runs on, as `policy.respond` does."""
-    with jax.set_mesh(mesh):
-        return generate.trace(*arguments, **settings)
 
 
 def _decoding(stages: list[Stage], responses: int, at_once: list[int], token_bytes: int) -> Scopes:

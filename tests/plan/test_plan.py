@@ -154,7 +154,17 @@ GIB = hardware.GIB
 
 
 def program(name, field, value, size, resident=0, arguments=0):
-    return Program(name, "rl", lambda: None, Scopes(""), resident, arguments, 1, 1.0, Setting(field, value, size))
+    setting, mesh = Setting(field, value, size), sharding.make_mesh()
+    return Program(name, "rl", mesh, lambda: None, Scopes(""), resident, arguments, 1, 1.0, setting)
+
+
+def test_a_program_has_the_mesh_that_it_runs_on(tiny):
+    """Compiled on another one, sums over the axes that split the weights would be over other devices."""
+    config, mesh = configs.paper("", tensor=2), sharding.make_mesh(1, 4, 2)
+    config.rl.decode_ways = (2,)
+    found = {p.name: dict(p.mesh.shape) for p in programs.programs(config, tiny, mesh, Assumed(64.0, 16))}
+    assert found["rollout"] == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert found["update"] == found["evaluation, 32 samples"] == {"data": 1, "fsdp": 4, "tensor": 2}
 
 
 @pytest.mark.parametrize(
