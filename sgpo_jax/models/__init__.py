@@ -1,6 +1,6 @@
 """Language models: one decoder as functions of arrays, and its parameters read from and written to checkpoints."""
 
-from sgpo_jax.models.config import ModelConfig, RopeScaling
+from sgpo_jax.models.config import ModelConfig
 from sgpo_jax.models.decoder import (
     REMAT,
     Cache,
@@ -13,12 +13,15 @@ from sgpo_jax.models.decoder import (
     other_rows,
     positions_of,
 )
+from sgpo_jax.models.rotary import LinearScaling, RopeScaling, YarnScaling
 
 __all__ = [
     "Cache",
+    "LinearScaling",
     "ModelConfig",
     "REMAT",
     "RopeScaling",
+    "YarnScaling",
     "apply",
     "decode",
     "head",

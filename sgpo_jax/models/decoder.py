@@ -1,4 +1,4 @@
-"""Defines one decoder-only transformer for Qwen2/2.5, Qwen3, Llama 3.x and SmolLM2; ModelConfig switches its parts.
+"""Defines one decoder-only transformer for all families of `families.FAMILIES`; ModelConfig switches its parts.
 
 Axis key: B batch, T tokens, S cache length, D hidden, H query heads, K key/value heads, N head size, L layers.
 """
@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from sgpo_jax.models.attention import SAVED, append, attend, attend_cache, cache_shape
+from sgpo_jax.models import rotary
+from sgpo_jax.models.attention import SAVED, append, cache_shape
 from sgpo_jax.models.config import ModelConfig
+from sgpo_jax.models.windows import attend, attend_cache
 from sgpo_jax.sharding import BATCH, constrain, dividing, exact_products, platform, spec_for
 
 Cache = dict[str, jax.Array]
@@ -29,25 +31,11 @@ REMAT: dict[str, Any] = {
 }
 
 
-def rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """Returns the frequencies of the rotary embedding `[N/2]` in radians per position, with "llama3" scaling if set."""
-    # Rounded to float32 where transformers rounds: the last bit of a frequency is visible at position 10,000.
-    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
-    frequency = 1 / (config.rope_theta ** exponent.astype(np.float64)).astype(np.float32)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequency
-    # Long wavelengths are multiplied by `factor`, short ones are kept, and those between are interpolated.
-    wavelength = 2 * np.pi * (1 / frequency)
-    rotations = scaling.original_max_positions * (1 / wavelength)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = np.clip((rotations - low) / (high - low), 0.0, 1.0)
-    return (1 - keep) * frequency / scaling.factor + keep * frequency
-
-
-def rotate(x: jax.Array, angle: jax.Array) -> jax.Array:
-    """Applies the rotary position embedding to x `[B,T,heads,N]`; angle `[B,T,N/2]` is in radians."""
+def rotate(x: jax.Array, angle: jax.Array, factor: float) -> jax.Array:
+    """Applies the rotary position embedding to x `[B,T,heads,N]`, times a factor; angle `[B,T,N/2]` is in radians."""
     cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+    if factor != 1:
+        cos, sin = cos * factor, sin * factor
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
@@ -143,9 +131,11 @@ class Block(nn.Module):
         value = heads("v", config.num_kv_heads)
         if config.qk_norm:
             query, key = norm("q_norm")(query), norm("k_norm")(key)
-        query, key = rotate(query, angle), rotate(key, angle)
+        factor = rotary.factor(config.rope_scaling)
+        query, key = rotate(query, angle, factor), rotate(key, angle, factor)
+        sliding = all(config.sliding) or jnp.asarray(config.sliding)[layer]
         if lengths is None:
-            attention = attend(query, key, value, segments)
+            attention = attend(query, key, value, segments, config.window, sliding)
             if keys is not None:
                 # The scan carries the cache and writes it in place: stacking the layers' outputs would copy it.
                 keys, values = (
@@ -155,7 +145,7 @@ class Block(nn.Module):
         else:
             keys, values = append(keys, key[:, 0], layer, lengths), append(values, value[:, 0], layer, lengths)
             reached = jnp.where(segments[:, 0] > 0, lengths + 1, 1)  # of a row that is not decoded nothing is read
-            attention = attend_cache(query[:, 0], keys, values, layer, reached)[:, None]
+            attention = attend_cache(query[:, 0], keys, values, layer, reached, config.window, sliding)[:, None]
         attention = checkpoint_name(constrain(attention, BATCH, None, "tensor"), SAVED)
         attention = spread(attention, attention.shape[-1])
         x = constrain(x + dense("o", config.hidden_size)(attention), *residual)
@@ -182,7 +172,8 @@ class Decoder(nn.Module):
         embed = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype, name="embed")
         x = embed(constrain(tokens, other_rows(self.split), None)) if len(self.split) > 1 else embed(tokens)
         x = constrain(x, BATCH, None, None)
-        angle = constrain(positions[..., None] * jnp.asarray(rope_frequencies(config)), BATCH, None, None)
+        frequencies = jnp.asarray(rotary.frequencies(config.rope_theta, config.head_dim, config.rope_scaling))
+        angle = constrain(positions[..., None] * frequencies, BATCH, None, None)
         keys, values = (None, None) if cache is None else (cache["key"], cache["value"])
         decoding = cache is not None and tokens.shape[1] == 1
         lengths = constrain(cache["length"], BATCH) if decoding else None

@@ -39,6 +39,13 @@ def _smollm2(*sizes: int, theta: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _mistral(*sizes: int, head_dim: int, vocab: int, theta: float, window: int | None, longest: int) -> dict[str, Any]:
+    return dict(zip(_SIZES, sizes, strict=True)) | {
+        "architectures": ["MistralForCausalLM"], "head_dim": head_dim, "vocab_size": vocab, "sliding_window": window,
+        "rope_theta": theta, "rms_norm_eps": 1e-5, "max_position_embeddings": longest,
+    }  # fmt: skip
+
+
 # Hub id -> the fields of its config.json that the decoder reads; the sizes are in the order of _SIZES.
 KNOWN: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-0.5B-Instruct": _qwen2(896, 24, 14, 2, 4864, vocab=151936, tied=True),
@@ -55,6 +62,15 @@ KNOWN: dict[str, dict[str, Any]] = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": _smollm2(576, 30, 9, 3, 1536, theta=1e5),
     "HuggingFaceTB/SmolLM2-360M-Instruct": _smollm2(960, 32, 15, 5, 2560, theta=1e5),
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": _smollm2(2048, 24, 32, 32, 8192, theta=1.3e5),
+    "mistralai/Mistral-7B-v0.1": _mistral(
+        4096, 32, 32, 8, 14336, head_dim=128, vocab=32000, theta=1e4, window=4096, longest=32768
+    ),
+    "mistralai/Mistral-7B-Instruct-v0.3": _mistral(
+        4096, 32, 32, 8, 14336, head_dim=128, vocab=32768, theta=1e6, window=None, longest=32768
+    ),
+    "mistralai/Mistral-Nemo-Instruct-2407": _mistral(
+        5120, 40, 32, 8, 14336, head_dim=128, vocab=131072, theta=1e6, window=None, longest=1024000
+    ),
 }
 
 

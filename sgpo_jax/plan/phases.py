@@ -15,6 +15,7 @@ class Scopes(NamedTuple):
     phases: tuple[tuple[str, str], ...] = ()  # (pattern, phase)
     trips: tuple[tuple[str, float], ...] = ()  # (pattern, trip count), for loops whose text does not state it
     reads: tuple[tuple[str, float], ...] = ()  # (pattern, bytes of HBM a call reads), for kernels that read in part
+    branches: tuple[tuple[str, tuple[float, ...]], ...] = ()  # (pattern, share of each branch), for a `cond`
 
     def phase(self, path: str) -> str:
         """Returns the phase of the operation at `path`."""
@@ -34,3 +35,7 @@ class Scopes(NamedTuple):
     def read_bytes(self, path: str) -> float | None:
         """Returns the bytes that a call of the kernel at `path` reads; None where no pattern matches."""
         return next((size for pattern, size in self.reads if re.search(pattern, path)), None)
+
+    def branch_shares(self, path: str) -> tuple[float, ...] | None:
+        """Returns how often each branch of the `cond` at `path` runs when it runs once; None where none matches."""
+        return next((shares for pattern, shares in self.branches if re.search(pattern, path)), None)

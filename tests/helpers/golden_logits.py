@@ -21,6 +21,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN_ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
 def _fields(model_type, hidden_size, heads, kv_heads, head_dim=None, tied=False, **more):
@@ -54,6 +55,10 @@ CASES = {
     "llama3": _fields("llama", 64, 8, 2, rope_theta=5e5, rope_scaling=LLAMA3_ROPE),
     "llama3-tied": _fields("llama", 64, 2, 1, head_dim=64, tied=True, rope_theta=5e5, rope_scaling=LLAMA3_ROPE),
     "smollm2": _fields("llama", 72, 9, 3, tied=True, rope_theta=1e5, rms_norm_eps=1e-5, intermediate_size=541),
+    "qwen2-yarn": _fields("qwen2", 60, 6, 2, head_dim=26, rope_theta=1e6, rope_scaling=YARN_ROPE),
+    "llama-linear-rope": _fields("llama", 36, 3, 1, rope_scaling={"rope_type": "linear", "factor": 2.5}),
+    "mistral": _fields("mistral", 40, 4, 2, head_dim=22, rope_theta=1e6, sliding_window=None),
+    "mistral-window": _fields("mistral", 42, 6, 3, head_dim=10, tied=True, sliding_window=4),
 }
 
 # Token ids, and the position of the first of them: the second sequence stands far beyond the positions that the llama3

@@ -23,6 +23,9 @@ CONFIGS = {
     "qwen2": ModelConfig(architecture="Qwen2ForCausalLM", qkv_bias=True, tie_embeddings=False, **SHAPE),
     "qwen3": ModelConfig(architecture="Qwen3ForCausalLM", qk_norm=True, tie_embeddings=True, **SHAPE),
     "llama": ModelConfig(architecture="LlamaForCausalLM", tie_embeddings=False, rope_scaling=SCALING, **SHAPE),
+    "mistral": ModelConfig(
+        architecture="MistralForCausalLM", tie_embeddings=False, window=3, sliding=(True,) * 3, **SHAPE
+    ),
 }
 
 

@@ -1,10 +1,12 @@
 """Reading and writing config.json, and what is refused."""
 
 import dataclasses
+import math
 
 import pytest
 
-from sgpo_jax.models.config import ModelConfig, RopeScaling, from_hf, to_hf
+from sgpo_jax.models import LinearScaling, RopeScaling, YarnScaling
+from sgpo_jax.models.config import ModelConfig, from_hf, to_hf
 
 # What the published files say, in the style of transformers 4.
 QWEN2 = {
@@ -79,6 +81,23 @@ LLAMA = {
     "tie_word_embeddings": False,
     "vocab_size": 128256,
 }
+QWEN_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+MISTRAL = {
+    "architectures": ["MistralForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
 
 
 def without(values, *names):
@@ -146,7 +165,40 @@ def test_absent_fields_take_the_value_that_transformers_gives_them():
     assert from_hf({**wide, "head_dim": None}).head_dim == 256
 
 
-@pytest.mark.parametrize("hf_config", [QWEN2, QWEN3, LLAMA], ids=["qwen2", "qwen3", "llama"])
+def test_windows():
+    config = from_hf(MISTRAL)
+    assert (config.window, config.sliding) == (4096, (True,) * 32)
+    newer = from_hf({**MISTRAL, "sliding_window": None})
+    assert (newer.window, newer.sliding) == (None, ())
+    # transformers' own default, also of the heads, where the file is silent.
+    silent = from_hf(without(MISTRAL, "sliding_window", "num_key_value_heads"))
+    assert silent == config
+    assert from_hf({**MISTRAL, "num_key_value_heads": None}).num_kv_heads == 32
+    for change in ({"window": None}, {"sliding": (True,)}, {"window": -1}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            dataclasses.replace(config, **change)
+
+
+def test_rotary_rules_beyond_llama3():
+    yarn = from_hf({**QWEN2, "rope_scaling": QWEN_YARN})
+    assert yarn.rope_scaling == YarnScaling(
+        factor=4.0, original_max_positions=32768, attention_factor=0.1 * math.log(4) + 1
+    )
+    # Qwen2.5's files keep max_position_embeddings, which the rule stretches.
+    assert (yarn.max_positions, yarn.reach, from_hf(QWEN2).reach) == (32768, 131072, 32768)
+    scaled = from_hf({**QWEN2, "rope_scaling": {**QWEN_YARN, "mscale": 2.0, "mscale_all_dim": 0.5}}).rope_scaling
+    assert scaled.attention_factor == (0.2 * math.log(4) + 1) / (0.05 * math.log(4) + 1)
+    given = {"attention_factor": 1.5, "beta_fast": 16, "beta_slow": 2, "truncate": False}
+    assert dataclasses.asdict(from_hf({**QWEN2, "rope_scaling": {**QWEN_YARN, **given}}).rope_scaling) == {
+        "factor": 4.0, "original_max_positions": 32768, **given,
+    }  # fmt: skip
+    linear = {**LLAMA, "rope_scaling": {"type": "linear", "factor": 2}}
+    assert from_hf(linear).rope_scaling == LinearScaling(factor=2)
+    for config in (yarn, from_hf(linear)):
+        assert from_hf(to_hf(config)) == config
+
+
+@pytest.mark.parametrize("hf_config", [QWEN2, QWEN3, LLAMA, MISTRAL], ids=["qwen2", "qwen3", "llama", "mistral"])
 def test_written_and_read_again(hf_config):
     config = from_hf(hf_config)
     written = to_hf(config)
@@ -158,12 +210,26 @@ def test_written_and_read_again(hf_config):
 @pytest.mark.parametrize(
     ("base", "change", "words"),
     [
-        (LLAMA, {"architectures": ["MistralForCausalLM"]}, ["architectures", "MistralForCausalLM"]),
+        (LLAMA, {"architectures": ["GemmaForCausalLM"]}, ["architectures", "GemmaForCausalLM"]),
         (QWEN2, {"architectures": ["Qwen2ForSequenceClassification"]}, ["Classification"]),
         (LLAMA, {"architectures": None, "model_type": "gemma"}, ["model_type", "gemma"]),
         (LLAMA, {"model_type": "mistral"}, ["model_type", "mistral", "llama"]),
         (LLAMA, {"rope_scaling": {**LLAMA3_ROPE, "rope_type": "yarn"}}, ["rope_type", "yarn"]),
-        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_type", "linear"]),
+        (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["rope_type", "dynamic"]),
+        (LLAMA, {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, ["rope_type", "longrope"]),
+        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 0.0}}, ["rope_scaling.factor", "0.0"]),
+        (LLAMA, {"rope_scaling": {"type": "linear"}}, ["rope_scaling", "factor"]),
+        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 32}}, ["beta_fast", "32", "linear"]),
+        (QWEN2, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["original_max_position_embeddings"]),
+        (QWEN2, {"rope_scaling": {**QWEN_YARN, "attention_factor": -1.0}}, ["attention_factor", "-1.0"]),
+        (QWEN2, {"rope_scaling": {**QWEN_YARN, "beta_fast": 0.5}}, ["beta_fast", "0.5", "beta_slow"]),
+        (QWEN2, {"rope_scaling": {**QWEN_YARN, "truncate": "no"}}, ["truncate", "'no'"]),
+        (QWEN2, {"rope_scaling": {**QWEN_YARN, "mscale": "1", "mscale_all_dim": 1.0}}, ["mscale", "'1'"]),
+        (QWEN2, {"rope_scaling": {**QWEN_YARN, "long_factor": [1.0]}}, ["long_factor", "yarn"]),
+        (QWEN2, {"rope_scaling": QWEN_YARN, "original_max_position_embeddings": 4096}, ["4096", "32768"]),
+        (MISTRAL, {"sliding_window": 0}, ["sliding_window", "0"]),
+        (MISTRAL, {"sliding_window": "4096"}, ["sliding_window", "'4096'"]),
+        (MISTRAL, {"layer_types": ["full_attention"] * 32}, ["layer_types", "full_attention", "sliding_attention"]),
         (LLAMA, {"rope_scaling": without(LLAMA3_ROPE, "factor")}, ["rope_scaling", "factor"]),
         (LLAMA, {"rope_scaling": {**LLAMA3_ROPE, "factor": -1}}, ["rope_scaling.factor", "-1"]),
         (LLAMA, {"rope_scaling": {**LLAMA3_ROPE, "high_freq_factor": 1.0}}, ["high_freq_factor"]),

@@ -42,6 +42,9 @@ PARAMETERS = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
     "HuggingFaceTB/SmolLM2-360M-Instruct": 361_821_120,
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": 1_711_376_384,
+    "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+    "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
+    "mistralai/Mistral-Nemo-Instruct-2407": 12_247_782_400,
 }
 
 
