@@ -1,4 +1,7 @@
-"""Every family on a mesh of 8 devices, against one device: training, prefill and decoding, with adapters too."""
+"""Families on a mesh of 8 devices, against one device: training, prefill and decoding, with adapters too.
+
+Other tests of meshes run Qwen2 and Qwen3, and the decoder of Llama has no part of its own.
+"""
 
 import dataclasses
 
@@ -55,7 +58,7 @@ def sample(config, params, split):
     return run(params)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", sorted(CONFIGS.keys() - {"qwen2", "qwen3", "llama"}))
 def test_eight_devices_compute_what_one_does(family):
     config = dataclasses.replace(CONFIGS[family], **SIZES)
     params, adapters = weights(config)
@@ -69,9 +72,8 @@ def test_eight_devices_compute_what_one_does(family):
     placed, beside = (sharding.place(tree, sharding.tree_shardings(tree, mesh)) for tree in (params, adapters))
     with jax.set_mesh(mesh):
         split_loss, split_gradients = train(config, placed, beside)
-        sampled = [sample(config, placed, split) for split in (("tensor",), ("tensor", "fsdp", "data"))]
+        sampled = sample(config, placed, ("tensor", "fsdp", "data"))
     np.testing.assert_allclose(split_loss, loss, rtol=1e-5, atol=1e-4)
     for got, wanted in zip(jax.tree.leaves(split_gradients), jax.tree.leaves(gradients), strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-4 * np.abs(wanted).max() + 1e-6)
-    for got in sampled:
-        np.testing.assert_allclose(got, hidden, atol=2e-5)
+    np.testing.assert_allclose(sampled, hidden, atol=2e-5)

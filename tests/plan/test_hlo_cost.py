@@ -389,7 +389,7 @@ def test_the_hand_count_holds_for_a_program_that_is_compiled_here(h100):
 def test_the_branches_of_a_choice_count_by_their_shares():
     def choose(flag, x):
         with jax.named_scope("choice"):
-            return jax.lax.cond(flag, lambda x: x.T + 1, lambda x: x, x)
+            return jax.lax.cond(flag, lambda x: x @ x @ x, lambda x: x, x)
 
     module = hlo.parse(compiled(choose, jax.ShapeDtypeStruct((), bool), jax.ShapeDtypeStruct((64, 64), np.float32)))
     moved = [
@@ -397,4 +397,4 @@ def test_the_branches_of_a_choice_count_by_their_shares():
     ]
     both = hlo_cost.hbm_bytes(module, Scopes("all"))["all"]
     half = hlo_cost.hbm_bytes(module, Scopes("all", branches=(("choice", (0.5, 0.5)),)))["all"]
-    assert moved[1] - moved[0] >= 64 * 64 * 4 and half == sum(moved) / 2 <= both
+    assert moved[1] - moved[0] >= 4 * 64 * 64 * 4 and half == sum(moved) / 2 <= both
