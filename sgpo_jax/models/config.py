@@ -13,6 +13,8 @@ from sgpo_jax.models.checks import positive_int, positive_number, required, requ
 from sgpo_jax.models.families import FAMILIES, Family
 from sgpo_jax.models.rotary import Scaling, YarnScaling
 
+_LAYER_TYPES = ("full_attention", "sliding_attention")  # of a layer that does not slide, and of one that does
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -39,6 +41,7 @@ class ModelConfig:
     max_positions: int  # longest sequence the model was made for, in tokens
     window: int | None = None  # tokens that a token of a sliding layer sees, itself and those before it
     sliding: tuple[bool, ...] = ()  # of each layer, whether it slides; empty without a window
+    sliding_rope_theta: float | None = None  # base of the layers that slide, which have no scaling; None: as the others
 
     def __post_init__(self) -> None:
         if self.architecture not in FAMILIES:
@@ -48,7 +51,11 @@ class ModelConfig:
             *("head_dim", "mlp_size", "max_positions"),
         ):
             positive_int(field, getattr(self, field))
-        for field in ("rope_theta", "norm_eps"):
+        two_bases = self.family.sliding_rope_theta is not None
+        if two_bases != (self.sliding_rope_theta is not None):
+            needed = "a number" if two_bases else "None"
+            raise ValueError(f"sliding_rope_theta is {self.sliding_rope_theta}; {self.architecture} needs {needed}")
+        for field in ("rope_theta", "norm_eps", *["sliding_rope_theta"] * two_bases):
             positive_number(field, getattr(self, field))
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -112,7 +119,7 @@ def from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
                 f"head_dim is absent and hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}"
             )
         head_dim = hidden_size // num_heads
-    rope_theta, rope_scaling = _rope(hf_config)
+    rope_theta, rope_scaling = _rope(hf_config, family)
     num_kv_heads = hf_config.get("num_key_value_heads", family.kv_heads)
     window, sliding = _windows(hf_config, family, num_layers)
     return ModelConfig(
@@ -133,15 +140,17 @@ def from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
         max_positions=required_int(hf_config, "max_position_embeddings"),
         window=window,
         sliding=sliding,
+        sliding_rope_theta=_sliding_rope_theta(hf_config, family),
     )
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """Returns the config.json of a configuration; `from_hf(to_hf(config)) == config`.
 
-    The rotary fields have the older style, which transformers 4 and 5 both read.
+    The rotary fields have the older style, which transformers 4 and 5 both read. Where two bases are needed, they have
+    the newer one too.
     """
-    fields = {
+    fields: dict[str, Any] = {
         "architectures": [config.architecture],
         "model_type": config.family.model_type,
         "vocab_size": config.vocab_size,
@@ -159,8 +168,16 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "max_position_embeddings": config.max_positions,
     }
-    if config.family.windowed:
-        fields["sliding_window"] = config.window
+    family = config.family
+    if family.windowed:
+        fields["sliding_window"] = config.window or (family.period and family.window)
+    if family.period:
+        sliding = config.sliding or (False,) * config.num_layers
+        fields["layer_types"] = [_LAYER_TYPES[slides] for slides in sliding]
+    if config.sliding_rope_theta is not None:
+        whole = {"rope_type": "default", **(fields["rope_scaling"] or {}), "rope_theta": config.rope_theta}
+        local = {"rope_type": "default", "rope_theta": config.sliding_rope_theta}
+        fields["rope_parameters"] = dict(zip(_LAYER_TYPES, (whole, local), strict=True))
     return fields
 
 
@@ -205,23 +222,36 @@ def _windows(hf: Mapping[str, Any], family: Family, num_layers: int) -> tuple[in
     layer_types = hf.get("layer_types") or []
     if not isinstance(layer_types, list):
         raise ValueError(f"layer_types is {layer_types!r}; it must be a list")
-    only = "full_attention" if window is None else "sliding_attention"
+    allowed = _LAYER_TYPES if family.period else (_LAYER_TYPES[window is not None],)
     for layer_type in layer_types:
-        if layer_type != only:
-            raise ValueError(f"layer_types has {layer_type!r}; supported: {only!r}")
-    if window is None:
+        if layer_type not in [*allowed]:
+            raise ValueError(f"layer_types has {layer_type!r}; supported: {', '.join(map(repr, allowed))}")
+    sliding = (window is not None,) * num_layers
+    if family.period:
+        sliding = tuple(bool((layer + 1) % family.period) for layer in range(num_layers))
+        if layer_types:
+            sliding = tuple(layer_type == _LAYER_TYPES[True] for layer_type in layer_types)
+        if len(sliding) != num_layers:
+            raise ValueError(f"layer_types has {len(sliding)} layers; num_hidden_layers is {num_layers}")
+    if not any(sliding):
         return None, ()
     positive_int("sliding_window", window)
-    return window, (True,) * num_layers
+    return window, sliding
 
 
-def _rope(hf: Mapping[str, Any]) -> tuple[float, Scaling | None]:
-    """Returns base and scaling, from rope_parameters (transformers 5) or from rope_theta and rope_scaling."""
-    field = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"  # transformers gives it precedence too
-    rope = hf.get(field) or {}
-    if not isinstance(rope, Mapping):
-        raise ValueError(f"{field} is {rope!r}; it must be an object")
-    theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
+def _rope(hf: Mapping[str, Any], family: Family) -> tuple[float, Scaling | None]:
+    """Returns base and scaling of the layers that do not slide.
+
+    They come from rope_parameters (transformers 5) or from rope_theta and rope_scaling, which has precedence.
+    """
+    field = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+    rope = _mapping(hf, field)
+    if family.sliding_rope_theta is not None:
+        whole = _mapping(_rope_by_layer_type(hf), _LAYER_TYPES[False], "rope_parameters.")
+        rope = {**whole, **_mapping(hf, "rope_scaling")}
+        if rope.get("truncate") not in (None, True):  # transformers reads this key from one level above
+            raise ValueError(f"{field}.truncate is {rope['truncate']!r}; {family.model_type} supports: True")
+    theta = rope.get("rope_theta", hf.get("rope_theta", family.rope_theta))
     partial = rope.get("partial_rotary_factor", 1.0)
     if partial != 1.0:
         raise ValueError(f"{field}.partial_rotary_factor is {partial!r}; supported: 1.0")
@@ -233,3 +263,36 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, Scaling | None]:
             f"supported: that of {field}, {original!r}"
         )
     return theta, scaling
+
+
+def _sliding_rope_theta(hf: Mapping[str, Any], family: Family) -> float | None:
+    """Returns the base of the layers that slide, where the family has one for them."""
+    if family.sliding_rope_theta is None:
+        return None
+    field = f"rope_parameters.{_LAYER_TYPES[True]}"
+    rope = _mapping(_rope_by_layer_type(hf), _LAYER_TYPES[True], "rope_parameters.")
+    if rotary.read(rope, field) is not None or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"{field} is {dict(rope)!r}; supported: rope_type 'default', and rope_theta")
+    if "rope_theta" in rope:
+        return rope["rope_theta"]
+    # transformers 4 takes the base of the other layers in OLMo 3, and transformers 5 its default.
+    if family.model_type == "olmo3" and hf.get("rope_theta", family.rope_theta) != family.sliding_rope_theta:
+        raise ValueError(
+            f"rope_theta is {hf['rope_theta']!r}; without {field} supported: {family.sliding_rope_theta}"
+        )
+    return family.sliding_rope_theta
+
+
+def _rope_by_layer_type(hf: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns rope_parameters, which has a rotary dictionary for each type of layers."""
+    rope = _mapping(hf, "rope_parameters")
+    for key in rope.keys() - {*_LAYER_TYPES}:
+        raise ValueError(f"rope_parameters.{key} is {rope[key]!r}; supported: {', '.join(_LAYER_TYPES)}")
+    return rope
+
+
+def _mapping(values: Mapping[str, Any], field: str, parent: str = "") -> Mapping[str, Any]:
+    value = values.get(field) or {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{parent}{field} is {value!r}; it must be an object")
+    return value

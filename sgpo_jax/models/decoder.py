@@ -31,10 +31,10 @@ REMAT: dict[str, Any] = {
 }
 
 
-def rotate(x: jax.Array, angle: jax.Array, factor: float) -> jax.Array:
+def rotate(x: jax.Array, angle: jax.Array, factor: Any = None) -> jax.Array:
     """Applies the rotary position embedding to x `[B,T,heads,N]`, times a factor; angle `[B,T,N/2]` is in radians."""
     cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
-    if factor != 1:
+    if factor is not None:
         cos, sin = cos * factor, sin * factor
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
@@ -76,7 +76,7 @@ def other_rows(split: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class Block(nn.Module):
-    """A layer: pre-norm attention and a gated MLP.
+    """A layer: attention and a gated MLP, with norms before or after each, or both.
 
     The carry is the residual stream and, when there is a cache, its keys and values of all layers.
     """
@@ -87,7 +87,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, carry, layer, angle, segments, lengths):
-        config, dtype = self.config, self.dtype
+        config, dtype, family = self.config, self.dtype, self.config.family
         x, keys, values = carry
         batch, length = x.shape[:2]
         # In training the tensor axis splits the residual stream by token. A single decoded token is not divisible.
@@ -123,17 +123,31 @@ class Block(nn.Module):
 
         def heads(name, count):
             out = dense(name, count * config.head_dim, config.qkv_bias)(h)
-            out = spread(out, count * config.head_dim)
-            return constrain(out, BATCH, None, "tensor").reshape(batch, length, count, config.head_dim)
+            out = constrain(spread(out, count * config.head_dim), BATCH, None, "tensor")
+            if family.whole_qk_norm and name != "v":
+                out = norm(f"{name}_norm")(out)
+            return out.reshape(batch, length, count, config.head_dim)
 
-        h = spread(norm("attn_norm")(x))
+        def before(name):
+            """Returns what a part of the layer reads."""
+            return spread(norm(name)(x) if family.pre_norm else x)
+
+        def after(name, out):
+            """Returns what a part of the layer adds to the residual stream."""
+            return norm(name)(constrain(out, *residual)) if family.post_norm else out
+
+        slides = config.sliding or (False,)
+        sliding = slides[0] if len(set(slides)) == 1 else jnp.asarray(slides)[layer]
+        h = before("attn_norm")
         query, key = heads("q", config.num_heads), heads("k", config.num_kv_heads)
         value = heads("v", config.num_kv_heads)
-        if config.qk_norm:
+        if config.qk_norm and not family.whole_qk_norm:
             query, key = norm("q_norm")(query), norm("k_norm")(key)
         factor = rotary.factor(config.rope_scaling)
+        if config.sliding_rope_theta is not None:
+            angle = jnp.where(sliding, angle[1], angle[0])
+            factor = None if factor is None else jnp.where(sliding, 1.0, factor)
         query, key = rotate(query, angle, factor), rotate(key, angle, factor)
-        sliding = all(config.sliding) or jnp.asarray(config.sliding)[layer]
         if lengths is None:
             attention = attend(query, key, value, segments, config.window, sliding)
             if keys is not None:
@@ -148,13 +162,13 @@ class Block(nn.Module):
             attention = attend_cache(query[:, 0], keys, values, layer, reached, config.window, sliding)[:, None]
         attention = checkpoint_name(constrain(attention, BATCH, None, "tensor"), SAVED)
         attention = spread(attention, attention.shape[-1])
-        x = constrain(x + dense("o", config.hidden_size)(attention), *residual)
+        x = constrain(x + after("attn_post_norm", dense("o", config.hidden_size)(attention)), *residual)
 
-        h = spread(norm("mlp_norm")(x))
+        h = before("mlp_norm")
         gated = nn.silu(dense("gate", config.mlp_size)(h)) * dense("up", config.mlp_size)(h)
         # Without this, the partitioner gathers the MLP and all-reduces full-width weight gradients.
         gated = constrain(gated, BATCH, None, "tensor") if len(self.split) == 1 else spread(gated, config.mlp_size)
-        x = constrain(x + dense("down", config.hidden_size)(gated), *residual)
+        x = constrain(x + after("mlp_post_norm", dense("down", config.hidden_size)(gated)), *residual)
         return (x, keys, values), None
 
 
@@ -172,8 +186,14 @@ class Decoder(nn.Module):
         embed = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype, name="embed")
         x = embed(constrain(tokens, other_rows(self.split), None)) if len(self.split) > 1 else embed(tokens)
         x = constrain(x, BATCH, None, None)
-        frequencies = jnp.asarray(rotary.frequencies(config.rope_theta, config.head_dim, config.rope_scaling))
-        angle = constrain(positions[..., None] * frequencies, BATCH, None, None)
+
+        def angles(theta, scaling):
+            frequencies = jnp.asarray(rotary.frequencies(theta, config.head_dim, scaling))
+            return constrain(positions[..., None] * frequencies, BATCH, None, None)
+
+        angle = angles(config.rope_theta, config.rope_scaling)
+        if config.sliding_rope_theta is not None:
+            angle = angle, angles(config.sliding_rope_theta, None)
         keys, values = (None, None) if cache is None else (cache["key"], cache["value"])
         decoding = cache is not None and tokens.shape[1] == 1
         lengths = constrain(cache["length"], BATCH) if decoding else None

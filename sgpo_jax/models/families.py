@@ -12,8 +12,14 @@ class Family:
     qk_norm: bool = False  # query and key are normalised before they are rotated
     head_dim: int | None = None  # of a file without one; None: hidden_size / num_attention_heads
     kv_heads: int | None = None  # of a file without them; None: num_attention_heads
+    whole_qk_norm: bool = False  # over all heads together, not over each
+    pre_norm: bool = True  # of what attention and the MLP read
+    post_norm: bool = False  # of what they add to the residual stream
+    rope_theta: float = 10000.0  # of a file without one
+    sliding_rope_theta: float | None = None  # layers that slide have their own, this one in a file without one
     windowed: bool = False  # layers see no further back than sliding_window
     window: int | None = None  # of a file without one
+    period: int | None = None  # every such layer does not slide, in a file without layer_types; None: all slide
 
 
 FAMILIES: dict[str, Family] = {
@@ -21,4 +27,17 @@ FAMILIES: dict[str, Family] = {
     "Qwen3ForCausalLM": Family(model_type="qwen3", qk_norm=True, head_dim=128),
     "LlamaForCausalLM": Family(model_type="llama"),
     "MistralForCausalLM": Family(model_type="mistral", kv_heads=8, windowed=True, window=4096),
+    "Olmo2ForCausalLM": Family(model_type="olmo2", pre_norm=False, post_norm=True, qk_norm=True, whole_qk_norm=True),
+    "Olmo3ForCausalLM": Family(
+        model_type="olmo3",
+        pre_norm=False,
+        post_norm=True,
+        qk_norm=True,
+        whole_qk_norm=True,
+        rope_theta=500000.0,
+        sliding_rope_theta=500000.0,
+        windowed=True,
+        window=4096,
+        period=4,
+    ),
 }

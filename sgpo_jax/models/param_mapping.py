@@ -29,6 +29,12 @@ NAMES = {
     "norm/scale": "model.norm.weight",
     "head/kernel": "lm_head.weight",
 }
+# Where a family has norms after attention and MLP, transformers gives the second name to another norm.
+_POST_NORMS = {
+    "layers/attn_post_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
+    "layers/mlp_norm/scale": "model.layers.{}.pre_feedforward_layernorm.weight",
+    "layers/mlp_post_norm/scale": "model.layers.{}.post_feedforward_layernorm.weight",
+}
 EMBEDDING, HEAD = NAMES["embed/embedding"], NAMES["head/kernel"]
 
 
@@ -52,11 +58,11 @@ def shapes(config: ModelConfig) -> dict[str, Any]:
 
 def layout(config: ModelConfig) -> dict[str, Slot]:
     """Returns the place of every tensor of a checkpoint, by its name."""
-    slots = {}
+    slots, names = {}, NAMES | (_POST_NORMS if config.family.post_norm else {})
     for path, leaf in flatten_dict(shapes(config), sep="/").items():
         stacked = path.startswith("layers/")
         for layer in range(config.num_layers) if stacked else [None]:
             slot = Slot(path, layer, leaf.shape[1:] if stacked else leaf.shape)
             shape = slot.shape[::-1] if slot.transposed else slot.shape
-            slots[NAMES[path].format(layer)] = slot._replace(shape=shape)
+            slots[names[path].format(layer)] = slot._replace(shape=shape)
     return slots

@@ -46,6 +46,21 @@ def _mistral(*sizes: int, head_dim: int, vocab: int, theta: float, window: int |
     }  # fmt: skip
 
 
+def _olmo(*sizes: int, vocab: int, longest: int, **more: Any) -> dict[str, Any]:
+    return dict(zip(_SIZES, sizes, strict=True)) | {
+        "architectures": ["Olmo2ForCausalLM"], "vocab_size": vocab, "rope_theta": 5e5, "rms_norm_eps": 1e-6,
+        "max_position_embeddings": longest,
+    } | more  # fmt: skip
+
+
+_OLMO3 = {
+    "architectures": ["Olmo3ForCausalLM"], "sliding_window": 4096,
+    "rope_scaling": {
+        "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192,
+        "attention_factor": 1.2079441541679836, "beta_fast": 32, "beta_slow": 1,
+    },
+}  # fmt: skip
+
 # Hub id -> the fields of its config.json that the decoder reads; the sizes are in the order of _SIZES.
 KNOWN: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-0.5B-Instruct": _qwen2(896, 24, 14, 2, 4864, vocab=151936, tied=True),
@@ -62,6 +77,9 @@ KNOWN: dict[str, dict[str, Any]] = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": _smollm2(576, 30, 9, 3, 1536, theta=1e5),
     "HuggingFaceTB/SmolLM2-360M-Instruct": _smollm2(960, 32, 15, 5, 2560, theta=1e5),
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": _smollm2(2048, 24, 32, 32, 8192, theta=1.3e5),
+    "allenai/OLMo-2-0425-1B-Instruct": _olmo(2048, 16, 16, 16, 8192, vocab=100352, longest=4096),
+    "allenai/OLMo-2-1124-7B-Instruct": _olmo(4096, 32, 32, 32, 11008, vocab=100352, longest=4096),
+    "allenai/Olmo-3-7B-Instruct": _olmo(4096, 32, 32, 32, 11008, vocab=100278, longest=65536, **_OLMO3),
     "mistralai/Mistral-7B-v0.1": _mistral(
         4096, 32, 32, 8, 14336, head_dim=128, vocab=32000, theta=1e4, window=4096, longest=32768
     ),

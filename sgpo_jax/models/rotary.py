@@ -131,9 +131,9 @@ def _interpolated(theta: float, size: int, scaling: YarnScaling) -> tuple[float,
     return first, last + 0.001 * (first == last)
 
 
-def factor(scaling: Scaling | None) -> float:
-    """Returns the factor of cosine and sine."""
-    return scaling.attention_factor if isinstance(scaling, YarnScaling) else 1.0
+def factor(scaling: Scaling | None) -> float | None:
+    """Returns the factor of cosine and sine; None where a rule has none."""
+    return scaling.attention_factor if isinstance(scaling, YarnScaling) else None
 
 
 def read(rope: Mapping[str, Any], field: str) -> Scaling | None:

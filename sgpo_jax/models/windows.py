@@ -30,9 +30,9 @@ def attend(
     Args:
       query, key, value, segments: as in `attention.attend`.
       window: W; None where no layer slides.
-      sliding: whether this layer slides: True, or a traced `[]` bool.
+      sliding: whether this layer slides: True or False, or a traced `[]` bool.
     """
-    if window is None or segments.shape[1] <= window:
+    if window is None or sliding is False or segments.shape[1] <= window:
         return attention.attend(query, key, value, segments)
     local: Any = attend_in_blocks
     if platform() == "tpu":
@@ -52,7 +52,7 @@ def attend_cache(
       query, keys, values, layer, lengths: as in `attention.attend_cache`.
       window, sliding: as in `attend`.
     """
-    if window is None or keys.shape[3] <= window:
+    if window is None or sliding is False or keys.shape[3] <= window:
         return attention.attend_cache(query, keys, values, layer, lengths)
     local = partial(attend_cache_end, window=window)
     return _one_of(sliding, local, attention.attend_cache, query, keys, values, layer, lengths)

@@ -58,8 +58,20 @@ CASES = {
     "qwen2-yarn": _fields("qwen2", 60, 6, 2, head_dim=26, rope_theta=1e6, rope_scaling=YARN_ROPE),
     "llama-linear-rope": _fields("llama", 36, 3, 1, rope_scaling={"rope_type": "linear", "factor": 2.5}),
     "mistral": _fields("mistral", 40, 4, 2, head_dim=22, rope_theta=1e6, sliding_window=None),
+    "olmo2": _fields("olmo2", 48, 6, 2, rope_theta=5e5),
+    "olmo2-tied-narrow-heads": _fields("olmo2", 35, 5, 5, head_dim=6, tied=True, rms_norm_eps=1e-2),
+    "olmo3": _fields(
+        "olmo3", 44, 4, 2, head_dim=18, rope_theta=5e5, rope_scaling=YARN_ROPE, sliding_window=3, num_hidden_layers=5,
+    ),
+    "olmo3-two-bases": _fields(
+        "olmo3", 36, 3, 3, rope_theta=1e4, sliding_window=4, layer_types=["full_attention", *["sliding_attention"] * 2],
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+        },
+    ),
     "mistral-window": _fields("mistral", 42, 6, 3, head_dim=10, tied=True, sliding_window=4),
-}
+}  # fmt: skip
 
 # Token ids, and the position of the first of them: the second sequence stands far beyond the positions that the llama3
 # cases call original.

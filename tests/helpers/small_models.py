@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from sgpo_jax.models import ModelConfig, RopeScaling, init, lora
+from sgpo_jax.models import ModelConfig, RopeScaling, YarnScaling, init, lora
 
 SHAPE = dict(
     vocab_size=151,
@@ -19,6 +19,7 @@ SHAPE = dict(
     max_positions=64,
 )
 SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=16)
+YARN = YarnScaling(factor=4.0, original_max_positions=16, attention_factor=1.2)
 CONFIGS = {
     "qwen2": ModelConfig(architecture="Qwen2ForCausalLM", qkv_bias=True, tie_embeddings=False, **SHAPE),
     "qwen3": ModelConfig(architecture="Qwen3ForCausalLM", qk_norm=True, tie_embeddings=True, **SHAPE),
@@ -26,7 +27,12 @@ CONFIGS = {
     "mistral": ModelConfig(
         architecture="MistralForCausalLM", tie_embeddings=False, window=3, sliding=(True,) * 3, **SHAPE
     ),
-}
+    "olmo2": ModelConfig(architecture="Olmo2ForCausalLM", tie_embeddings=False, qk_norm=True, **SHAPE),
+    "olmo3": ModelConfig(
+        architecture="Olmo3ForCausalLM", tie_embeddings=False, qk_norm=True, window=3, sliding=(True, False, True),
+        sliding_rope_theta=1e3, rope_scaling=YARN, **SHAPE,
+    ),
+}  # fmt: skip
 
 
 def random_params(config, dtype=np.float32, seed=0):
