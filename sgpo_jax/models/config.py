@@ -41,6 +41,7 @@ class ModelConfig:
     max_positions: int  # longest sequence the model was made for, in tokens
     window: int | None = None  # tokens that a token of a sliding layer sees, itself and those before it
     sliding: tuple[bool, ...] = ()  # of each layer, whether it slides; empty without a window
+    query_scalar: float | None = None  # scores are divided by its root; None: by that of head_dim
     sliding_rope_theta: float | None = None  # base of the layers that slide, which have no scaling; None: as the others
 
     def __post_init__(self) -> None:
@@ -51,12 +52,14 @@ class ModelConfig:
             *("head_dim", "mlp_size", "max_positions"),
         ):
             positive_int(field, getattr(self, field))
-        two_bases = self.family.sliding_rope_theta is not None
-        if two_bases != (self.sliding_rope_theta is not None):
-            needed = "a number" if two_bases else "None"
-            raise ValueError(f"sliding_rope_theta is {self.sliding_rope_theta}; {self.architecture} needs {needed}")
-        for field in ("rope_theta", "norm_eps", *["sliding_rope_theta"] * two_bases):
+        for field in ("rope_theta", "norm_eps"):
             positive_number(field, getattr(self, field))
+        for field in ("sliding_rope_theta", "query_scalar"):
+            value = getattr(self, field)
+            if getattr(self.family, field) is not None:
+                positive_number(field, value)
+            elif value is not None:
+                raise ValueError(f"{field} is {value!r}; {self.architecture} has None")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads is {self.num_kv_heads}; it must divide num_heads, which is {self.num_heads}"
@@ -136,11 +139,12 @@ def from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
         norm_eps=required(hf_config, "rms_norm_eps"),
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
-        tie_embeddings=hf_config.get("tie_word_embeddings", False),
+        tie_embeddings=hf_config.get("tie_word_embeddings", family.tie_embeddings),
         max_positions=required_int(hf_config, "max_position_embeddings"),
         window=window,
         sliding=sliding,
         sliding_rope_theta=_sliding_rope_theta(hf_config, family),
+        query_scalar=family.query_scalar and hf_config.get("query_pre_attn_scalar", family.query_scalar),
     )
 
 
@@ -160,7 +164,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "intermediate_size": config.mlp_size,
-        "hidden_act": "silu",
+        _activation_field(config.family): config.family.activation,
         "attention_bias": config.qkv_bias,
         "rope_theta": config.rope_theta,
         "rope_scaling": rotary.write(config.rope_scaling),
@@ -178,7 +182,14 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         whole = {"rope_type": "default", **(fields["rope_scaling"] or {}), "rope_theta": config.rope_theta}
         local = {"rope_type": "default", "rope_theta": config.sliding_rope_theta}
         fields["rope_parameters"] = dict(zip(_LAYER_TYPES, (whole, local), strict=True))
+        fields["rope_local_base_freq"] = config.sliding_rope_theta
+    if config.query_scalar is not None:
+        fields["query_pre_attn_scalar"] = config.query_scalar
     return fields
+
+
+def _activation_field(family: Family) -> str:
+    return "hidden_activation" if family.model_type.startswith("gemma") else "hidden_act"
 
 
 def _architecture(hf: Mapping[str, Any]) -> str:
@@ -202,11 +213,14 @@ def _architecture(hf: Mapping[str, Any]) -> str:
 
 def _refuse_unsupported(hf: Mapping[str, Any], family: Family) -> None:
     supported = {
-        "hidden_act": "silu",
+        _activation_field(family): family.activation,
         "mlp_bias": False,
         "use_sliding_window": False,
         "partial_rotary_factor": 1.0,
         "quantization_config": None,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "use_bidirectional_attention": False,
     }
     # Qwen2 has its three biases whatever this field says. The other families would add a fourth, of o_proj.
     if not family.qkv_bias:
@@ -228,7 +242,9 @@ def _windows(hf: Mapping[str, Any], family: Family, num_layers: int) -> tuple[in
             raise ValueError(f"layer_types has {layer_type!r}; supported: {', '.join(map(repr, allowed))}")
     sliding = (window is not None,) * num_layers
     if family.period:
-        sliding = tuple(bool((layer + 1) % family.period) for layer in range(num_layers))
+        period = hf.get("sliding_window_pattern") or family.period
+        positive_int("sliding_window_pattern", period)
+        sliding = tuple(bool((layer + 1) % period) for layer in range(num_layers))
         if layer_types:
             sliding = tuple(layer_type == _LAYER_TYPES[True] for layer_type in layer_types)
         if len(sliding) != num_layers:
@@ -275,11 +291,11 @@ def _sliding_rope_theta(hf: Mapping[str, Any], family: Family) -> float | None:
         raise ValueError(f"{field} is {dict(rope)!r}; supported: rope_type 'default', and rope_theta")
     if "rope_theta" in rope:
         return rope["rope_theta"]
+    if family.model_type != "olmo3":
+        return hf.get("rope_local_base_freq", family.sliding_rope_theta)
     # transformers 4 takes the base of the other layers in OLMo 3, and transformers 5 its default.
-    if family.model_type == "olmo3" and hf.get("rope_theta", family.rope_theta) != family.sliding_rope_theta:
-        raise ValueError(
-            f"rope_theta is {hf['rope_theta']!r}; without {field} supported: {family.sliding_rope_theta}"
-        )
+    if hf.get("rope_theta", family.rope_theta) != family.sliding_rope_theta:
+        raise ValueError(f"rope_theta is {hf['rope_theta']!r}; without {field} supported: {family.sliding_rope_theta}")
     return family.sliding_rope_theta
 
 

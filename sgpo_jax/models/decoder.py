@@ -20,6 +20,8 @@ from sgpo_jax.sharding import BATCH, constrain, dividing, exact_products, platfo
 
 Cache = dict[str, jax.Array]
 
+ACTIVATIONS: dict[str, Any] = {"silu": nn.silu, "gelu_pytorch_tanh": nn.gelu}
+
 BLOCK = 128  # terms of a float32 product that a CPU sums in one chain
 
 # What a layer keeps for its backward pass besides its input. The backward pass computes the rest again.
@@ -38,6 +40,24 @@ def rotate(x: jax.Array, angle: jax.Array, factor: Any = None) -> jax.Array:
         cos, sin = cos * factor, sin * factor
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class OffsetNorm(nn.Module):
+    """The RMS norm that multiplies by 1 + scale."""
+
+    epsilon: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.zeros_init(), (x.shape[-1],))
+        normed = nn.RMSNorm(epsilon=self.epsilon, dtype=jnp.promote_types(jnp.float32, self.dtype), use_scale=False)(x)
+        return (normed * (1 + scale)).astype(self.dtype)
+
+
+def make_norm(config: ModelConfig, dtype: Any, name: str) -> nn.Module:
+    """Returns a norm of the family."""
+    return (OffsetNorm if config.family.norm_offset else nn.RMSNorm)(epsilon=config.norm_eps, dtype=dtype, name=name)
 
 
 def dot_in_blocks(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -112,8 +132,7 @@ class Block(nn.Module):
 
             return nn.Dense(features, use_bias=bias, dtype=dtype, dot_general=dot, name=name)
 
-        def norm(name):
-            return nn.RMSNorm(epsilon=config.norm_eps, dtype=dtype, name=name)
+        norm = partial(make_norm, config, dtype)
 
         def spread(x, size=1):
             """Moves rows `[B,1,D]`, or features of weights `size` wide, to the devices that split the weights."""
@@ -143,6 +162,8 @@ class Block(nn.Module):
         value = heads("v", config.num_kv_heads)
         if config.qk_norm and not family.whole_qk_norm:
             query, key = norm("q_norm")(query), norm("k_norm")(key)
+        if config.query_scalar not in (None, config.head_dim):
+            query = query * (config.head_dim / config.query_scalar) ** 0.5  # `attend` divides by the root of head_dim
         factor = rotary.factor(config.rope_scaling)
         if config.sliding_rope_theta is not None:
             angle = jnp.where(sliding, angle[1], angle[0])
@@ -165,7 +186,7 @@ class Block(nn.Module):
         x = constrain(x + after("attn_post_norm", dense("o", config.hidden_size)(attention)), *residual)
 
         h = before("mlp_norm")
-        gated = nn.silu(dense("gate", config.mlp_size)(h)) * dense("up", config.mlp_size)(h)
+        gated = ACTIVATIONS[family.activation](dense("gate", config.mlp_size)(h)) * dense("up", config.mlp_size)(h)
         # Without this, the partitioner gathers the MLP and all-reduces full-width weight gradients.
         gated = constrain(gated, BATCH, None, "tensor") if len(self.split) == 1 else spread(gated, config.mlp_size)
         x = constrain(x + after("mlp_post_norm", dense("down", config.hidden_size)(gated)), *residual)
@@ -185,6 +206,8 @@ class Decoder(nn.Module):
         config = self.config
         embed = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype, name="embed")
         x = embed(constrain(tokens, other_rows(self.split), None)) if len(self.split) > 1 else embed(tokens)
+        if config.family.scaled_embedding:
+            x = x * jnp.asarray(config.hidden_size**0.5, x.dtype)
         x = constrain(x, BATCH, None, None)
 
         def angles(theta, scaling):
@@ -210,7 +233,7 @@ class Decoder(nn.Module):
         (x, keys, values), _ = layers((x, keys, values), layer, angle, mask.astype(jnp.int32), lengths)
         if cache is not None:
             cache = {"key": keys, "value": values, "length": cache["length"] + mask.sum(axis=1, dtype=jnp.int32)}
-        hidden = nn.RMSNorm(epsilon=config.norm_eps, dtype=self.dtype, name="norm")(x)
+        hidden = make_norm(config, self.dtype, "norm")(x)
         if not config.tie_embeddings and self.is_initializing():
             nn.Dense(config.vocab_size, use_bias=False, name="head")(hidden[:, :1])
         return hidden, cache

@@ -13,8 +13,13 @@ class Family:
     head_dim: int | None = None  # of a file without one; None: hidden_size / num_attention_heads
     kv_heads: int | None = None  # of a file without them; None: num_attention_heads
     whole_qk_norm: bool = False  # over all heads together, not over each
+    norm_offset: bool = False  # norms multiply by 1 + scale
     pre_norm: bool = True  # of what attention and the MLP read
     post_norm: bool = False  # of what they add to the residual stream
+    activation: str = "silu"  # of the gate; transformers' name
+    scaled_embedding: bool = False  # by the root of hidden_size; that of the head is not
+    query_scalar: int | None = None  # query_pre_attn_scalar of a file without one; None: that is head_dim
+    tie_embeddings: bool = False  # of a file that does not say
     rope_theta: float = 10000.0  # of a file without one
     sliding_rope_theta: float | None = None  # layers that slide have their own, this one in a file without one
     windowed: bool = False  # layers see no further back than sliding_window
@@ -39,5 +44,22 @@ FAMILIES: dict[str, Family] = {
         windowed=True,
         window=4096,
         period=4,
+    ),
+    "Gemma3ForCausalLM": Family(
+        model_type="gemma3_text",
+        head_dim=256,
+        kv_heads=4,
+        qk_norm=True,
+        norm_offset=True,
+        post_norm=True,
+        activation="gelu_pytorch_tanh",
+        scaled_embedding=True,
+        query_scalar=256,
+        tie_embeddings=True,
+        rope_theta=1e6,
+        sliding_rope_theta=1e4,
+        windowed=True,
+        window=4096,
+        period=6,
     ),
 }

@@ -61,6 +61,14 @@ _OLMO3 = {
     },
 }  # fmt: skip
 
+
+def _gemma3(*sizes: int, vocab: int, window: int, longest: int, scaling: dict | None = None) -> dict[str, Any]:
+    return dict(zip(_SIZES, sizes, strict=True)) | {
+        "architectures": ["Gemma3ForCausalLM"], "head_dim": 256, "vocab_size": vocab, "sliding_window": window,
+        "rope_theta": 1e6, "rope_scaling": scaling, "rms_norm_eps": 1e-6, "max_position_embeddings": longest,
+    }  # fmt: skip
+
+
 # Hub id -> the fields of its config.json that the decoder reads; the sizes are in the order of _SIZES.
 KNOWN: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-0.5B-Instruct": _qwen2(896, 24, 14, 2, 4864, vocab=151936, tied=True),
@@ -80,6 +88,13 @@ KNOWN: dict[str, dict[str, Any]] = {
     "allenai/OLMo-2-0425-1B-Instruct": _olmo(2048, 16, 16, 16, 8192, vocab=100352, longest=4096),
     "allenai/OLMo-2-1124-7B-Instruct": _olmo(4096, 32, 32, 32, 11008, vocab=100352, longest=4096),
     "allenai/Olmo-3-7B-Instruct": _olmo(4096, 32, 32, 32, 11008, vocab=100278, longest=65536, **_OLMO3),
+    "google/gemma-3-270m-it": _gemma3(640, 18, 4, 1, 2048, vocab=262144, window=512, longest=32768),
+    "google/gemma-3-1b-it": _gemma3(1152, 26, 4, 1, 6912, vocab=262144, window=512, longest=32768),
+    # Its text part.
+    "google/gemma-3-4b-it": _gemma3(
+        2560, 34, 8, 4, 10240, vocab=262208, window=1024, longest=131072,
+        scaling={"rope_type": "linear", "factor": 8.0},
+    ),
     "mistralai/Mistral-7B-v0.1": _mistral(
         4096, 32, 32, 8, 14336, head_dim=128, vocab=32000, theta=1e4, window=4096, longest=32768
     ),
@@ -89,7 +104,7 @@ KNOWN: dict[str, dict[str, Any]] = {
     "mistralai/Mistral-Nemo-Instruct-2407": _mistral(
         5120, 40, 32, 8, 14336, head_dim=128, vocab=131072, theta=1e6, window=None, longest=1024000
     ),
-}
+}  # fmt: skip
 
 
 def shape(source: str) -> ModelConfig | None:

@@ -70,6 +70,14 @@ CASES = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
         },
     ),
+    "gemma3": _fields(
+        "gemma3_text", 40, 4, 1, head_dim=14, tied=True, num_hidden_layers=7, rope_theta=5e5, sliding_window=3,
+        query_pre_attn_scalar=20,
+    ),
+    "gemma3-linear-rope": _fields(
+        "gemma3_text", 36, 3, 3, rope_theta=5e5, rope_local_base_freq=2e3, sliding_window=4, query_pre_attn_scalar=12,
+        rope_scaling={"rope_type": "linear", "factor": 8.0}, sliding_window_pattern=2, rms_norm_eps=1e-2,
+    ),
     "mistral-window": _fields("mistral", 42, 6, 3, head_dim=10, tied=True, sliding_window=4),
 }  # fmt: skip
 

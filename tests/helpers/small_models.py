@@ -32,6 +32,10 @@ CONFIGS = {
         architecture="Olmo3ForCausalLM", tie_embeddings=False, qk_norm=True, window=3, sliding=(True, False, True),
         sliding_rope_theta=1e3, rope_scaling=YARN, **SHAPE,
     ),
+    "gemma3": ModelConfig(
+        architecture="Gemma3ForCausalLM", tie_embeddings=True, qk_norm=True, window=3, sliding=(False, True, True),
+        sliding_rope_theta=1e3, query_scalar=9, **SHAPE,
+    ),
 }  # fmt: skip
 
 

@@ -98,6 +98,59 @@ MISTRAL = {
     "tie_word_embeddings": False,
     "vocab_size": 32000,
 }
+OLMO3 = {
+    "architectures": ["Olmo3ForCausalLM"],
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 8,
+    "max_position_embeddings": 65536,
+    "model_type": "olmo3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "attention_factor": 1.2079441541679836,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "yarn",
+    },
+    "rope_theta": 500000,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "vocab_size": 100278,
+}
+GEMMA3 = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "attention_bias": False,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 1152,
+    "intermediate_size": 6912,
+    "max_position_embeddings": 32768,
+    "model_type": "gemma3_text",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 1,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_local_base_freq": 10000,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "vocab_size": 262144,
+}
+BY_TYPE = {
+    "full_attention": {"rope_type": "default", "rope_theta": 2e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 3e4},
+}
 
 
 def without(values, *names):
@@ -198,7 +251,41 @@ def test_rotary_rules_beyond_llama3():
         assert from_hf(to_hf(config)) == config
 
 
-@pytest.mark.parametrize("hf_config", [QWEN2, QWEN3, LLAMA, MISTRAL], ids=["qwen2", "qwen3", "llama", "mistral"])
+def test_layers_of_which_some_slide():
+    olmo, gemma = from_hf(OLMO3), from_hf(GEMMA3)
+    assert (olmo.window, olmo.sliding) == (4096, (True, True, True, False) * 8)
+    assert (gemma.window, gemma.sliding) == (512, (True,) * 5 + (False,) + (*((True,) * 5 + (False,)) * 3, True, True))
+    assert (olmo.rope_theta, olmo.sliding_rope_theta, olmo.rope_scaling.factor) == (5e5, 5e5, 8.0)
+    assert (gemma.rope_theta, gemma.sliding_rope_theta, gemma.rope_scaling) == (1e6, 1e4, None)
+    # What transformers takes where the file is silent.
+    assert from_hf(without(OLMO3, "layer_types", "sliding_window", "rope_theta")) == olmo
+    silent = ("sliding_window_pattern", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar", "head_dim")
+    assert from_hf(without(GEMMA3, *silent)) == gemma and gemma.tie_embeddings
+    # Layers of which none slides have no window; in the file they keep one, which transformers asks for.
+    whole = from_hf({**OLMO3, "layer_types": ["full_attention"] * 32})
+    assert (whole.window, whole.sliding, to_hf(whole)["sliding_window"]) == (None, (), 4096)
+    for change in ({"sliding_rope_theta": None}, {"query_scalar": 0}, {"sliding": (True,)}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            dataclasses.replace(gemma, **change)
+    with pytest.raises(ValueError, match="query_scalar is 256; Olmo3ForCausalLM has None"):
+        dataclasses.replace(olmo, query_scalar=256)
+
+
+@pytest.mark.parametrize("base", [OLMO3, GEMMA3], ids=["olmo3", "gemma3"])
+def test_two_bases_in_the_newer_style(base):
+    config = from_hf({**without(base, "rope_scaling"), "rope_theta": 7.0, "rope_parameters": BY_TYPE})
+    assert (config.rope_theta, config.sliding_rope_theta, config.rope_scaling) == (2e6, 3e4, None)
+    assert from_hf(to_hf(config)) == config
+    linear = {**BY_TYPE, "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}
+    assert from_hf({**without(base, "rope_scaling"), "rope_parameters": linear}).rope_scaling.factor == 8.0
+
+
+@pytest.mark.parametrize(
+    "hf_config",
+    [QWEN2, QWEN3, LLAMA, MISTRAL, OLMO3, {**OLMO3, "architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2",
+     "layer_types": None}, GEMMA3],
+    ids=["qwen2", "qwen3", "llama", "mistral", "olmo3", "olmo2", "gemma3"],
+)  # fmt: skip
 def test_written_and_read_again(hf_config):
     config = from_hf(hf_config)
     written = to_hf(config)
@@ -227,6 +314,26 @@ def test_written_and_read_again(hf_config):
         (QWEN2, {"rope_scaling": {**QWEN_YARN, "mscale": "1", "mscale_all_dim": 1.0}}, ["mscale", "'1'"]),
         (QWEN2, {"rope_scaling": {**QWEN_YARN, "long_factor": [1.0]}}, ["long_factor", "yarn"]),
         (QWEN2, {"rope_scaling": QWEN_YARN, "original_max_position_embeddings": 4096}, ["4096", "32768"]),
+        (OLMO3, {"layer_types": ["sliding_attention"] * 31}, ["layer_types", "31", "32"]),
+        (OLMO3, {"layer_types": ["chunked_attention"] * 32}, ["layer_types", "chunked_attention"]),
+        (OLMO3, {"sliding_window": None}, ["sliding_window", "None"]),
+        (OLMO3, {"rope_theta": 1e4}, ["rope_theta", "10000.0", "sliding_attention"]),
+        (OLMO3, {"rope_parameters": {"rope_theta": 1e4}}, ["rope_parameters.rope_theta", "10000.0"]),
+        (OLMO3, {"rope_parameters": {"full_attention": 1e4}}, ["rope_parameters.full_attention", "10000.0"]),
+        (OLMO3, {"rope_scaling": {**OLMO3["rope_scaling"], "truncate": False}}, ["truncate", "False"]),
+        (
+            GEMMA3,
+            {"rope_parameters": {**BY_TYPE, "sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            ["rope_parameters.sliding_attention", "linear"],
+        ),
+        (GEMMA3, {"hidden_activation": "silu"}, ["hidden_activation", "silu", "gelu_pytorch_tanh"]),
+        (GEMMA3, {"final_logit_softcapping": 30.0}, ["final_logit_softcapping", "30.0"]),
+        (GEMMA3, {"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping", "50.0"]),
+        (GEMMA3, {"use_bidirectional_attention": True}, ["use_bidirectional_attention", "True"]),
+        (GEMMA3, {"attention_bias": True}, ["attention_bias", "True"]),
+        (GEMMA3, {"query_pre_attn_scalar": 0}, ["query_scalar", "0"]),
+        (GEMMA3, {"sliding_window_pattern": -6}, ["sliding_window_pattern", "-6"]),
+        (GEMMA3, {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}, ["ConditionalGen"]),
         (MISTRAL, {"sliding_window": 0}, ["sliding_window", "0"]),
         (MISTRAL, {"sliding_window": "4096"}, ["sliding_window", "'4096'"]),
         (MISTRAL, {"layer_types": ["full_attention"] * 32}, ["layer_types", "full_attention", "sliding_attention"]),
