@@ -13,11 +13,12 @@ from sgpo_jax.models.decoder import (
     other_rows,
     positions_of,
 )
-from sgpo_jax.models.rotary import LinearScaling, RopeScaling, YarnScaling
+from sgpo_jax.models.rotary import LinearScaling, LongRope, RopeScaling, YarnScaling
 
 __all__ = [
     "Cache",
     "LinearScaling",
+    "LongRope",
     "ModelConfig",
     "REMAT",
     "RopeScaling",

@@ -11,7 +11,7 @@ from typing import Any
 from sgpo_jax.models import rotary
 from sgpo_jax.models.checks import positive_int, positive_number, required, required_int
 from sgpo_jax.models.families import FAMILIES, Family
-from sgpo_jax.models.rotary import Scaling, YarnScaling
+from sgpo_jax.models.rotary import LongRope, Scaling, YarnScaling
 
 _LAYER_TYPES = ("full_attention", "sliding_attention")  # of a layer that does not slide, and of one that does
 
@@ -39,6 +39,7 @@ class ModelConfig:
     qk_norm: bool = False  # Qwen3, OLMo, Gemma 3
     tie_embeddings: bool
     max_positions: int  # longest sequence the model was made for, in tokens
+    partial_rotary: float = 1.0  # share of the features of a head that are rotated
     window: int | None = None  # tokens that a token of a sliding layer sees, itself and those before it
     sliding: tuple[bool, ...] = ()  # of each layer, whether it slides; empty without a window
     query_scalar: float | None = None  # scores are divided by its root; None: by that of head_dim
@@ -66,6 +67,17 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings need an even number")
+        positive_number("partial_rotary", self.partial_rotary)
+        if self.partial_rotary > 1 or self.rotary_size % 2 or not self.rotary_size:
+            raise ValueError(
+                f"partial_rotary is {self.partial_rotary}; it must be at most 1, and rotate an even number of the "
+                f"{self.head_dim} features of a head"
+            )
+        if isinstance(self.rope_scaling, LongRope):
+            for factors in (self.rope_scaling.short_factor, self.rope_scaling.long_factor):
+                if len(factors) != self.rotary_size // 2:
+                    half = self.rotary_size // 2
+                    raise ValueError(f"rope_scaling has {len(factors)} factors in a list; it needs {half}")
         if not isinstance(self.tie_embeddings, bool):
             raise ValueError(f"tie_embeddings is {self.tie_embeddings!r}; allowed: True, False")
         if not isinstance(self.rope_scaling, Scaling | None):
@@ -86,9 +98,16 @@ class ModelConfig:
         return FAMILIES[self.architecture]
 
     @property
+    def rotary_size(self) -> int:
+        """Returns how many features of a head are rotated, the first ones."""
+        return int(self.head_dim * self.partial_rotary)
+
+    @property
     def reach(self) -> int:
-        """Returns the longest sequence in tokens: `max_positions`, or more where "yarn" stretches them."""
+        """Returns the longest sequence in tokens: `max_positions`, or what a rule makes of them."""
         scaling = self.rope_scaling
+        if isinstance(scaling, LongRope):
+            return min(self.max_positions, scaling.original_max_positions)
         stretched = scaling.factor * scaling.original_max_positions if isinstance(scaling, YarnScaling) else 0
         return max(self.max_positions, int(stretched))
 
@@ -122,7 +141,8 @@ def from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
                 f"head_dim is absent and hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}"
             )
         head_dim = hidden_size // num_heads
-    rope_theta, rope_scaling = _rope(hf_config, family)
+    max_positions = required_int(hf_config, "max_position_embeddings")
+    rope_theta, rope_scaling, partial_rotary = _rope(hf_config, family, max_positions)
     num_kv_heads = hf_config.get("num_key_value_heads", family.kv_heads)
     window, sliding = _windows(hf_config, family, num_layers)
     return ModelConfig(
@@ -140,10 +160,11 @@ def from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
         tie_embeddings=hf_config.get("tie_word_embeddings", family.tie_embeddings),
-        max_positions=required_int(hf_config, "max_position_embeddings"),
+        max_positions=max_positions,
+        partial_rotary=partial_rotary,
         window=window,
         sliding=sliding,
-        sliding_rope_theta=_sliding_rope_theta(hf_config, family),
+        sliding_rope_theta=_sliding_rope_theta(hf_config, family, max_positions),
         query_scalar=family.query_scalar and hf_config.get("query_pre_attn_scalar", family.query_scalar),
     )
 
@@ -183,6 +204,10 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         local = {"rope_type": "default", "rope_theta": config.sliding_rope_theta}
         fields["rope_parameters"] = dict(zip(_LAYER_TYPES, (whole, local), strict=True))
         fields["rope_local_base_freq"] = config.sliding_rope_theta
+    if family.partial_rotary:
+        fields["partial_rotary_factor"] = config.partial_rotary
+    if isinstance(config.rope_scaling, LongRope):
+        fields["original_max_position_embeddings"] = config.rope_scaling.original_max_positions
     if config.query_scalar is not None:
         fields["query_pre_attn_scalar"] = config.query_scalar
     return fields
@@ -216,12 +241,13 @@ def _refuse_unsupported(hf: Mapping[str, Any], family: Family) -> None:
         _activation_field(family): family.activation,
         "mlp_bias": False,
         "use_sliding_window": False,
-        "partial_rotary_factor": 1.0,
         "quantization_config": None,
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
         "use_bidirectional_attention": False,
     }
+    if not family.partial_rotary:
+        supported["partial_rotary_factor"] = 1.0
     # Qwen2 has its three biases whatever this field says. The other families would add a fourth, of o_proj.
     if not family.qkv_bias:
         supported["attention_bias"] = False
@@ -255,8 +281,8 @@ def _windows(hf: Mapping[str, Any], family: Family, num_layers: int) -> tuple[in
     return window, sliding
 
 
-def _rope(hf: Mapping[str, Any], family: Family) -> tuple[float, Scaling | None]:
-    """Returns base and scaling of the layers that do not slide.
+def _rope(hf: Mapping[str, Any], family: Family, max_positions: int) -> tuple[float, Scaling | None, float]:
+    """Returns base, scaling and rotated share of the layers that do not slide.
 
     They come from rope_parameters (transformers 5) or from rope_theta and rope_scaling, which has precedence.
     """
@@ -268,26 +294,33 @@ def _rope(hf: Mapping[str, Any], family: Family) -> tuple[float, Scaling | None]
         if rope.get("truncate") not in (None, True):  # transformers reads this key from one level above
             raise ValueError(f"{field}.truncate is {rope['truncate']!r}; {family.model_type} supports: True")
     theta = rope.get("rope_theta", hf.get("rope_theta", family.rope_theta))
-    partial = rope.get("partial_rotary_factor", 1.0)
-    if partial != 1.0:
+    partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
+    if partial != 1.0 and not family.partial_rotary:
         raise ValueError(f"{field}.partial_rotary_factor is {partial!r}; supported: 1.0")
-    scaling = rotary.read(rope, field)
+    if "longrope" in family.rope_types and hf.get("original_max_position_embeddings"):
+        rope = {"original_max_position_embeddings": hf["original_max_position_embeddings"], **rope}
+        if rope.get("rope_type", rope.get("type", "default")) == "default":  # the family's files have it in any case
+            del rope["original_max_position_embeddings"]
+    scaling = rotary.read(rope, field, family.rope_types, max_positions)
     original = getattr(scaling, "original_max_positions", None)
     if original and hf.get("original_max_position_embeddings") not in (None, original):  # transformers would take it
         raise ValueError(
             f"original_max_position_embeddings is {hf['original_max_position_embeddings']!r}; "
             f"supported: that of {field}, {original!r}"
         )
-    return theta, scaling
+    return theta, scaling, partial
 
 
-def _sliding_rope_theta(hf: Mapping[str, Any], family: Family) -> float | None:
+def _sliding_rope_theta(hf: Mapping[str, Any], family: Family, max_positions: int) -> float | None:
     """Returns the base of the layers that slide, where the family has one for them."""
     if family.sliding_rope_theta is None:
         return None
     field = f"rope_parameters.{_LAYER_TYPES[True]}"
     rope = _mapping(_rope_by_layer_type(hf), _LAYER_TYPES[True], "rope_parameters.")
-    if rotary.read(rope, field) is not None or rope.get("partial_rotary_factor", 1.0) != 1.0:
+    if (
+        rotary.read(rope, field, family.rope_types, max_positions) is not None
+        or rope.get("partial_rotary_factor", 1.0) != 1.0
+    ):
         raise ValueError(f"{field} is {dict(rope)!r}; supported: rope_type 'default', and rope_theta")
     if "rope_theta" in rope:
         return rope["rope_theta"]

@@ -34,12 +34,17 @@ REMAT: dict[str, Any] = {
 
 
 def rotate(x: jax.Array, angle: jax.Array, factor: Any = None) -> jax.Array:
-    """Applies the rotary position embedding to x `[B,T,heads,N]`, times a factor; angle `[B,T,N/2]` is in radians."""
+    """Applies the rotary position embedding to x `[B,T,heads,N]`, times a factor.
+
+    angle `[B,T,M/2]` is in radians; of the features of a head the first M are rotated.
+    """
     cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
     if factor is not None:
         cos, sin = cos * factor, sin * factor
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    rotated = 2 * angle.shape[-1]
+    first, second = jnp.split((x if rotated == x.shape[-1] else x[..., :rotated]).astype(jnp.float32), 2, axis=-1)
+    out = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return out if rotated == x.shape[-1] else jnp.concatenate([out, x[..., rotated:]], axis=-1)
 
 
 class OffsetNorm(nn.Module):
@@ -211,7 +216,7 @@ class Decoder(nn.Module):
         x = constrain(x, BATCH, None, None)
 
         def angles(theta, scaling):
-            frequencies = jnp.asarray(rotary.frequencies(theta, config.head_dim, scaling))
+            frequencies = jnp.asarray(rotary.frequencies(theta, config.rotary_size, scaling))
             return constrain(positions[..., None] * frequencies, BATCH, None, None)
 
         angle = angles(config.rope_theta, config.rope_scaling)

@@ -24,6 +24,9 @@ class Family:
     sliding_rope_theta: float | None = None  # layers that slide have their own, this one in a file without one
     windowed: bool = False  # layers see no further back than sliding_window
     window: int | None = None  # of a file without one
+    rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")  # that transformers computes
+    partial_rotary: bool = False  # partial_rotary_factor is read
+    fused: bool = False  # a file has query, key and value in one tensor, and gate and up in another
     period: int | None = None  # every such layer does not slide, in a file without layer_types; None: all slide
 
 
@@ -44,6 +47,9 @@ FAMILIES: dict[str, Family] = {
         windowed=True,
         window=4096,
         period=4,
+    ),
+    "Phi3ForCausalLM": Family(
+        model_type="phi3", windowed=True, partial_rotary=True, fused=True, rope_types=("default", "longrope")
     ),
     "Gemma3ForCausalLM": Family(
         model_type="gemma3_text",

@@ -69,6 +69,13 @@ def _gemma3(*sizes: int, vocab: int, window: int, longest: int, scaling: dict | 
     }  # fmt: skip
 
 
+def _phi(*sizes: int, vocab: int, tied: bool, theta: float, longest: int, **more: Any) -> dict[str, Any]:
+    return dict(zip(_SIZES, sizes, strict=True)) | {
+        "architectures": ["Phi3ForCausalLM"], "vocab_size": vocab, "tie_word_embeddings": tied, "rope_theta": theta,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": longest,
+    } | more  # fmt: skip
+
+
 # Hub id -> the fields of its config.json that the decoder reads; the sizes are in the order of _SIZES.
 KNOWN: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-0.5B-Instruct": _qwen2(896, 24, 14, 2, 4864, vocab=151936, tied=True),
@@ -95,6 +102,11 @@ KNOWN: dict[str, dict[str, Any]] = {
         2560, 34, 8, 4, 10240, vocab=262208, window=1024, longest=131072,
         scaling={"rope_type": "linear", "factor": 8.0},
     ),
+    # Without its rotary factors, on which no plan depends, and so with the positions that it has without them.
+    "microsoft/Phi-4-mini-instruct": _phi(
+        3072, 32, 24, 8, 8192, vocab=200064, tied=True, theta=1e4, longest=4096, partial_rotary_factor=0.75
+    ),
+    "microsoft/phi-4": _phi(5120, 40, 40, 10, 17920, vocab=100352, tied=False, theta=2.5e5, longest=16384),
     "mistralai/Mistral-7B-v0.1": _mistral(
         4096, 32, 32, 8, 14336, head_dim=128, vocab=32000, theta=1e4, window=4096, longest=32768
     ),

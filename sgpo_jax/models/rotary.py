@@ -21,6 +21,7 @@ _KEYS: dict[str, set[str]] = {
         "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale",
         "mscale_all_dim", "truncate",
     },
+    "longrope": {"short_factor", "long_factor", "original_max_position_embeddings"},
 }  # fmt: skip
 _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
@@ -87,7 +88,34 @@ class YarnScaling:
             raise ValueError(f"rope_scaling.truncate is {self.truncate!r}; allowed: True, False")
 
 
-Scaling = LinearScaling | RopeScaling | YarnScaling
+@dataclass(frozen=True, kw_only=True)
+class LongRope:
+    """The constants of the "longrope" rule (arXiv 2402.13753), of which only sequences of the original length are run.
+
+    There each frequency is divided by its short factor. Longer sequences would take the long factors, for their first
+    tokens too, which contradicts a cache. Cosine and sine are multiplied by `attention_factor`.
+    """
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_max_positions: int
+    stretched_max_positions: int  # max_position_embeddings
+
+    def __post_init__(self) -> None:
+        for field in ("original_max_positions", "stretched_max_positions"):
+            positive_int(f"rope_scaling.{field}", getattr(self, field))
+        for field in ("short_factor", "long_factor"):
+            for value in getattr(self, field):
+                positive_number(f"rope_scaling.{field}", value)
+
+    @property
+    def attention_factor(self) -> float:
+        """Returns the factor of cosine and sine."""
+        stretch = self.stretched_max_positions / self.original_max_positions
+        return 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(self.original_max_positions))
+
+
+Scaling = LinearScaling | LongRope | RopeScaling | YarnScaling
 
 
 def frequencies(theta: float, size: int, scaling: Scaling | None) -> np.ndarray:
@@ -106,6 +134,8 @@ def frequencies(theta: float, size: int, scaling: Scaling | None) -> np.ndarray:
         return frequency
     if isinstance(scaling, LinearScaling):
         return frequency / np.float32(scaling.factor)
+    if isinstance(scaling, LongRope):
+        return 1 / (np.array(scaling.short_factor, np.float32) * wavelength)
     if isinstance(scaling, YarnScaling):
         first, last = _interpolated(theta, size, scaling)
         index = np.arange(size // 2, dtype=np.float32)
@@ -133,22 +163,24 @@ def _interpolated(theta: float, size: int, scaling: YarnScaling) -> tuple[float,
 
 def factor(scaling: Scaling | None) -> float | None:
     """Returns the factor of cosine and sine; None where a rule has none."""
-    return scaling.attention_factor if isinstance(scaling, YarnScaling) else None
+    return scaling.attention_factor if isinstance(scaling, YarnScaling | LongRope) else None
 
 
-def read(rope: Mapping[str, Any], field: str) -> Scaling | None:
+def read(rope: Mapping[str, Any], field: str, kinds: tuple[str, ...], max_positions: int) -> Scaling | None:
     """Returns the rule that a rotary dictionary of config.json asks for; None for plain embeddings.
 
     Args:
       rope: the dictionary.
       field: its name, for messages.
+      kinds: the rules that transformers computes for the family.
+      max_positions: of the model.
 
     Raises:
       ValueError: the rule or one of its keys is not computed; the message names it.
     """
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in [*_KEYS]:
-        raise ValueError(f"{field}.rope_type is {kind!r}; supported: {', '.join(map(repr, _KEYS))}")
+    if kind not in [*kinds]:
+        raise ValueError(f"{field}.rope_type is {kind!r}; supported: {', '.join(map(repr, kinds))}")
     if rope.get("type", kind) != kind:
         raise ValueError(f"{field}.type is {rope['type']!r}; rope_type beside it is {kind!r}")
     for key in sorted(rope.keys() - _KEYS[kind] - _COMMON):
@@ -157,6 +189,19 @@ def read(rope: Mapping[str, Any], field: str) -> Scaling | None:
             raise ValueError(f"{field}.{key} is {rope[key]!r}; supported with rope_type {kind!r}: {allowed}")
     if kind == "default":
         return None
+    if kind == "longrope":
+        factors = {}
+        for name in ("short_factor", "long_factor"):
+            factors[name] = required(rope, name, field)
+            if not isinstance(factors[name], list):
+                raise ValueError(f"{field}.{name} is {factors[name]!r}; it must be a list")
+        short, long = map(tuple, factors.values())
+        return LongRope(
+            short_factor=short,
+            long_factor=long,
+            original_max_positions=required(rope, "original_max_position_embeddings", field),
+            stretched_max_positions=max_positions,
+        )
     stretch = required(rope, "factor", field)
     if kind == "linear":
         return LinearScaling(factor=stretch)
@@ -193,11 +238,20 @@ def _attention_factor(rope: Mapping[str, Any], field: str) -> float:
 
 
 def write(scaling: Scaling | None) -> dict[str, Any] | None:
-    """Returns the rotary dictionary of a rule, without its base; `read(write(scaling)) == scaling`."""
+    """Returns the rotary dictionary of a rule, without its base.
+
+    That of "longrope" lacks the original length, which such files have outside of it.
+    """
     if scaling is None:
         return None
     if isinstance(scaling, LinearScaling):
         return {"rope_type": "linear", "factor": scaling.factor}
+    if isinstance(scaling, LongRope):
+        return {
+            "type": "longrope",
+            "short_factor": [*scaling.short_factor],
+            "long_factor": [*scaling.long_factor],
+        }
     if isinstance(scaling, YarnScaling):
         return {
             "rope_type": "yarn",

@@ -78,6 +78,12 @@ CASES = {
         "gemma3_text", 36, 3, 3, rope_theta=5e5, rope_local_base_freq=2e3, sliding_window=4, query_pre_attn_scalar=12,
         rope_scaling={"rope_type": "linear", "factor": 8.0}, sliding_window_pattern=2, rms_norm_eps=1e-2,
     ),
+    "phi3": _fields("phi3", 48, 6, 2, sliding_window=None, pad_token_id=0),
+    "phi3-longrope": _fields(
+        "phi3", 40, 4, 4, tied=True, sliding_window=5, partial_rotary_factor=0.6, max_position_embeddings=131072,
+        original_max_position_embeddings=32768, pad_token_id=0,
+        rope_scaling={"type": "longrope", "short_factor": [1.0, 1.25, 2.5], "long_factor": [2.0, 4.0, 8.0]},
+    ),
     "mistral-window": _fields("mistral", 42, 6, 3, head_dim=10, tied=True, sliding_window=4),
 }  # fmt: skip
 

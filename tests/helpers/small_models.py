@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from sgpo_jax.models import ModelConfig, RopeScaling, YarnScaling, init, lora
+from sgpo_jax.models import LongRope, ModelConfig, RopeScaling, YarnScaling, init, lora
 
 SHAPE = dict(
     vocab_size=151,
@@ -31,6 +31,12 @@ CONFIGS = {
     "olmo3": ModelConfig(
         architecture="Olmo3ForCausalLM", tie_embeddings=False, qk_norm=True, window=3, sliding=(True, False, True),
         sliding_rope_theta=1e3, rope_scaling=YARN, **SHAPE,
+    ),
+    "phi3": ModelConfig(
+        architecture="Phi3ForCausalLM", tie_embeddings=False, partial_rotary=0.75, window=4, sliding=(True,) * 3,
+        rope_scaling=LongRope(
+            short_factor=(1.0, 1.5), long_factor=(2.0, 3.0), original_max_positions=32, stretched_max_positions=64
+        ), **SHAPE,
     ),
     "gemma3": ModelConfig(
         architecture="Gemma3ForCausalLM", tie_embeddings=True, qk_norm=True, window=3, sliding=(False, True, True),

@@ -151,6 +151,28 @@ BY_TYPE = {
     "full_attention": {"rope_type": "default", "rope_theta": 2e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 3e4},
 }
+PHI4_MINI = {
+    "architectures": ["Phi3ForCausalLM"],
+    "attention_bias": False,
+    "embd_pdrop": 0.0,
+    "hidden_act": "silu",
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "phi3",
+    "num_attention_heads": 24,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "original_max_position_embeddings": 4096,
+    "partial_rotary_factor": 0.75,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {"long_factor": [1.5] * 48, "short_factor": [1.0] * 48, "type": "longrope"},
+    "rope_theta": 10000.0,
+    "sliding_window": 262144,
+    "tie_word_embeddings": True,
+    "vocab_size": 200064,
+}
 
 
 def without(values, *names):
@@ -280,11 +302,25 @@ def test_two_bases_in_the_newer_style(base):
     assert from_hf({**without(base, "rope_scaling"), "rope_parameters": linear}).rope_scaling.factor == 8.0
 
 
+def test_longrope_runs_sequences_of_the_original_length():
+    config = from_hf(PHI4_MINI)
+    assert (config.head_dim, config.rotary_size, config.max_positions, config.reach) == (128, 96, 131072, 4096)
+    assert config.rope_scaling.attention_factor == math.sqrt(1 + math.log(32) / math.log(4096))
+    # As transformers 5 writes it; without the rule nothing is shorter.
+    rope = {**PHI4_MINI["rope_scaling"], "rope_theta": 1e4, "partial_rotary_factor": 0.75}
+    newer = {**without(PHI4_MINI, "rope_scaling", "rope_theta", "partial_rotary_factor"), "rope_parameters": rope}
+    assert from_hf(newer) == config
+    plain = from_hf(without(PHI4_MINI, "rope_scaling"))
+    assert (plain.rope_scaling, plain.reach) == (None, 131072)
+    with pytest.raises(ValueError, match="partial_rotary is 0.01"):
+        dataclasses.replace(plain, partial_rotary=0.01)
+
+
 @pytest.mark.parametrize(
     "hf_config",
     [QWEN2, QWEN3, LLAMA, MISTRAL, OLMO3, {**OLMO3, "architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2",
-     "layer_types": None}, GEMMA3],
-    ids=["qwen2", "qwen3", "llama", "mistral", "olmo3", "olmo2", "gemma3"],
+     "layer_types": None}, GEMMA3, PHI4_MINI],
+    ids=["qwen2", "qwen3", "llama", "mistral", "olmo3", "olmo2", "gemma3", "phi4"],
 )  # fmt: skip
 def test_written_and_read_again(hf_config):
     config = from_hf(hf_config)
@@ -314,6 +350,12 @@ def test_written_and_read_again(hf_config):
         (QWEN2, {"rope_scaling": {**QWEN_YARN, "mscale": "1", "mscale_all_dim": 1.0}}, ["mscale", "'1'"]),
         (QWEN2, {"rope_scaling": {**QWEN_YARN, "long_factor": [1.0]}}, ["long_factor", "yarn"]),
         (QWEN2, {"rope_scaling": QWEN_YARN, "original_max_position_embeddings": 4096}, ["4096", "32768"]),
+        (PHI4_MINI, {"partial_rotary_factor": 1.5}, ["partial_rotary", "1.5"]),
+        (PHI4_MINI, {"rope_scaling": {**PHI4_MINI["rope_scaling"], "short_factor": [1.0] * 47}}, ["47", "48"]),
+        (PHI4_MINI, {"rope_scaling": {**PHI4_MINI["rope_scaling"], "long_factor": 2.0}}, ["long_factor", "2.0"]),
+        (PHI4_MINI, {"rope_scaling": {**PHI4_MINI["rope_scaling"], "long_factor": [0] * 48}}, ["long_factor", "0"]),
+        (PHI4_MINI, {"rope_scaling": {"type": "yarn", "factor": 2.0}}, ["rope_type", "yarn", "longrope"]),
+        (PHI4_MINI, {"original_max_position_embeddings": None}, ["original_max_position_embeddings"]),
         (OLMO3, {"layer_types": ["sliding_attention"] * 31}, ["layer_types", "31", "32"]),
         (OLMO3, {"layer_types": ["chunked_attention"] * 32}, ["layer_types", "chunked_attention"]),
         (OLMO3, {"sliding_window": None}, ["sliding_window", "None"]),

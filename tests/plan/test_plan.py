@@ -48,6 +48,8 @@ PARAMETERS = {
     "google/gemma-3-270m-it": 268_098_176,
     "google/gemma-3-1b-it": 999_885_952,
     "google/gemma-3-4b-it": 3_880_263_168,
+    "microsoft/Phi-4-mini-instruct": 3_836_021_760,
+    "microsoft/phi-4": 14_659_507_200,
     "mistralai/Mistral-7B-v0.1": 7_241_732_096,
     "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
     "mistralai/Mistral-Nemo-Instruct-2407": 12_247_782_400,
