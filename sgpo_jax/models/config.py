@@ -31,7 +31,7 @@ class ModelConfig:
     num_heads: int  # H, query heads
     num_kv_heads: int  # K, key and value heads; divides H
     head_dim: int  # even; need not be D / H
-    mlp_size: int  # F
+    mlp_size: int  # F, of an expert where there are experts
     rope_theta: float  # base of the rotary wavelengths
     rope_scaling: Scaling | None = None
     norm_eps: float
@@ -39,6 +39,9 @@ class ModelConfig:
     qk_norm: bool = False  # Qwen3, OLMo, Gemma 3
     tie_embeddings: bool
     max_positions: int  # longest sequence the model was made for, in tokens
+    experts: int = 0  # E; 0 is one MLP without a router
+    experts_per_token: int = 0  # the router chooses so many, with the largest probabilities
+    normalize_experts: bool = False  # these probabilities are divided by their sum
     partial_rotary: float = 1.0  # share of the features of a head that are rotated
     window: int | None = None  # tokens that a token of a sliding layer sees, itself and those before it
     sliding: tuple[bool, ...] = ()  # of each layer, whether it slides; empty without a window
@@ -86,6 +89,20 @@ class ModelConfig:
             expected = getattr(self.family, field)
             if getattr(self, field) is not expected:
                 raise ValueError(f"{field} is {getattr(self, field)!r}; {self.architecture} has {expected}")
+        if self.family.experts:
+            positive_int("experts", self.experts)
+            positive_int("experts_per_token", self.experts_per_token)
+        wrong = self.experts_per_token > self.experts if self.family.experts else self.experts or self.experts_per_token
+        if wrong or not isinstance(self.normalize_experts, bool):
+            raise ValueError(
+                f"experts is {self.experts}, experts_per_token is {self.experts_per_token}, normalize_experts is "
+                f"{self.normalize_experts!r}; {self.architecture} needs "
+                + (
+                    "at most as many of a token as there are, and True or False"
+                    if self.family.experts
+                    else "0, 0, False"
+                )
+            )
         if self.window is not None:
             positive_int("window", self.window)
         layers = self.num_layers if self.window is not None else 0
@@ -153,7 +170,7 @@ def from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
         head_dim=head_dim,
-        mlp_size=required_int(hf_config, "intermediate_size"),
+        **_mlp(hf_config, family),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         norm_eps=required(hf_config, "rms_norm_eps"),
@@ -204,6 +221,13 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         local = {"rope_type": "default", "rope_theta": config.sliding_rope_theta}
         fields["rope_parameters"] = dict(zip(_LAYER_TYPES, (whole, local), strict=True))
         fields["rope_local_base_freq"] = config.sliding_rope_theta
+    if family.experts:
+        fields |= {
+            "moe_intermediate_size": config.mlp_size,
+            "num_experts": config.experts,
+            "num_experts_per_tok": config.experts_per_token,
+            "norm_topk_prob": config.normalize_experts,
+        }
     if family.partial_rotary:
         fields["partial_rotary_factor"] = config.partial_rotary
     if isinstance(config.rope_scaling, LongRope):
@@ -254,6 +278,24 @@ def _refuse_unsupported(hf: Mapping[str, Any], family: Family) -> None:
     for field, allowed in supported.items():
         if hf.get(field, allowed) not in (allowed, None):
             raise ValueError(f"{field} is {hf[field]!r}; supported: {allowed!r}")
+
+
+def _mlp(hf: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Returns the fields of the MLP, or of the experts."""
+    if not family.experts:
+        return {"mlp_size": required_int(hf, "intermediate_size")}
+    for field, allowed in (("mlp_only_layers", []), ("decoder_sparse_step", 1)):
+        if hf.get(field, allowed) not in (allowed, None):
+            raise ValueError(f"{field} is {hf[field]!r}; supported: {allowed!r}, experts in every layer")
+    counts = {name: hf[name] for name in ("num_experts", "num_local_experts") if hf.get(name) is not None}
+    if len({*map(str, counts.values())}) > 1:
+        raise ValueError(f"num_local_experts is {counts['num_local_experts']!r}; num_experts beside it differs")
+    return {
+        "mlp_size": required_int(hf, "moe_intermediate_size"),
+        "experts": required_int(hf, next(iter(counts), "num_experts")),
+        "experts_per_token": required_int(hf, "num_experts_per_tok"),
+        "normalize_experts": hf.get("norm_topk_prob", False),
+    }
 
 
 def _windows(hf: Mapping[str, Any], family: Family, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:

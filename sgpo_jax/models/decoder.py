@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from sgpo_jax.models import rotary
+from sgpo_jax.models import experts, rotary
 from sgpo_jax.models.attention import SAVED, append, cache_shape
 from sgpo_jax.models.config import ModelConfig
 from sgpo_jax.models.windows import attend, attend_cache
-from sgpo_jax.sharding import BATCH, constrain, dividing, exact_products, platform, spec_for
+from sgpo_jax.sharding import BATCH, constrain, dividing, exact_products, fit_spec, platform, spec_for
 
 Cache = dict[str, jax.Array]
 
@@ -191,11 +191,43 @@ class Block(nn.Module):
         x = constrain(x + after("attn_post_norm", dense("o", config.hidden_size)(attention)), *residual)
 
         h = before("mlp_norm")
-        gated = ACTIVATIONS[family.activation](dense("gate", config.mlp_size)(h)) * dense("up", config.mlp_size)(h)
-        # Without this, the partitioner gathers the MLP and all-reduces full-width weight gradients.
-        gated = constrain(gated, BATCH, None, "tensor") if len(self.split) == 1 else spread(gated, config.mlp_size)
-        x = constrain(x + after("mlp_post_norm", dense("down", config.hidden_size)(gated)), *residual)
+        if config.experts:
+            out = self.mixture(h, segments)
+        else:
+            gated = ACTIVATIONS[family.activation](dense("gate", config.mlp_size)(h)) * dense("up", config.mlp_size)(h)
+            # Without this, the partitioner gathers the MLP and all-reduces full-width weight gradients.
+            gated = constrain(gated, BATCH, None, "tensor") if len(self.split) == 1 else spread(gated, config.mlp_size)
+            out = dense("down", config.hidden_size)(gated)
+        x = constrain(x + after("mlp_post_norm", out), *residual)
         return (x, keys, values), None
+
+    def mixture(self, h, segments):
+        """Returns what the experts of each token make of it, and counts the tokens of each expert."""
+        config, count = self.config, self.config.experts
+        sizes = (count, config.hidden_size, config.mlp_size)
+        kernels = []
+        for name, shape in (("gate", sizes), ("up", sizes), ("down", (count, config.mlp_size, config.hidden_size))):
+            _, *spec = spec_for(f"layers/experts_{name}/kernel", (config.num_layers, *shape))
+            init = nn.initializers.lecun_normal(batch_axis=0)
+            kernels.append(constrain(Weight("kernel", shape, init, name=f"experts_{name}")().astype(self.dtype), *spec))
+        router = Weight("weight", (count, config.hidden_size), nn.initializers.normal(0.02), name="router")()
+        chosen, weights = experts.route(h, router, config.experts_per_token, config.normalize_experts)
+        real = jnp.broadcast_to((segments != 0)[..., None], chosen.shape)
+        self.sow("load", "tokens", jnp.zeros(count, jnp.int32).at[chosen].add(real.astype(jnp.int32)))
+        (rows,) = fit_spec((len(h),), (BATCH if len(self.split) == 1 else other_rows(self.split),))
+        return experts.mix(h, chosen, weights, experts.Kernels(*kernels), rows, dividing(count, self.split))
+
+
+class Weight(nn.Module):
+    """A parameter under a name of its own."""
+
+    leaf: str
+    shape: tuple[int, ...]
+    init: Any
+
+    @nn.compact
+    def __call__(self):
+        return self.param(self.leaf, self.init, self.shape)
 
 
 class Decoder(nn.Module):
@@ -229,7 +261,7 @@ class Decoder(nn.Module):
         block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
         layers = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "load": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=config.num_layers,
@@ -288,6 +320,26 @@ def apply(
     module = Decoder(config, dtype, remat)
     with exact_products(dtype):
         return module.apply({"params": params}, tokens, positions, mask, cache)  # type: ignore[return-value]
+
+
+def expert_load(
+    params: dict[str, Any],
+    config: ModelConfig,
+    tokens: jax.Array,
+    positions: jax.Array,
+    mask: jax.Array,
+    *,
+    dtype: Any = jnp.float32,
+) -> jax.Array:
+    """Counts the tokens that each expert of each layer takes, `[L,E]` int32; padding is not counted.
+
+    Args:
+      params, config, tokens, positions, mask, dtype: as in `apply`.
+    """
+    module = Decoder(config, dtype, "none")
+    with exact_products(dtype):
+        _, counted = module.apply({"params": params}, tokens, positions, mask, None, mutable=["load"])
+    return counted["load"]["layers"]["tokens"][0]
 
 
 def decode(

@@ -26,6 +26,7 @@ class Family:
     window: int | None = None  # of a file without one
     rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")  # that transformers computes
     partial_rotary: bool = False  # partial_rotary_factor is read
+    experts: bool = False  # instead of one MLP
     fused: bool = False  # a file has query, key and value in one tensor, and gate and up in another
     period: int | None = None  # every such layer does not slide, in a file without layer_types; None: all slide
 
@@ -48,6 +49,7 @@ FAMILIES: dict[str, Family] = {
         window=4096,
         period=4,
     ),
+    "Qwen3MoeForCausalLM": Family(model_type="qwen3_moe", qk_norm=True, kv_heads=4, experts=True),
     "Phi3ForCausalLM": Family(
         model_type="phi3", windowed=True, partial_rotary=True, fused=True, rope_types=("default", "longrope")
     ),

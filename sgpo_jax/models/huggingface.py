@@ -102,7 +102,7 @@ def assemble(
         ValueError: a tensor is missing, unknown, misshapen or of another dtype; the message names it.
     """
     names = set(names)
-    if config.num_layers > len(names):  # a damaged number could be too large to list the layers
+    if config.num_layers * max(config.experts, 1) > len(names):  # a damaged number could be too large to list all
         raise ValueError(f"num_hidden_layers is {config.num_layers}; the checkpoint has {len(names)} tensors in all")
     layout = table.layout(config)
     unknown = {name for name in names - layout.keys() if not name.endswith(_IGNORED)}

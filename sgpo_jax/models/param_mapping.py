@@ -4,13 +4,14 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax.traverse_util import flatten_dict
 
 from sgpo_jax.models.config import ModelConfig
 from sgpo_jax.models.decoder import init
 
-# Path in the parameter tree: name in the checkpoint, with the layer number for {}. A kernel is [in, out] in the tree
-# and [out, in] in the checkpoint; every other tensor has the same shape in both.
+# Path in the parameter tree: name in the checkpoint, with the number of the layer for {}, and then of the expert. A
+# kernel is [in, out] in the tree and [out, in] in the checkpoint; every other tensor has the same shape in both.
 NAMES = {
     "embed/embedding": "model.embed_tokens.weight",
     "layers/attn_norm/scale": "model.layers.{}.input_layernorm.weight",
@@ -27,6 +28,10 @@ NAMES = {
     "layers/gate/kernel": "model.layers.{}.mlp.gate_proj.weight",
     "layers/up/kernel": "model.layers.{}.mlp.up_proj.weight",
     "layers/down/kernel": "model.layers.{}.mlp.down_proj.weight",
+    "layers/router/weight": "model.layers.{}.mlp.gate.weight",
+    "layers/experts_gate/kernel": "model.layers.{}.mlp.experts.{}.gate_proj.weight",
+    "layers/experts_up/kernel": "model.layers.{}.mlp.experts.{}.up_proj.weight",
+    "layers/experts_down/kernel": "model.layers.{}.mlp.experts.{}.down_proj.weight",
     "norm/scale": "model.norm.weight",
     "head/kernel": "lm_head.weight",
 }
@@ -83,11 +88,11 @@ def layout(config: ModelConfig) -> dict[str, Tensor]:
     slots: dict[str, list[Slot]] = {}
     table = names(config)
     for path, leaf in flatten_dict(shapes(config), sep="/").items():
-        stacked = path.startswith("layers/")
-        for layer in range(config.num_layers) if stacked else [None]:
-            slot = Slot(path, () if layer is None else (layer,), leaf.shape[1:] if stacked else leaf.shape)
+        axes = table[path].count("{}")  # layers, experts
+        for at in np.ndindex(leaf.shape[:axes]):
+            slot = Slot(path, at, leaf.shape[axes:])
             shape = slot.shape[::-1] if slot.transposed else slot.shape
-            slots.setdefault(table[path].format(layer), []).append(slot._replace(shape=shape))
+            slots.setdefault(table[path].format(*at), []).append(slot._replace(shape=shape))
     order = [*table]
     return {name: _joined(sorted(parts, key=lambda part: order.index(part.path))) for name, parts in slots.items()}
 

@@ -86,6 +86,11 @@ KNOWN: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-1.7B": _qwen3(2048, 28, 16, 8, 6144, tied=True),
     "Qwen/Qwen3-4B": _qwen3(2560, 36, 32, 8, 9728, tied=True),
     "Qwen/Qwen3-8B": _qwen3(4096, 36, 32, 8, 12288, tied=False),
+    "Qwen/Qwen3-30B-A3B": _qwen3(2048, 48, 32, 4, 6144, tied=False)
+    | {
+        "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+        "moe_intermediate_size": 768,
+    },
     "meta-llama/Llama-3.1-8B-Instruct": _llama3(4096, 32, 32, 8, 14336, tied=False, factor=8.0),
     "meta-llama/Llama-3.2-1B-Instruct": _llama3(2048, 16, 32, 8, 8192, tied=True, factor=32.0),
     "meta-llama/Llama-3.2-3B-Instruct": _llama3(3072, 28, 24, 8, 8192, tied=True, factor=32.0),

@@ -43,6 +43,9 @@ def _walk(jaxpr: Any, outer: str, scopes: Scopes, loops: dict[int, float]) -> di
         if name == "dot_general":
             total[scopes.phase(path)] += _product(equation)
             continue
+        if name == "ragged_dot_general":
+            total[scopes.phase(path)] += _grouped_product(equation)
+            continue
         inner, times = path, 1.0
         if name in ("scan", "while"):
             inner = f"{path}/while/body"
@@ -71,6 +74,16 @@ def _product(equation: Any) -> float:
     (contracted, _), _ = equation.params["dimension_numbers"]
     left = equation.invars[0].aval.shape
     return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+
+
+def _grouped_product(equation: Any) -> float:
+    """Returns the FLOPs of a product whose rows have one matrix of a group each, as if all rows were in use."""
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    (contracted, _), _ = numbers.dot_dimension_numbers
+    left, right = (atom.aval.shape for atom in equation.invars[:2])
+    if numbers.rhs_group_dimensions:
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+    return 2.0 * math.prod(left) * right[-1]  # the gradient of the matrices: each row adds to one of them
 
 
 def _kernel_runs(grid: tuple[int, ...], path: str) -> float:

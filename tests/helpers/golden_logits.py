@@ -84,6 +84,15 @@ CASES = {
         original_max_position_embeddings=32768, pad_token_id=0,
         rope_scaling={"type": "longrope", "short_factor": [1.0, 1.25, 2.5], "long_factor": [2.0, 4.0, 8.0]},
     ),
+    # torch multiplies experts only in sizes of 16 bytes.
+    "qwen3-moe": _fields(
+        "qwen3_moe", 40, 4, 2, head_dim=16, num_experts=7, num_experts_per_tok=3, moe_intermediate_size=28,
+        norm_topk_prob=True,
+    ),
+    "qwen3-moe-tied": _fields(
+        "qwen3_moe", 36, 3, 1, tied=True, num_experts=4, num_experts_per_tok=1, moe_intermediate_size=20,
+        rope_theta=1e6,
+    ),
     "mistral-window": _fields("mistral", 42, 6, 3, head_dim=10, tied=True, sliding_window=4),
 }  # fmt: skip
 
@@ -114,6 +123,19 @@ def random_tensor(name, shape):
     return noise.astype(np.float32)
 
 
+def _parameter(name, shape):
+    """Returns a parameter of transformers' model; a checkpoint has a tensor for each of its experts."""
+    if ".experts." not in name:
+        return random_tensor(name, shape)
+    outer, joined = name.rsplit(".", 1)
+    count, rows, columns = shape
+    parts = ("gate_proj", "up_proj") if joined == "gate_up_proj" else (joined,)
+    size = rows // len(parts), columns
+    return np.stack(
+        [np.concatenate([random_tensor(f"{outer}.{i}.{part}.weight", size) for part in parts]) for i in range(count)]
+    )
+
+
 def torch_model(case, vocab_size=VOCABULARY):
     """Returns transformers' own model of a case, with the parameters of `random_tensor`."""
     import torch
@@ -124,7 +146,7 @@ def torch_model(case, vocab_size=VOCABULARY):
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.from_numpy(random_tensor(name, tuple(parameter.shape))))
+            parameter.copy_(torch.from_numpy(_parameter(name, tuple(parameter.shape))))
     return model.eval()
 
 

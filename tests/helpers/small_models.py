@@ -32,6 +32,10 @@ CONFIGS = {
         architecture="Olmo3ForCausalLM", tie_embeddings=False, qk_norm=True, window=3, sliding=(True, False, True),
         sliding_rope_theta=1e3, rope_scaling=YARN, **SHAPE,
     ),
+    "qwen3moe": ModelConfig(
+        architecture="Qwen3MoeForCausalLM", tie_embeddings=False, qk_norm=True, experts=6, experts_per_token=2,
+        normalize_experts=True, **SHAPE,
+    ),
     "phi3": ModelConfig(
         architecture="Phi3ForCausalLM", tie_embeddings=False, partial_rotary=0.75, window=4, sliding=(True,) * 3,
         rope_scaling=LongRope(

@@ -20,7 +20,7 @@ CONFIGS = {case: from_hf(golden_logits.hf_config(case)) for case in golden_logit
 # Every family, and several group sizes.
 DECODED = (
     *("qwen2", "qwen2-tied-multi-query", "qwen3", "llama3", "smollm2", "qwen2-yarn", "mistral-window"),
-    *("olmo2", "olmo3", "phi3-longrope", "gemma3"),
+    *("olmo2", "olmo3", "qwen3-moe", "phi3-longrope", "gemma3"),
 )
 (NEAR, _), (FAR, FIRST) = golden_logits.SEQUENCES
 

@@ -173,6 +173,32 @@ PHI4_MINI = {
     "tie_word_embeddings": True,
     "vocab_size": 200064,
 }
+QWEN3_MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
 
 
 def without(values, *names):
@@ -316,11 +342,23 @@ def test_longrope_runs_sequences_of_the_original_length():
         dataclasses.replace(plain, partial_rotary=0.01)
 
 
+def test_experts():
+    config = from_hf(QWEN3_MOE)
+    assert (config.experts, config.experts_per_token, config.mlp_size) == (128, 8, 768) and config.normalize_experts
+    newer = {**without(QWEN3_MOE, "num_experts", "norm_topk_prob"), "num_local_experts": 128}
+    assert from_hf(newer) == dataclasses.replace(config, normalize_experts=False)
+    for change in ({"experts": 0}, {"experts_per_token": 129}, {"normalize_experts": 1}):
+        with pytest.raises(ValueError, match=f"{next(iter(change))} is {next(iter(change.values()))}"):
+            dataclasses.replace(config, **change)
+    with pytest.raises(ValueError, match="experts is 4, .* Qwen2ForCausalLM needs 0, 0, False"):
+        dataclasses.replace(from_hf(QWEN2), experts=4)
+
+
 @pytest.mark.parametrize(
     "hf_config",
     [QWEN2, QWEN3, LLAMA, MISTRAL, OLMO3, {**OLMO3, "architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2",
-     "layer_types": None}, GEMMA3, PHI4_MINI],
-    ids=["qwen2", "qwen3", "llama", "mistral", "olmo3", "olmo2", "gemma3", "phi4"],
+     "layer_types": None}, GEMMA3, PHI4_MINI, QWEN3_MOE],
+    ids=["qwen2", "qwen3", "llama", "mistral", "olmo3", "olmo2", "gemma3", "phi4", "moe"],
 )  # fmt: skip
 def test_written_and_read_again(hf_config):
     config = from_hf(hf_config)
@@ -350,6 +388,12 @@ def test_written_and_read_again(hf_config):
         (QWEN2, {"rope_scaling": {**QWEN_YARN, "mscale": "1", "mscale_all_dim": 1.0}}, ["mscale", "'1'"]),
         (QWEN2, {"rope_scaling": {**QWEN_YARN, "long_factor": [1.0]}}, ["long_factor", "yarn"]),
         (QWEN2, {"rope_scaling": QWEN_YARN, "original_max_position_embeddings": 4096}, ["4096", "32768"]),
+        (QWEN3_MOE, {"mlp_only_layers": [0, 3]}, ["mlp_only_layers", "[0, 3]"]),
+        (QWEN3_MOE, {"decoder_sparse_step": 2}, ["decoder_sparse_step", "2"]),
+        (QWEN3_MOE, {"num_local_experts": 64}, ["num_local_experts", "64"]),
+        (QWEN3_MOE, {"num_experts": None}, ["num_experts"]),
+        (QWEN3_MOE, {"num_experts_per_tok": 129}, ["experts_per_token", "129"]),
+        (QWEN3_MOE, {"norm_topk_prob": "yes"}, ["normalize_experts", "'yes'"]),
         (PHI4_MINI, {"partial_rotary_factor": 1.5}, ["partial_rotary", "1.5"]),
         (PHI4_MINI, {"rope_scaling": {**PHI4_MINI["rope_scaling"], "short_factor": [1.0] * 47}}, ["47", "48"]),
         (PHI4_MINI, {"rope_scaling": {**PHI4_MINI["rope_scaling"], "long_factor": 2.0}}, ["long_factor", "2.0"]),

@@ -121,6 +121,15 @@ def test_branches_count_by_their_shares_or_else_the_most_expensive():
     assert flops(choose, *arguments, scopes=scopes) == {"all": 0.75 * one + 0.25 * 2 * one}
 
 
+@pytest.mark.parametrize("argument", [0, 1])
+def test_a_grouped_product_and_its_gradients_cost_as_much_as_one_of_all_rows(argument):
+    grouped = shape(16, K), shape(3, K, 4), shape(3, dtype=jnp.int32)
+    one = 2 * 16 * K * 4
+    assert flops(jax.lax.ragged_dot, *grouped) == {"all": one}
+    gradient = jax.grad(lambda *args: jnp.sin(jax.lax.ragged_dot(*args)).sum(), argnums=argument)
+    assert flops(gradient, *grouped) == {"all": 2 * one}
+
+
 HEADS, TOKENS, SIZE, BLOCK = 2, 512, 128, 128
 CAUSAL = (1 + 2 + 3 + 4) / 16  # of the blocks of 128 queries by 128 keys
 
