@@ -58,15 +58,16 @@ def mix(
       axes: axes of the mesh that split the experts.
     """
 
+    split = bool(axes) and not jax.sharding.get_abstract_mesh().empty
+
     def local(x, chosen, weights, kernels):
         count = len(kernels.gate)
-        index = jax.lax.axis_index(axes) if axes and not jax.sharding.get_abstract_mesh().empty else 0
-        own = chosen - index * count
+        own = chosen - (jax.lax.axis_index(axes) * count if split else 0)
         out = _mix_own(x, jnp.where((own >= 0) & (own < count), own, count), weights, kernels)
-        return jax.lax.psum(out, axes) if axes and not jax.sharding.get_abstract_mesh().empty else out
+        return jax.lax.psum(out, axes) if split else out
 
     by_row, by_expert = P(rows, None, None), P(axes or None, None, None)
-    run = per_device(local, (by_row, by_row, by_row, Kernels(*[by_expert] * 3)), by_row)
+    run = per_device(local, (by_row, by_row, by_row, by_expert), by_row)
     return run(x, chosen, weights.astype(x.dtype), kernels)
 
 
