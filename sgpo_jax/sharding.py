@@ -25,6 +25,9 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"head/kernel$", P("fsdp", "tensor")),
     (r"layers/(q|k|v|gate|up)/kernel$", P(None, "fsdp", "tensor")),
     (r"layers/(o|down)/kernel$", P(None, "tensor", "fsdp")),
+    (r"layers/experts_(gate|up)/kernel$", P(None, "tensor", "fsdp", None)),
+    (r"layers/experts_down/kernel$", P(None, "tensor", None, "fsdp")),
+    (r"layers/router/weight$", P()),
     (r"layers/(q|k|v)/bias$", P(None, "tensor")),
     (r"(^|/)\w*norm/scale$", P()),
 )

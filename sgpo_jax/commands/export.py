@@ -29,6 +29,8 @@ def run(config, workdir: Path, from_stage: str, folder: Path, dtype: str, adapte
     policy, lora = run.policy, run.policy.lora
     if adapters and lora is None:
         raise ValueError(f"--adapters: workdir={str(workdir)!r} has a run without adapters (config.lora.rank=0)")
+    if adapters:
+        peft.refuse_fused(policy.config)
     step = stage.find_step(config, workdir, from_stage, "best")
     if step is None:
         raise ValueError(f"workdir={str(workdir)!r}: there is no checkpoint of stage {from_stage!r}")

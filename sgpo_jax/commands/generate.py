@@ -160,11 +160,11 @@ def main(config: ConfigDict, given: Any) -> None:
     run, initial = stage.open_run(config, place[0] if place else Path(), mesh, seed)
     policy = run.policy
     longest = max(map(len, encode_prompts(policy, [{"strategy": None, **row} for row in rows], guided)))
-    room = policy.config.max_positions - longest
+    room = policy.config.reach - longest
     limit = given.max_new_tokens or min(config.eval.max_new_tokens, TOKENS, max(room, 1))
     if limit > room:
         raise ValueError(
-            f"--max_new_tokens={limit}: the model has {policy.config.max_positions} positions, and the longest prompt "
+            f"--max_new_tokens={limit}: the model has {policy.config.reach} positions, and the longest prompt "
             f"takes {longest}; must be at most {room}"
         )
     params = stage.weights_at(run, *place[1:]) if place else stage.weights(run, initial())

@@ -1,11 +1,12 @@
 """Language models: one decoder as functions of arrays, and its parameters read from and written to checkpoints."""
 
-from sgpo_jax.models.config import ModelConfig, RopeScaling
+from sgpo_jax.models.config import ModelConfig
 from sgpo_jax.models.decoder import (
     REMAT,
     Cache,
     apply,
     decode,
+    expert_load,
     for_decoding,
     head,
     head_weight,
@@ -14,14 +15,19 @@ from sgpo_jax.models.decoder import (
     other_rows,
     positions_of,
 )
+from sgpo_jax.models.rotary import LinearScaling, LongRope, RopeScaling, YarnScaling
 
 __all__ = [
     "Cache",
+    "LinearScaling",
+    "LongRope",
     "ModelConfig",
     "REMAT",
     "RopeScaling",
+    "YarnScaling",
     "apply",
     "decode",
+    "expert_load",
     "for_decoding",
     "head",
     "head_weight",

@@ -22,11 +22,13 @@ PAGES_PER_BLOCK = 4  # pages of LANES tokens that paged attention reads at once
 
 
 def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, interpret: bool = False
-) -> jax.Array:
+    query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, interpret: bool = False,
+    window: int | None = None,
+) -> jax.Array:  # fmt: skip
     """Computes `attention.attend` with the splash kernel, which skips blocks above the diagonal.
 
-    `interpret` runs it anywhere.
+    With a window a token sees the last `window` tokens only, and blocks before them are skipped too. `interpret` runs
+    the kernel anywhere.
     """
     batch, length, heads, size = query.shape
     block = min(SPLASH_BLOCK, -(-length // LANES) * LANES)
@@ -37,7 +39,7 @@ def attend(
     segments = jnp.pad(segments, ((0, 0), (0, padding)))
 
     def local(query, key, value, segments):
-        kernel = _splash_kernel(query.shape[1], length + padding, block, interpret)
+        kernel = _splash_kernel(query.shape[1], length + padding, block, interpret, window)
         ids = splash_attention_kernel.SegmentIds(segments, segments)
         return jax.vmap(kernel)(query, key, value, ids)
 
@@ -89,8 +91,12 @@ def attend_cache(query: jax.Array, keys: jax.Array, values: jax.Array, layer: An
     return run(query, keys, values, jnp.asarray(layer, jnp.int32), lengths).reshape(batch, heads * size)
 
 
-def _splash_kernel(heads: int, length: int, block: int, interpret: bool) -> Callable:
-    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * heads)
+def _splash_kernel(heads: int, length: int, block: int, interpret: bool, window: int | None) -> Callable:
+    shape = length, length
+    causal = splash_attention_mask.CausalMask(shape)
+    # A local mask has the numbers of keys before and after the query's own.
+    seen = causal if window is None else splash_attention_mask.LocalMask(shape, (window - 1, 0), 0)
+    mask = splash_attention_mask.MultiHeadMask([seen] * heads)
     sizes = splash_attention_kernel.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
         block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,

@@ -1,4 +1,4 @@
-"""Defines one decoder-only transformer for Qwen2/2.5, Qwen3, Llama 3.x and SmolLM2; ModelConfig switches its parts.
+"""Defines one decoder-only transformer for all families of `families.FAMILIES`; ModelConfig switches its parts.
 
 Axis key: B batch, T tokens, S cache length, D hidden, H query heads, K key/value heads, N head size, L layers.
 """
@@ -9,16 +9,18 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from sgpo_jax.models.attention import SAVED, append, attend, attend_cache, cache_shape
+from sgpo_jax.models import experts, rotary
+from sgpo_jax.models.attention import SAVED, append, cache_shape
 from sgpo_jax.models.config import ModelConfig
-from sgpo_jax.sharding import BATCH, constrain, dividing, exact_products, platform, spec_for
+from sgpo_jax.models.products import dot_in_blocks
+from sgpo_jax.models.windows import attend, attend_cache
+from sgpo_jax.sharding import BATCH, constrain, dividing, exact_products, fit_spec, platform, spec_for
 
 Cache = dict[str, jax.Array]
 
-BLOCK = 128  # terms of a float32 product that a CPU sums in one chain
+ACTIVATIONS: dict[str, Any] = {"silu": nn.silu, "gelu_pytorch_tanh": nn.gelu}
 
 # What a layer keeps for its backward pass besides its input. The backward pass computes the rest again.
 REMAT: dict[str, Any] = {
@@ -29,57 +31,36 @@ REMAT: dict[str, Any] = {
 }
 
 
-def rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """Returns the frequencies of the rotary embedding `[N/2]` in radians per position, with "llama3" scaling if set."""
-    # Rounded to float32 where transformers rounds: the last bit of a frequency is visible at position 10,000.
-    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
-    frequency = 1 / (config.rope_theta ** exponent.astype(np.float64)).astype(np.float32)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequency
-    # Long wavelengths are multiplied by `factor`, short ones are kept, and those between are interpolated.
-    wavelength = 2 * np.pi * (1 / frequency)
-    rotations = scaling.original_max_positions * (1 / wavelength)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = np.clip((rotations - low) / (high - low), 0.0, 1.0)
-    return (1 - keep) * frequency / scaling.factor + keep * frequency
+def rotate(x: jax.Array, angle: jax.Array, factor: Any = None) -> jax.Array:
+    """Applies the rotary position embedding to x `[B,T,heads,N]`, times a factor.
 
-
-def rotate(x: jax.Array, angle: jax.Array) -> jax.Array:
-    """Applies the rotary position embedding to x `[B,T,heads,N]`; angle `[B,T,N/2]` is in radians."""
-    cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def dot_in_blocks(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Multiplies `[...,D]` by `[D,F]`; on CPU, a long float32 sum is split into blocks of about BLOCK terms.
-
-    XLA's CPU product adds up all of D in one chain, whose rounding error is twice that of torch. Where residuals reach
-    25,000, as in SmolLM2, the logits show it. Other types round the result so coarsely that the order does not matter.
+    angle `[B,T,M/2]` is in radians; of the features of a head the first M are rotated.
     """
-    if x.dtype != jnp.float32 or x.shape[-1] <= 4 * BLOCK or platform() != "cpu":
-        return x @ kernel
-    return _in_blocks(x, kernel)
+    cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+    if factor is not None:
+        cos, sin = cos * factor, sin * factor
+    rotated = 2 * angle.shape[-1]
+    first, second = jnp.split((x if rotated == x.shape[-1] else x[..., :rotated]).astype(jnp.float32), 2, axis=-1)
+    out = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return out if rotated == x.shape[-1] else jnp.concatenate([out, x[..., rotated:]], axis=-1)
 
 
-@jax.custom_vjp
-def _in_blocks(x, kernel):
-    edges = np.linspace(0, x.shape[-1], -(-x.shape[-1] // BLOCK) + 1).astype(int)[1:-1].tolist()
-    sums = [a @ b for a, b in zip(jnp.split(x, edges, axis=-1), jnp.split(kernel, edges), strict=True)]
-    while len(sums) > 1:
-        sums = [sums[i] if i + 1 == len(sums) else sums[i] + sums[i + 1] for i in range(0, len(sums), 2)]
-    return sums[0]
+class OffsetNorm(nn.Module):
+    """The RMS norm that multiplies by 1 + scale."""
+
+    epsilon: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.zeros_init(), (x.shape[-1],))
+        normed = nn.RMSNorm(epsilon=self.epsilon, dtype=jnp.promote_types(jnp.float32, self.dtype), use_scale=False)(x)
+        return (normed * (1 + scale)).astype(self.dtype)
 
 
-def _in_blocks_backward(saved, gradient):
-    # Automatic differentiation would make a product of every block, and none would have a shorter sum than these two.
-    x, kernel = saved
-    d_kernel = x.reshape(-1, x.shape[-1]).T @ gradient.reshape(-1, gradient.shape[-1])
-    return gradient @ kernel.T, d_kernel
-
-
-_in_blocks.defvjp(lambda x, kernel: (_in_blocks(x, kernel), (x, kernel)), _in_blocks_backward)
+def make_norm(config: ModelConfig, dtype: Any, name: str) -> nn.Module:
+    """Returns a norm of the family."""
+    return (OffsetNorm if config.family.norm_offset else nn.RMSNorm)(epsilon=config.norm_eps, dtype=dtype, name=name)
 
 
 def other_rows(split: tuple[str, ...]) -> tuple[str, ...]:
@@ -88,7 +69,7 @@ def other_rows(split: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class Block(nn.Module):
-    """A layer: pre-norm attention and a gated MLP.
+    """A layer: attention and a gated MLP, with norms before or after each, or both.
 
     The carry is the residual stream and, when there is a cache, its keys and values of all layers.
     """
@@ -99,7 +80,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, carry, layer, angle, segments, lengths, stacks):
-        config, dtype = self.config, self.dtype
+        config, dtype, family = self.config, self.dtype, self.config.family
         x, keys, values = carry
         batch, length = x.shape[:2]
         # In training the tensor axis splits the residual stream by token. A single decoded token is not divisible.
@@ -135,8 +116,7 @@ class Block(nn.Module):
             biases = [self.get_variable("params", name)["bias"].astype(dtype) if bias else 0 for name in names]
             return [(out + bias)[:, None] for out, bias in zip(outs, biases, strict=True)]
 
-        def norm(name):
-            return nn.RMSNorm(epsilon=config.norm_eps, dtype=dtype, name=name)
+        norm = partial(make_norm, config, dtype)
 
         def spread(x, size=1):
             """Moves rows `[B,1,D]`, or features of weights `size` wide, to the devices that split the weights."""
@@ -144,19 +124,37 @@ class Block(nn.Module):
                 return x
             return constrain(x, other_rows(self.split), None, dividing(size, self.split))
 
-        def by_head(out):
-            size = out.shape[-1]
-            return constrain(spread(out, size), BATCH, None, "tensor").reshape(batch, length, -1, config.head_dim)
+        def by_head(name, out):
+            out = constrain(spread(out, out.shape[-1]), BATCH, None, "tensor")
+            if family.whole_qk_norm and name != "v":
+                out = norm(f"{name}_norm")(out)
+            return out.reshape(batch, length, -1, config.head_dim)
 
-        h = spread(norm("attn_norm")(x))
-        sizes = (count * config.head_dim for count in (config.num_heads, config.num_kv_heads, config.num_kv_heads))
-        projected = project(h, config.qkv_bias, **dict(zip("qkv", sizes, strict=True)))
-        query, key, value = map(by_head, projected)
-        if config.qk_norm:
+        def before(name):
+            """Returns what a part of the layer reads."""
+            return spread(norm(name)(x) if family.pre_norm else x)
+
+        def after(name, out):
+            """Returns what a part of the layer adds to the residual stream."""
+            return norm(name)(constrain(out, *residual)) if family.post_norm else out
+
+        slides = config.sliding or (False,)
+        sliding = slides[0] if len(set(slides)) == 1 else jnp.asarray(slides)[layer]
+        h = before("attn_norm")
+        counts = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
+        sizes = {name: count * config.head_dim for name, count in counts.items()}
+        query, key, value = map(by_head, sizes, project(h, config.qkv_bias, **sizes))
+        if config.qk_norm and not family.whole_qk_norm:
             query, key = norm("q_norm")(query), norm("k_norm")(key)
-        query, key = rotate(query, angle), rotate(key, angle)
+        if config.query_scalar not in (None, config.head_dim):
+            query = query * (config.head_dim / config.query_scalar) ** 0.5  # `attend` divides by the root of head_dim
+        factor = rotary.factor(config.rope_scaling)
+        if config.sliding_rope_theta is not None:
+            angle = jnp.where(sliding, angle[1], angle[0])
+            factor = None if factor is None else jnp.where(sliding, 1.0, factor)
+        query, key = rotate(query, angle, factor), rotate(key, angle, factor)
         if lengths is None:
-            attention = attend(query, key, value, segments)
+            attention = attend(query, key, value, segments, config.window, sliding)
             if keys is not None:
                 # The scan carries the cache and writes it in place: stacking the layers' outputs would copy it.
                 keys, values = (
@@ -166,20 +164,51 @@ class Block(nn.Module):
         else:
             keys, values = append(keys, key[:, 0], layer, lengths), append(values, value[:, 0], layer, lengths)
             reached = jnp.where(segments[:, 0] > 0, lengths + 1, 1)  # of a row that is not decoded nothing is read
-            attention = attend_cache(query[:, 0], keys, values, layer, reached)[:, None]
+            attention = attend_cache(query[:, 0], keys, values, layer, reached, config.window, sliding)[:, None]
         attention = checkpoint_name(constrain(attention, BATCH, None, "tensor"), SAVED)
         attention = spread(attention, attention.shape[-1])
-        (attention,) = project(attention, o=config.hidden_size)
-        x = constrain(x + attention, *residual)
+        (out,) = project(attention, o=config.hidden_size)
+        x = constrain(x + after("attn_post_norm", out), *residual)
 
-        h = spread(norm("mlp_norm")(x))
-        gate, up = project(h, gate=config.mlp_size, up=config.mlp_size)
-        gated = nn.silu(gate) * up
-        # Without this, the partitioner gathers the MLP and all-reduces full-width weight gradients.
-        gated = constrain(gated, BATCH, None, "tensor") if len(self.split) == 1 else spread(gated, config.mlp_size)
-        (mlp,) = project(gated, down=config.hidden_size)
-        x = constrain(x + mlp, *residual)
+        h = before("mlp_norm")
+        if config.experts:
+            out = self.mixture(h, segments)
+        else:
+            gate, up = project(h, gate=config.mlp_size, up=config.mlp_size)
+            gated = ACTIVATIONS[family.activation](gate) * up
+            # Without this, the partitioner gathers the MLP and all-reduces full-width weight gradients.
+            gated = constrain(gated, BATCH, None, "tensor") if len(self.split) == 1 else spread(gated, config.mlp_size)
+            (out,) = project(gated, down=config.hidden_size)
+        x = constrain(x + after("mlp_post_norm", out), *residual)
         return (x, keys, values), None
+
+    def mixture(self, h, segments):
+        """Returns what the experts of each token make of it, and counts the tokens of each expert."""
+        config, count = self.config, self.config.experts
+        sizes = (count, config.hidden_size, config.mlp_size)
+        kernels = []
+        for name, shape in (("gate", sizes), ("up", sizes), ("down", (count, config.mlp_size, config.hidden_size))):
+            _, *spec = spec_for(f"layers/experts_{name}/kernel", (config.num_layers, *shape))
+            init = nn.initializers.lecun_normal(batch_axis=0)
+            kernels.append(constrain(Weight("kernel", shape, init, name=f"experts_{name}")().astype(self.dtype), *spec))
+        router = Weight("weight", (count, config.hidden_size), nn.initializers.normal(0.02), name="router")()
+        chosen, weights = experts.route(h, router, config.experts_per_token, config.normalize_experts)
+        real = jnp.broadcast_to((segments != 0)[..., None], chosen.shape)
+        self.sow("load", "tokens", jnp.zeros(count, jnp.int32).at[chosen].add(real.astype(jnp.int32)))
+        (rows,) = fit_spec((len(h),), (BATCH if len(self.split) == 1 else other_rows(self.split),))
+        return experts.mix(h, chosen, weights, experts.Kernels(*kernels), rows, dividing(count, self.split))
+
+
+class Weight(nn.Module):
+    """A parameter under a name of its own."""
+
+    leaf: str
+    shape: tuple[int, ...]
+    init: Any
+
+    @nn.compact
+    def __call__(self):
+        return self.param(self.leaf, self.init, self.shape)
 
 
 class Decoder(nn.Module):
@@ -195,8 +224,17 @@ class Decoder(nn.Module):
         config = self.config
         embed = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype, name="embed")
         x = embed(constrain(tokens, other_rows(self.split), None)) if len(self.split) > 1 else embed(tokens)
+        if config.family.scaled_embedding:
+            x = x * jnp.asarray(config.hidden_size**0.5, x.dtype)
         x = constrain(x, BATCH, None, None)
-        angle = constrain(positions[..., None] * jnp.asarray(rope_frequencies(config)), BATCH, None, None)
+
+        def angles(theta, scaling):
+            frequencies = jnp.asarray(rotary.frequencies(theta, config.rotary_size, scaling))
+            return constrain(positions[..., None] * frequencies, BATCH, None, None)
+
+        angle = angles(config.rope_theta, config.rope_scaling)
+        if config.sliding_rope_theta is not None:
+            angle = angle, angles(config.sliding_rope_theta, None)
         keys, values = (None, None) if cache is None else (cache["key"], cache["value"])
         decoding = cache is not None and tokens.shape[1] == 1
         lengths = constrain(cache["length"], BATCH) if decoding else None
@@ -204,7 +242,7 @@ class Decoder(nn.Module):
         block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
         layers = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "load": 0},
             split_rngs={"params": True},
             in_axes=(0, *[nn.broadcast] * 4),
             length=config.num_layers,
@@ -213,7 +251,7 @@ class Decoder(nn.Module):
         (x, keys, values), _ = layers((x, keys, values), layer, angle, mask.astype(jnp.int32), lengths, stacks)
         if cache is not None:
             cache = {"key": keys, "value": values, "length": cache["length"] + mask.sum(axis=1, dtype=jnp.int32)}
-        hidden = nn.RMSNorm(epsilon=config.norm_eps, dtype=self.dtype, name="norm")(x)
+        hidden = make_norm(config, self.dtype, "norm")(x)
         if not config.tie_embeddings and self.is_initializing():
             nn.Dense(config.vocab_size, use_bias=False, name="head")(hidden[:, :1])
         return hidden, cache
@@ -263,6 +301,26 @@ def apply(
     module = Decoder(config, dtype, remat)
     with exact_products(dtype):
         return module.apply({"params": params}, tokens, positions, mask, cache, {})  # type: ignore[return-value]
+
+
+def expert_load(
+    params: dict[str, Any],
+    config: ModelConfig,
+    tokens: jax.Array,
+    positions: jax.Array,
+    mask: jax.Array,
+    *,
+    dtype: Any = jnp.float32,
+) -> jax.Array:
+    """Counts the tokens that each expert of each layer takes, `[L,E]` int32; padding is not counted.
+
+    Args:
+      params, config, tokens, positions, mask, dtype: as in `apply`.
+    """
+    module = Decoder(config, dtype, "none")
+    with exact_products(dtype):
+        _, counted = module.apply({"params": params}, tokens, positions, mask, None, {}, mutable=["load"])
+    return counted["load"]["layers"]["tokens"][0]
 
 
 def decode(

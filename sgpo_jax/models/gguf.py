@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sgpo_jax.models.config import ModelConfig, RopeScaling
-from sgpo_jax.models.decoder import rope_frequencies
+from sgpo_jax.models.config import ModelConfig
 from sgpo_jax.models.huggingface import assemble
+from sgpo_jax.models.rotary import RopeScaling, frequencies
 from sgpo_jax.models.sharded_io import StoredTensor
 
 # Stem of a GGUF tensor name, without layer and suffix: stem of the Hugging Face name.
@@ -277,7 +277,8 @@ def _config(reader: Any, tensors: dict[str, Any], factors: Any) -> ModelConfig:
             original_max_positions=8192,
         ),
     )
-    expected = rope_frequencies(config) / rope_frequencies(scaled)
+    theta, size = config.rope_theta, config.head_dim
+    expected = frequencies(theta, size, None) / frequencies(theta, size, scaled.rope_scaling)
     if factors.data.shape != expected.shape or not np.allclose(factors.data, expected, rtol=1e-4):
         raise ValueError(f"tensor {_ROPE_FACTORS} is not the rotary scaling of Llama 3; no other is supported")
     return scaled

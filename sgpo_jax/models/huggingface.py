@@ -102,7 +102,7 @@ def assemble(
         ValueError: a tensor is missing, unknown, misshapen or of another dtype; the message names it.
     """
     names = set(names)
-    if config.num_layers > len(names):  # a damaged number could be too large to list the layers
+    if config.num_layers * max(config.experts, 1) > len(names):  # a damaged number could be too large to list all
         raise ValueError(f"num_hidden_layers is {config.num_layers}; the checkpoint has {len(names)} tensors in all")
     layout = table.layout(config)
     unknown = {name for name in names - layout.keys() if not name.endswith(_IGNORED)}
@@ -123,15 +123,16 @@ def assemble(
     else:
         leaf_dtype = _checked_dtype("dtype", dtype)
     tensors: dict[str, dict[table.Slot, StoredTensor]] = {}
-    for name, slot in layout.items():
+    for name, place in layout.items():
         tensor = get_tensor(name)
-        if tensor.shape != slot.shape:
-            raise ValueError(f"tensor {name} has shape {tensor.shape}; the config asks for {slot.shape}")
+        if tensor.shape != place.shape:
+            raise ValueError(f"tensor {name} has shape {tensor.shape}; the config asks for {place.shape}")
         if dtype is None and tensor.dtype != leaf_dtype:
             raise ValueError(
                 f"tensor {name} is {tensor.dtype} where others are {leaf_dtype}; give a dtype to convert all to"
             )
-        tensors.setdefault(slot.path, {})[slot] = tensor
+        for slot in place.slots:
+            tensors.setdefault(slot.path, {})[slot] = tensor
     tree = table.shapes(config)
     shapes = flatten_dict(tree, sep="/")
     shardings = flatten_dict(sharding.tree_shardings(tree, mesh or _one_device()), sep="/")
@@ -186,7 +187,7 @@ def save(
         for path, leaf in leaves.items()
     }
     ids = special_ids(tokenizer, stop_ids, config.vocab_size)
-    num_bytes = {name: math.prod(slot.shape) * dtypes[slot.path].itemsize for name, slot in layout.items()}
+    num_bytes = {name: math.prod(place.shape) * _dtype(place, dtypes).itemsize for name, place in layout.items()}
     shards = _shards(num_bytes, shard_bytes)
     leaves = {path: _on_mesh(path, leaf) for path, leaf in leaves.items()}
 
@@ -195,10 +196,10 @@ def save(
         _run_on_first(partial(_make_anew, unfinished))
         for file, names in shards.items():
             # The order of safetensors' own writer: wider numbers first, so that all are aligned.
-            names.sort(key=lambda name: (-dtypes[layout[name].path].itemsize, name))
-            slots = {name: layout[name] for name in names}
-            rows = sharded_io.blocks(leaves, slots)
-            _run_on_first(partial(sharded_io.write, unfinished / file, slots, dtypes, rows), rows)
+            names.sort(key=lambda name: (-_dtype(layout[name], dtypes).itemsize, name))
+            places = {name: layout[name] for name in names}
+            rows = sharded_io.blocks(leaves, places)
+            _run_on_first(partial(sharded_io.write, unfinished / file, places, dtypes, rows), rows)
         documents = {"generation_config.json": ids}
         documents["config.json"] = {**to_hf(config), **ids, "torch_dtype": dtypes["embed/embedding"].name}
         if len(shards) > 1:
@@ -209,6 +210,10 @@ def save(
         if is_first():
             shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def _dtype(place: table.Tensor, dtypes: dict[str, np.dtype]) -> np.dtype:
+    return dtypes[place.slots[0].path]
 
 
 def _run_on_first(action: Callable[[], None], rest: Iterable[Any] = ()) -> None:

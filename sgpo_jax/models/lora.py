@@ -53,7 +53,12 @@ def kernels(config: ModelConfig, targets: str = ".*") -> dict[str, tuple[int, ..
       ValueError: the rule names none of them.
     """
     shapes = flatten_dict(table.shapes(config)["layers"], sep="/")
-    found = {path.removesuffix("/kernel"): leaf.shape for path, leaf in shapes.items() if path.endswith("/kernel")}
+    # Experts have a kernel each, for which peft has no adapters that transformers 4 knows.
+    found = {
+        path.removesuffix("/kernel"): leaf.shape
+        for path, leaf in shapes.items()
+        if path.endswith("/kernel") and leaf.ndim == 3
+    }
     chosen = {name: shape for name, shape in found.items() if re.fullmatch(targets, name)}
     if not chosen:
         raise ValueError(

@@ -50,6 +50,7 @@ def check(folder: str | Path, config: ModelConfig, lora: Lora) -> None:
     for name, value in found.items():
         if value != getattr(lora, name):
             raise ValueError(f"config.lora.{name}={getattr(lora, name)!r}: must be {value!r}, as in {folder / CONFIG}")
+    refuse_fused(config)
     wanted = _layout(config, lora)
     try:
         with safe_open(folder / WEIGHTS, framework="np") as file:
@@ -101,6 +102,15 @@ def save(folder: str | Path, adapters: Adapters, lora: Lora, source: str) -> Non
         "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True, "inference_mode": True,
     }  # fmt: skip
     write_text(folder / CONFIG, json.dumps(content, indent=2) + "\n")
+
+
+def refuse_fused(config: ModelConfig) -> None:
+    """Raises ValueError where peft has one pair of factors for several of our kernels."""
+    if config.family.fused:
+        raise ValueError(
+            f"a folder of peft for {config.architecture} has one adapter for query, key and value, and one for gate "
+            "and up; here each has its own: export the merged model, without --adapters"
+        )
 
 
 def _name(kernel: str, factor: str, layer: int) -> str:

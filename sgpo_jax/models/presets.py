@@ -39,6 +39,43 @@ def _smollm2(*sizes: int, theta: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _mistral(*sizes: int, head_dim: int, vocab: int, theta: float, window: int | None, longest: int) -> dict[str, Any]:
+    return dict(zip(_SIZES, sizes, strict=True)) | {
+        "architectures": ["MistralForCausalLM"], "head_dim": head_dim, "vocab_size": vocab, "sliding_window": window,
+        "rope_theta": theta, "rms_norm_eps": 1e-5, "max_position_embeddings": longest,
+    }  # fmt: skip
+
+
+def _olmo(*sizes: int, vocab: int, longest: int, **more: Any) -> dict[str, Any]:
+    return dict(zip(_SIZES, sizes, strict=True)) | {
+        "architectures": ["Olmo2ForCausalLM"], "vocab_size": vocab, "rope_theta": 5e5, "rms_norm_eps": 1e-6,
+        "max_position_embeddings": longest,
+    } | more  # fmt: skip
+
+
+_OLMO3 = {
+    "architectures": ["Olmo3ForCausalLM"], "sliding_window": 4096,
+    "rope_scaling": {
+        "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192,
+        "attention_factor": 1.2079441541679836, "beta_fast": 32, "beta_slow": 1,
+    },
+}  # fmt: skip
+
+
+def _gemma3(*sizes: int, vocab: int, window: int, longest: int, scaling: dict | None = None) -> dict[str, Any]:
+    return dict(zip(_SIZES, sizes, strict=True)) | {
+        "architectures": ["Gemma3ForCausalLM"], "head_dim": 256, "vocab_size": vocab, "sliding_window": window,
+        "rope_theta": 1e6, "rope_scaling": scaling, "rms_norm_eps": 1e-6, "max_position_embeddings": longest,
+    }  # fmt: skip
+
+
+def _phi(*sizes: int, vocab: int, tied: bool, theta: float, longest: int, **more: Any) -> dict[str, Any]:
+    return dict(zip(_SIZES, sizes, strict=True)) | {
+        "architectures": ["Phi3ForCausalLM"], "vocab_size": vocab, "tie_word_embeddings": tied, "rope_theta": theta,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": longest,
+    } | more  # fmt: skip
+
+
 # Hub id -> the fields of its config.json that the decoder reads; the sizes are in the order of _SIZES.
 KNOWN: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-0.5B-Instruct": _qwen2(896, 24, 14, 2, 4864, vocab=151936, tied=True),
@@ -49,13 +86,42 @@ KNOWN: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-1.7B": _qwen3(2048, 28, 16, 8, 6144, tied=True),
     "Qwen/Qwen3-4B": _qwen3(2560, 36, 32, 8, 9728, tied=True),
     "Qwen/Qwen3-8B": _qwen3(4096, 36, 32, 8, 12288, tied=False),
+    "Qwen/Qwen3-30B-A3B": _qwen3(2048, 48, 32, 4, 6144, tied=False)
+    | {
+        "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+        "moe_intermediate_size": 768,
+    },
     "meta-llama/Llama-3.1-8B-Instruct": _llama3(4096, 32, 32, 8, 14336, tied=False, factor=8.0),
     "meta-llama/Llama-3.2-1B-Instruct": _llama3(2048, 16, 32, 8, 8192, tied=True, factor=32.0),
     "meta-llama/Llama-3.2-3B-Instruct": _llama3(3072, 28, 24, 8, 8192, tied=True, factor=32.0),
     "HuggingFaceTB/SmolLM2-135M-Instruct": _smollm2(576, 30, 9, 3, 1536, theta=1e5),
     "HuggingFaceTB/SmolLM2-360M-Instruct": _smollm2(960, 32, 15, 5, 2560, theta=1e5),
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": _smollm2(2048, 24, 32, 32, 8192, theta=1.3e5),
-}
+    "allenai/OLMo-2-0425-1B-Instruct": _olmo(2048, 16, 16, 16, 8192, vocab=100352, longest=4096),
+    "allenai/OLMo-2-1124-7B-Instruct": _olmo(4096, 32, 32, 32, 11008, vocab=100352, longest=4096),
+    "allenai/Olmo-3-7B-Instruct": _olmo(4096, 32, 32, 32, 11008, vocab=100278, longest=65536, **_OLMO3),
+    "google/gemma-3-270m-it": _gemma3(640, 18, 4, 1, 2048, vocab=262144, window=512, longest=32768),
+    "google/gemma-3-1b-it": _gemma3(1152, 26, 4, 1, 6912, vocab=262144, window=512, longest=32768),
+    # Its text part.
+    "google/gemma-3-4b-it": _gemma3(
+        2560, 34, 8, 4, 10240, vocab=262208, window=1024, longest=131072,
+        scaling={"rope_type": "linear", "factor": 8.0},
+    ),
+    # Without its rotary factors, on which no plan depends, and so with the positions that it has without them.
+    "microsoft/Phi-4-mini-instruct": _phi(
+        3072, 32, 24, 8, 8192, vocab=200064, tied=True, theta=1e4, longest=4096, partial_rotary_factor=0.75
+    ),
+    "microsoft/phi-4": _phi(5120, 40, 40, 10, 17920, vocab=100352, tied=False, theta=2.5e5, longest=16384),
+    "mistralai/Mistral-7B-v0.1": _mistral(
+        4096, 32, 32, 8, 14336, head_dim=128, vocab=32000, theta=1e4, window=4096, longest=32768
+    ),
+    "mistralai/Mistral-7B-Instruct-v0.3": _mistral(
+        4096, 32, 32, 8, 14336, head_dim=128, vocab=32768, theta=1e6, window=None, longest=32768
+    ),
+    "mistralai/Mistral-Nemo-Instruct-2407": _mistral(
+        5120, 40, 32, 8, 14336, head_dim=128, vocab=131072, theta=1e6, window=None, longest=1024000
+    ),
+}  # fmt: skip
 
 
 def shape(source: str) -> ModelConfig | None:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sgpo_jax.models.param_mapping import Slot
+from sgpo_jax.models.param_mapping import Slot, Tensor
 from sgpo_jax.runtime.files import replacing
 
 BLOCK = 2**20  # elements; a block has whole rows, at least one
@@ -52,11 +52,14 @@ def read(
     for slot, tensor in tensors.items():
         stored = tensor.open()
         for bounds, part in parts.items():
-            if slot.layer is not None:
-                part, bounds = part[slot.layer], bounds[1:]
+            if not all(start <= i < stop for i, (start, stop) in zip(slot.at, bounds, strict=False)):
+                continue  # on other devices
+            part = part[tuple(i - start for i, (start, _) in zip(slot.at, bounds, strict=False))]
+            bounds = bounds[len(slot.at) :]
             if slot.transposed:
                 part, bounds = part.T, bounds[::-1]
             (first, _), *others = bounds
+            first += slot.first
             columns = [slice(*ends) for ends in others]
             size = _rows(part.shape)
             for row in range(0, len(part), size):
@@ -75,21 +78,22 @@ def equal(left: StoredTensor, right: StoredTensor) -> bool:
     return all(np.array_equal(left_array[block], right_array[block]) for block in rows)
 
 
-def blocks(leaves: Mapping[str, jax.Array], slots: Mapping[str, Slot]) -> Iterator[tuple[str, int, np.ndarray]]:
+def blocks(leaves: Mapping[str, jax.Array], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, int, np.ndarray]]:
     """Yields the blocks that make up the tensors: (name, first row, rows), in the checkpoint's orientation.
 
     Every block is gathered from the devices of all processes, so every process must take all of them.
 
     Args:
       leaves: arrays by path, each with a NamedSharding that leaves the layer axis whole.
-      slots: places of the tensors, by name.
+      tensors: places of the tensors, by name.
     """
-    for name, slot in slots.items():
+    for name, slot in ((name, slot) for name, tensor in tensors.items() for slot in tensor.slots):
         leaf = leaves[slot.path]
         axis = leaf.ndim - (1 if slot.transposed else len(slot.shape))
         starts, sizes = np.zeros(leaf.ndim, np.int32), list(leaf.sharding.shard_shape(leaf.shape))
-        if slot.layer is not None:
-            starts[0], sizes[0] = slot.layer, 1
+        owner = tuple(i // size for i, size in zip(slot.at, sizes, strict=False))  # among the parts of each axis
+        for dim, i in enumerate(slot.at):
+            starts[dim], sizes[dim] = i % sizes[dim], 1
         device_rows = sizes[axis]
         count = slot.shape[0] // device_rows
         size = sizes[axis] = _rows((device_rows, count, *slot.shape[1:]))
@@ -97,10 +101,10 @@ def blocks(leaves: Mapping[str, jax.Array], slots: Mapping[str, Slot]) -> Iterat
             row = starts[axis] = min(row, device_rows - size)  # the last block may repeat rows: all have one shape
             block = _gathered(leaf, starts, sizes=tuple(sizes), sharding=leaf.sharding)
             whole = np.asarray(block.addressable_data(0)).view(leaf.dtype)
-            whole = whole if slot.layer is None else whole[0]
+            whole = whole[owner]
             whole = whole.T if slot.transposed else whole
             for i in range(count):
-                yield name, i * device_rows + row, whole[i * size : (i + 1) * size]
+                yield name, slot.first + i * device_rows + row, whole[i * size : (i + 1) * size]
 
 
 @partial(jax.jit, static_argnames=("sizes", "sharding"))
@@ -122,13 +126,16 @@ def _gathered(leaf: jax.Array, starts: np.ndarray, *, sizes: tuple[int, ...], sh
 
 
 def write(
-    path: Path, slots: Mapping[str, Slot], dtypes: Mapping[str, np.dtype], rows: Iterable[tuple[str, int, np.ndarray]]
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    dtypes: Mapping[str, np.dtype],
+    rows: Iterable[tuple[str, int, np.ndarray]],
 ) -> None:
     """Writes a safetensors file, whole or not at all, with the same bytes as safetensors' own `save_file`.
 
     Args:
       path: path of the file.
-      slots: places of its tensors, by name, in their order in the file.
+      tensors: places of its tensors, by name, in their order in the file.
       dtypes: types of the tensors in the file, float32 or bfloat16, by path.
       rows: blocks as `blocks` yields them, in any order.
 
@@ -137,19 +144,19 @@ def write(
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, slot in slots.items():
-        dtype = dtypes[slot.path]
-        begin, end = end, end + math.prod(slot.shape) * dtype.itemsize
-        header[name] = {"dtype": _CODES[dtype.name], "shape": slot.shape, "data_offsets": [begin, end]}
+    for name, tensor in tensors.items():
+        dtype = dtypes[tensor.slots[0].path]
+        begin, end = end, end + math.prod(tensor.shape) * dtype.itemsize
+        header[name] = {"dtype": _CODES[dtype.name], "shape": tensor.shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     try:
         with replacing(path) as unfinished, unfinished.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name, row, block in rows:
-                slot, begin = slots[name], header[name]["data_offsets"][0]
-                data = np.ascontiguousarray(block, dtypes[slot.path])
-                file.seek(8 + len(text) + begin + row * math.prod(slot.shape[1:]) * data.itemsize)
+                tensor, begin = tensors[name], header[name]["data_offsets"][0]
+                data = np.ascontiguousarray(block, dtypes[tensor.slots[0].path])
+                file.seek(8 + len(text) + begin + row * math.prod(tensor.shape[1:]) * data.itemsize)
                 file.write(data.reshape(-1).view(np.uint8).data)
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error}") from error

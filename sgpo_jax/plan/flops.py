@@ -22,7 +22,7 @@ _SCALAR: dict[str, Callable] = {
 
 
 def matmul_flops(jaxpr: Any, scopes: Scopes) -> dict[str, float]:
-    """Returns phase -> FLOPs. The most expensive branch of a `cond` counts.
+    """Returns phase -> FLOPs. The most expensive branch of a `cond` counts, unless `scopes` has the branches' shares.
 
     Args:
         jaxpr: of a traced program, as in `jitted.trace(...).jaxpr`.
@@ -43,6 +43,9 @@ def _walk(jaxpr: Any, outer: str, scopes: Scopes, loops: dict[int, float]) -> di
         if name == "dot_general":
             total[scopes.phase(path)] += _product(equation)
             continue
+        if name == "ragged_dot_general":
+            total[scopes.phase(path)] += _grouped_product(equation)
+            continue
         inner, times = path, 1.0
         if name in ("scan", "while"):
             inner = f"{path}/while/body"
@@ -56,11 +59,13 @@ def _walk(jaxpr: Any, outer: str, scopes: Scopes, loops: dict[int, float]) -> di
         elif name == "jit":
             inner = f"{path}/jit({params['name']})"
         parts = [_walk(getattr(part, "jaxpr", part), inner, scopes, loops) for part in jaxprs_in_params(params)]
+        shares: tuple[float, ...] = (1.0,) * len(parts)
         if name == "cond":
-            parts = [max(parts, key=lambda part: sum(part.values()))]
-        for part in parts:
+            most = max(range(len(parts)), key=lambda branch: sum(parts[branch].values()))
+            shares = scopes.branch_shares(path) or tuple(float(branch == most) for branch in range(len(parts)))
+        for share, part in zip(shares, parts, strict=True):
             for phase, count in part.items():
-                total[phase] += times * count
+                total[phase] += times * share * count
     return total
 
 
@@ -71,13 +76,26 @@ def _product(equation: Any) -> float:
     return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
 
 
+def _grouped_product(equation: Any) -> float:
+    """Returns the FLOPs of a product whose rows have one matrix of a group each, as if all rows were in use."""
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    (contracted, _), _ = numbers.dot_dimension_numbers
+    left, right = (atom.aval.shape for atom in equation.invars[:2])
+    if numbers.rhs_group_dimensions:
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+    return 2.0 * math.prod(left) * right[-1]  # the gradient of the matrices: each row adds to one of them
+
+
 def _kernel_runs(grid: tuple[int, ...], path: str) -> float:
     """Returns how often the body of a Pallas kernel runs: once for each point of its grid.
 
-    A causal splash kernel has a square grid of query and key blocks, and skips the blocks above the diagonal.
+    A causal splash kernel has a square grid of query and key blocks, and skips the blocks above the diagonal. With a
+    window the grid is only as wide as the window, and the first rows of blocks, or the last, skip some too.
     """
-    share = (grid[-1] + 1) / (2 * grid[-1]) if "splash" in path else 1.0
-    return math.prod(grid) * share
+    if "splash" not in path:
+        return float(math.prod(grid))
+    width, rows = grid[-1], grid[-3 if "dkv" in path else -2]
+    return math.prod(grid) * sum(min(row + 1, width) for row in range(rows)) / (rows * width)
 
 
 def _kernel_loops(kernel: Any, grid_mapping: Any) -> dict[int, float]:

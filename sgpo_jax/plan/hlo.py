@@ -148,9 +148,11 @@ def executions(module: Module, scopes: Scopes) -> Iterator[Execution]:
                 yield from visit(Execution(op.called("body")[0], execution.times * trips, path))
                 yield from visit(Execution(op.called("condition")[0], execution.times * (trips + 1), path))
             elif op.kind in ("call", "async-start", "conditional"):
-                attributes = ("to_apply", "calls", "branch_computations", "true_computation", "false_computation")
-                for name in (name for attribute in attributes for name in op.called(attribute)):
-                    yield from visit(execution._replace(name=name))
+                attributes = ("to_apply", "calls", "branch_computations", "false_computation", "true_computation")
+                names = [name for attribute in attributes for name in op.called(attribute)]
+                shares = scopes.branch_shares(op.path or execution.path) if op.kind == "conditional" else None
+                for name, share in zip(names, shares or [1.0] * len(names), strict=True):
+                    yield from visit(execution._replace(name=name, times=execution.times * share))
 
     yield from visit(Execution(module.entry, 1.0, ""))
 

@@ -16,6 +16,7 @@ class Scopes(NamedTuple):
     trips: tuple[tuple[str, float], ...] = ()  # (pattern, trip count), for loops whose text does not state it
     reads: tuple[tuple[str, float], ...] = ()  # (pattern, bytes of HBM a call reads), for kernels that read in part
     entries: tuple[tuple[str, int], ...] = ()  # (pattern, n), for kernels that read one entry of each stack of n
+    branches: tuple[tuple[str, tuple[float, ...]], ...] = ()  # (pattern, share of each branch), for a `cond`
 
     def phase(self, path: str) -> str:
         """Returns the phase of the operation at `path`."""
@@ -39,3 +40,7 @@ class Scopes(NamedTuple):
     def stacked(self, path: str) -> int:
         """Returns the length of the stacks of which the kernel at `path` reads one entry each; 0 if it reads all."""
         return next((count for pattern, count in self.entries if re.search(pattern, path)), 0)
+
+    def branch_shares(self, path: str) -> tuple[float, ...] | None:
+        """Returns how often each branch of the `cond` at `path` runs when it runs once; None where none matches."""
+        return next((shares for pattern, shares in self.branches if re.search(pattern, path)), None)

@@ -19,7 +19,16 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from sgpo_jax import logprobs, sharding
-from sgpo_jax.models import ModelConfig, attention, attention_gpu, attention_tpu, huggingface, lora, presets
+from sgpo_jax.models import (
+    ModelConfig,
+    attention,
+    attention_gpu,
+    attention_tpu,
+    huggingface,
+    lora,
+    presets,
+    windows,
+)
 from sgpo_jax.models.lora import Lora
 from sgpo_jax.models.param_mapping import shapes as model_shapes
 from sgpo_jax.plan import workload
@@ -135,7 +144,8 @@ def _sft_programs(setup: _Setup) -> list[Program]:
     packed_specs = packing.specs(packed)
     batch = _shapes_on(mesh, (packed, tokens), (packed_specs, packed_specs.owner))
 
-    scopes = Scopes("optimizer", (("responses", "responses"),), _trips({"responses": packed}))
+    trips, branches = _trips({"responses": packed}), _branches(policy.config)
+    scopes = Scopes("optimizer", (("responses", "responses"),), trips, branches=branches)
     setting = _layer_inputs("sft.micro_batch", packed, policy, mesh)
     total = float(responses.sum())
     return [
@@ -181,7 +191,8 @@ def _rl_programs(setup: _Setup) -> list[Program]:
     parts |= {"old_logp": packed.autonomous, "reference_logp": packed.autonomous, "candidates": packed.candidates}
     parts |= {"target_kl": packed.targets, "autonomous": packed.autonomous, "guided": guided}
     parts |= {"targets": packed.targets}
-    scopes = Scopes("optimizer", tuple((name, name) for name in parts), _trips(parts))
+    phases = tuple((name, name) for name in parts)
+    scopes = Scopes("optimizer", phases, _trips(parts), branches=_branches(policy.config))
     setting = _layer_inputs("rl.micro_batch", packed.autonomous, policy, mesh)
     tokens = float(packed.lengths.sum() + (0 if packed.guided_lengths is None else packed.guided_lengths.sum()))
     planned_update = Program(
@@ -254,7 +265,7 @@ def _generation(
     heads = policy.config.num_kv_heads // split
     at_once = [kernels.tokens_at_once(decoding.width, heads, cache_slots) for decoding in stages]
     scopes = _decoding(stages, count // shards, at_once, 2 * heads * width * policy.dtype.itemsize)
-    scopes = scopes._replace(entries=(("layer_product", policy.config.num_layers),))
+    scopes = scopes._replace(entries=(("layer_product", policy.config.num_layers),), branches=_branches(policy.config))
     return Program(
         name, section, decoding_mesh(mesh, sampling.decode_ways), trace, scopes, resident,
         arguments=device_bytes((params, prompts)), calls=calls, tokens=float(responses.sum()), setting=setting,
@@ -278,6 +289,12 @@ def _decoding(stages: list[Stage], responses: int, at_once: list[int], token_byt
         trips += [(kernel, decoding.cached / decoding.width / tokens), (f"decode_{decoding.width}/while$", steps)]
         reads.append((kernel, decoding.cached * token_bytes))
     return Scopes("prefill", (("decode_", "decode"), ("refill", "refill")), tuple(trips), tuple(reads))
+
+
+def _branches(shape: ModelConfig) -> tuple[tuple[str, tuple[float, float]], ...]:
+    """Returns the shares of the layers that do not slide and of those that do, where there are both."""
+    share = sum(shape.sliding) / shape.num_layers
+    return ((windows.EITHER, (1 - share, share)),)
 
 
 def _layer_inputs(field: str, packed: Packed, policy: Policy, mesh: Mesh) -> Setting:

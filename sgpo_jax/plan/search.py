@@ -97,7 +97,7 @@ def meshes(
     """
     candidates = []
     for tensor in (2**i for i in range(len(devices).bit_length())):
-        if len(devices) % tensor or shape.num_heads % tensor or shape.num_kv_heads % tensor:
+        if len(devices) % tensor or shape.num_heads % tensor or shape.num_kv_heads % tensor or shape.experts % tensor:
             continue
         candidate = ConfigDict(config.to_dict())
         candidate.mesh.update({"data": 1, "fsdp": len(devices) // tensor, "tensor": tensor})

@@ -24,7 +24,7 @@ def check_limit(policy: Policy, prompts: Sequence[Sequence[int]], field: str, li
     """
     if not prompts:
         return
-    positions, lengths = policy.config.max_positions, [len(prompt) for prompt in prompts]
+    positions, lengths = policy.config.reach, [len(prompt) for prompt in prompts]
     shortest, longest = min(lengths), max(lengths)
     if shortest + limit > positions:
         room = positions - (longest if longest < positions else shortest)
@@ -53,7 +53,7 @@ def check_rows(policy: Policy, encoded: Mapping[str, tuple[Sequence[int], Sequen
     Raises:
       ValueError: a row is longer than the model's positions.
     """
-    positions = policy.config.max_positions
+    positions = policy.config.reach
     long = {id: parts for id, parts in encoded.items() if sum(map(len, parts)) > positions}
     if long:
         first, (prompt, response) = next(iter(long.items()))

@@ -326,10 +326,10 @@ def local(model: LocalModel, gather: float = 0.5) -> Ask:
         tokens = tokenizers.encode_turn(policy.tokenizer, request.prompt)
         if len(tokens) > model.max_prompt_tokens:
             raise TooLong(f"a prompt of {len(tokens)} tokens; at most {model.max_prompt_tokens} fit")
-        if model.max_prompt_tokens + request.max_tokens > policy.config.max_positions:
+        if model.max_prompt_tokens + request.max_tokens > policy.config.reach:
             raise Denied(
                 f"{model.max_prompt_tokens} tokens of prompt and {request.max_tokens} of reply: "
-                f"the model has {policy.config.max_positions} positions"
+                f"the model has {policy.config.reach} positions"
             )
         waiting[request.id] = request, tokens
         with lock:

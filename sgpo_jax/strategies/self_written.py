@@ -46,7 +46,7 @@ def write(run: Run, params: Any, rows: Sequence[dict], step: int) -> list[dict]:
     config, policy, mesh, seed = run.config, run.policy, run.mesh, run.config.seed
     tries, batch, reward = config.rl.self_tries, config.rl.batch, config.rl.reward
     # For a request, and for a problem with its strategy; each is followed by a response.
-    room = policy.config.max_positions - config.rl.max_new_tokens
+    room = policy.config.reach - config.rl.max_new_tokens
     max_prompt_tokens = min(config.data.max_prompt_tokens, room)
     bare = config.model.tokenizer == "arithmetic"  # the vocabulary of the embedded world has no words for a request
     sampling, path = memory.sampling(run, "rl", batch * tries, batch), run.workdir / "rl" / "strategies.jsonl"

@@ -21,6 +21,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN_ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
 def _fields(model_type, hidden_size, heads, kv_heads, head_dim=None, tied=False, **more):
@@ -54,7 +55,46 @@ CASES = {
     "llama3": _fields("llama", 64, 8, 2, rope_theta=5e5, rope_scaling=LLAMA3_ROPE),
     "llama3-tied": _fields("llama", 64, 2, 1, head_dim=64, tied=True, rope_theta=5e5, rope_scaling=LLAMA3_ROPE),
     "smollm2": _fields("llama", 72, 9, 3, tied=True, rope_theta=1e5, rms_norm_eps=1e-5, intermediate_size=541),
-}
+    "qwen2-yarn": _fields("qwen2", 60, 6, 2, head_dim=26, rope_theta=1e6, rope_scaling=YARN_ROPE),
+    "llama-linear-rope": _fields("llama", 36, 3, 1, rope_scaling={"rope_type": "linear", "factor": 2.5}),
+    "mistral": _fields("mistral", 40, 4, 2, head_dim=22, rope_theta=1e6, sliding_window=None),
+    "olmo2": _fields("olmo2", 48, 6, 2, rope_theta=5e5),
+    "olmo2-tied-narrow-heads": _fields("olmo2", 35, 5, 5, head_dim=6, tied=True, rms_norm_eps=1e-2),
+    "olmo3": _fields(
+        "olmo3", 44, 4, 2, head_dim=18, rope_theta=5e5, rope_scaling=YARN_ROPE, sliding_window=3, num_hidden_layers=5,
+    ),
+    "olmo3-two-bases": _fields(
+        "olmo3", 36, 3, 3, rope_theta=1e4, sliding_window=4, layer_types=["full_attention", *["sliding_attention"] * 2],
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+        },
+    ),
+    "gemma3": _fields(
+        "gemma3_text", 40, 4, 1, head_dim=14, tied=True, num_hidden_layers=7, rope_theta=5e5, sliding_window=3,
+        query_pre_attn_scalar=20,
+    ),
+    "gemma3-linear-rope": _fields(
+        "gemma3_text", 36, 3, 3, rope_theta=5e5, rope_local_base_freq=2e3, sliding_window=4, query_pre_attn_scalar=12,
+        rope_scaling={"rope_type": "linear", "factor": 8.0}, sliding_window_pattern=2, rms_norm_eps=1e-2,
+    ),
+    "phi3": _fields("phi3", 48, 6, 2, sliding_window=None, pad_token_id=0),
+    "phi3-longrope": _fields(
+        "phi3", 40, 4, 4, tied=True, sliding_window=5, partial_rotary_factor=0.6, max_position_embeddings=131072,
+        original_max_position_embeddings=32768, pad_token_id=0,
+        rope_scaling={"type": "longrope", "short_factor": [1.0, 1.25, 2.5], "long_factor": [2.0, 4.0, 8.0]},
+    ),
+    # torch multiplies experts only in sizes of 16 bytes.
+    "qwen3-moe": _fields(
+        "qwen3_moe", 40, 4, 2, head_dim=16, num_experts=7, num_experts_per_tok=3, moe_intermediate_size=28,
+        norm_topk_prob=True,
+    ),
+    "qwen3-moe-tied": _fields(
+        "qwen3_moe", 36, 3, 1, tied=True, num_experts=4, num_experts_per_tok=1, moe_intermediate_size=20,
+        rope_theta=1e6,
+    ),
+    "mistral-window": _fields("mistral", 42, 6, 3, head_dim=10, tied=True, sliding_window=4),
+}  # fmt: skip
 
 # Token ids, and the position of the first of them: the second sequence stands far beyond the positions that the llama3
 # cases call original.
@@ -83,6 +123,19 @@ def random_tensor(name, shape):
     return noise.astype(np.float32)
 
 
+def _parameter(name, shape):
+    """Returns a parameter of transformers' model; a checkpoint has a tensor for each of its experts."""
+    if ".experts." not in name:
+        return random_tensor(name, shape)
+    outer, joined = name.rsplit(".", 1)
+    count, rows, columns = shape
+    parts = ("gate_proj", "up_proj") if joined == "gate_up_proj" else (joined,)
+    size = rows // len(parts), columns
+    return np.stack(
+        [np.concatenate([random_tensor(f"{outer}.{i}.{part}.weight", size) for part in parts]) for i in range(count)]
+    )
+
+
 def torch_model(case, vocab_size=VOCABULARY):
     """Returns transformers' own model of a case, with the parameters of `random_tensor`."""
     import torch
@@ -93,7 +146,7 @@ def torch_model(case, vocab_size=VOCABULARY):
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.from_numpy(random_tensor(name, tuple(parameter.shape))))
+            parameter.copy_(torch.from_numpy(_parameter(name, tuple(parameter.shape))))
     return model.eval()
 
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from sgpo_jax.models import ModelConfig, RopeScaling, init, lora
+from sgpo_jax.models import LongRope, ModelConfig, RopeScaling, YarnScaling, init, lora
 
 SHAPE = dict(
     vocab_size=151,
@@ -19,11 +19,34 @@ SHAPE = dict(
     max_positions=64,
 )
 SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=16)
+YARN = YarnScaling(factor=4.0, original_max_positions=16, attention_factor=1.2)
 CONFIGS = {
     "qwen2": ModelConfig(architecture="Qwen2ForCausalLM", qkv_bias=True, tie_embeddings=False, **SHAPE),
     "qwen3": ModelConfig(architecture="Qwen3ForCausalLM", qk_norm=True, tie_embeddings=True, **SHAPE),
     "llama": ModelConfig(architecture="LlamaForCausalLM", tie_embeddings=False, rope_scaling=SCALING, **SHAPE),
-}
+    "mistral": ModelConfig(
+        architecture="MistralForCausalLM", tie_embeddings=False, window=3, sliding=(True,) * 3, **SHAPE
+    ),
+    "olmo2": ModelConfig(architecture="Olmo2ForCausalLM", tie_embeddings=False, qk_norm=True, **SHAPE),
+    "olmo3": ModelConfig(
+        architecture="Olmo3ForCausalLM", tie_embeddings=False, qk_norm=True, window=3, sliding=(True, False, True),
+        sliding_rope_theta=1e3, rope_scaling=YARN, **SHAPE,
+    ),
+    "qwen3moe": ModelConfig(
+        architecture="Qwen3MoeForCausalLM", tie_embeddings=False, qk_norm=True, experts=6, experts_per_token=2,
+        normalize_experts=True, **SHAPE,
+    ),
+    "phi3": ModelConfig(
+        architecture="Phi3ForCausalLM", tie_embeddings=False, partial_rotary=0.75, window=4, sliding=(True,) * 3,
+        rope_scaling=LongRope(
+            short_factor=(1.0, 1.5), long_factor=(2.0, 3.0), original_max_positions=32, stretched_max_positions=64
+        ), **SHAPE,
+    ),
+    "gemma3": ModelConfig(
+        architecture="Gemma3ForCausalLM", tie_embeddings=True, qk_norm=True, window=3, sliding=(False, True, True),
+        sliding_rope_theta=1e3, query_scalar=9, **SHAPE,
+    ),
+}  # fmt: skip
 
 
 def random_params(config, dtype=np.float32, seed=0):

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from helpers.paths import SHARED
 
 from sgpo_jax.models import RopeScaling, gguf, huggingface
-from sgpo_jax.models.decoder import rope_frequencies
+from sgpo_jax.models.rotary import frequencies
 
 gguf_package = pytest.importorskip("gguf", reason="the smollm2 extra is not installed")
 
@@ -145,7 +145,7 @@ def test_rotary_scaling_of_llama_3(tmp_path):
     plain, config = gguf.load(write(tmp_path / "plain.gguf", random_tensors()))
     rule = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
     scaled = type(config)(**{**vars(config), "rope_scaling": rule})
-    factors = rope_frequencies(config) / rope_frequencies(scaled)
+    factors = frequencies(config.rope_theta, HEAD_DIM, None) / frequencies(config.rope_theta, HEAD_DIM, rule)
     assert factors.min() == 1 and factors.max() == 32
     tensors = {**random_tensors(), "rope_freqs.weight": factors}
     params, read = gguf.load(write(tmp_path / "scaled.gguf", tensors))

@@ -17,7 +17,11 @@ from sgpo_jax.models.sharded_io import StoredTensor
 
 TOLERANCE = 5e-5  # largest absolute difference of two logits, whose standard deviation is about 2
 CONFIGS = {case: from_hf(golden_logits.hf_config(case)) for case in golden_logits.CASES}
-DECODED = ("qwen2", "qwen2-tied-multi-query", "qwen3", "llama3", "smollm2")  # every family, and several group sizes
+# Every family, and several group sizes.
+DECODED = (
+    *("qwen2", "qwen2-tied-multi-query", "qwen3", "llama3", "smollm2", "qwen2-yarn", "mistral-window"),
+    *("olmo2", "olmo3", "qwen3-moe", "phi3-longrope", "gemma3"),
+)
 (NEAR, _), (FAR, FIRST) = golden_logits.SEQUENCES
 
 

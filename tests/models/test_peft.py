@@ -38,6 +38,13 @@ def test_a_folder_round_trips_to_the_bit(folder):
     assert len(stored) == 3 * count * 2
 
 
+def test_a_family_whose_kernels_peft_joins_is_refused(folder):
+    with pytest.raises(ValueError, match="Phi3ForCausalLM has one adapter for query, key and value"):
+        peft.check(folder[0], CONFIGS["phi3"], CHOSEN)
+    for family in CONFIGS.keys() - {"phi3"}:
+        peft.refuse_fused(CONFIGS[family])
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [

@@ -67,9 +67,9 @@ def test_import_to_any_mesh_and_export_from_it_are_bit_exact(tmp_path, monkeypat
     leaves, wanted = flatten_dict(params, sep="/"), sharding.tree_shardings(params, mesh_of(shape))
     for path, sharded in flatten_dict(wanted, sep="/").items():
         assert leaves[path].sharding == sharded
-    for name, slot in param_mapping.layout(CONFIG).items():
-        leaf = np.asarray(leaves[slot.path])
-        tensor = leaf if slot.layer is None else leaf[slot.layer]
+    for name, place in param_mapping.layout(CONFIG).items():
+        (slot,) = place.slots
+        tensor = np.asarray(leaves[slot.path])[slot.at]
         assert (tensor.T if slot.transposed else tensor).tobytes() == tensors[name].tobytes(), name
     huggingface.save(tmp_path / "out", params, CONFIG)
     save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})

@@ -1,6 +1,7 @@
 """FLOPs of traced programs whose number is known by hand."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -108,15 +109,40 @@ def test_a_shard_counts_for_every_device():
     assert flops(product, shape(8, K), shape(K, 4)) == {"all": 2 * 8 * K * 4}
 
 
+def test_branches_count_by_their_shares_or_else_the_most_expensive():
+    def choose(flag, x):
+        with jax.named_scope("choice"):
+            return jax.lax.cond(flag, lambda x: x @ x @ x, lambda x: x @ x, x)
+
+    one = 2 * K**3
+    arguments = shape(dtype=jnp.bool), shape(K, K)
+    assert flops(choose, *arguments) == {"all": 2 * one}
+    scopes = Scopes("all", branches=(("choice", (0.75, 0.25)),))  # the second branch is that of True
+    assert flops(choose, *arguments, scopes=scopes) == {"all": 0.75 * one + 0.25 * 2 * one}
+
+
+@pytest.mark.parametrize("argument", [0, 1])
+def test_a_grouped_product_and_its_gradients_cost_as_much_as_one_of_all_rows(argument):
+    grouped = shape(16, K), shape(3, K, 4), shape(3, dtype=jnp.int32)
+    one = 2 * 16 * K * 4
+    assert flops(jax.lax.ragged_dot, *grouped) == {"all": one}
+    gradient = jax.grad(lambda *args: jnp.sin(jax.lax.ragged_dot(*args)).sum(), argnums=argument)
+    assert flops(gradient, *grouped) == {"all": 2 * one}
+
+
 HEADS, TOKENS, SIZE, BLOCK = 2, 512, 128, 128
 CAUSAL = (1 + 2 + 3 + 4) / 16  # of the blocks of 128 queries by 128 keys
 
 
 @pytest.mark.parametrize(("gradient", "products"), [(False, 2), (True, 2 + 4 + 3)])
-def test_splash_attention_computes_the_blocks_below_the_diagonal(gradient, products):
+@pytest.mark.parametrize(("window", "share"), [(None, CAUSAL), (BLOCK + 1, (1 + 2 + 2 + 2) / 16)])
+def test_splash_attention_computes_the_blocks_below_the_diagonal(window, share, gradient, products):
     # Forward: scores and values. Backward: scores and gradients of values, keys and weights; then of queries, for which
     # scores and weights' gradients are computed once more.
-    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((TOKENS, TOKENS))] * HEADS)
+    mask: Any = splash_attention_mask.CausalMask((TOKENS, TOKENS))
+    if window:
+        mask = splash_attention_mask.LocalMask((TOKENS, TOKENS), (window - 1, 0), 0)
+    mask = splash_attention_mask.MultiHeadMask([mask] * HEADS)
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute",
              "block_q_dq", "block_kv_dq")  # fmt: skip
     sizes = splash_attention_kernel.BlockSizes(**dict.fromkeys(names, BLOCK))
@@ -128,7 +154,7 @@ def test_splash_attention_computes_the_blocks_below_the_diagonal(gradient, produ
     fn = jax.grad(total, argnums=(0, 1, 2)) if gradient else total
     count = flops(fn, *[shape(HEADS, TOKENS, SIZE)] * 3)["all"]
     between = 2 * HEADS * TOKENS * SIZE * gradient  # of outputs and their gradients, outside of the kernels
-    assert count == products * 2 * HEADS * TOKENS * TOKENS * SIZE * CAUSAL + between
+    assert count == products * 2 * HEADS * TOKENS * TOKENS * SIZE * share + between
 
 
 def test_paged_attention_computes_the_blocks_in_use():

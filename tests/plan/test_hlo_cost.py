@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -388,3 +389,17 @@ def test_the_hand_count_holds_for_a_program_that_is_compiled_here(h100):
     assert Collective("all-gather", "all", weight, 4, float(LAYERS_GPU), 2) in collectives
     # Far below one pass over the cache, 2 MiB a layer, and above reading the gathered weights.
     assert LAYERS_GPU * 2 * weight <= moved["all"] <= LAYERS_GPU * 8 * weight
+
+
+def test_the_branches_of_a_choice_count_by_their_shares():
+    def choose(flag, x):
+        with jax.named_scope("choice"):
+            return jax.lax.cond(flag, lambda x: x @ x @ x, lambda x: x, x)
+
+    module = hlo.parse(compiled(choose, jax.ShapeDtypeStruct((), bool), jax.ShapeDtypeStruct((64, 64), np.float32)))
+    moved = [
+        hlo_cost.hbm_bytes(module, Scopes("all", branches=(("choice", shares),)))["all"] for shares in ((1, 0), (0, 1))
+    ]
+    both = hlo_cost.hbm_bytes(module, Scopes("all"))["all"]
+    half = hlo_cost.hbm_bytes(module, Scopes("all", branches=(("choice", (0.5, 0.5)),)))["all"]
+    assert moved[1] - moved[0] >= 4 * 64 * 64 * 4 and half == sum(moved) / 2 <= both
