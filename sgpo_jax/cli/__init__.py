@@ -2,9 +2,12 @@
 
 from sgpo_jax.cli.command import Command, Flag
 from sgpo_jax.cli.entry import start
-from sgpo_jax.cli.folders import folder
+from sgpo_jax.cli.folders import existing_file, existing_folder, file, folder, new_folder
 from sgpo_jax.cli.help import overview
 from sgpo_jax.cli.lazy import lazily
 from sgpo_jax.config import nearest
 
-__all__ = ["Command", "Flag", "folder", "lazily", "nearest", "overview", "start"]
+__all__ = [
+    "Command", "Flag", "existing_file", "existing_folder", "file", "folder", "lazily", "nearest", "new_folder",
+    "overview", "start",
+]  # fmt: skip

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 
 import pytest
+
 from helpers.local_server import LocalServer
 
 BUCKET = "bucket"
