@@ -1,5 +1,9 @@
 """Runs whose folder is in a bucket, on servers that misbehave: killed, resumed, read and exported."""
 
+import json
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -10,35 +14,57 @@ from helpers.bucket_servers import SERVERS
 from sgpo_jax import commands
 from sgpo_jax.runtime import buckets, mirror
 
-WORLD = {"stages": "('rl','eval')", "rl__steps": 3, "rl__eval_every": 0, "checkpoint__every": 2, "eval__guided": False}
-KILLS = {"gs": ["checkpoint", 1, 0.1], "s3": ["RL update", 3, 0.001]}
+WORLD = {"stages": "('rl',)", "rl__steps": 3, "rl__eval_every": 0, "checkpoint__every": 2}
 # While the runs are at work: what becomes of the first requests that fit.
 FAULTS = [("PO|PU", 503), ("GET", 429), ("PO|PU", "cut"), ("GET", "cut"), ("PO|PU", "lost"), ("DELETE", 503)]
 
 
-@pytest.fixture(scope="module")
-def on_disk(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("on_disk")
-    run(folder, folder / "run", [])
-    return folder
-
-
-def run(folder, workdir, kills):
-    return attempts(folder, workdir, "sgpo_jax.main", runs.command(workdir, **WORLD)[3:], kills)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", SERVERS)
-def test_a_killed_run_in_a_bucket_ends_as_one_on_disk_and_is_read_and_exported(kind, on_disk, tmp_path, monkeypatch):
-    url, exported = f"{kind}://bucket/runs/killed", f"{kind}://bucket/exported"
+def test_rows_files_and_checkpoints_outlive_kills_and_faults(kind, tmp_path):
+    """Does the same as the test below without a model, with more kills."""
+    kills = [[1, "row"], [2, "saving"], [4, "saved"], [5, "row"], [6, "saving"]]
+    small_run(tmp_path / "run", [])
+    url = f"{kind}://bucket/small"
     with SERVERS[kind]() as server:
         buckets._filesystem.cache_clear()
         server.fails[:] = FAULTS
-        assert len(run(on_disk, url, [KILLS[kind]])) == 2
+        small_run(url, kills)
         assert not server.fails
-        copy = tmp_path / "copy"
-        buckets.download(url, {name: copy / name for name in buckets.listing(url) if not name.startswith("lock/")})
-        assert_same(copy, on_disk / "run")
+        copy = downloaded(url, tmp_path)
+        assert runs.rows(copy, "rl") == runs.rows(tmp_path / "run", "rl")
+        assert [row["step"] for row in runs.rows(copy, "rl")] == [1, 2, 3, 4, 5, 6]
+        assert_same_arrays(copy, tmp_path / "run", 6)
+        assert names(copy) == names(tmp_path / "run") - {"lock"} == {"rl.jsonl", "eval/result.json"}
+        steps = {path.name for path in (copy / "rl/checkpoints").iterdir()}
+        assert steps == {"4", "4.files.json", "6", "6.files.json"}
+    buckets._filesystem.cache_clear()
+
+
+def small_run(workdir, kills):
+    done = subprocess.run(
+        [sys.executable, str(runs.ROOT / "tests/helpers/small_run.py"), str(workdir), json.dumps(kills)],
+        env=runs.environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def downloaded(url, folder):
+    copy = folder / "copy"
+    buckets.download(url, {name: copy / name for name in buckets.listing(url) if not name.startswith("lock/")})
+    return copy
+
+
+@pytest.mark.slow
+def test_a_killed_run_in_a_bucket_ends_as_one_on_disk_and_is_read_and_exported(tmp_path, monkeypatch):
+    url, exported = "gs://bucket/runs/killed", "gs://bucket/exported"
+    run(tmp_path, tmp_path / "run", [])
+    with SERVERS["gs"]():
+        buckets._filesystem.cache_clear()
+        assert len(run(tmp_path, url, [["checkpoint", 1, 0.1]])) == 2
+        copy = downloaded(url, tmp_path)
+        assert runs.rows(copy, "rl") == runs.rows(tmp_path / "run", "rl")
+        assert_same_arrays(copy, tmp_path / "run", 3)
+        assert names(copy) == names(tmp_path / "run") - {"lock"}
         sgpo(monkeypatch, "report", f"--workdir={url}", f"--to={exported}.html")
         assert b"SGPO" in buckets.read(f"{exported}.html")
         sgpo(monkeypatch, "export", f"--workdir={url}", f"--to={exported}")
@@ -49,19 +75,20 @@ def test_a_killed_run_in_a_bucket_ends_as_one_on_disk_and_is_read_and_exported(k
     buckets._filesystem.cache_clear()
 
 
+def run(folder, workdir, kills):
+    return attempts(folder, workdir, "sgpo_jax.main", runs.command(workdir, **WORLD)[3:], kills)
+
+
 def sgpo(monkeypatch, *arguments):
     monkeypatch.setattr("sys.argv", ["sgpo", *arguments])
     commands.main()
 
 
-def assert_same(first, second):
-    assert runs.rows(first, "rl") == runs.rows(second, "rl")
-    pair = runs.parameters(first, "rl", 3), runs.parameters(second, "rl", 3)
+def assert_same_arrays(first, second, step):
+    pair = runs.parameters(first, "rl", step), runs.parameters(second, "rl", step)
     assert jax.tree.structure(pair[0]) == jax.tree.structure(pair[1])
     for a, b in zip(*map(jax.tree.leaves, pair), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert runs.generations(first) == runs.generations(second)
-    assert names(first) == names(second) - {"lock"}
 
 
 def names(folder):

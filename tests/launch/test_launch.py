@@ -379,7 +379,8 @@ def test_install_mounts_the_share_once_and_installs_on_every_worker(vm):
     ]
     (mount,) = (call for call in calls if call[:2] == ["sudo", "mount"])
     assert mount == ["sudo", "mount", "-t", "nfs", "-o", "hard,nfsvers=3,actimeo=0", SHARE, f"{vm.home}/shared"]
-    assert ["python3", "-m", "uv", "pip", "install", "--quiet", "--python", ".venv", "--editable", ".[tpu,buckets]"] in calls
+    installed = ["--quiet", "--python", ".venv", "--editable", ".[tpu,buckets]"]
+    assert ["python3", "-m", "uv", "pip", "install", *installed] in calls
     assert os.readlink(vm.home / "sgpo_jax/data") == f"{vm.home}/shared/data"
     assert vm.run("tpu_vm.sh", *install).returncode == 0
     assert [call for call in vm.recorded() if call[0] == "sudo"] == []
