@@ -128,6 +128,8 @@ lease.BEAT, lease.LEASE = 0.5, 2.0  # a killed process still holds the lock of a
 warnings.simplefilter("ignore")  # jax warns of forks, but none of its threads is running yet
 plan = json.loads(Path(sys.argv[1]).read_text())
 importlib.import_module("sgpo_jax.commands." + plan["module"].removeprefix("sgpo_jax.").replace("main", "train"))
+if plan["folder"].startswith("gs://"):
+    importlib.import_module("gcsfs")
 results, output = [], Path(sys.argv[1]).with_suffix(".output")
 for kill in [*plan["kills"], None]:
     code = run(kill, output)

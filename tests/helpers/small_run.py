@@ -6,6 +6,7 @@ It is killed with SIGKILL at each moment of KILLS, a JSON list of [step, moment]
 The moments: "row" before the step is saved, "saving" when its checkpoint is being written, "saved" after it.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -58,6 +59,8 @@ def run(workdir: str, kill: list) -> None:
 
 def main(workdir: str, kills: list) -> None:
     lease.BEAT, lease.LEASE = 0.2, 1.0
+    for client in {"gs": ("gcsfs", "google.cloud.storage"), "s3": ("s3fs",)}.get(workdir.partition("://")[0], ()):
+        importlib.import_module(client)  # once, not in every fork
     for kill in [*kills, None]:
         child = os.fork()
         if not child:
