@@ -81,7 +81,11 @@ def patiently(action: Callable[[], T], url: str, seconds: float = _PATIENCE) -> 
 
 
 def listing(url: str) -> dict[str, Object]:
-    """Returns the objects under a folder by their names below it; empty where there is no such folder."""
+    """Returns the objects under a folder by their names below it; empty where there is no such folder.
+
+    Raises:
+      ValueError: a name would, as that of a file, lead out of the folder.
+    """
     fs, root = _at(url)
 
     def ask() -> Mapping[str, Any]:
@@ -91,6 +95,9 @@ def listing(url: str) -> dict[str, Object]:
             return {}
 
     found = patiently(ask, url)
+    for name in found:
+        if ".." in name.removeprefix(root).split("/"):
+            raise ValueError(f"{url}: holds an object named {name!r}; must have no '..' in it")
     return {
         name.removeprefix(root).lstrip("/"): Object(int(info["size"]), _tag(info))
         for name, info in found.items() if info["type"] == "file" and name != root and not name.endswith("/")

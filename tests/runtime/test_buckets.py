@@ -109,6 +109,19 @@ def test_rows_of_a_bucket_are_those_of_the_file_and_messages_name_the_bucket(ser
         data.load(f"{server.root}/nothing.jsonl")
 
 
+def test_a_name_that_leads_out_of_the_folder_is_refused(monkeypatch, tmp_path):
+    class Store:
+        def isfile(self, path):
+            return False
+
+        def find(self, path, detail):
+            return {f"{path}/../../evil": {"type": "file", "size": 1, "ETag": "x"}}
+
+    monkeypatch.setattr(buckets, "_filesystem", lambda kind: Store())
+    with pytest.raises(ValueError, match="s3://bucket/data: holds an object named 'bucket/data/../../evil'; must have"):
+        buckets.fetch("s3://bucket/data")
+
+
 def test_other_kinds_of_urls_are_refused():
     with pytest.raises(ValueError, match="source=https://bucket/x.jsonl: must be .* gs://, s3://, hf://"):
         data.load("https://bucket/x.jsonl")
