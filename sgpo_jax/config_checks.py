@@ -369,7 +369,11 @@ def _check_files(config: ConfigDict, *fields: str) -> None:
         joined = value.removeprefix("words:").split(";")
         for part in [value] if field.startswith("model.") and not value.startswith("words:") else joined:
             name = part.partition("?")[0].strip()
-            local = name.startswith((".", "/", "~")) or name.endswith((".jsonl", ".parquet", ".gguf"))
+            if "://" in name and not name.startswith(("gs://", "s3://", "hf://")):
+                raise ValueError(f"config.{field}={value!r}: must be a path, or begin with gs://, s3:// or hf://")
+            local = "://" not in name and (
+                name.startswith((".", "/", "~")) or name.endswith((".jsonl", ".parquet", ".gguf"))
+            )
             # os.path, because pathlib raises on names that are too long and on unknown home folders.
             if local and ("\0" in name or not os.path.exists(os.path.expanduser(name))):
                 raise ValueError(f"config.{field}={value!r}: there is no such file or folder as {name!r}")

@@ -43,6 +43,7 @@ def start(name: str, command: Command, arguments: Sequence[str] | None = None) -
         elif "--version" in arguments:
             print(f"sgpo_jax {sgpo_jax.__version__}")
         else:
+            _leave_out_libtpu()  # before JAX is imported
             config, given = parsing.parse(command, arguments)
             _run(name, command, config, given)
     except BrokenPipeError:  # what reads the output, such as `head`, has enough
@@ -61,16 +62,15 @@ def _run(name: str, command: Command, config: configs.ConfigDict | None, given: 
     logging.use_absl_handler()
     logging.set_verbosity(logging.FATAL)
     standard_logging.getLogger("asyncio").disabled = True
-    _leave_out_libtpu()
     if command.announced:
         _announce(name, command, given)
     module, _, function = command.run.partition(":")
     run = getattr(importlib.import_module(module), function)
 
-    from sgpo_jax.runtime import distributed  # it imports JAX
+    from sgpo_jax.runtime import distributed, mirror  # they import JAX
     from sgpo_jax.runtime.preemption import Preempted
 
-    with distributed.together():
+    with distributed.together(), mirror.closing():
         try:
             run(*([config] if config is not None else []), given)
         except Preempted as stopped:

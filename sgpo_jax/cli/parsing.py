@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import runpy
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from ml_collections import config_flags
 
 from sgpo_jax import config as configs
 from sgpo_jax.cli.command import Command
+from sgpo_jax.cli.folders import existing_folder
 
 _DEFINE: dict[type, Callable[..., Any]] = {
     str: flags.DEFINE_string,
@@ -89,8 +91,11 @@ def _implied(command: Command, arguments: Sequence[str]) -> configs.ConfigDict:
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         parser.add_argument(f"--{command.folder}", dest="folder", default="")
         if name := parser.parse_known_args(arguments)[0].folder:
-            folder = Path(os.path.expanduser(name))
-            folder = folder if folder.is_dir() else Path(os.path.expanduser(name.rpartition(":")[0] or name))
+            if "://" in name:
+                folder = existing_folder(command.folder, re.sub(r":(best|last|\d+)$", "", name))
+            else:
+                folder = Path(os.path.expanduser(name))
+                folder = folder if folder.is_dir() else Path(os.path.expanduser(name.rpartition(":")[0] or name))
             if (folder / "config.json").is_file():
                 return configs.from_json(folder / "config.json")
             raise ValueError(f"--{command.folder}={name}: there is no config.json of a run in it; give --config=FILE")

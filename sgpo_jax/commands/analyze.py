@@ -22,8 +22,8 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.text import Text
 
+from sgpo_jax import cli, config_checks, data, logprobs, models, rewards, sharding
 from sgpo_jax import config as configs
-from sgpo_jax import config_checks, data, logprobs, models, rewards, sharding
 from sgpo_jax.cli.processes import join
 from sgpo_jax.policy import Policy
 from sgpo_jax.policy import tokenizer as tokenizers
@@ -203,4 +203,4 @@ def main(config, given) -> None:
     """Checks the config, joins the other processes, and analyzes."""
     config_checks.check(config)
     join(config, given)
-    run(config, Path(given.workdir).expanduser(), given.problems)
+    run(config, cli.existing_folder("workdir", given.workdir), given.problems)

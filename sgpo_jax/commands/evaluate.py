@@ -20,7 +20,7 @@ from sgpo_jax import config as configs
 from sgpo_jax.cli.processes import join
 from sgpo_jax.commands import trained
 from sgpo_jax.evaluation import check_sets, evaluate_sets
-from sgpo_jax.runtime import is_first, preemption, tables, write_text
+from sgpo_jax.runtime import is_first, mirror, preemption, tables, write_text
 from sgpo_jax.stats import benchmark, paper
 from sgpo_jax.training import stage
 
@@ -53,7 +53,8 @@ def run(config: ConfigDict, checkpoint: str | None, out: str | None, paper_row: 
     run, initial = stage.open_run(config, workdir or folder, mesh)
     check_sets(run, limit)
     if workdir:
-        params, model = stage.weights_at(run, trained_in, step), f"{workdir} after {trained_in} step {step}"
+        params = stage.weights_at(run, trained_in, step)
+        model = mirror.shown(f"{workdir} after {trained_in} step {step}")
     else:
         params, model = stage.weights(run, initial()), config.model.source
     results = {}
@@ -108,7 +109,7 @@ def _report(
         "paper": {"row": title, "percent": reported[1]} if reported else None,
     }  # fmt: skip
     write_text(folder / "results.json", json.dumps(content, indent=1) + "\n")
-    print(f"Every response with its verdict: {folder}", flush=True)
+    print(mirror.shown(f"Every response with its verdict: {folder}"), flush=True)
 
 
 def _line(label: str, result: dict[str, Any], problems: str, k: int) -> list[str]:

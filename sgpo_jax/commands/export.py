@@ -14,7 +14,7 @@ from sgpo_jax.cli.processes import join
 from sgpo_jax.commands import push
 from sgpo_jax.models import huggingface, peft
 from sgpo_jax.report import model_card
-from sgpo_jax.runtime import files, is_first
+from sgpo_jax.runtime import files, is_first, mirror
 from sgpo_jax.training import stage
 
 
@@ -47,17 +47,18 @@ def run(config, workdir: Path, from_stage: str, folder: Path, dtype: str, adapte
     if is_first():
         card = model_card.model_card(workdir, configs.to_dict(config), from_stage, step, dtype)
         files.write_text(folder / "README.md", card)
-        print(f"exported to {folder}", flush=True)
+        mirror.push()
+        print(mirror.shown(f"exported to {folder}"), flush=True)
 
 
 def main(config, given) -> None:
     """Checks the config and the flags, joins the other processes, exports, and pushes if the flags ask for it."""
     config_checks.check(config)
-    folder = cli.folder("to", given.to)
+    folder = cli.new_folder("to", given.to)
     if given.push or given.public:
         push.check(given.push)
     join(config, given)
-    run(config, Path(given.workdir).expanduser(), given.stage, folder, given.dtype, given.adapters)
+    run(config, cli.existing_folder("workdir", given.workdir), given.stage, folder, given.dtype, given.adapters)
     if given.push and is_first():
         visible = "" if given.public else " --private"
         again = f"The export is whole in {folder}; `hf upload {given.push} {folder} .{visible}` pushes it"

@@ -27,7 +27,7 @@ from sgpo_jax.policy import Policy, Run
 from sgpo_jax.policy import tokenizer as tokenizers
 from sgpo_jax.policy.generation import encode_prompts, grade, noise_key, pad_prompts, respond
 from sgpo_jax.rollout import STOP, Rollout, Sampling
-from sgpo_jax.runtime import jsonl, read_jsonl, write_text
+from sgpo_jax.runtime import jsonl, mirror, read_jsonl, write_text
 from sgpo_jax.training import stage
 
 TOKENS = 1024  # largest limit of a response that is not asked for by a flag
@@ -136,7 +136,7 @@ def main(config: ConfigDict, given: Any) -> None:
         raise ValueError(f"--samples={given.samples}: must be 1 with --temperature=0, which always says the same")
     guided = given.guided or bool(given.strategy)
     if given.file:
-        rows = read_questions(Path(given.file).expanduser(), given.guided)
+        rows = read_questions(cli.existing_file("file", given.file), given.guided)
         rows = [{**row, "strategy": given.strategy} for row in rows] if given.strategy else rows
     else:
         shown = {"strategy": given.strategy} if given.strategy else {}
@@ -151,7 +151,7 @@ def main(config: ConfigDict, given: Any) -> None:
     config.stages, config.data.train, config.sft.train, config.eval.guided = ("eval",), "", "", False
     config_checks.check(config)
     if given.to and given.to != "-":
-        cli.folder("to", str(Path(given.to).expanduser().parent))
+        to = cli.file("to", given.to)
     rewards.check(config.rl.reward)
     mesh = sharding.make_mesh(**config.mesh)
     config_checks.check_mesh(config, sharding.row_ways(mesh))
@@ -168,7 +168,7 @@ def main(config: ConfigDict, given: Any) -> None:
             f"takes {longest}; must be at most {room}"
         )
     params = stage.weights_at(run, *place[1:]) if place else stage.weights(run, initial())
-    what = f"{place[0]} after {place[1]} step {place[2]}" if place else config.model.source
+    what = mirror.shown(f"{place[0]} after {place[1]} step {place[2]}") if place else config.model.source
     _tell(f"{what}; {len(rows)} question{'s' * (len(rows) > 1)}, temperature {config.eval.temperature:g}, seed "
           f"{config.seed}, at most {limit} tokens")  # fmt: skip
     if given.show_prompt:
@@ -183,7 +183,7 @@ def main(config: ConfigDict, given: Any) -> None:
     if given.to == "-":
         print(jsonl(lines), end="", flush=True)
     elif given.to:
-        write_text(Path(given.to).expanduser(), jsonl(lines))
+        write_text(to, jsonl(lines))
         _tell(f"{len(lines)} responses: {given.to}")
 
 

@@ -24,6 +24,6 @@ def main(config: ConfigDict, given: Any) -> None:
         config.update(config.lab.fast)
     check(config)
     trackers.check(config.trackers)
-    workdir = cli.folder("workdir", given.workdir)
+    workdir = cli.folder("workdir", given.workdir, whole=True)
     with lock.hold(workdir):
         run(config, workdir)

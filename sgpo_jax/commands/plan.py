@@ -8,7 +8,6 @@ Every jitted program of the run is compiled for these chips, on the CPU of this 
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,7 +32,7 @@ def main(config: ConfigDict, given: Any) -> None:
     if auto != bool(given.chips):
         raise ValueError(f"--chips={given.chips}: must be given with --topology=auto, and only then")
     if given.json:
-        cli.folder("json", str(Path(given.json).parent))
+        to = cli.file("json", given.json)
     assumed = Assumed(
         given.response_tokens or max(config.rl.max_new_tokens // 4, 1),
         given.prompt_tokens or max(config.data.max_prompt_tokens // 4, 1),
@@ -51,5 +50,5 @@ def main(config: ConfigDict, given: Any) -> None:
         memory_share=memory_share, price=given.price,
     )  # fmt: skip
     if given.json:
-        files.write_text(Path(given.json), json.dumps(plan, indent=1) + "\n")
+        files.write_text(to, json.dumps(plan, indent=1) + "\n")
     show(plan)

@@ -20,8 +20,8 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from sgpo_jax import cli, config_checks, divergences, logprobs, losses, models, sharding
 from sgpo_jax import config as configs
-from sgpo_jax import config_checks, divergences, logprobs, losses, models, sharding
 from sgpo_jax.policy import Run
 from sgpo_jax.runtime import is_first
 from sgpo_jax.runtime.tables import table
@@ -258,4 +258,5 @@ def _show(findings: list[Finding]) -> None:
 def main(config, given) -> None:
     """Checks the config, and finds what is not finite."""
     config_checks.check(config)
-    run(config, Path(given.workdir).expanduser(), Path(given.batch).expanduser(), given.step)
+    workdir, batch = cli.existing_folder("workdir", given.workdir), cli.existing_file("batch", given.batch)
+    run(config, workdir, batch, given.step)

@@ -12,8 +12,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sgpo_jax import lab
+from sgpo_jax import cli, lab
 from sgpo_jax.report import comparison, page
+from sgpo_jax.runtime import mirror
 
 
 def write(workdir: Path, to: Path) -> None:
@@ -35,13 +36,13 @@ def write(workdir: Path, to: Path) -> None:
 
 def main(given: Any) -> None:
     """Writes the page that the flags ask for, and prints its path."""
-    runs = [Path(run).expanduser() for run in (*filter(None, [given.workdir]), *given.runs)]
+    runs = [cli.existing_folder("workdir", run) for run in (*filter(None, [given.workdir]), *given.runs)]
     if not runs:
         raise ValueError("--workdir: must name the folder of a run or a lab; or give two or more runs to compare")
     name = "report.html" if len(runs) == 1 else "compared.html"
-    to = Path(given.to).expanduser() if given.to else runs[0] / name
+    to = cli.file("to", given.to) if given.to else runs[0] / name
     if len(runs) == 1:
         write(runs[0], to)
     else:
         comparison.write(runs, to)
-    print(f"{to}", flush=True)
+    print(mirror.shown(f"{to}"), flush=True)

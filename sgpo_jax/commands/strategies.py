@@ -11,13 +11,13 @@ The third pushes the problems with strategies to the Hugging Face hub, as a data
 The exit status is 0 only if every problem has a verdict.
 """
 
+import contextlib
 import sys
-from pathlib import Path
 
 from sgpo_jax import cli, config_checks
 from sgpo_jax.commands import push
 from sgpo_jax.report import data_card
-from sgpo_jax.runtime import files
+from sgpo_jax.runtime import files, lock, mirror
 from sgpo_jax.strategies.ratings import audit
 from sgpo_jax.strategies.runs import run
 
@@ -26,13 +26,14 @@ def main(config, flag_values) -> None:
     """Runs the command."""
     config_checks.check_extract(config)
     workdir = cli.folder("workdir", flag_values.workdir)
-    to = Path(flag_values.to).expanduser() if flag_values.to else workdir / "strategies.jsonl"
-    cli.folder("to", str(to.parent))
+    to = cli.file("to", flag_values.to) if flag_values.to else workdir / "strategies.jsonl"
     if flag_values.push or flag_values.public:
         push.check(flag_values.push)
         if flag_values.audit:
             raise ValueError("--push: must not be given with --audit; push after it: the card has its ratings")
-    if why := audit(config, workdir) if flag_values.audit else run(config, workdir, to):
+    with lock.hold(workdir) if mirror.url_of(workdir) else contextlib.nullcontext():  # the journal has its own
+        why = audit(config, workdir) if flag_values.audit else run(config, workdir, to)
+    if why:
         sys.exit(f"sgpo_jax: {why}. The same command resumes")
     if flag_values.push:
         card = workdir / "data_card.md"

@@ -13,7 +13,7 @@ from sgpo_jax import config as configs
 from sgpo_jax.cli.processes import join
 from sgpo_jax.policy import Run
 from sgpo_jax.report import page
-from sgpo_jax.runtime import distributed, environment, is_first, lock, memory, preemption, trackers, write_text
+from sgpo_jax.runtime import distributed, environment, is_first, lock, memory, mirror, preemption, trackers, write_text
 from sgpo_jax.training import final_eval, rl, sft, stage
 
 
@@ -22,15 +22,16 @@ def run(config, workdir: Path) -> None:
     mesh = sharding.make_mesh(**config.mesh)
     config_checks.check_mesh(config, sharding.row_ways(mesh))
     rewards.check(config.rl.reward)
+    mirror.check_processes(workdir)
     with lock.hold(workdir) if is_first() else contextlib.nullcontext():
         if is_first():
             # A run that was refused over its rows or its model has left a config too, which binds nobody.
-            begun = "*/checkpoints/[0-9]*", "eval/*", "rl/rollbacks.json"
-            if any(any(workdir.glob(pattern)) for pattern in begun):
+            begun = any(any(workdir.glob(pattern)) for pattern in ("eval/*", "rl/rollbacks.json"))
+            if begun or any(stage.has_begun(workdir, name) for name in ("sft", "rl")):
                 configs.check_resume(config, workdir / "config.json")
             write_text(workdir / "config.json", configs.to_json(config))
             environment.record(workdir)
-        distributed.wait_for(workdir / lock.FILE)
+        distributed.wait_for(partial(lock.seen, workdir), workdir)
         _run_stages(config, workdir, mesh)
 
 
@@ -50,7 +51,7 @@ def found(config, workdir: Path) -> list[str]:
 
 def _run_stages(config, workdir: Path, mesh: Mesh) -> None:
     if lines := found(config, workdir):
-        print(f"{workdir}: {'; '.join(lines)}", flush=True)
+        print(mirror.shown(f"{workdir}: {'; '.join(lines)}"), flush=True)
     run, initial = stage.open_run(config, workdir, mesh)
     with trackers.Trackers.from_config(config, workdir) as tracked:
         _train(replace(run, trackers=tracked), initial)
@@ -73,7 +74,7 @@ def _train(run: Run, initial: Callable) -> None:
         if is_first():
             page.attempt(page.write_run, workdir)
             run.trackers.file(workdir / "report.html")
-            print(f"Page: {workdir / 'report.html'}", flush=True)
+            print(mirror.shown(f"Page: {workdir / 'report.html'}"), flush=True)
 
 
 def main(config, given) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from sgpo_jax import cli
 from sgpo_jax import config as configs
 from sgpo_jax.training import stage
 
@@ -22,7 +23,7 @@ def find(config: ConfigDict, flag: str, value: str) -> tuple[Path, str, int]:
     name, colon, which = value.rpartition(":")
     if not colon or not (which in ("best", "last") or which.isdigit()):
         name, which = value, "best"
-    workdir = Path(name).expanduser()
+    workdir = cli.existing_folder(flag, name)
     configs.check_resume(config, workdir / "config.json", only=("model.", "lora.", "data.instruction", "data.system"))
     for part in ("rl", "sft"):
         step = stage.find_step(config, workdir, part, which)

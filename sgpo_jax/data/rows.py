@@ -8,6 +8,7 @@ A source is a string; several are joined with ";". Files and data sets take opti
 
     problems.jsonl, problems.parquet               a file
     folder?files=train-*                           the .jsonl and .parquet files of a folder, or those of the pattern
+    gs://bucket/problems.jsonl, s3://..., hf://... the same files and folders in a bucket, or on the hub
     owner/name?split=train,name=main               a Hugging Face dataset, its split and configuration
     tfds:name?split=train,data_dir=folder          a TFDS dataset in array_record files; TensorFlow is not needed
     arithmetic:train,count=4096,seed=1             the embedded world (or eval, or pretraining)

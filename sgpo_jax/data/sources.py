@@ -11,19 +11,21 @@ import re
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sgpo_jax.data.generators import arithmetic, gym
+from sgpo_jax.runtime import buckets
 
 SUFFIXES = (".jsonl", ".parquet")  # files that are read from a folder
 # Files that are read by their own name, in capitals or not.
 FILES = re.compile(r"(.+)\.(?:parquet|(?:jsonl|ndjson)(\.gz)?)", re.IGNORECASE | re.DOTALL)
 ALLOWED = (
-    "a .jsonl or .parquet file, a folder of them, tfds:NAME, or a Hugging Face dataset id, each with its options after "
-    "'?'; arithmetic:..., reasoning_gym:...; by its own name also a .ndjson, .jsonl.gz or .ndjson.gz file"
+    "a .jsonl or .parquet file, a folder of them, both also at gs://, s3:// or hf://, tfds:NAME, or a Hugging Face "
+    "dataset id, each with its options after '?'; arithmetic:..., reasoning_gym:...; by its own name also a .ndjson, "
+    ".jsonl.gz or .ndjson.gz file"
 )
 _PARQUET_ROWS = 1024  # rows per read
 
@@ -59,6 +61,11 @@ def read(source: str, fields: Sequence[str]) -> tuple[dict[str, str], Iterator[R
     if kind == "tfds":
         _reject_unknown(source, options, ("split", "data_dir", *fields))
         rows = _tfds(source, arguments.partition("?")[0], options.pop("split", "train"), options.pop("data_dir", None))
+    elif buckets.is_url(name):
+        buckets.check_url("source", name, buckets.READABLE)
+        is_file = FILES.fullmatch(path.name) is not None
+        _reject_unknown(source, options, fields if is_file else ("files", *fields))
+        rows = _bucket(name, "" if is_file else options.pop("files", "*"))
     elif name and os.path.isdir(path):  # pathlib would raise on too long a name
         _reject_unknown(source, options, ("files", *fields))
         rows = _folder(source, path, options.pop("files", "*"))
@@ -110,6 +117,17 @@ def _folder(source: str, path: Path, pattern: str) -> Iterator[Raw]:
         raise ValueError(f"source {source!r}: the folder has no .jsonl or .parquet file named {pattern}{kinds}")
     for file in files:
         yield from _file(file)
+
+
+def _bucket(url: str, pattern: str) -> Iterator[Raw]:
+    """Reads a file of a bucket, or with a pattern a folder, from a local copy; messages name the bucket."""
+    local = buckets.fetch(url, lambda name: PurePath(name).match(pattern) and name.endswith(SUFFIXES))
+    rows = _folder(url, local, pattern) if pattern else _file(local)
+    try:
+        for raw in rows:
+            yield raw._replace(place=raw.place.replace(str(local), url.rstrip("/")))
+    except (ValueError, ImportError) as error:
+        raise type(error)(str(error).replace(str(local), url.rstrip("/"))) from error
 
 
 def _file(path: Path) -> Iterator[Raw]:

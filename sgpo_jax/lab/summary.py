@@ -7,7 +7,7 @@ from typing import Any
 from sgpo_jax.lab.grid import Cell, grid_cells, home_world, tuning_cells, with_warm_ups
 from sgpo_jax.lab.records import Results, chosen_rates, planned_cells
 from sgpo_jax.report import figures, page
-from sgpo_jax.runtime import files, tables
+from sgpo_jax.runtime import files, mirror, tables
 from sgpo_jax.stats import claims
 
 Rows = list[dict[str, Any]]
@@ -47,7 +47,7 @@ def write_tables(results: Results) -> None:
         figures.overlay(runs, results.folder / "dynamics.png")
     if worlds := claims.across_worlds(rows):
         figures.worlds(worlds, runs).savefig(results.folder / "worlds.png", dpi=150)
-    print(f"Tables and figures: {results.folder}", flush=True)
+    print(mirror.shown(f"Tables and figures: {results.folder}"), flush=True)
 
 
 def _grid_rows(results: Results) -> Rows:

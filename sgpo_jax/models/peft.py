@@ -17,6 +17,7 @@ from sgpo_jax.models import param_mapping as table
 from sgpo_jax.models.config import ModelConfig
 from sgpo_jax.models.huggingface import read_json
 from sgpo_jax.models.lora import Adapters, Lora
+from sgpo_jax.runtime import buckets
 from sgpo_jax.runtime.files import replacing, write_text
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -37,7 +38,7 @@ def check(folder: str | Path, config: ModelConfig, lora: Lora) -> None:
     Raises:
       ValueError: a file is missing or damaged, the adapters have another shape, or compute something else than LoRA.
     """
-    folder = Path(folder).expanduser()
+    folder = _local(folder)
     fields = read_json(folder / CONFIG)
     others = {name: value for name, value in fields.items() if value and name not in _FREE and name not in _READ}
     if others.pop("init_lora_weights", True) not in _KEEPS_BASE:
@@ -66,11 +67,17 @@ def check(folder: str | Path, config: ModelConfig, lora: Lora) -> None:
         )
 
 
+def _local(folder: str | Path) -> Path:
+    if buckets.is_url(str(folder)):
+        return buckets.fetch(str(folder), lambda name: name in (CONFIG, WEIGHTS))
+    return Path(folder).expanduser()
+
+
 def load(folder: str | Path, config: ModelConfig, lora: Lora) -> Adapters:
     """Reads the adapters of a folder as float32 arrays in host memory. Raises as `check`."""
     check(folder, config, lora)
     shapes = adapters_of.shapes(config, lora)
-    with safe_open(Path(folder).expanduser() / WEIGHTS, framework="np") as file:
+    with safe_open(_local(folder) / WEIGHTS, framework="np") as file:
 
         def read(path: Any, leaf: Any) -> np.ndarray:
             names = [_name(path[-2].key, path[-1].key, layer) for layer in range(config.num_layers)]

@@ -38,6 +38,7 @@ from sgpo_jax.policy import Policy
 from sgpo_jax.rollout import Prompts, Sampling, generate
 from sgpo_jax.rollout.memory import cache_bytes, head_ways
 from sgpo_jax.rollout.schedule import Stage, schedule
+from sgpo_jax.runtime import buckets
 from sgpo_jax.sharding import BATCH, decoding_mesh, platform, row_ways
 from sgpo_jax.training import packing, rl, sft, stage, train_step
 from sgpo_jax.training.batch import Batch, Contexts, Group, pack_batch, specs
@@ -95,6 +96,8 @@ def load_shape(config: ConfigDict) -> ModelConfig:
     if shape := presets.shape(source):
         return shape
     folder = Path(os.path.expanduser(source))
+    if buckets.is_url(source) and not source.endswith(".gguf"):
+        folder = buckets.fetch(source, lambda name: name == "config.json")
     if os.path.isdir(folder):
         return huggingface.read_config(folder)
     if source == "scratch" or source.endswith(".gguf"):

@@ -1,5 +1,6 @@
 """The policy of a config: the model's shape, its tokenizer and its initial parameters; and the run it belongs to."""
 
+import fnmatch
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from sgpo_jax.models.lora import Lora
 from sgpo_jax.policy import tokenizer as tokenizers
 from sgpo_jax.policy.prompts import user_turn
 from sgpo_jax.rollout import LanguageModel
+from sgpo_jax.runtime import buckets
 from sgpo_jax.runtime.trackers import Trackers
 
 WORDS = "words:"  # prefix of a tokenizer's name: its tokens are the words of a source of problems
@@ -61,7 +63,7 @@ def load(
     """Reads a model's shape and tokenizer; its weights are read when the returned function is called.
 
     Args:
-      source: "scratch", "smollm2", a .gguf file, a Hugging Face folder or hub id.
+      source: "scratch", "smollm2", a .gguf file or a Hugging Face folder, also in a bucket, or a hub id.
       tokenizer: a name that `tokenizer.load` reads; or "words:" and a source of problems, see `data.load`, for a
         tokenizer of the words in the prompts and solutions of its rows; "" takes the model's tokenizer.
       layers, hidden, heads, mlp: shape of a model from scratch.
@@ -79,7 +81,7 @@ def load(
     if source == "smollm2":
         source = gguf.smollm2_path()
     elif source != "scratch":
-        local = Path(os.path.expanduser(source))
+        local = buckets.fetch(source, _is_wanted) if buckets.is_url(source) else Path(os.path.expanduser(source))
         if source.endswith(".gguf"):
             source = str(local)
         else:
@@ -179,6 +181,10 @@ def scratch_config(vocab_size: int, *, layers: int, hidden: int, heads: int, mlp
 def place(params: Any, mesh: Mesh) -> Any:
     """Places parameters from host memory on the mesh, by `sharding.RULES`."""
     return sharding.place(params, sharding.tree_shardings(params, mesh))
+
+
+def _is_wanted(name: str) -> bool:
+    return "/" not in name and any(fnmatch.fnmatchcase(name, pattern) for pattern in _WANTED)
 
 
 def _download(source: str) -> Path:

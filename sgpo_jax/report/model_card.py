@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sgpo_jax.report import page, titles
+from sgpo_jax.runtime import buckets
 from sgpo_jax.stats import paper
 
 _LIMITS = (
@@ -31,7 +32,8 @@ def model_card(workdir: Path, config: Mapping[str, Any], stage: str, step: int, 
     starts = json.loads((workdir / "environment.json").read_text()) if (workdir / "environment.json").is_file() else []
     last = starts[-1] if starts else {}
     source = config["model"]["source"]
-    base = source if "/" in source and not Path(source).expanduser().exists() else ""
+    elsewhere = buckets.is_url(source) or Path(source).expanduser().exists()
+    base = source if "/" in source and not elsewhere else ""
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- sgpo", "- reasoning"]
     head += [f"base_model: {base}"] * bool(base) + ["---"]
     title = titles.title_of(config)

@@ -114,6 +114,11 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def index() -> int:
+    """Returns the number of this process, from 0, without opening its devices."""
+    return int(detected.global_state.process_id or 0)
+
+
 def gather(value: Any) -> list[Any]:
     """Returns the values of all processes, in process order, in every process."""
     if jax.process_count() == 1:
@@ -139,17 +144,21 @@ def split(work: Callable[[Sequence[Any]], list[T]], items: Sequence[Any]) -> lis
     return results
 
 
-def wait_for(path: Path) -> None:
-    """Waits until every process sees the file that the first process has just written.
+def wait_for(look: Callable[[], str], folder: Path) -> None:
+    """Waits until every process sees the text that the first process has just written.
+
+    Args:
+      look: returns the text, "" where there is none.
+      folder: where it is, for the message.
 
     Raises:
       ValueError: a process does not see it even after the time that a network file system may need.
     """
-    text, deadline = first(path.read_text), time.monotonic() + _LAG
-    while not (path.is_file() and path.read_text() == text):
+    text, deadline = first(look), time.monotonic() + _LAG
+    while look() != text:
         if time.monotonic() > deadline:
             raise ValueError(
-                f"{path.parent}: process {jax.process_index()} does not see what process 0 wrote there; "
+                f"{folder}: process {jax.process_index()} does not see what process 0 wrote there; "
                 "must be a folder that all processes share"
             )
         time.sleep(0.2)

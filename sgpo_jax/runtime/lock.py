@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
+from sgpo_jax.runtime import lease, mirror
+
 FILE = "lock"
 
 
@@ -16,9 +18,16 @@ FILE = "lock"
 def hold(folder: Path) -> Iterator[None]:
     """Holds the lock of a folder, which is created if missing. The system frees it however the process ends.
 
+    The lock of a local copy of a folder in a bucket is in the bucket: see `lease`. While it is held the copy's files
+    are sent there.
+
     Raises:
       ValueError: another process holds the lock; the message names its host and pid.
     """
+    if url := mirror.url_of(folder):
+        with lease.hold(url), mirror.writing(folder):
+            yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / FILE).open("a+", encoding="utf-8") as file:
         try:
@@ -37,6 +46,13 @@ def hold(folder: Path) -> Iterator[None]:
         file.flush()
         yield
         file.truncate(0)
+
+
+def seen(folder: Path) -> str:
+    """Returns the text that shows this process who holds the lock of a folder; "" where nobody does."""
+    if url := mirror.url_of(folder):
+        return lease.seen(url)
+    return (folder / FILE).read_text(encoding="utf-8") if (folder / FILE).is_file() else ""
 
 
 def _holder(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sgpo_jax import data
-from sgpo_jax.runtime import files, tables
+from sgpo_jax.runtime import files, mirror, tables
 from sgpo_jax.runtime.journal import Journal
 from sgpo_jax.strategies import leakage, prompts
 from sgpo_jax.strategies.budget import digest
@@ -51,7 +51,7 @@ def run(config: ConfigDict, workdir: Path, to: Path) -> str:
         reasons = _write_kept(to, rows, session.journal)
     _print_counts(len(rows), len(rows) - len(waiting), reasons)
     session.print_spent()
-    print(f"kept strategies: {to}\neverything else: {workdir / EXTRACTION}", flush=True)
+    print(mirror.shown(f"kept strategies: {to}\neverything else: {workdir / EXTRACTION}"), flush=True)
     return why
 
 

@@ -13,7 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from sgpo_jax.runtime import checksums, distributed
+from sgpo_jax.runtime import buckets, checksums, distributed, mirror
 from sgpo_jax.stats import is_score
 from sgpo_jax.training.state import TrainState
 
@@ -60,7 +60,7 @@ class Checkpoints:
     """The checkpoints of one folder; a context manager that waits for the last save.
 
     Args:
-      folder: the folder; it is created if it does not exist.
+      folder: the folder, as `mirror.arrays` returns it; it is created if it does not exist.
       keep: number of latest checkpoints to keep; the best one is kept too.
       best: name of the metric by which the best checkpoint is chosen; `save` takes its value.
       higher_is_better: whether the best checkpoint has the highest or the lowest value.
@@ -77,7 +77,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: Path,
         keep: int,
         best: str,
         higher_is_better: bool,
@@ -86,7 +86,7 @@ class Checkpoints:
         base: str = "",
         reading: bool = False,
     ):
-        self._folder = Path(folder).absolute()
+        self._folder = folder if buckets.is_url(str(folder)) else Path(folder).absolute()
         self._stop_on_error = stop_on_error or jax.process_count() > 1
         self._reading = reading
         self._base = base
@@ -167,7 +167,7 @@ class Checkpoints:
         self.wait()
 
     def wait(self) -> None:
-        """Waits until every save has been written, with its checksums.
+        """Waits until every save has been written, with its checksums, and a bucket has all files of the run.
 
         Raises:
           OSError: a save failed, and `stop_on_error` is set.
@@ -179,6 +179,7 @@ class Checkpoints:
                     if not checksums.is_written(self._folder / str(step)):
                         checksums.write(self._folder / str(step))
                 checksums.forget_missing(self._folder)
+                mirror.push()  # the rows up to the next checkpoint are in the bucket before it
         except Exception as error:
             self._failed(error)
 

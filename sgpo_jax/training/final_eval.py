@@ -13,7 +13,7 @@ from sgpo_jax import policy as policies
 from sgpo_jax.evaluation import evaluate_sets
 from sgpo_jax.policy import Run
 from sgpo_jax.report import figures
-from sgpo_jax.runtime import distributed, is_first, read_jsonl, tables, write_text
+from sgpo_jax.runtime import distributed, is_first, mirror, read_jsonl, tables, write_text
 from sgpo_jax.stats import benchmark
 from sgpo_jax.stats.benchmark import gain
 from sgpo_jax.training import stage
@@ -62,7 +62,7 @@ def write(run: Run, initial: Callable[[], Any]) -> dict[str, Any]:
 
 
 def _rl_step(run: Run) -> int | None:
-    if not distributed.first((run.workdir / "rl" / "checkpoints").is_dir):
+    if not distributed.first(stage.folder_of(run.workdir, "rl").is_dir):
         return None
     with stage.checkpoints(run.config, run.workdir, "rl") as saved:
         return saved.best_step()
@@ -108,8 +108,8 @@ def _show(run: Run, folder: Path, results: dict[str, Any]) -> None:
         )
         figures.summary(rows, old_bars, new_bars, workdir / "summary.png")
         figures.training_curves(rows, workdir / "training.png")
-        print(f"Figures: {workdir / 'summary.png'}, {workdir / 'training.png'}", flush=True)
-    print(f"Every answer with its verdict: {folder}", flush=True)
+        print(mirror.shown(f"Figures: {workdir / 'summary.png'}, {workdir / 'training.png'}"), flush=True)
+    print(mirror.shown(f"Every answer with its verdict: {folder}"), flush=True)
 
 
 def _interval(result: dict[str, Any]) -> str:

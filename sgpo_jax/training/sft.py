@@ -111,7 +111,7 @@ def count_wrong(sieve: filtering.Sieve, reward: str, workdir: Path) -> None:
       reward: as in `rewards.judge`.
       workdir: of the run.
     """
-    if distributed.first(lambda: any((workdir / "sft" / "checkpoints").glob("[0-9]*"))):
+    if distributed.first(lambda: stage.has_begun(workdir, "sft")):
         return  # counted when it began
 
     def judged(rows):

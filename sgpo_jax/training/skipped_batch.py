@@ -11,7 +11,7 @@ from flax.traverse_util import unflatten_dict
 from sgpo_jax.policy import Run
 from sgpo_jax.policy.tokenizer import pad_left
 from sgpo_jax.rollout import Prompts
-from sgpo_jax.runtime import is_first
+from sgpo_jax.runtime import is_first, mirror
 from sgpo_jax.runtime.files import replacing
 from sgpo_jax.sharding import path_name
 from sgpo_jax.training.batch import Batch, Contexts, Group
@@ -49,9 +49,10 @@ def handle(run: Run, stage: str, step: int, in_a_row: int, rows: Sequence[dict],
         raise FloatingPointError(
             f"step {step}: {in_a_row} updates in a row were not finite (max_skipped={run.config.max_skipped}); the "
             "parameters are those before them. To see where it begins: "
-            f"sgpo replay --workdir={run.workdir} --batch={path}"
+            f"sgpo replay --workdir={mirror.shown(run.workdir)} --batch={mirror.shown(path)}"
         )
-    print(f"warning: step {step}: the update was not finite and is skipped; what it read is in {path}", flush=True)
+    where = mirror.shown(path)
+    print(f"warning: step {step}: the update was not finite and is skipped; what it read is in {where}", flush=True)
 
 
 def write(path: Path, skipped: Skipped) -> None:

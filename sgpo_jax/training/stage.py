@@ -21,7 +21,7 @@ from sgpo_jax.models import lora, peft
 from sgpo_jax.policy import Policy, Run, positions
 from sgpo_jax.policy import tokenizer as tokenizers
 from sgpo_jax.policy.prompts import INSTRUCTION
-from sgpo_jax.runtime import distributed
+from sgpo_jax.runtime import distributed, mirror
 from sgpo_jax.training.checkpoint import Checkpoints
 from sgpo_jax.training.forward import Forward
 from sgpo_jax.training.optimizer import adamw, schedule
@@ -150,7 +150,7 @@ def account(sieve: filtering.Sieve, workdir: Path, stage: str) -> None:
     distributed.agree({f"the number of {rows}": len(sieve.rows), f"the content of {rows}": sieve.fingerprint()})
     if distributed.is_first():
         sieve.table(f"{stage.upper()}: {len(sieve.rows)} rows of {sum(sieve.read.values())}")
-        started = any((workdir / stage / "checkpoints").glob("[0-9]*"))
+        started = has_begun(workdir, stage)
         filtering.record(sieve, workdir, stage, resuming=started)
 
 
@@ -186,12 +186,23 @@ def placed_shapes(
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
+def folder_of(workdir: Path, stage: str) -> Path:
+    """Returns the folder of a stage's checkpoints, which may be in a bucket."""
+    return mirror.arrays(workdir / stage / "checkpoints")
+
+
+def has_begun(workdir: Path, stage: str) -> bool:
+    """Returns whether a stage has a checkpoint."""
+    folder = folder_of(workdir, stage)
+    return folder.is_dir() and any(path.name[0].isdigit() for path in folder.iterdir())
+
+
 def checkpoints(
     config: ConfigDict, workdir: Path, stage: str, reading: bool = False, base: str = ""
 ) -> Checkpoints:
     """Opens the checkpoints of a stage, to continue it or only to read; `base` is needed to restore adapters."""
     fields = config.checkpoint
-    folder = workdir / stage / "checkpoints"
+    folder = folder_of(workdir, stage)
     return Checkpoints(folder, fields.keep, *BEST[stage], config.seed, fields.stop_on_error, base, reading)
 
 
@@ -247,7 +258,7 @@ def find_step(config: ConfigDict, workdir: Path, stage: str, which: str) -> int 
     Returns:
       Its step; None where there is no such checkpoint.
     """
-    if not distributed.first((workdir / stage / "checkpoints").is_dir):
+    if not distributed.first(folder_of(workdir, stage).is_dir):
         return None
     with checkpoints(config, workdir, stage, reading=True) as saved:
         if which in ("best", "last"):
@@ -257,7 +268,7 @@ def find_step(config: ConfigDict, workdir: Path, stage: str, which: str) -> int 
 
 def saved_steps(config: ConfigDict, workdir: Path, stage: str) -> list[int]:
     """Returns the steps of a stage that have a checkpoint."""
-    if not (workdir / stage / "checkpoints").is_dir():
+    if not folder_of(workdir, stage).is_dir():
         return []
     with checkpoints(config, workdir, stage, reading=True) as saved:
         return saved.all_steps()

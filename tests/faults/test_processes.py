@@ -153,12 +153,16 @@ def test_a_folder_that_is_not_the_same_everywhere_is_refused(monkeypatch, tmp_pa
     monkeypatch.setattr(distributed, "_LAG", 0.5)
     monkeypatch.setattr(distributed, "first", lambda make: "what process 0 wrote")
     path = tmp_path / "lock"
+
+    def look():
+        return path.read_text() if path.is_file() else ""
+
     with pytest.raises(ValueError, match=rf"^{tmp_path}: process 0 does not see what process 0 wrote there; must"):
-        distributed.wait_for(path)
+        distributed.wait_for(look, tmp_path)
     path.write_text("of another run")
     writer = threading.Timer(0.1, path.write_text, ["what process 0 wrote"])
     writer.start()
-    distributed.wait_for(path)
+    distributed.wait_for(look, tmp_path)
     writer.join()
 
 

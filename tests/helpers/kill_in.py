@@ -26,7 +26,7 @@ import jax
 import jax._src.compiler
 
 from sgpo_jax.evaluation import sets
-from sgpo_jax.runtime import journal
+from sgpo_jax.runtime import buckets, journal, lease
 from sgpo_jax.training import checkpoint, rl, rollback, sft
 
 # phase -> (where a function is, its name)
@@ -64,7 +64,7 @@ def arm(phase, number, seconds):
         def call(*arguments, **more):
             if next(calls) != number:
                 return function(*arguments, **more)
-            if phase == "checkpoint":
+            if phase == "checkpoint" and not buckets.is_url(str(arguments[0]._folder)):
                 saved = arguments[0]
                 threading.Thread(target=when_writing, args=(saved._folder, seconds), daemon=True).start()
             else:
@@ -72,7 +72,7 @@ def arm(phase, number, seconds):
             try:
                 result = function(*arguments, **more)
                 if phase == "checkpoint":
-                    saved.wait()
+                    arguments[0].wait()
                 return result
             finally:
                 die()
@@ -124,9 +124,12 @@ def run(kill, output):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+lease.BEAT, lease.LEASE = 0.5, 2.0  # a killed process still holds the lock of a folder in a bucket
 warnings.simplefilter("ignore")  # jax warns of forks, but none of its threads is running yet
 plan = json.loads(Path(sys.argv[1]).read_text())
 importlib.import_module("sgpo_jax.commands." + plan["module"].removeprefix("sgpo_jax.").replace("main", "train"))
+if plan["folder"].startswith("gs://"):
+    importlib.import_module("gcsfs")
 results, output = [], Path(sys.argv[1]).with_suffix(".output")
 for kill in [*plan["kills"], None]:
     code = run(kill, output)

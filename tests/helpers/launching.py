@@ -55,10 +55,11 @@ class Bench(NamedTuple):
         return os.environ | changes
 
     def recorded(self) -> list[list[str]]:
-        """Returns the calls since the last time, each as its words."""
+        """Returns the calls since the last time, each as its words; without questions to git about the tree."""
         text = self.calls.read_text() if self.calls.exists() else ""
         self.calls.unlink(missing_ok=True)
-        return [call.split("\0")[:-1] for call in text.split("\n\0")[:-1]]
+        calls = [call.split("\0")[:-1] for call in text.split("\n\0")[:-1]]
+        return [call for call in calls if call[0] != "git" or not {"status", "cat-file"} & set(call)]
 
 
 def bench(folder: Path) -> Bench:

@@ -123,6 +123,20 @@ def test_everything_is_on_the_volume(here):
     assert {"name": "HF_HOME", "value": "/shared/huggingface"} in container["env"]
 
 
+def test_a_run_in_a_bucket_needs_no_volume(here):
+    job = [*JOB[:4], *WHAT[:2], "--workdir", "gs://my-bucket/q", "--account", "trainer", "--tpu", "v6e:8x8"]
+    (document,) = submitted(here, "run", *job)
+    pod = document["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert "--workdir=gs://my-bucket/q" in container["command"] and pod["serviceAccountName"] == "trainer"
+    assert [volume["name"] for volume in pod["volumes"]] == ["memory"] == [m["name"] for m in container["volumeMounts"]]
+    assert [variable["name"] for variable in container["env"]] == ["PROCESS"]
+    result = here.run("kubernetes.sh", "collect", "--workdir", "gs://my-bucket/q", "--to", "results")
+    assert result.returncode == 0, result.stderr
+    exclude = ["--recursive", "--exclude", "(.*/)?checkpoints/.*"]
+    assert here.recorded() == [["gcloud", "storage", "rsync", *exclude, "gs://my-bucket/q", "results"]]
+
+
 @pytest.mark.parametrize("name", ["on", "n", "null", "true", "e1", "y-1"])
 def test_names_that_yaml_reads_as_something_else_stay_names(name, here):
     job = ["--name", name, "--image", "i", "--claim", name, *WHAT, "--nodes", "1", "--gpus", "1"]
@@ -172,9 +186,9 @@ def test_the_image_is_of_the_commit_and_of_an_extra_that_exists(here):
     assert build == [*words, "stdin: archive"]
     assert push == ["docker", "push", "registry/sgpo:1"]
     dockerfile = (ROOT / "launch/Dockerfile").read_text()
-    assert 'pip install --no-cache-dir --editable ".[$EXTRA]"' in dockerfile
+    assert 'pip install --no-cache-dir --editable ".[$EXTRA,buckets]"' in dockerfile
     extras = re.findall(r'^    "(\w+)":', (ROOT / "setup.py").read_text(), re.M)
-    assert {"tpu", "gpu"} <= set(extras)
+    assert {"tpu", "gpu", "buckets"} <= set(extras)
     python = re.search(r"FROM python:3\.(\d+)", dockerfile)[1]
     low, high = re.search(r'python_requires=">=3\.(\d+),<3\.(\d+)"', (ROOT / "setup.py").read_text()).groups()
     assert int(low) <= int(python) < int(high)
@@ -226,6 +240,8 @@ def test_the_job_goes_back_into_the_queue_when_it_was_stopped(status, state, req
         ("kubernetes.sh", ["run", *JOB, *WHAT, "--tpu", "v5p:1x1x2"], "a multiple of 4 chips"),
         ("kubernetes.sh", ["run", *JOB, *WHAT, "--nodes", "4"], "--gpus is missing"),
         ("kubernetes.sh", ["run", *JOB, *WHAT[:3], "/q", "--tpu", "v6e:8x8"], "a plain path in /shared"),
+        ("kubernetes.sh", ["run", *JOB[:4], *WHAT, "--tpu", "v6e:8x8"], "--claim is missing; without one"),
+        ("kubernetes.sh", ["run", *JOB, *WHAT[:3], "gs://b/$x", "--tpu", "v6e:8x8"], "must be a place in a bucket"),
         ("kubernetes.sh", ["run", *JOB[:4], "--claim", "A", *WHAT, "--tpu", "v6e:8x8"], "--claim must be"),
         ("kubernetes.sh", ["run", "--name", "x" * 41, *JOB[2:], *WHAT, "--tpu", "v6e:8x8"], "--name must be"),
         ("kubernetes.sh", ["run", *JOB, *WHAT, "--tpu", "v6e:8x8", "--grace", "0"], "--grace must be"),

@@ -55,6 +55,9 @@ def test_scripts_are_sound(script):
         ("tpu_vm.sh", ["stop", *WHERE]),
         ("tpu_vm.sh", ["collect", *WHERE, "--workdir", "/shared/q", "--to", "my results"]),
         ("tpu_vm.sh", ["fetch", *WHERE, "--from", "/shared/q", "--to", "my results"]),
+        ("tpu_vm.sh", ["put", *WHERE, "--from", "my data's", "--to", "gs://my-bucket/data"]),
+        ("tpu_vm.sh", ["collect", *WHERE, "--workdir", "gs://my-bucket/q", "--to", "my results"]),
+        ("tpu_vm.sh", ["fetch", *WHERE, "--from", "gs://my-bucket/q", "--to", "my results"]),
         ("tpu_vm.sh", ["delete", *WHERE]),
         ("tpu_vm.sh", ["delete", *WHERE, "--queued"]),
         ("kubernetes.sh", ["image", "--image", "registry/sgpo:1", "--extra", "gpu"]),
@@ -268,6 +271,31 @@ def test_run_follows_the_output_and_hands_on_the_status(vm):
 
 
 @needs_flock
+def test_a_run_in_a_bucket_has_its_output_on_the_worker(vm):
+    result = vm.run("tpu_vm.sh", *RUN[:-1], "gs://my-bucket/q")
+    assert result.returncode == 3 and "<--workdir=gs://my-bucket/q> " in result.stdout
+    assert (vm.home / "sgpo_jax.run/output.3.log").read_text() == result.stdout
+    assert sorted(path.name for path in vm.home.iterdir() if "gs:" in path.name) == []
+
+
+@pytest.mark.parametrize("arguments", [["create", *WHERE, "--type", "v6e-8"], ["install", *WHERE], KEEP])
+def test_what_is_not_committed_is_said_before_anything_is_paid_for(arguments, here):
+    here.tool("git", '[[ $3 != status ]] || echo " M configs/quickstart.py"')
+    here.tool("gcloud", 'echo "paid" >&2; exit 1')
+    result = here.run("tpu_vm.sh", *arguments, *["--retries", "1", "--poll", "0"] * (arguments is KEEP))
+    lines = result.stderr.splitlines()
+    assert lines[0] == "tpu_vm.sh: these changes are not committed, and do not reach the machines:"
+    assert lines[1:3] == [" M configs/quickstart.py", "paid"]
+
+
+def test_a_config_that_is_not_committed_is_refused_before_anything_is_paid_for(here):
+    here.tool("git", "[[ $3 != cat-file ]]")
+    result = here.run("tpu_vm.sh", *KEEP)
+    assert result.returncode == 2 and "is not committed, and the machines get the committed tree only" in result.stderr
+    assert here.recorded() == []
+
+
+@needs_flock
 def test_run_follows_an_active_run_and_refuses_another(vm):
     program(vm, 'echo begun\nuntil [[ -e "$HOME/end" ]]; do sleep 0.05; done\necho ended\nexit 5')
     command = ["bash", str(vm.tree / "launch/tpu_vm.sh"), *RUN]
@@ -351,7 +379,8 @@ def test_install_mounts_the_share_once_and_installs_on_every_worker(vm):
     ]
     (mount,) = (call for call in calls if call[:2] == ["sudo", "mount"])
     assert mount == ["sudo", "mount", "-t", "nfs", "-o", "hard,nfsvers=3,actimeo=0", SHARE, f"{vm.home}/shared"]
-    assert ["python3", "-m", "uv", "pip", "install", "--quiet", "--python", ".venv", "--editable", ".[tpu]"] in calls
+    installed = ["--quiet", "--python", ".venv", "--editable", ".[tpu,buckets]"]
+    assert ["python3", "-m", "uv", "pip", "install", *installed] in calls
     assert os.readlink(vm.home / "sgpo_jax/data") == f"{vm.home}/shared/data"
     assert vm.run("tpu_vm.sh", *install).returncode == 0
     assert [call for call in vm.recorded() if call[0] == "sudo"] == []
@@ -444,6 +473,7 @@ cli.start("run", cli.Command("", "__main__:run", config="", announced=False))
         (["fetch", *WHERE, "--from", "runs; rm -r /", "--to", "x"], "--from must be"),
         (["collect", *WHERE, "--workdir", "runs/q"], "--to is missing"),
         (["collect", *WHERE, "--workdir", "$(id)", "--to", "x"], "--workdir must be"),
+        (["put", *WHERE, "--from", "data", "--to", "gs://B/$(id)"], "--to must be a place in a bucket"),
         ([*RUN[:-4], "--config", "configs/none.py", "--workdir", "r"], "there is no file"),
         ([*RUN[:-4], "--config", "setup.py", "--workdir", "r"], "--config must be"),
         ([*RUN, "--", "--rl.steps=5"], "only --config.field=value may follow"),
