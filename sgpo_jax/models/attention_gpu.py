@@ -119,9 +119,15 @@ def append(cache: jax.Array, new: jax.Array, layer: Any, slots: jax.Array) -> ja
 
 
 def attend_cache(
-    query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any, lengths: jax.Array, interpret: bool = False
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    layer: Any,
+    lengths: jax.Array,
+    each: int = 1,
+    interpret: bool = False,
 ) -> jax.Array:
-    """Computes `attention.attend_cache` with JAX's paged attention, which reads the pages in use.
+    """Computes `attention.attend_cache` with JAX's paged attention, which reads for a query the pages in use.
 
     All layers share one page pool. `interpret` runs it anywhere.
     """
@@ -135,7 +141,7 @@ def attend_cache(
     def local(query, keys, values, layer, lengths):
         pool = (len(keys), -1, PAGE, width)
         pages, rows = slots // PAGE, keys.shape[2]
-        table = (layer * rows + jnp.arange(len(query))[:, None]) * pages + jnp.arange(pages)
+        table = (layer * rows + jnp.arange(len(query))[:, None] // each) * pages + jnp.arange(pages)
         with exact_products(query.dtype):
             return paged_attention(
                 query, keys.reshape(pool), values.reshape(pool), table.astype(jnp.int32), lengths,
