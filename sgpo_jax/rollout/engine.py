@@ -17,17 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from sgpo_jax import models, output_head
+from sgpo_jax.rollout import drafts, weights
 from sgpo_jax.rollout.sampling import Sampling, sample
-from sgpo_jax.sharding import BATCH, constrain, dividing, path_name, platform, row_ways, spec_for, weight_axes
+from sgpo_jax.sharding import BATCH, constrain, dividing, platform, row_ways, weight_axes
 
 Array = Any  # JAX's, or numpy's on the host
 
 STOP, LENGTH = 0, 1  # finish reasons: ended by a stop token, or cut at the limit
 NARROW = 4  # when the queue is empty, the last responses continue in 1/4 of the slots, later in 1/4 of these, and so on
 LEAST = 8, 2  # fewest slots of a shard after narrowing: the first time, which takes memory for a copy, and later
-# Layouts between that of training and one that splits weights over more than the tensor axis. From each to the next the
-# moves are exchanges or gathers over one axis; at once, all devices would hold all.
-FROM_TRAINING = {"fsdp": BATCH, "tensor": ("tensor",)}, {"fsdp": ("data",), "tensor": ("tensor", "fsdp")}
 
 
 class LanguageModel(NamedTuple):
@@ -53,6 +51,8 @@ class Rollout(NamedTuple):
     logp: Array  # [B,G,T] float32, log-probability of each token at temperature 1 without filters, nats; then 0
     lengths: Array  # [B,G] int32, tokens in each response, the stop token included
     finish: Array  # [B,G] int32, STOP or LENGTH
+    passes: Array | None = None  # [B,G] int32, passes through the model; None without drafts: then as many as tokens
+    drafted: Array | None = None  # [B,G] int32, tokens that were drafted; all but one of a pass's tokens were
 
 
 class _Slots(NamedTuple):
@@ -109,10 +109,12 @@ def generate(
     responses = problems // shards * per_problem
     width = min(slots // shards or responses, responses)
     splits = [weight_axes(ways) for ways in sampling.decode_ways]
-    params = _split(_cast(params, dtype), splits[0], FROM_TRAINING)
+    params = weights.split(weights.cast(params, dtype), splits[0], weights.FROM_TRAINING)
     stops = jnp.asarray(model.stop_ids, jnp.int32)
 
-    by_shard = partial(jnp.reshape, shape=(shards, count // shards))
+    def by_shard(values):
+        return values.reshape(shards, count // shards, *values.shape[1:])
+
     last_tokens, problem_ids = by_shard(prompts.tokens[:, -1]), by_shard(problem_ids)
     empty = _constrain_cache(models.init_cache(config, count, length - 1, dtype))
     # Prefill all tokens but the last, which is the first one to be decoded.
@@ -132,23 +134,29 @@ def generate(
     def take_prompt(values, response):
         return jnp.take_along_axis(values, prompt_index(response), axis=1)
 
-    def decode(params, head, split, state):
-        queued, slots, out, steps = state
-        active = slots.response < responses
+    def draw(params, head, split, slots, fed):
+        """Feeds tokens `[W,R]`, or several of each slot `[W,R,J]`; returns those that follow, their logp, the cache."""
+        active, rows = slots.response < responses, models.other_rows(split)
         hidden, cache = models.decode(
-            params, config, slots.token.reshape(-1), active.reshape(-1), slots.cache, dtype=dtype, split=split
+            params, config, fed.reshape(-1, *fed.shape[2:]), active.reshape(-1), slots.cache, dtype=dtype, split=split
         )
-        rows = models.other_rows(split)
-        logits = output_head.product(constrain(hidden, rows, None), head)
+        logits = output_head.product(constrain(hidden.reshape(-1, hidden.shape[-1]), rows, None), head)
         # Each device computes the logits of its part of the vocabulary, and then samples its part of the rows.
         logits = constrain(logits, rows, dividing(config.vocab_size, split))
         logits = constrain(logits, dividing(len(logits), (*BATCH, "tensor")), None)
         slot_keys, slot_samples = (values[slots.response % per_problem] for values in (keys[kinds], samples))
-        ids = take_prompt(problem_ids, slots.response), slot_samples, slots.sampled
-        noise = [x.reshape(-1) for x in (slot_keys, *ids)]
+        ids = slot_keys, take_prompt(problem_ids, slots.response), slot_samples, slots.sampled
+        if fed.ndim == 3:
+            ids = [jnp.broadcast_to(x[..., None], fed.shape) for x in ids]
+            ids[-1] = ids[-1] + jnp.arange(fed.shape[2])
+        noise = [x.reshape(-1) for x in ids]
         uniform = jax.vmap(lambda *key_and_ids: jax.random.uniform(_fold(*key_and_ids)))(*noise)
         token, logp = sample(logits, uniform, sampling)
-        token, logp = token.reshape(slots.response.shape), logp.reshape(slots.response.shape)
+        return token.reshape(fed.shape), logp.reshape(fed.shape), cache
+
+    def decode(params, head, split, state):
+        queued, slots, out, steps = state
+        token, logp, cache = draw(params, head, split, slots, slots.token)
         if sampling.watch is not None:
             jax.debug.callback(sampling.watch, slots.response, slots.sampled, token)
         stopped = jnp.isin(token, stops)
@@ -156,6 +164,39 @@ def generate(
         ended = stopped | (slots.sampled + 1 == max_new_tokens)
         slots = _Slots(jnp.where(ended, responses, slots.response), slots.sampled + 1, token, cache)
         return queued, slots, out, steps + slots.response.size
+
+    def verify(params, head, split, most, state):
+        """Decodes with up to `most` drafted tokens of each slot, of which the right ones need no pass of their own."""
+        queued, slots, out, steps = state
+        left = max_new_tokens - slots.sampled
+        guesses, drafted = drafts.propose(*texts(out, slots), most)
+        drafted = jnp.where(slots.response < responses, jnp.minimum(drafted, left - 1), 0)
+        fed = jnp.concatenate([slots.token[..., None], jnp.maximum(guesses, 0)], axis=-1)
+        token, logp, cache = draw(params, head, split, slots, fed)
+        kept, stopped = drafts.accept(token, guesses, drafted, stops, left)
+        # What follows a wrong draft leaves the cache: nothing reads it before it is overwritten.
+        grown = jnp.where(slots.response < responses, kept, 0)
+        cache |= {"length": slots.cache["length"] + grown.reshape(-1)}
+        if sampling.watch is not None:
+            for i in range(most + 1):
+                watched = jnp.where(i < kept, slots.response, responses)
+                jax.debug.callback(sampling.watch, watched, slots.sampled + i, token[..., i])
+        out = _record_several(out, slots, token, logp, kept, stopped, drafted)
+        last = jnp.take_along_axis(token, kept[..., None] - 1, axis=-1)[..., 0]
+        ended = stopped | (kept == left)
+        slots = _Slots(jnp.where(ended, responses, slots.response), slots.sampled + kept, last, cache)
+        return queued, slots, out, steps + slots.response.size
+
+    def texts(out, slots):
+        """Returns all texts about the problem of each slot `[W,R,S]`, and the last tokens of its response."""
+        response = jnp.minimum(slots.response, responses - 1)
+        known = jnp.where(jnp.arange(max_new_tokens) < out.lengths[..., None], out.tokens, drafts.NONE)
+        by_response = jnp.concatenate([befores, known], axis=2)
+        by_problem = by_response.reshape(shards, responses // per_problem, -1)
+        siblings = jnp.take_along_axis(by_problem, (response // per_problem)[..., None], axis=1)
+        own_prompt = jnp.take_along_axis(prompt_texts, prompt_index(response)[..., None], axis=1)
+        last = drafts.last_tokens(by_response, response, slots.sampled)
+        return jnp.concatenate([own_prompt, siblings], axis=2), last
 
     def refill(state):
         queued, slots, out, steps = state
@@ -180,12 +221,26 @@ def generate(
         jnp.zeros((shards, responses), jnp.int32),
         jnp.full((shards, responses), LENGTH, jnp.int32),
     )
+    if sampling.draft:
+        out = out._replace(passes=out.lengths, drafted=out.lengths)
+        prompt_texts = by_shard(jnp.where(prompts.mask, prompts.tokens, drafts.NONE))
+        all_responses = jnp.broadcast_to(jnp.arange(responses), (shards, responses))
+        befores = jnp.take_along_axis(
+            drafts.before(prompt_texts, prompt_texts != drafts.NONE), prompt_index(all_responses)[..., None], axis=1
+        )
     state = jnp.zeros(shards, jnp.int32), _Slots(idle, idle * 0, idle * 0, cache), out, jnp.int32(0)
     decodes = []
     for i, split in enumerate(splits):
-        params = _split(params, split) if i else params
-        decodes.append(partial(decode, params, _contiguous_head(params, config), split))
-    state = _decode_all(state, responses, refill, decodes)
+        params = weights.split(params, split) if i else params
+        decodes.append((params, weights.contiguous_head(params, config), split))
+
+    def step(stage, stage_width):
+        by = decodes[min(stage, len(decodes) - 1)]
+        if not sampling.draft:
+            return partial(decode, *by)
+        return partial(verify, *by, drafts.most_drafted(sampling.draft, stage_width, width))
+
+    state = _decode_all(state, responses, refill, step)
     return jax.tree.map(lambda field: field.reshape(problems, per_problem, *field.shape[2:]), state[2]), state[3]
 
 
@@ -195,10 +250,10 @@ def narrowed(slots: int, all_slots: int) -> int:
     return narrower if narrower >= LEAST[slots < all_slots] else 0
 
 
-def _decode_all(state: Any, responses: int, refill: Callable, decodes: Sequence[Callable]) -> Any:
+def _decode_all(state: Any, responses: int, refill: Callable, decode: Callable[[int, int], Callable]) -> Any:
     """Decodes until every response has ended; once the queue is empty, in fewer and fewer slots.
 
-    Each of `decodes` serves a stage, and the last one those after it too.
+    `decode` returns the step of a stage, from its number and its width.
     """
 
     all_slots = width = state[1].response.shape[1]
@@ -216,17 +271,17 @@ def _decode_all(state: Any, responses: int, refill: Callable, decodes: Sequence[
 
         state = refill(state)
         with jax.named_scope(f"decode_{all_slots}"):
-            return jax.lax.while_loop(no_refill_due, decodes[0], state)
+            return jax.lax.while_loop(no_refill_due, decode(0, all_slots), state)
 
-    step: Callable = refill_and_decode
+    step, stage = refill_and_decode, 0
     while width:
         narrower = narrowed(width, all_slots)
         with jax.named_scope("refill" if step is refill_and_decode else f"decode_{width}"):
             state = jax.lax.while_loop(partial(busy, narrower=narrower), step, state)
         if narrower:
             state = state[0], _active_first(state[1], responses, narrower), *state[2:]
-        decodes = decodes[1:] or decodes
-        step, width = decodes[0], narrower
+        stage, width = stage + 1, narrower
+        step = decode(stage, width)
     return state
 
 
@@ -240,7 +295,7 @@ def _record(out: Rollout, slots: _Slots, token: jax.Array, logp: jax.Array, stop
     """Writes each slot's token into its response; the index of a free slot is out of range, so its token is dropped."""
 
     def record(out, response, count, token, logp, stopped):
-        tokens, logps, lengths, finish = out
+        tokens, logps, lengths, finish, *_ = out
         return Rollout(
             tokens.at[response, count].set(token, mode="drop"),
             logps.at[response, count].set(logp, mode="drop"),
@@ -249,6 +304,26 @@ def _record(out: Rollout, slots: _Slots, token: jax.Array, logp: jax.Array, stop
         )
 
     return jax.vmap(record)(out, slots.response, slots.sampled, token, logp, stopped)
+
+
+def _record_several(
+    out: Rollout, slots: _Slots, token: Any, logp: Any, kept: Any, stopped: Any, drafted: Any
+) -> Rollout:  # fmt: skip
+    """Writes the first `kept` `[W,R]` of each slot's tokens `[W,R,J]` into its response, and counts the pass."""
+
+    def record(out, response, count, token, logp, kept, stopped, drafted):
+        index = jnp.arange(token.shape[1])
+        rows, places = jnp.where(index < kept[:, None], response[:, None], len(out.lengths)), count[:, None] + index
+        return Rollout(
+            out.tokens.at[rows, places].set(token, mode="drop"),
+            out.logp.at[rows, places].set(logp, mode="drop"),
+            out.lengths.at[response].set(count + kept, mode="drop"),
+            out.finish.at[response].set(jnp.where(stopped, STOP, LENGTH), mode="drop"),
+            out.passes.at[response].add(1, mode="drop"),
+            out.drafted.at[response].add(drafted, mode="drop"),
+        )
+
+    return jax.vmap(record)(out, slots.response, slots.sampled, token, logp, kept, stopped, drafted)
 
 
 def _left_aligned(prompts: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -344,40 +419,3 @@ def _constrain_cache(cache: models.Cache) -> models.Cache:
     """Splits heads over the tensor axis, and rows over the other axes."""
     layout = ("tensor", None, BATCH, None, None)
     return {**cache, **{name: constrain(cache[name], *layout) for name in ("key", "value")}}
-
-
-def _cast(params: Any, dtype: Any) -> Any:
-    """Casts matrices to the dtype of the products; norms and biases keep theirs."""
-
-    def cast(path, leaf):
-        name = path_name(path)
-        leaf = leaf.astype(dtype) if name.endswith(("kernel", "embedding")) else leaf
-        if platform() != "gpu":
-            return leaf
-        # Else the partitioner gathers first and casts then, with twice the memory.
-        return constrain(leaf, *(BATCH if axis == "fsdp" else axis for axis in spec_for(name, leaf.shape)))
-
-    return jax.tree_util.tree_map_with_path(cast, params)
-
-
-def _split(params: Any, axes: tuple[str, ...], through: Sequence[dict[str, tuple[str, ...]]] = ()) -> Any:
-    """Gathers matrices, and splits over these axes what the tensor axis splits in training.
-
-    This happens once, before a stage of decoding: otherwise every token would gather them. Where the matrices are split
-    over the first of these axes already, nothing moves. From the layout of training they go `through` others.
-    """
-
-    def split(path, leaf):
-        spec = spec_for(path_name(path), leaf.shape)
-        for step in [*(through if len(axes) > 1 else ()), {"tensor": axes}]:
-            by_dimension = [step.get(axis, ()) for axis in spec]
-            leaf = constrain(leaf, *(dividing(n, some) for n, some in zip(leaf.shape, by_dimension, strict=False)))
-        return leaf
-
-    return jax.tree_util.tree_map_with_path(split, params)
-
-
-def _contiguous_head(params: Any, config: models.ModelConfig) -> jax.Array:
-    """Returns the head `[D,V]`; for a tied model a transposed copy, which is faster than a transpose at every token."""
-    head = models.head(params, config)
-    return jax.lax.optimization_barrier(head) if config.tie_embeddings else head
