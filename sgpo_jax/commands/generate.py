@@ -95,7 +95,7 @@ def answer(
         if stream:
             jax.effects_barrier()
             stream.end()
-        rollout = Rollout(*(field[:count] for field in rollout))
+        rollout = jax.tree.map(lambda field, count=count: field[:count], rollout)
         lines += _lines(policy, rollout, rows[start : start + count], config.rl.reward)
     return lines
 

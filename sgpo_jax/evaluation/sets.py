@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -18,11 +19,13 @@ from sgpo_jax.data import unsolvable
 from sgpo_jax.evaluation import generations
 from sgpo_jax.policy import Policy, Run, memory, positions
 from sgpo_jax.policy.generation import encode_prompts, grade, noise_key, pad_prompts, respond
-from sgpo_jax.rollout import Rollout, Sampling
+from sgpo_jax.rollout import Sampling
 from sgpo_jax.runtime import distributed, preemption
 from sgpo_jax.runtime.files import append_text, jsonl
 from sgpo_jax.runtime.progress import Progress
 from sgpo_jax.stats import benchmark
+
+SPEED = ("slots", "decode_ways", "draft", "watch")  # fields of the sampling that change no response
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def evaluate(
         "model": settings.model, "set": settings.name, "seed": settings.seed, "step": settings.step,
         "guided": settings.guided, "samples": settings.samples, "reward": settings.reward,
         "instruction": policy.instruction, "dtype": jnp.dtype(policy.dtype).name,
-        **{name: value for name, value in asdict(sampling).items() if name not in ("slots", "decode_ways", "watch")},
+        **{name: value for name, value in asdict(sampling).items() if name not in SPEED},
         **({"system": policy.system} if policy.system else {}), "problems": problems,
     }  # fmt: skip
     distributed.agree({f"the content of the problems of {settings.name}": problems})
@@ -100,7 +103,7 @@ def evaluate(
         ids = np.minimum(np.arange(start, start + settings.batch), len(rows) - 1)
         padded = pad_prompts(policy, [prompts[i] for i in ids], length)
         rollout, _ = respond(policy, params, padded, ids, key, mesh, sampling, settings.samples)
-        rollout = Rollout(*(field[: part.stop - start] for field in rollout))
+        rollout = jax.tree.map(lambda field, count=part.stop - start: field[:count], rollout)
         lines = generations.lines_of(rows[part], grade(policy, rollout, rows[part], settings.reward), settings.step)
         unfinished = [(i, group) for i, group in enumerate(lines, part.start) if left[i]]
         for i, group in unfinished:

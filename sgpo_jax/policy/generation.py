@@ -130,8 +130,9 @@ def respond_in_groups(
     ids = np.repeat(np.arange(len(prompts[0])), len(prompts))
     padded = pad_prompts(policy, interleaved, length)
     rollout, slot_steps = respond(policy, params, padded, ids, jnp.stack(keys), mesh, sampling, tuple(groups))
-    split = (np.split(field, np.cumsum(groups)[:-1], axis=1) for field in rollout)
-    return [Rollout(*fields) for fields in zip(*split, strict=True)], slot_steps
+    ends = np.cumsum(groups)
+    parts = [slice(end - size, end) for end, size in zip(ends, groups, strict=True)]
+    return [jax.tree.map(lambda field, part=part: field[:, part], rollout) for part in parts], slot_steps
 
 
 @phase("reward")

@@ -8,7 +8,7 @@ shard, R slots of a shard, P prompt length, T new tokens, V vocabulary. In a cac
 length, N head size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 

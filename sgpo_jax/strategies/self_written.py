@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 
 from sgpo_jax.policy import Policy, Run, memory
@@ -66,7 +67,7 @@ def write(run: Run, params: Any, rows: Sequence[dict], step: int) -> list[dict]:
             padded = pad_prompts(policy, [tokens[i] for i in places], length)
             key = noise_key(seed, purpose, 0)
             rollout, _ = respond(policy, params, padded, ids, key, mesh, sampling, group)
-            return Rollout(*(field[: len(problems)] for field in rollout))
+            return jax.tree.map(lambda field: field[: len(problems)], rollout)
 
         progress = Progress("own strategies", len(rows), len(rows) - missing, enabled=distributed.is_first())
         for start in range(0, len(rows), batch):

@@ -5,6 +5,7 @@ The methods that SGPO is compared with (`methods.py`) are the same loop with ano
 Axis key: B problems, G responses of a group, T response tokens.
 """
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -38,6 +39,9 @@ class Sampled(NamedTuple):
     graded: dict[str, Graded]  # group -> responses
     tokens: int  # sampled for it, those of replaced problems included
     slot_steps: int  # the same
+    responses: int = 0  # the same
+    passes: int = 0  # of them through the model; 0 without drafts
+    drafted: int = 0  # tokens for them
 
 
 def train(run: Run, initial: Callable[[], Any]) -> None:
@@ -127,7 +131,12 @@ def sample_and_grade(
         clock.lap("rollout")
         graded = {name: grade(run.policy, rollout, problems, run.config.rl.reward) for name, rollout in groups.items()}
         clock.lap("reward")
-        return Sampled(problems, graded, int(sum(rollout.lengths.sum() for rollout in sampled.values())), slot_steps)
+        responses = sum(rollout.lengths.size for rollout in sampled.values())
+        tokens, *drafting = (
+            sum(0 if counts is None else int(counts.sum()) for counts in fields)
+            for fields in zip(*((r.lengths, r.passes, r.drafted) for r in sampled.values()), strict=True)
+        )
+        return Sampled(problems, graded, tokens, slot_steps, responses, *drafting)
 
     sampled = sample(batches[0][position])
     for number in range(1, rounds + 1):
@@ -152,12 +161,12 @@ def fill(sampled: Sampled, other: Sampled) -> Sampled:
         return [others[source[i]] if i in source else mine[i] for i in rows]
 
     def merge(mine: Graded, others: Graded) -> Graded:
-        rollout = Rollout(*(np.stack(merged(*pair)) for pair in zip(mine.rollout, others.rollout, strict=True)))
+        rollout = jax.tree.map(lambda *pair: np.stack(merged(*pair)), mine.rollout, others.rollout)
         texts, verdicts = merged(mine.texts, others.texts), merged(mine.verdicts, others.verdicts)
         return Graded(rollout, texts, verdicts, np.stack(merged(mine.rewards, others.rewards)))
 
     graded = {name: merge(sampled.graded[name], other.graded[name]) for name in sampled.graded}
-    counts = sampled.tokens + other.tokens, sampled.slot_steps + other.slot_steps
+    counts = map(operator.add, sampled[2:], other[2:])
     return Sampled(merged(sampled.problems, other.problems), graded, *counts)
 
 
@@ -334,12 +343,18 @@ def _rollout_metrics(autonomous: Graded, guided: Graded | None) -> dict[str, flo
 
 
 def _speed(clock: Clock, sampled: Sampled) -> dict[str, float]:
-    """Returns seconds and response tokens per second of each phase, and the share of slot-steps that made a token."""
-    tokens = sampled.tokens
+    """Returns seconds and response tokens per second of each phase, and the share of slot-steps with a response.
+
+    With drafts, also how many tokens of a response were drafted, how many of these were right, and how many passes
+    through the model a response took.
+    """
+    tokens, passes = sampled.tokens, sampled.passes
+    counts = {"drafted": sampled.drafted, "accepted": tokens - passes, "passes": passes} if passes else {}
     return {
         "tokens_per_second_rollout": tokens / clock.seconds["rollout"],
         "tokens_per_second_update": tokens / clock.seconds["update"],
         **{f"seconds_{phase}": seconds for phase, seconds in clock.seconds.items()},
         "seconds_step": clock.total,
-        "slots_used": float(tokens / sampled.slot_steps),
+        "slots_used": float((passes or tokens) / sampled.slot_steps),
+        **{name: count / sampled.responses for name, count in counts.items()},
     }
