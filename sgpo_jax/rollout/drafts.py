@@ -8,31 +8,33 @@ Axis key: W shards, Q responses of a shard, R slots of a shard, E responses to a
 of a response, K drafted tokens of a slot, J = K + 1 tokens of a slot in a pass, S tokens of a text.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
+from sgpo_jax.sharding import platform
+
 NONE = -1  # stands where a text has no token: nothing matches across it
 SUFFIX = 8  # last tokens of a response that are compared at most
-LEAST = 2  # fewest of them that must agree
-AT_ONCE = 64  # tokens of a shard that a pass may always have; more only where the first stage has more slots
+AT_ONCE = 64  # tokens of a shard with which a pass takes about the time that the weights take: more cost nothing
+AT_ONCE_CPU = 16  # the same for CPUs, where arithmetic decides earlier
 
 
 def most_drafted(draft: int, width: int, slots: int) -> int:
     """Returns K in a stage of `width` slots of a shard, which begins with `slots`: at most `draft`.
 
-    The fewer slots are left, the more tokens of each are verified at once: a pass then costs what it cost before.
+    The fewer slots are left, the more tokens of each are verified at once. A pass of a later stage has no more tokens,
+    and takes no more memory, than one of the first stage, or it has few.
     """
-    return min(draft, max(slots, AT_ONCE) // max(width, 1) - 1)
+    few = AT_ONCE_CPU if platform() == "cpu" else max(AT_ONCE, slots)
+    return max(min(draft, few // max(width, 1) - 1), 0)
 
 
-def before(prompts: Any, mask: Any) -> jax.Array:
-    """Returns what stands before a response in its text, `[...,SUFFIX+1]`: NONE, then the end of its prompt `[...,P]`.
+def before(prompts: jax.Array) -> jax.Array:
+    """Returns what stands before a response in its text, `[...,SUFFIX+1]`: NONE, then the end of its prompt.
 
-    `mask` is True on the prompt's tokens, which are on the right.
+    The prompts `[...,P]` have NONE on the left in place of padding.
     """
-    ends = jnp.where(mask, prompts, NONE)[..., -SUFFIX:]
+    ends = prompts[..., -SUFFIX:]
     left = SUFFIX + 1 - ends.shape[-1]
     return jnp.pad(ends, [(0, 0)] * (ends.ndim - 1) + [(left, 0)], constant_values=NONE)
 
@@ -73,8 +75,7 @@ def propose(text: jax.Array, last: jax.Array, most: int) -> tuple[jax.Array, jax
     place = size - 1 - jnp.argmax(agree[..., ::-1], axis=-1, keepdims=True)
     drafts = jnp.take_along_axis(text, SUFFIX + 1 + place + jnp.arange(most), axis=-1)
     count = jnp.cumprod(drafts != NONE, axis=-1).sum(axis=-1)
-    enough = jnp.take_along_axis(agree, place, axis=-1)[..., 0] >= LEAST
-    return drafts, jnp.where(enough, count, 0)
+    return drafts, jnp.where(agree.any(axis=-1), count, 0)
 
 
 def accept(

@@ -18,6 +18,7 @@ import numpy as np
 
 from sgpo_jax import models, output_head
 from sgpo_jax.rollout import drafts, weights
+from sgpo_jax.rollout.cache import constrain_cache, copy_row, insert
 from sgpo_jax.rollout.sampling import Sampling, sample
 from sgpo_jax.sharding import BATCH, constrain, dividing, platform, row_ways, weight_axes
 
@@ -38,10 +39,12 @@ class LanguageModel(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """A batch of prompts."""
+    """A batch of prompts, and what may be known about the responses. What is known changes no response."""
 
     tokens: Array  # [B,P] int32, padded on the left
     mask: Array  # [B,P] bool, True on real tokens
+    expected: Array | None = None  # [B] float32, tokens of a response; with fewer slots, the longest are begun first
+    earlier: Array | None = None  # [B/C,S] int32, texts about each problem to draft from; drafts.NONE between them
 
 
 class Rollout(NamedTuple):
@@ -116,7 +119,7 @@ def generate(
         return values.reshape(shards, count // shards, *values.shape[1:])
 
     last_tokens, problem_ids = by_shard(prompts.tokens[:, -1]), by_shard(problem_ids)
-    empty = _constrain_cache(models.init_cache(config, count, length - 1, dtype))
+    empty = constrain_cache(models.init_cache(config, count, length - 1, dtype))
     # Prefill all tokens but the last, which is the first one to be decoded.
     all_but_last = _left_aligned(prompts.tokens[:, :-1], prompts.mask[:, :-1])
     prefilled = models.apply(params, config, *all_but_last, empty, dtype=dtype)[1] if length > 1 else empty
@@ -132,7 +135,8 @@ def generate(
         return jnp.minimum(first + kinds[response % per_problem], count // shards - 1)
 
     def take_prompt(values, response):
-        return jnp.take_along_axis(values, prompt_index(response), axis=1)
+        index = prompt_index(response)
+        return jnp.take_along_axis(values, index.reshape(*index.shape, *(1,) * (values.ndim - 2)), axis=1)
 
     def draw(params, head, split, slots, fed):
         """Feeds tokens `[W,R]`, or several of each slot `[W,R,J]`; returns those that follow, their logp, the cache."""
@@ -193,23 +197,26 @@ def generate(
         known = jnp.where(jnp.arange(max_new_tokens) < out.lengths[..., None], out.tokens, drafts.NONE)
         by_response = jnp.concatenate([befores, known], axis=2)
         by_problem = by_response.reshape(shards, responses // per_problem, -1)
-        siblings = jnp.take_along_axis(by_problem, (response // per_problem)[..., None], axis=1)
-        own_prompt = jnp.take_along_axis(prompt_texts, prompt_index(response)[..., None], axis=1)
+        if prompts.earlier is not None:
+            by_problem = jnp.concatenate([prompts.earlier.reshape(*by_problem.shape[:2], -1), by_problem], axis=2)
+        of_problem = jnp.take_along_axis(by_problem, (response // per_problem)[..., None], axis=1)
         last = drafts.last_tokens(by_response, response, slots.sampled)
-        return jnp.concatenate([own_prompt, siblings], axis=2), last
+        return jnp.concatenate([take_prompt(prompt_texts, response), of_problem], axis=2), last
 
     def refill(state):
         queued, slots, out, steps = state
         free = slots.response == responses
         response = jnp.minimum(queued[:, None] + jnp.cumsum(free, axis=1) - 1, responses)
         refilled = free & (response < responses)
+        if queue is not None:
+            response = jnp.take_along_axis(queue, jnp.minimum(response, responses - 1), axis=1)
         response = jnp.where(refilled, response, slots.response)
-        cache = _insert(slots.cache, prefilled, refilled, prompt_index(response))
+        cache = insert(slots.cache, prefilled, refilled, prompt_index(response))
         token = jnp.where(refilled, take_prompt(last_tokens, response), slots.token)
         slots = _Slots(response, jnp.where(refilled, 0, slots.sampled), token, cache)
         return queued + refilled.sum(axis=1), slots, out, steps
 
-    cache = _constrain_cache(models.init_cache(config, shards * width, length - 1 + max_new_tokens, dtype))
+    cache = constrain_cache(models.init_cache(config, shards * width, length - 1 + max_new_tokens, dtype))
     if platform() == "gpu" and length > 1:
         # A zero that is known after the prefill: the cache takes no memory beside the activations of the prefill.
         last = prefilled["key"][0, -1, 0, 0, 0]
@@ -221,13 +228,14 @@ def generate(
         jnp.zeros((shards, responses), jnp.int32),
         jnp.full((shards, responses), LENGTH, jnp.int32),
     )
+    every = jnp.broadcast_to(jnp.arange(responses), (shards, responses))
+    queue = None
+    if prompts.expected is not None:
+        queue = jnp.argsort(-take_prompt(by_shard(prompts.expected), every), axis=1, stable=True)
     if sampling.draft:
         out = out._replace(passes=out.lengths, drafted=out.lengths)
         prompt_texts = by_shard(jnp.where(prompts.mask, prompts.tokens, drafts.NONE))
-        all_responses = jnp.broadcast_to(jnp.arange(responses), (shards, responses))
-        befores = jnp.take_along_axis(
-            drafts.before(prompt_texts, prompt_texts != drafts.NONE), prompt_index(all_responses)[..., None], axis=1
-        )
+        befores = take_prompt(drafts.before(prompt_texts), every)
     state = jnp.zeros(shards, jnp.int32), _Slots(idle, idle * 0, idle * 0, cache), out, jnp.int32(0)
     decodes = []
     for i, split in enumerate(splits):
@@ -334,56 +342,6 @@ def _left_aligned(prompts: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.A
     return tokens, positions, positions < lengths
 
 
-def _insert(cache: models.Cache, prompts: models.Cache, refilled: jax.Array, prompt: jax.Array) -> models.Cache:
-    """Copies prompt `prompt` `[W,R]` of the shard into the cache of every slot in `refilled` `[W,R]`."""
-    shards = len(refilled)
-    refilled_first = jnp.argsort(~refilled, axis=1, stable=True)
-
-    def copy(i, caches):
-        slot = refilled_first[:, i]
-        chosen, due = (jnp.take_along_axis(x, slot[:, None], axis=1)[:, 0] for x in (prompt, refilled))
-        slot = jnp.where(due, slot, refilled.shape[1])
-        sources = prompts["key"], prompts["value"]
-        return tuple(_copy_row(slots, source, slot, chosen) for slots, source in zip(caches, sources, strict=True))
-
-    # One slot of each shard at a time, because most slots keep their response.
-    count = refilled.sum(axis=1).max()
-    keys, values = jax.lax.fori_loop(0, count, copy, (cache["key"], cache["value"]))
-    prompt_lengths = jnp.take_along_axis(prompts["length"].reshape(shards, -1), prompt, axis=1)
-    lengths = jnp.where(refilled, prompt_lengths, cache["length"].reshape(refilled.shape))
-    return {"key": keys, "value": values, "length": lengths.reshape(-1)}
-
-
-def _copy_row(target: jax.Array, source: jax.Array, row: jax.Array, source_row: jax.Array) -> jax.Array:
-    """Copies a row of each shard's part of a cache to the beginning of a row of another cache.
-
-    Args:
-      target: `[K,L,W*R,S,N]`.
-      source: `[K,L,W*B,P,N]`, P at most S.
-      row: `[W]` index within the shard; R or more copies nothing.
-      source_row: `[W]` index within the shard, below B.
-    """
-    # The shards are a batch dimension of gather and scatter where they stand. `jax.vmap` would move them to the front
-    # and back; XLA for GPUs up to jaxlib 0.10.2 folds these transposes into a scatter that it then refuses.
-    from_row = jax.lax.GatherDimensionNumbers(
-        offset_dims=(0, 1, 3, 4), collapsed_slice_dims=(3,), start_index_map=(3,),
-        operand_batching_dims=(2,), start_indices_batching_dims=(0,),
-    )  # fmt: skip
-    to_row = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(0, 1, 3, 4), inserted_window_dims=(3,), scatter_dims_to_operand_dims=(3,),
-        operand_batching_dims=(2,), scatter_indices_batching_dims=(0,),
-    )  # fmt: skip
-
-    def by_shard(cache):
-        return cache.reshape(*cache.shape[:2], len(row), cache.shape[2] // len(row), *cache.shape[3:])
-
-    heads, layers, _, length, size = source.shape
-    window = (heads, layers, 1, 1, length, size)
-    copied = jax.lax.gather(by_shard(source), source_row[:, None], from_row, window, mode="promise_in_bounds")
-    written = jax.lax.scatter(by_shard(target), row[:, None], copied, to_row, unique_indices=True, mode="drop")
-    return written.reshape(target.shape)
-
-
 def _active_first(slots: _Slots, responses: int, width: int) -> _Slots:
     """Returns `width` slots of each shard; all responses that have not ended are among them.
 
@@ -402,7 +360,7 @@ def _active_first(slots: _Slots, responses: int, width: int) -> _Slots:
     def move(i, caches):
         # No row is read after it is written: the i-th of the chosen ones is the i-th or a later one.
         row = jnp.full(shards, i, jnp.int32)
-        return tuple(_copy_row(cache, cache, row, chosen[:, i]) for cache in caches)
+        return tuple(copy_row(cache, cache, row, chosen[:, i]) for cache in caches)
 
     both = slots.cache["key"], slots.cache["value"]
     mesh = jax.sharding.get_abstract_mesh()
@@ -412,10 +370,4 @@ def _active_first(slots: _Slots, responses: int, width: int) -> _Slots:
         keys, values = (pick(cache, 2) for cache in both)
     cache = {"key": keys, "value": values, "length": pick(slots.cache["length"], 0)}
     response, sampled, token = (jnp.take_along_axis(field, chosen, axis=1) for field in slots[:3])
-    return _Slots(response, sampled, token, _constrain_cache(cache))
-
-
-def _constrain_cache(cache: models.Cache) -> models.Cache:
-    """Splits heads over the tensor axis, and rows over the other axes."""
-    layout = ("tensor", None, BATCH, None, None)
-    return {**cache, **{name: constrain(cache[name], *layout) for name in ("key", "value")}}
+    return _Slots(response, sampled, token, constrain_cache(cache))

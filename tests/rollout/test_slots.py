@@ -11,7 +11,8 @@ from sgpo_jax import policy, sharding
 from sgpo_jax.models import attention, attention_gpu
 from sgpo_jax.policy import generation
 from sgpo_jax.rollout import STOP, LanguageModel, Prompts, Rollout, Sampling, engine, generate
-from sgpo_jax.rollout.engine import _insert, narrowed
+from sgpo_jax.rollout.cache import insert
+from sgpo_jax.rollout.engine import narrowed
 from sgpo_jax.rollout.schedule import schedule
 
 COUNT, GROUP, NEW, LENGTH, PAD = 24, 2, 24, 7, 63
@@ -95,7 +96,7 @@ def test_a_refill_copies_the_prompts_of_the_refilled_slots_and_nothing_else(shar
         for field in ("key", "value"):
             expected[field][:, :, target, :length] = caches["prompts"][field][:, :, source]
         expected["length"][target] = caches["prompts"]["length"][source]
-    got = jax.jit(_insert)(caches["slots"], caches["prompts"], refilled, prompt)
+    got = jax.jit(insert)(caches["slots"], caches["prompts"], refilled, prompt)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(got), expected)
 
 
