@@ -95,7 +95,7 @@ def answer(
         if stream:
             jax.effects_barrier()
             stream.end()
-        rollout = jax.tree.map(lambda field, count=count: field[:count], rollout)
+        rollout = Rollout(*(field[:count] for field in rollout))
         lines += _lines(policy, rollout, rows[start : start + count], config.rl.reward)
     return lines
 

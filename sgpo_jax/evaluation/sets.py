@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -19,7 +18,7 @@ from sgpo_jax.data import unsolvable
 from sgpo_jax.evaluation import generations
 from sgpo_jax.policy import Policy, Run, memory, positions
 from sgpo_jax.policy.generation import encode_prompts, grade, noise_key, pad_prompts, respond
-from sgpo_jax.rollout import Sampling
+from sgpo_jax.rollout import Rollout, Sampling
 from sgpo_jax.runtime import distributed, preemption
 from sgpo_jax.runtime.files import append_text, jsonl
 from sgpo_jax.runtime.progress import Progress
@@ -103,7 +102,7 @@ def evaluate(
         ids = np.minimum(np.arange(start, start + settings.batch), len(rows) - 1)
         padded = pad_prompts(policy, [prompts[i] for i in ids], length)
         rollout, _ = respond(policy, params, padded, ids, key, mesh, sampling, settings.samples)
-        rollout = jax.tree.map(lambda field, count=part.stop - start: field[:count], rollout)
+        rollout = Rollout(*(field[: part.stop - start] for field in rollout))
         lines = generations.lines_of(rows[part], grade(policy, rollout, rows[part], settings.reward), settings.step)
         unfinished = [(i, group) for i, group in enumerate(lines, part.start) if left[i]]
         for i, group in unfinished:

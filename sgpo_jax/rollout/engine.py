@@ -39,12 +39,18 @@ class LanguageModel(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """A batch of prompts, and what may be known about the responses. What is known changes no response."""
+    """A batch of prompts."""
 
     tokens: Array  # [B,P] int32, padded on the left
     mask: Array  # [B,P] bool, True on real tokens
+
+
+class Problems(NamedTuple):
+    """The problems of prompts, and what may be known about their responses, which changes none of them."""
+
+    ids: Array  # [B] integers that tell the prompts of one key apart
     expected: Array | None = None  # [B] float32, tokens of a response; with fewer slots, the longest are begun first
-    earlier: Array | None = None  # [B/C,S] int32, texts about each problem to draft from; drafts.NONE between them
+    earlier: Array | None = None  # [B/C,S] int32, texts about each problem to draft from, drafts.NONE between them
 
 
 class Rollout(NamedTuple):
@@ -54,8 +60,14 @@ class Rollout(NamedTuple):
     logp: Array  # [B,G,T] float32, log-probability of each token at temperature 1 without filters, nats; then 0
     lengths: Array  # [B,G] int32, tokens in each response, the stop token included
     finish: Array  # [B,G] int32, STOP or LENGTH
-    passes: Array | None = None  # [B,G] int32, passes through the model; None without drafts: then as many as tokens
-    drafted: Array | None = None  # [B,G] int32, tokens that were drafted; all but one of a pass's tokens were
+
+
+class Steps(NamedTuple):
+    """What a rollout with drafts took. All but one of a pass's tokens were drafted."""
+
+    slots: Array  # [] int32, slot-steps: passes through the model, summed over slots
+    passes: Array  # [B,G] int32, passes of each response; as many as tokens if no draft was right
+    drafted: Array  # [B,G] int32, tokens that were drafted
 
 
 class _Slots(NamedTuple):
@@ -73,23 +85,23 @@ def generate(
     model: LanguageModel,
     prompts: Prompts,
     key: jax.Array,
-    problem_ids: jax.Array,
+    problems: jax.Array | Problems,
     *,
     sampling: Sampling,
     group: int | tuple[int, ...],
     shards: int = 1,
-) -> tuple[Rollout, jax.Array]:
+) -> tuple[Rollout, jax.Array | Steps]:
     """Samples `group` responses to each prompt.
 
     The noise of a token depends only on (key, problem id, sample, token position). So a response does not change with
-    its batch, with the number of slots, or with prompts of another kind.
+    its batch, with the number and the order of slots, with drafts, or with prompts of another kind.
 
     Args:
       params, model: the policy.
       prompts: `[B,P]` prompts.
       key: PRNG key, or `[C]` one for each kind. The caller folds in the seed, the step and the purpose, and never
         uses a key twice.
-      problem_ids: `[B]` integers that tell the prompts of one key apart.
+      problems: `[B]` integers that tell the prompts of one key apart, or these and more.
       sampling: T, the filters, and the number of slots, which must be a multiple of `shards`.
       group: G, responses to each prompt; or C numbers, if the prompts of C kinds take turns.
       shards: W, number of parts into which the prompts are split over devices; W * C divides B. A slot takes prompts
@@ -97,6 +109,7 @@ def generate(
 
     Returns:
       (rollout, slot-steps `[]` int32: decoding steps summed over slots, so the number of tokens if no slot was idle).
+      With drafts, `Steps` stand in their place.
 
     Raises:
       ValueError: `shards` or the kinds of prompts do not divide the prompts, or `shards` does not divide the slots.
@@ -104,12 +117,13 @@ def generate(
     count, length = prompts.tokens.shape
     config, dtype, slots, max_new_tokens = model.config, model.dtype, sampling.slots, sampling.max_new_tokens
     groups = (group,) if isinstance(group, int) else group
+    known = problems if isinstance(problems, Problems) else Problems(problems)
     if count % shards or slots % shards:
         raise ValueError(f"shards={shards}: must divide the {count} prompts and slots={slots}")
     if count // shards % len(groups):
         raise ValueError(f"group={group}: must have a length that divides the {count // shards} prompts of a shard")
-    problems, per_problem = count // len(groups), sum(groups)  # a problem is one prompt of each kind
-    responses = problems // shards * per_problem
+    problem_count, per_problem = count // len(groups), sum(groups)  # a problem is one prompt of each kind
+    responses = problem_count // shards * per_problem
     width = min(slots // shards or responses, responses)
     splits = [weight_axes(ways) for ways in sampling.decode_ways]
     params = weights.split(weights.cast(params, dtype), splits[0], weights.FROM_TRAINING)
@@ -118,7 +132,7 @@ def generate(
     def by_shard(values):
         return values.reshape(shards, count // shards, *values.shape[1:])
 
-    last_tokens, problem_ids = by_shard(prompts.tokens[:, -1]), by_shard(problem_ids)
+    last_tokens, problem_ids = by_shard(prompts.tokens[:, -1]), by_shard(known.ids)
     empty = constrain_cache(models.init_cache(config, count, length - 1, dtype))
     # Prefill all tokens but the last, which is the first one to be decoded.
     all_but_last = _left_aligned(prompts.tokens[:, :-1], prompts.mask[:, :-1])
@@ -185,20 +199,20 @@ def generate(
             for i in range(most + 1):
                 watched = jnp.where(i < kept, slots.response, responses)
                 jax.debug.callback(sampling.watch, watched, slots.sampled + i, token[..., i])
-        out = _record_several(out, slots, token, logp, kept, stopped, drafted)
+        out, steps = _record_several(out, steps, slots, token, logp, kept, stopped, drafted)
         last = jnp.take_along_axis(token, kept[..., None] - 1, axis=-1)[..., 0]
         ended = stopped | (kept == left)
         slots = _Slots(jnp.where(ended, responses, slots.response), slots.sampled + kept, last, cache)
-        return queued, slots, out, steps + slots.response.size
+        return queued, slots, out, steps
 
     def texts(out, slots):
         """Returns all texts about the problem of each slot `[W,R,S]`, and the last tokens of its response."""
         response = jnp.minimum(slots.response, responses - 1)
-        known = jnp.where(jnp.arange(max_new_tokens) < out.lengths[..., None], out.tokens, drafts.NONE)
-        by_response = jnp.concatenate([befores, known], axis=2)
+        tokens = jnp.where(jnp.arange(max_new_tokens) < out.lengths[..., None], out.tokens, drafts.NONE)
+        by_response = jnp.concatenate([befores, tokens], axis=2)
         by_problem = by_response.reshape(shards, responses // per_problem, -1)
-        if prompts.earlier is not None:
-            by_problem = jnp.concatenate([prompts.earlier.reshape(*by_problem.shape[:2], -1), by_problem], axis=2)
+        if known.earlier is not None:
+            by_problem = jnp.concatenate([known.earlier.reshape(*by_problem.shape[:2], -1), by_problem], axis=2)
         of_problem = jnp.take_along_axis(by_problem, (response // per_problem)[..., None], axis=1)
         last = drafts.last_tokens(by_response, response, slots.sampled)
         return jnp.concatenate([take_prompt(prompt_texts, response), of_problem], axis=2), last
@@ -230,13 +244,13 @@ def generate(
     )
     every = jnp.broadcast_to(jnp.arange(responses), (shards, responses))
     queue = None
-    if prompts.expected is not None:
-        queue = jnp.argsort(-take_prompt(by_shard(prompts.expected), every), axis=1, stable=True)
+    if known.expected is not None:
+        queue = jnp.argsort(-take_prompt(by_shard(known.expected), every), axis=1, stable=True)
     if sampling.draft:
-        out = out._replace(passes=out.lengths, drafted=out.lengths)
         prompt_texts = by_shard(jnp.where(prompts.mask, prompts.tokens, drafts.NONE))
         befores = take_prompt(drafts.before(prompt_texts), every)
-    state = jnp.zeros(shards, jnp.int32), _Slots(idle, idle * 0, idle * 0, cache), out, jnp.int32(0)
+    steps = Steps(jnp.int32(0), out.lengths, out.lengths) if sampling.draft else jnp.int32(0)
+    state = jnp.zeros(shards, jnp.int32), _Slots(idle, idle * 0, idle * 0, cache), out, steps
     decodes = []
     for i, split in enumerate(splits):
         params = weights.split(params, split) if i else params
@@ -249,7 +263,9 @@ def generate(
         return partial(verify, *by, drafts.most_drafted(sampling.draft, stage_width, width))
 
     state = _decode_all(state, responses, refill, step)
-    return jax.tree.map(lambda field: field.reshape(problems, per_problem, *field.shape[2:]), state[2]), state[3]
+    return jax.tree.map(
+        lambda x: x.reshape(problem_count, per_problem, *x.shape[2:]) if x.ndim else x, state[2:]
+    )
 
 
 def narrowed(slots: int, all_slots: int) -> int:
@@ -303,7 +319,7 @@ def _record(out: Rollout, slots: _Slots, token: jax.Array, logp: jax.Array, stop
     """Writes each slot's token into its response; the index of a free slot is out of range, so its token is dropped."""
 
     def record(out, response, count, token, logp, stopped):
-        tokens, logps, lengths, finish, *_ = out
+        tokens, logps, lengths, finish = out
         return Rollout(
             tokens.at[response, count].set(token, mode="drop"),
             logps.at[response, count].set(logp, mode="drop"),
@@ -315,23 +331,23 @@ def _record(out: Rollout, slots: _Slots, token: jax.Array, logp: jax.Array, stop
 
 
 def _record_several(
-    out: Rollout, slots: _Slots, token: Any, logp: Any, kept: Any, stopped: Any, drafted: Any
-) -> Rollout:  # fmt: skip
+    out: Rollout, steps: Steps, slots: _Slots, token: Any, logp: Any, kept: Any, stopped: Any, drafted: Any
+) -> tuple[Rollout, Steps]:
     """Writes the first `kept` `[W,R]` of each slot's tokens `[W,R,J]` into its response, and counts the pass."""
 
-    def record(out, response, count, token, logp, kept, stopped, drafted):
+    def record(out, passes, drafts, response, count, token, logp, kept, stopped, drafted):
         index = jnp.arange(token.shape[1])
-        rows, places = jnp.where(index < kept[:, None], response[:, None], len(out.lengths)), count[:, None] + index
-        return Rollout(
+        rows, places = jnp.where(index < kept[:, None], response[:, None], len(passes)), count[:, None] + index
+        out = Rollout(
             out.tokens.at[rows, places].set(token, mode="drop"),
             out.logp.at[rows, places].set(logp, mode="drop"),
             out.lengths.at[response].set(count + kept, mode="drop"),
             out.finish.at[response].set(jnp.where(stopped, STOP, LENGTH), mode="drop"),
-            out.passes.at[response].add(1, mode="drop"),
-            out.drafted.at[response].add(drafted, mode="drop"),
         )
+        return out, passes.at[response].add(1, mode="drop"), drafts.at[response].add(drafted, mode="drop")
 
-    return jax.vmap(record)(out, slots.response, slots.sampled, token, logp, kept, stopped, drafted)
+    out, *counts = jax.vmap(record)(out, *steps[1:], slots.response, slots.sampled, token, logp, kept, stopped, drafted)
+    return out, Steps(steps.slots + slots.response.size, *counts)
 
 
 def _left_aligned(prompts: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
 
 from sgpo_jax.policy import Policy, Run, memory
@@ -67,7 +66,7 @@ def write(run: Run, params: Any, rows: Sequence[dict], step: int) -> list[dict]:
             padded = pad_prompts(policy, [tokens[i] for i in places], length)
             key = noise_key(seed, purpose, 0)
             rollout, _ = respond(policy, params, padded, ids, key, mesh, sampling, group)
-            return jax.tree.map(lambda field: field[: len(problems)], rollout)
+            return Rollout(*(field[: len(problems)] for field in rollout))
 
         progress = Progress("own strategies", len(rows), len(rows) - missing, enabled=distributed.is_first())
         for start in range(0, len(rows), batch):

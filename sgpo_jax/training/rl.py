@@ -18,11 +18,11 @@ from sgpo_jax import data, logprobs, rewards, sharding
 from sgpo_jax.data import filtering
 from sgpo_jax.evaluation import evaluate_sets
 from sgpo_jax.policy import Run, memory, positions
-from sgpo_jax.policy.generation import Graded, demonstrate, encode_prompts, grade, noise_key, respond_in_groups
-from sgpo_jax.rollout import STOP, Rollout, Sampling
+from sgpo_jax.policy.generation import Graded, Kind, demonstrate, encode_prompts, grade, noise_key, respond_in_groups
+from sgpo_jax.rollout import STOP, Rollout, Sampling, Steps
 from sgpo_jax.runtime.profile import phase
 from sgpo_jax.strategies import self_written
-from sgpo_jax.training import packing, stage
+from sgpo_jax.training import earlier, packing, stage
 from sgpo_jax.training.batch import Batch, Contexts, Group, pack_batch, specs
 from sgpo_jax.training.loop import Clock, Loop
 from sgpo_jax.training.objective import Objective
@@ -68,10 +68,13 @@ def train(run: Run, initial: Callable[[], Any]) -> None:
         state = loop.start(initial)
         if rl.guided and rl.guide == "self" and loop.first < total:
             prompts["guided"] = own_prompts(run, loop.weights(state), rows, loop.first)
+        known = make_earlier(run, rows) if loop.first < total else None
         for step in loop.steps():
             clock, position = Clock(), loop.position(step)
-            sampled = sample_and_grade(run, loop.weights(state), prompts, batches, position, clock)
+            sampled = sample_and_grade(run, loop.weights(state), prompts, batches, position, clock, known)
             problems, graded = sampled.problems, sampled.graded
+            if known is not None:
+                remember(known, position, sampled, prompts)
             batch = make_batch(run, graded, prompts, problems)
             packed = pack_batch(batch, weighting, rl.distillation, micro_batch=rl.micro_batch, chunk=chunk)
             state, device_metrics = update(state, sharding.put(packed, specs(packed), run.mesh), loop.base)
@@ -113,30 +116,53 @@ def sampling(run: Run) -> Sampling:
     return memory.sampling(run, "rl", rl.batch * sum(sizes.values()), rl.batch * len(sizes))
 
 
+def make_earlier(run: Run, rows: Sequence[dict]) -> earlier.Earlier | None:
+    """Returns the store of earlier epochs' responses; None where neither drafts nor slots have a use for it."""
+    rl, saved, chosen = run.config.rl, run.config.checkpoint, sampling(run)
+    if not chosen.draft and not 0 < chosen.slots < rl.batch * sum(sampled_groups(rl).values()):
+        return None
+    size = min(4 * rl.max_new_tokens, earlier.MOST) if chosen.draft else 0
+    # A run that resumes at the oldest checkpoint finds the epoch before it.
+    keep = 2 * data.steps_per_epoch(rows, rl.batch) + (saved.keep + 1) * saved.every
+    return earlier.Earlier(run.workdir / "rl" / "earlier", size, keep)
+
+
+def remember(known: earlier.Earlier, position: int, sampled: Sampled, prompts: Mapping[str, Tokens]) -> None:
+    """Adds the responses of a step to the store of earlier epochs."""
+    ids = [row["id"] for row in sampled.problems]
+    kinds = [name for name in sampled.graded if name in prompts]
+    rollouts = [sampled.graded[name].rollout for name in kinds]
+    known.add(position, ids, rollouts, [[prompts[name][id] for id in ids] for name in kinds])
+
+
 def sample_and_grade(
-    run: Run, params: Any, prompts: Mapping[str, Tokens], batches: Sequence[Any], position: int, clock: Clock
+    run: Run,
+    params: Any,
+    prompts: Mapping[str, Tokens],
+    batches: Sequence[Any],
+    position: int,
+    clock: Clock,
+    known: earlier.Earlier | None = None,
 ) -> Sampled:
     """Samples every group of a step and grades it; in up to `rl.resample` more rounds it replaces idle problems.
 
     Args:
-      run, params, prompts, position: as in `sample_groups`.
+      run, params, prompts, position, known: as in `sample_groups`.
       batches: the problems of every position; and those of every round of every position.
       clock: of the step; its phases are "rollout" and "reward".
     """
     rounds = run.config.rl.resample
 
     def sample(problems, number=0):
-        sampled, slot_steps = sample_groups(run, params, prompts, problems, position, number)
+        sampled, steps = sample_groups(run, params, prompts, problems, position, number, known)
         groups = with_demonstrations(run, sampled, prompts, problems)
         clock.lap("rollout")
         graded = {name: grade(run.policy, rollout, problems, run.config.rl.reward) for name, rollout in groups.items()}
         clock.lap("reward")
-        responses = sum(rollout.lengths.size for rollout in sampled.values())
-        tokens, *drafting = (
-            sum(0 if counts is None else int(counts.sum()) for counts in fields)
-            for fields in zip(*((r.lengths, r.passes, r.drafted) for r in sampled.values()), strict=True)
-        )
-        return Sampled(problems, graded, tokens, slot_steps, responses, *drafting)
+        tokens, responses = (int(sum(f(rollout.lengths) for rollout in sampled.values())) for f in (np.sum, np.size))
+        if isinstance(steps, Steps):
+            return Sampled(problems, graded, tokens, steps.slots, responses, *(int(x.sum()) for x in steps[1:]))
+        return Sampled(problems, graded, tokens, steps, responses)
 
     sampled = sample(batches[0][position])
     for number in range(1, rounds + 1):
@@ -161,7 +187,7 @@ def fill(sampled: Sampled, other: Sampled) -> Sampled:
         return [others[source[i]] if i in source else mine[i] for i in rows]
 
     def merge(mine: Graded, others: Graded) -> Graded:
-        rollout = jax.tree.map(lambda *pair: np.stack(merged(*pair)), mine.rollout, others.rollout)
+        rollout = Rollout(*(np.stack(merged(*pair)) for pair in zip(mine.rollout, others.rollout, strict=True)))
         texts, verdicts = merged(mine.texts, others.texts), merged(mine.verdicts, others.verdicts)
         return Graded(rollout, texts, verdicts, np.stack(merged(mine.rewards, others.rewards)))
 
@@ -178,8 +204,14 @@ def has_spread(sampled: Sampled) -> np.ndarray:
 
 @phase("rollout")
 def sample_groups(
-    run: Run, params: Any, prompts: Mapping[str, Tokens], problems: Sequence[dict], position: int, number: int = 0
-) -> tuple[dict[str, Rollout], int]:
+    run: Run,
+    params: Any,
+    prompts: Mapping[str, Tokens],
+    problems: Sequence[dict],
+    position: int,
+    number: int = 0,
+    known: earlier.Earlier | None = None,
+) -> tuple[dict[str, Rollout], int | Steps]:
     """Samples every group of a step at once.
 
     Args:
@@ -188,19 +220,22 @@ def sample_groups(
       problems: B problems.
       position: the step's place among the batches, which together with the run's seed fixes the noise.
       number: of the round, for problems that replace others; it has noise of its own.
+      known: responses of earlier epochs, which change none of these.
 
     Returns:
-      (group of `sampled_groups` -> its rollout `[B,G]`, slot-steps of all groups).
+      (group of `sampled_groups` -> its rollout `[B,G]`, slot-steps of all groups, or `Steps`).
     """
     config, sizes = run.config, sampled_groups(run.config.rl)
     tokens = [[prompts[name][row["id"]] for row in problems] for name in sizes]
     longest = max(_longest(prompts[name]) for name in sizes)
     purposes = [f"{name}, round {number}" if number else name for name in sizes]
     keys = [noise_key(config.seed, purpose, position) for purpose in purposes]
-    rollouts, slot_steps = respond_in_groups(
-        run.policy, params, tokens, keys, run.mesh, sampling(run), list(sizes.values()), longest
-    )
-    return dict(zip(sizes, rollouts, strict=True)), slot_steps
+    found = known.known(position, [row["id"] for row in problems], len(sizes)) if known else None
+    expected = [None] * len(sizes) if found is None else found.expected.T
+    kinds = [Kind(*fields) for fields in zip(tokens, keys, sizes.values(), expected, strict=True)]
+    texts = None if found is None else found.texts
+    rollouts, steps = respond_in_groups(run.policy, params, kinds, run.mesh, sampling(run), longest, texts)
+    return dict(zip(sizes, rollouts, strict=True)), steps
 
 
 def with_demonstrations(

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
 
 from sgpo_jax import policy, sharding
-from sgpo_jax.rollout import STOP, LanguageModel, Prompts, Sampling, drafts, generate
+from sgpo_jax.rollout import STOP, LanguageModel, Problems, Prompts, Sampling, Steps, drafts, generate
 
 NONE, SUFFIX = drafts.NONE, drafts.SUFFIX
 
@@ -115,7 +115,7 @@ def run(tiny, tiny_params, prompts):
         mesh = sharding.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
         shards = sharding.row_ways(mesh)
 
-        def sampled(params, batch, ids, hostile):
+        def sampled(params, batch, problems, hostile):
             def guess(_, place, most):
                 tokens, counts = (x.reshape(shards, -1, *x.shape[1:]) for x in hostile)
                 at = jnp.arange(shards)[:, None], place[..., 0], jnp.minimum(place[..., 1], NEW - 1)
@@ -127,7 +127,7 @@ def run(tiny, tiny_params, prompts):
                     patch.setattr(drafts, "last_tokens", lambda _, *place: jnp.stack(place, axis=-1))
                     patch.setattr(drafts, "propose", guess)
                 return generate.__wrapped__(
-                    params, LanguageModel(tiny, stops, PAD), Prompts(*batch), jax.random.key(0), ids,
+                    params, LanguageModel(tiny, stops, PAD), Prompts(*batch), jax.random.key(0), problems,
                     sampling=chosen, group=GROUP, shards=shards,
                 )  # fmt: skip
 
@@ -137,9 +137,9 @@ def run(tiny, tiny_params, prompts):
         chosen = dataclasses.replace(Sampling(NEW, 0.5, draft=draft), **changes)
         sample, mesh, params = compiled(chosen, shape, stops)
         with jax.set_mesh(sharding.decoding_mesh(mesh, chosen.decode_ways)):
-            batch, ids = sharding.put_rows((tuple(prompts._replace(**known or {})), IDS), mesh)
-            rollout, steps = sample(params, batch, ids, hostile)
-        return jax.device_get(rollout), int(steps)
+            batch, problems = sharding.put_rows((tuple(prompts), Problems(IDS, **known or {})), mesh)
+            rollout, steps = jax.device_get(sample(params, batch, problems, hostile))
+        return rollout, steps
 
     return run
 
@@ -147,17 +147,18 @@ def run(tiny, tiny_params, prompts):
 @pytest.fixture(scope="module")
 def one_by_one(run):
     rollout, _ = run(0)
-    assert rollout.passes is None and rollout.drafted is None
     assert {1, NEW} < set(rollout.lengths.ravel()) and len(set(rollout.lengths.ravel())) > 8
     assert (rollout.finish == STOP).any() and (rollout.finish != STOP).any()
     return rollout
 
 
-def assert_same(actual, expected):
+def assert_same(sampled, expected):
+    rollout, steps = sampled
     for name in ("tokens", "lengths", "finish"):
-        np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name))
-    np.testing.assert_allclose(actual.logp, expected.logp, atol=1e-5)
-    assert (actual.passes >= 1).all() and (actual.passes + actual.drafted >= actual.lengths).all()
+        np.testing.assert_array_equal(getattr(rollout, name), getattr(expected, name))
+    np.testing.assert_allclose(rollout.logp, expected.logp, atol=1e-5)
+    assert isinstance(steps, Steps) and steps.slots >= steps.passes.sum()
+    assert (steps.passes >= 1).all() and (steps.passes + steps.drafted >= rollout.lengths).all()
 
 
 @pytest.mark.parametrize(
@@ -173,9 +174,9 @@ def assert_same(actual, expected):
     ],
 )  # fmt: skip
 def test_drafts_from_texts_change_no_response(run, one_by_one, draft, changes):
-    rollout, _ = run(draft, **changes)
-    assert_same(rollout, one_by_one)
-    assert rollout.drafted.sum() > 0 and rollout.passes.sum() < rollout.lengths.sum()
+    rollout, steps = run(draft, **changes)
+    assert_same((rollout, steps), one_by_one)
+    assert steps.drafted.sum() > 0 and steps.passes.sum() < rollout.lengths.sum()
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4, 2)])
@@ -183,9 +184,9 @@ def test_earlier_texts_of_a_problem_are_drafted_from(run, one_by_one, shape):
     """Here they are its responses, of which the second is the last one in the text of each problem."""
     texts = np.where(np.arange(NEW) < one_by_one.lengths[..., None], one_by_one.tokens, NONE)
     texts = np.pad(texts, ((0, 0), (0, 0), (1, 0)), constant_values=NONE).reshape(COUNT, -1)
-    rollout, _ = run(3, shape=shape, slots=8, known={"earlier": texts})
-    assert_same(rollout, one_by_one)
-    assert 1.5 * rollout.passes.sum() < rollout.lengths.sum()
+    rollout, steps = run(3, shape=shape, slots=8, known={"earlier": texts})
+    assert_same((rollout, steps), one_by_one)
+    assert 1.5 * steps.passes.sum() < rollout.lengths.sum()
 
 
 # ---- hostile drafts
@@ -205,18 +206,17 @@ def always(tokens):
 
 def test_a_pass_takes_all_of_right_drafts_but_none_past_the_stop_or_the_limit(run, one_by_one, right):
     rollout, steps = run(K, always(right), slots=4)
-    assert_same(rollout, one_by_one)
-    np.testing.assert_array_equal(rollout.passes, -(-rollout.lengths // (K + 1)))
-    assert rollout.passes.sum() <= steps < rollout.lengths.sum()
+    assert_same((rollout, steps), one_by_one)
+    np.testing.assert_array_equal(steps.passes, -(-rollout.lengths // (K + 1)))
     # A pass at the limit is drafted up to it.
-    assert (rollout.drafted + rollout.passes <= NEW).all()
+    assert (steps.drafted + steps.passes <= NEW).all()
 
 
 def test_wrong_drafts_cost_nothing_but_their_passes(run, one_by_one, right):
     rollout, steps = run(K, always((right + 1) % 64), slots=4)
-    assert_same(rollout, one_by_one)
-    np.testing.assert_array_equal(rollout.passes, rollout.lengths)
-    assert steps == run(0, slots=4)[1]
+    assert_same((rollout, steps), one_by_one)
+    np.testing.assert_array_equal(steps.passes, rollout.lengths)
+    assert steps.slots == run(0, slots=4)[1]
 
 
 @settings(max_examples=12)
@@ -226,19 +226,19 @@ def test_any_drafts_give_the_same_responses(run, one_by_one, right, seed, wrong,
     noise = rng.integers(0, 64, right.shape)
     tokens = np.where(rng.random(right.shape) < wrong, noise, right).astype(np.int32)
     counts = rng.integers(0, K + 1, right.shape[:2]).astype(np.int32)
-    rollout, _ = run(K, (tokens, counts), shape=shape, slots=4)
-    assert_same(rollout, one_by_one)
+    _, steps = sampled = run(K, (tokens, counts), shape=shape, slots=4)
+    assert_same(sampled, one_by_one)
     for response in range(0, len(tokens), 7):
-        tokens_of, length = one_by_one.tokens.reshape(-1, NEW)[response], one_by_one.lengths.ravel()[response]
+        expected, length = one_by_one.tokens.reshape(-1, NEW)[response], one_by_one.lengths.ravel()[response]
         at = passes = 0
         while at < length:
             agree = 0
             while agree < counts[response, at] and at + agree < length:
-                if tokens[response, at, agree] != tokens_of[at + agree]:
+                if tokens[response, at, agree] != expected[at + agree]:
                     break
                 agree += 1
             at, passes = at + agree + 1, passes + 1
-        assert rollout.passes.ravel()[response] == passes
+        assert steps.passes.ravel()[response] == passes
 
 
 def test_the_watcher_sees_every_token_once(run, one_by_one, right):
@@ -251,7 +251,7 @@ def test_the_watcher_sees_every_token_once(run, one_by_one, right):
                 seen[index, at] += 1
                 found[index, at] = new
 
-    rollout, _ = run(K, always(right), slots=4, watch=watch)
+    run(K, always(right), slots=4, watch=watch)
     jax.effects_barrier()
     np.testing.assert_array_equal(found, one_by_one.tokens.reshape(-1, NEW))
     np.testing.assert_array_equal(seen.sum(axis=1), one_by_one.lengths.ravel())
