@@ -137,7 +137,8 @@ def respond_in_groups(
       (for each kind its rollout `[B,G]`, slot-steps or `Steps` of all kinds together).
     """
     interleaved = [tokens for problem in zip(*(kind.prompts for kind in kinds), strict=True) for tokens in problem]
-    expected = None if kinds[0].expected is None else np.stack([kind.expected for kind in kinds], axis=1).reshape(-1)
+    lengths = [kind.expected for kind in kinds if kind.expected is not None]
+    expected = np.stack(lengths, axis=1).reshape(-1) if lengths else None
     problems = Problems(np.repeat(np.arange(len(kinds[0].prompts)), len(kinds)), expected, earlier)
     keys, groups = jnp.stack([kind.key for kind in kinds]), tuple(kind.group for kind in kinds)
     padded = pad_prompts(policy, interleaved, length)
