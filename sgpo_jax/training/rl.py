@@ -5,7 +5,6 @@ The methods that SGPO is compared with (`methods.py`) are the same loop with ano
 Axis key: B problems, G responses of a group, T response tokens.
 """
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -38,10 +37,7 @@ class Sampled(NamedTuple):
     problems: Sequence[dict]  # B
     graded: dict[str, Graded]  # group -> responses
     tokens: int  # sampled for it, those of replaced problems included
-    slot_steps: int  # the same
-    responses: int = 0  # the same
-    passes: int = 0  # of them through the model; 0 without drafts
-    drafted: int = 0  # tokens for them
+    slot_steps: int | Steps  # the same; `Steps` with drafts
 
 
 def train(run: Run, initial: Callable[[], Any]) -> None:
@@ -159,10 +155,7 @@ def sample_and_grade(
         clock.lap("rollout")
         graded = {name: grade(run.policy, rollout, problems, run.config.rl.reward) for name, rollout in groups.items()}
         clock.lap("reward")
-        tokens, responses = (int(sum(f(rollout.lengths) for rollout in sampled.values())) for f in (np.sum, np.size))
-        if isinstance(steps, Steps):
-            return Sampled(problems, graded, tokens, steps.slots, responses, *(int(x.sum()) for x in steps[1:]))
-        return Sampled(problems, graded, tokens, steps, responses)
+        return Sampled(problems, graded, int(sum(rollout.lengths.sum() for rollout in sampled.values())), steps)
 
     sampled = sample(batches[0][position])
     for number in range(1, rounds + 1):
@@ -192,8 +185,16 @@ def fill(sampled: Sampled, other: Sampled) -> Sampled:
         return Graded(rollout, texts, verdicts, np.stack(merged(mine.rewards, others.rewards)))
 
     graded = {name: merge(sampled.graded[name], other.graded[name]) for name in sampled.graded}
-    counts = map(operator.add, sampled[2:], other[2:])
-    return Sampled(merged(sampled.problems, other.problems), graded, *counts)
+    steps = added(sampled.slot_steps, other.slot_steps)
+    return Sampled(merged(sampled.problems, other.problems), graded, sampled.tokens + other.tokens, steps)
+
+
+def added(first: Any, second: Any) -> Any:
+    """Returns the slot-steps, or the `Steps`, of two rollouts together."""
+    if not isinstance(first, Steps):
+        return first + second
+    counts = (np.concatenate([a.ravel(), b.ravel()]) for a, b in zip(first[1:], second[1:], strict=True))
+    return Steps(first.slots + second.slots, *counts)
 
 
 def has_spread(sampled: Sampled) -> np.ndarray:
@@ -383,13 +384,19 @@ def _speed(clock: Clock, sampled: Sampled) -> dict[str, float]:
     With drafts, also how many tokens of a response were drafted, how many of these were right, and how many passes
     through the model a response took.
     """
-    tokens, passes = sampled.tokens, sampled.passes
-    counts = {"drafted": sampled.drafted, "accepted": tokens - passes, "passes": passes} if passes else {}
+    tokens, steps, drafting = sampled.tokens, sampled.slot_steps, dict[str, float]()
+    if isinstance(steps, Steps):
+        passes, responses = int(steps.passes.sum()), steps.passes.size
+        used = passes / steps.slots
+        counts = {"drafted": int(steps.drafted.sum()), "accepted": tokens - passes, "passes": passes}
+        drafting = {name: count / responses for name, count in counts.items()}
+    else:
+        used = tokens / steps
     return {
         "tokens_per_second_rollout": tokens / clock.seconds["rollout"],
         "tokens_per_second_update": tokens / clock.seconds["update"],
         **{f"seconds_{phase}": seconds for phase, seconds in clock.seconds.items()},
         "seconds_step": clock.total,
-        "slots_used": float((passes or tokens) / sampled.slot_steps),
-        **{name: count / sampled.responses for name, count in counts.items()},
+        "slots_used": float(used),
+        **drafting,
     }
