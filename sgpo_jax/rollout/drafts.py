@@ -16,7 +16,7 @@ from sgpo_jax.sharding import platform
 NONE = -1  # stands where a text has no token: nothing matches across it
 SUFFIX = 8  # last tokens of a response that are compared at most
 AT_ONCE = 64  # tokens of a shard with which a pass takes about the time that the weights take: more cost nothing
-AT_ONCE_CPU = 32  # the same for CPUs, where arithmetic decides earlier
+AT_ONCE_CPU = 8  # the same for CPUs, where arithmetic decides earlier
 
 
 def most_drafted(draft: int, width: int, slots: int) -> int:

@@ -335,7 +335,8 @@ def _record_several(
 ) -> tuple[Rollout, Steps]:
     """Writes the first `kept` `[W,R]` of each slot's tokens `[W,R,J]` into its response, and counts the pass."""
 
-    def record(out, passes, drafts, response, count, token, logp, kept, stopped, drafted):
+    def record(out, counted, slot, drawn):
+        (passes, drafts), (response, count), (token, logp, kept, stopped, drafted) = counted, slot, drawn
         index = jnp.arange(token.shape[1])
         rows, places = jnp.where(index < kept[:, None], response[:, None], len(passes)), count[:, None] + index
         out = Rollout(
@@ -344,10 +345,11 @@ def _record_several(
             out.lengths.at[response].set(count + kept, mode="drop"),
             out.finish.at[response].set(jnp.where(stopped, STOP, LENGTH), mode="drop"),
         )
-        return out, passes.at[response].add(1, mode="drop"), drafts.at[response].add(drafted, mode="drop")
+        return out, (passes.at[response].add(1, mode="drop"), drafts.at[response].add(drafted, mode="drop"))
 
-    out, *counts = jax.vmap(record)(out, *steps[1:], slots.response, slots.sampled, token, logp, kept, stopped, drafted)
-    return out, Steps(steps.slots + slots.response.size, *counts)
+    drawn = token, logp, kept, stopped, drafted
+    out, counted = jax.vmap(record)(out, tuple(steps[1:]), slots[:2], drawn)
+    return out, Steps(steps.slots + slots.response.size, *counted)
 
 
 def _left_aligned(prompts: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
