@@ -17,7 +17,7 @@ TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 # Fields and sections that a resumed run may change: how long, how often and where it runs, and how it is evaluated.
 MAY_CHANGE = (
     "stages", "grace", "max_skipped", "report_seconds", "trackers", "profile", "rl.steps", "rl.epochs",
-    "rl.eval_every", "rl.decode_ways", "monitor", "eval", "checkpoint", "mesh", "extract", "lab",
+    "rl.eval_every", "rl.decode_ways", "rl.draft", "monitor", "eval", "checkpoint", "mesh", "extract", "lab",
 )  # fmt: skip
 FREE = ("eval.sets", "lab.changes", "lab.fast")  # sections whose names the user chooses
 
@@ -103,6 +103,7 @@ def base() -> ConfigDict:
     config.rl.max_new_tokens = 16384  # tokens; a longer response is cut and gets reward 0
     config.rl.reward = ""  # "" is the verifier, else "module:function" with function(row, response) -> 0..1
     config.rl.slots = 0  # responses decoded at once, over all devices and both groups; 0 is all. No effect on responses
+    config.rl.draft = 0  # most tokens of a response that are drafted for a pass; 0 is off. No effect on responses
     # Ways that split the weights in each stage of decoding, times mesh.tensor: ascending numbers from 1, one divisor of
     # mesh.data * mesh.fsdp, and that product. A stage has a quarter of the slots of the one before.
     config.rl.decode_ways = (1,)
@@ -186,6 +187,7 @@ def base() -> ConfigDict:
     config.eval.top_k = 0  # 0 keeps the whole vocabulary
     config.eval.max_new_tokens = 32768  # tokens; a longer response is cut and gets reward 0
     config.eval.slots = 0  # responses decoded at once, over all devices; 0 is all. No effect on responses
+    config.eval.draft = 0  # as in rl
     config.eval.decode_ways = (1,)  # as in rl
 
     config.extract = ConfigDict()  # strategies from expert responses, offline: Sec. 3.1, App. B, C
@@ -289,9 +291,7 @@ def scratch(
     config.data.max_prompt_tokens = prompt_tokens
     config.optimizer.b2 = 0.95  # a few hundred steps are too short for 0.999
     config.sft.use_strategy = True  # else a model from scratch could not read a guided prompt
-    config.sft.max_response_tokens = response_tokens
-    config.rl.max_new_tokens = response_tokens
-    config.eval.max_new_tokens = response_tokens
+    config.sft.max_response_tokens = config.rl.max_new_tokens = config.eval.max_new_tokens = response_tokens
     config.sft.micro_batch = config.rl.micro_batch = micro_batch
     config.eval.guided = True
     config.eval.batch = 128

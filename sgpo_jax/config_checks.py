@@ -107,7 +107,7 @@ def check(config: ConfigDict) -> None:
         _check_method(need, within, positive, choice, config.rl)
         # The advantage of a group of one is always 0.
         whole(2, "rl.autonomous")
-        whole(0, "rl.top_k", "rl.slots", "rl.eval_every")
+        whole(0, "rl.top_k", "rl.slots", "rl.draft", "rl.eval_every")
         positive("rl.temperature", "rl.gamma")
         need("rl.alpha0", 0 <= config.rl.alpha0 < float("inf"), "a finite number, at least 0")
         within(0.0, 1.0, "rl.clip_low")
@@ -127,7 +127,7 @@ def check(config: ConfigDict) -> None:
     if "eval" in stages or config.rl.eval_every:
         need("eval.sets", len(config.eval.sets) > 0, "at least one name -> ConfigDict(source=..., samples=...)")
         whole(1, "eval.batch", "eval.max_new_tokens")
-        whole(0, "eval.top_k", "eval.slots", "eval.limit")
+        whole(0, "eval.top_k", "eval.slots", "eval.draft", "eval.limit")
         within(0.0, float("inf"), "eval.temperature")
         greedy = config.eval.temperature == 0
         for name, chosen in config.eval.sets.items():

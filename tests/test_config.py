@@ -241,6 +241,8 @@ CATALOGUE = [
     ("rl.micro_batch", 0, "at least 1"),
     ("rl.slots", -1, "at least 0"),
     ("eval.slots", -1, "at least 0"),
+    ("rl.draft", -1, "at least 0"),
+    ("eval.draft", -1, "at least 0"),
     ("eval.top_p", 0.0, "above 0 and at most 1"),
     ("eval.batch", 0, "at least 1"),
     ("eval.temperature", 0.0, None),

@@ -24,6 +24,8 @@ from sgpo_jax.runtime.files import append_text, jsonl
 from sgpo_jax.runtime.progress import Progress
 from sgpo_jax.stats import benchmark
 
+SPEED = ("slots", "decode_ways", "draft", "watch")  # fields of the sampling that change no response
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -78,7 +80,7 @@ def evaluate(
         "model": settings.model, "set": settings.name, "seed": settings.seed, "step": settings.step,
         "guided": settings.guided, "samples": settings.samples, "reward": settings.reward,
         "instruction": policy.instruction, "dtype": jnp.dtype(policy.dtype).name,
-        **{name: value for name, value in asdict(sampling).items() if name not in ("slots", "decode_ways", "watch")},
+        **{name: value for name, value in asdict(sampling).items() if name not in SPEED},
         **({"system": policy.system} if policy.system else {}), "problems": problems,
     }  # fmt: skip
     distributed.agree({f"the content of the problems of {settings.name}": problems})

@@ -37,33 +37,49 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Arr
     return (kernels.attend if kernels else attend_plain)(query, key, value, segments)
 
 
-def attend_cache(query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any, lengths: jax.Array) -> jax.Array:
-    """Computes the attention of one new token of each row to the tokens in its cache, the new one included.
+def attend_cache(
+    query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any, lengths: jax.Array, each: int = 1
+) -> jax.Array:
+    """Computes the attention of the new tokens of each row to the tokens in its cache, up to themselves.
 
     Args:
-      query: `[B,H,N]`.
+      query: `[B*J,H,N]`, the J new tokens of a row one after the other.
       keys, values: `[K,L,B,S,N]`, S and N by `cache_shape`.
       layer: `[]` int32, index of the layer.
-      lengths: `[B]` int32, tokens in each row's cache, at least 1; more than S means S.
+      lengths: `[B*J]` int32, tokens of its row's cache that a new one sees, at least 1; more than S means S.
+      each: J.
 
     Returns:
-      `[B,H*N]`.
+      `[B*J,H*N]`.
     """
     kernels = _kernels()
     if kernels and kernels.takes(keys):
-        return kernels.attend_cache(query, keys, values, layer, lengths)
+        return kernels.attend_cache(query, keys, values, layer, lengths, each)
     # The number of parts to read is not static: accelerators and meshes would have to synchronize in every layer.
     one_cpu = platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
     implementation = attend_cache_partial if one_cpu else attend_cache_plain
-    return implementation(query, keys, values, layer, lengths)
+    if each == 1:
+        return implementation(query, keys, values, layer, lengths)
+    # Tokens of a row read one cache: they become further query heads of its key heads.
+    count, heads, size = query.shape
+    group, shape = heads // len(keys), (count // each, each, len(keys), heads // len(keys), size)
+    merged = query.reshape(shape).swapaxes(1, 2).reshape(count // each, each * heads, size)
+    seen = jnp.repeat(lengths.reshape(-1, each), group, axis=1)
+    out = implementation(merged, keys, values, layer, seen)
+    return out.reshape(count // each, len(keys), each, group * size).swapaxes(1, 2).reshape(count, heads * size)
 
 
-def append(cache: jax.Array, new: jax.Array, layer: Any, slots: jax.Array) -> jax.Array:
-    """Returns `cache` `[K,L,B,S,N]` with `new` `[B,K,N]` written to slot `slots[b]` of each row.
+def append(cache: jax.Array, new: jax.Array, layer: Any, slots: jax.Array, each: int = 1) -> jax.Array:
+    """Returns `cache` `[K,L,B,S,N]` with `new` `[B*J,K,N]`, J = `each` of a row, written to the slots `[B*J]`.
 
-    A row whose slot lies past the end of the cache is left as it is. On GPUs the cache may have more rows than B: here
-    and in `attend_cache` the first ones of each device are meant.
+    What has a slot past the end of the cache is not written. On GPUs the cache may have more rows than B: here and in
+    `attend_cache` the first ones of each device are meant.
     """
+    if each > 1:
+        for i in range(each):
+            one, slot = (x.reshape(-1, each, *x.shape[1:])[:, i] for x in (new, slots))
+            cache = append(cache, one, layer, slot)
+        return cache
     if platform() == "gpu":
         from sgpo_jax.models import attention_gpu
 
@@ -111,12 +127,15 @@ def attend_plain(query: jax.Array, key: jax.Array, value: jax.Array, segments: j
 def attend_cache_plain(
     query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any, lengths: jax.Array
 ) -> jax.Array:
-    """Computes `attend_cache` with plain products, which read every slot."""
+    """Computes `attend_cache` for a token of each row with plain products, which read every slot.
+
+    `lengths` may be `[B,H/K]`: the query heads of a key head then see different numbers of tokens.
+    """
     batch, heads, size = query.shape
     key, value = keys[:, layer], values[:, layer]
     query = query.reshape(batch, len(key), heads // len(key), size)
     scores = jnp.einsum("bkgn,kbsn->kbgs", query, key, preferred_element_type=jnp.float32)
-    visible = jnp.arange(key.shape[2]) < lengths[:, None, None]
+    visible = jnp.arange(key.shape[2]) < jnp.expand_dims(lengths, (*range(lengths.ndim, 3),))
     weights = jax.nn.softmax(jnp.where(visible, scores * size**-0.5, _FILL), axis=-1).astype(value.dtype)
     return jnp.einsum("kbgs,kbsn->bkgn", weights, value).reshape(batch, heads * size)
 

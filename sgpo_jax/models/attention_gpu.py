@@ -125,7 +125,13 @@ def append(cache: jax.Array, new: jax.Array, layer: Any, slots: jax.Array) -> ja
 
 
 def attend_cache(
-    query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any, lengths: jax.Array, interpret: bool = False
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    layer: Any,
+    lengths: jax.Array,
+    each: int = 1,
+    interpret: bool = False,
 ) -> jax.Array:
     """Computes `attention.attend_cache`; `interpret` runs it anywhere.
 
@@ -146,7 +152,7 @@ def attend_cache(
         shapes = [jax.ShapeDtypeStruct((rows, kv_heads, parts, group, *n), jnp.float32) for n in ((width,), (), ())]
         stages = min(max(AHEAD // (2 * PAGE * width * keys.dtype.itemsize), 1), 3)
         kernel = pl.pallas_call(
-            partial(_decode_kernel, group, size**-0.5), shapes, grid=(rows, kv_heads, parts),
+            partial(_decode_kernel, group, each, size**-0.5), shapes, grid=(rows, kv_heads, parts),
             in_specs=[by_head, *[pl.BlockSpec()] * 4], out_specs=[out, sums, sums], interpret=interpret,
             compiler_params=triton.CompilerParams(num_warps=4, num_stages=stages), name="decode_attention",
         )  # fmt: skip
@@ -162,7 +168,7 @@ def attend_cache(
     return run(query, keys, values, layer, lengths)[..., :size].reshape(batch, heads * size)
 
 
-def _decode_kernel(group, scale, query, keys, values, layer, lengths, out, most, total):
+def _decode_kernel(group, each, scale, query, keys, values, layer, lengths, out, most, total):
     """Attends to one part of a row: its outputs `[G,N]`, not divided by `total`, the greatest score, and `total`."""
     row, head, part = (pl.program_id(axis) for axis in range(3))
     length = lengths[row]
@@ -174,7 +180,7 @@ def _decode_kernel(group, scale, query, keys, values, layer, lengths, out, most,
     def page(i, carry):
         result, highest, weight = carry
         start = pl.multiple_of(first + i * PAGE, PAGE)
-        at = (head, layer[0], row, pl.ds(start, PAGE), slice(None))
+        at = (head, layer[0], row // each, pl.ds(start, PAGE), slice(None))
         scores = triton.dot(q, keys[at], trans_b=True) * scale
         scores = jnp.where(start + jnp.arange(PAGE) < end, scores, FILL)
         higher = jnp.maximum(highest, scores.max(axis=1))

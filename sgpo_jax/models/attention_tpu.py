@@ -64,8 +64,10 @@ def tokens_at_once(rows: int, kv_heads: int, slots: int) -> int:
     return math.gcd(slots // LANES, PAGES_PER_BLOCK) * LANES
 
 
-def attend_cache(query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any, lengths: jax.Array) -> jax.Array:
-    """Computes `attention.attend_cache` with the paged kernel, which reads the pages in use.
+def attend_cache(
+    query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any, lengths: jax.Array, each: int = 1
+) -> jax.Array:
+    """Computes `attention.attend_cache` with the paged kernel, which reads for a query the pages in use.
 
     All layers share one page pool.
     """
@@ -77,9 +79,9 @@ def attend_cache(query: jax.Array, keys: jax.Array, values: jax.Array, layer: An
 
     def local(query, keys, values, layer, lengths):
         pool = (keys.shape[0], -1, LANES, size)
-        rows = len(query)
+        rows = len(query) // each
         # The rows of a layer are contiguous, so only the start of the page table depends on the layer.
-        table = (layer * rows + jnp.arange(rows)[:, None]) * pages + jnp.arange(pages)
+        table = (layer * rows + jnp.arange(len(query))[:, None] // each) * pages + jnp.arange(pages)
         return paged_attention_kernel(
             query, keys.reshape(pool), values.reshape(pool), lengths, table.astype(jnp.int32),
             pages_per_compute_block=math.gcd(pages, PAGES_PER_BLOCK),

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from sgpo_jax.models import experts, rotary
 from sgpo_jax.models.attention import SAVED, append, cache_shape
 from sgpo_jax.models.config import ModelConfig
+from sgpo_jax.models.norms import make_norm
 from sgpo_jax.models.products import dot_in_blocks
 from sgpo_jax.models.windows import attend, attend_cache
 from sgpo_jax.sharding import BATCH, constrain, dividing, exact_products, fit_spec, platform, spec_for
@@ -45,24 +46,6 @@ def rotate(x: jax.Array, angle: jax.Array, factor: Any = None) -> jax.Array:
     return out if rotated == x.shape[-1] else jnp.concatenate([out, x[..., rotated:]], axis=-1)
 
 
-class OffsetNorm(nn.Module):
-    """The RMS norm that multiplies by 1 + scale."""
-
-    epsilon: float
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x):
-        scale = self.param("scale", nn.initializers.zeros_init(), (x.shape[-1],))
-        normed = nn.RMSNorm(epsilon=self.epsilon, dtype=jnp.promote_types(jnp.float32, self.dtype), use_scale=False)(x)
-        return (normed * (1 + scale)).astype(self.dtype)
-
-
-def make_norm(config: ModelConfig, dtype: Any, name: str) -> nn.Module:
-    """Returns a norm of the family."""
-    return (OffsetNorm if config.family.norm_offset else nn.RMSNorm)(epsilon=config.norm_eps, dtype=dtype, name=name)
-
-
 def other_rows(split: tuple[str, ...]) -> tuple[str, ...]:
     """Returns the axes that split rows where weights are split over the axes `split`."""
     return tuple(axis for axis in BATCH if axis not in split)
@@ -77,6 +60,7 @@ class Block(nn.Module):
     config: ModelConfig
     dtype: Any
     split: tuple[str, ...] = ("tensor",)  # axes that split the weights; more than the tensor axis in decoding alone
+    each: int = 1  # tokens of a row of the cache that are decoded at once; each is a row of its own but for the cache
 
     @nn.compact
     def __call__(self, carry, layer, angle, segments, lengths, stacks):
@@ -162,9 +146,13 @@ class Block(nn.Module):
                     for cache, new in ((keys, key), (values, value))
                 )
         else:
-            keys, values = append(keys, key[:, 0], layer, lengths), append(values, value[:, 0], layer, lengths)
+            keys, values = (
+                append(cache, new[:, 0], layer, lengths, self.each) for cache, new in ((keys, key), (values, value))
+            )
             reached = jnp.where(segments[:, 0] > 0, lengths + 1, 1)  # of a row that is not decoded nothing is read
-            attention = attend_cache(query[:, 0], keys, values, layer, reached, config.window, sliding)[:, None]
+            attention = attend_cache(
+                query[:, 0], keys, values, layer, reached, config.window, sliding, self.each
+            )[:, None]
         attention = checkpoint_name(constrain(attention, BATCH, None, "tensor"), SAVED)
         attention = spread(attention, attention.shape[-1])
         (out,) = project(attention, o=config.hidden_size)
@@ -238,6 +226,9 @@ class Decoder(nn.Module):
         keys, values = (None, None) if cache is None else (cache["key"], cache["value"])
         decoding = cache is not None and tokens.shape[1] == 1
         lengths = constrain(cache["length"], BATCH) if decoding else None
+        each = len(tokens) // len(lengths) if decoding else 1
+        if each > 1:
+            lengths = (lengths[:, None] + jnp.arange(each)).reshape(-1)
 
         block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
         layers = nn.scan(
@@ -246,10 +237,11 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, *[nn.broadcast] * 4),
             length=config.num_layers,
-        )(config, self.dtype, self.split, name="layers")
+        )(config, self.dtype, self.split, each, name="layers")
         layer = jnp.arange(config.num_layers)
         (x, keys, values), _ = layers((x, keys, values), layer, angle, mask.astype(jnp.int32), lengths, stacks)
         if cache is not None:
+            mask = mask.reshape(-1, each * mask.shape[1])
             cache = {"key": keys, "value": values, "length": cache["length"] + mask.sum(axis=1, dtype=jnp.int32)}
         hidden = make_norm(config, self.dtype, "norm")(x)
         if not config.tie_embeddings and self.is_initializing():
@@ -333,26 +325,30 @@ def decode(
     dtype: Any = jnp.float32,
     split: tuple[str, ...] = ("tensor",),
 ) -> tuple[jax.Array, Cache]:
-    """Appends one token of each row to the cache. The token attends to all earlier ones of its row.
+    """Appends a token of each row to the cache, or J of them. A token attends to all earlier ones of its row.
 
     Args:
       params: as in `apply`, or from `for_decoding` with the same `split`.
       config, dtype: as in `apply`.
-      tokens: `[B]` token ids.
-      active: `[B]` bool; where it is False, the token is not counted, and the next one takes its slot.
-      cache: of B rows.
+      tokens: `[B]` token ids, or `[B,J]`, the first one first.
+      active: `[B]` bool; where it is False, the tokens are not counted, and the next ones take their slots.
+      cache: of B rows. Tokens past its end are not kept, and their hidden states mean nothing.
       split: the axes of the mesh that split the weights, see `sharding.weight_axes`. Rows are gathered over those of
         them that split rows, for the products of weights alone.
 
     Returns:
-      (hidden `[B,D]` after the final norm, cache).
+      (hidden `[B,D]` or `[B,J,D]` after the final norm, cache). To take tokens back, lower the cache's lengths.
     """
     module = Decoder(config, dtype, "none", split)
-    columns = (x[:, None] for x in (tokens, cache["length"], active))
+    positions = cache["length"]
+    if tokens.ndim == 2:  # the products see J times as many rows
+        each = tokens.shape[1]
+        positions, active = positions[:, None] + jnp.arange(each), jnp.repeat(active, each)
+    columns = (x.reshape(-1)[:, None] for x in (tokens, positions, active))
     params, stacks = {name: leaf for name, leaf in params.items() if name != "stacks"}, params.get("stacks", {})
     with exact_products(dtype):
         hidden, cache = module.apply({"params": params}, *columns, cache, stacks)  # type: ignore[assignment]
-    return hidden[:, 0], cache
+    return hidden[:, 0].reshape(*tokens.shape, -1), cache
 
 
 def for_decoding(params: dict[str, Any], split: tuple[str, ...]) -> dict[str, Any]:

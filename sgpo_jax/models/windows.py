@@ -44,18 +44,18 @@ def attend(
 
 def attend_cache(
     query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any, lengths: jax.Array, window: int | None,
-    sliding: Any,
+    sliding: Any, each: int = 1,
 ) -> jax.Array:  # fmt: skip
     """Computes `attention.attend_cache`, and in a layer that slides only over the last `window` tokens of a row.
 
     Args:
-      query, keys, values, layer, lengths: as in `attention.attend_cache`.
+      query, keys, values, layer, lengths, each: as in `attention.attend_cache`.
       window, sliding: as in `attend`.
     """
     if window is None or sliding is False or keys.shape[3] <= window:
-        return attention.attend_cache(query, keys, values, layer, lengths)
-    local = partial(attend_cache_end, window=window)
-    return _one_of(sliding, local, attention.attend_cache, query, keys, values, layer, lengths)
+        return attention.attend_cache(query, keys, values, layer, lengths, each)
+    local, whole = partial(attend_cache_end, window=window, each=each), partial(attention.attend_cache, each=each)
+    return _one_of(sliding, local, whole, query, keys, values, layer, lengths)
 
 
 def _one_of(sliding: Any, local: Any, whole: Any, *arguments: Any) -> jax.Array:
@@ -106,7 +106,7 @@ def _attend_head(query: jax.Array, key: jax.Array, value: jax.Array, segments: j
 
 
 def attend_cache_end(
-    query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any, lengths: jax.Array, window: int
+    query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any, lengths: jax.Array, window: int, each: int = 1
 ) -> jax.Array:
     """Computes the attention of a new token to the last `window` tokens in its cache, which it copies out."""
     batch, heads, size = query.shape
@@ -122,7 +122,7 @@ def attend_cache_end(
                 origin = jnp.int32(0), layer, row, start, jnp.int32(0)
                 return jax.lax.dynamic_slice(cache, origin, (len(cache), 1, 1, window, width))[:, 0, 0]
 
-            return jax.vmap(read)(jnp.arange(len(query), dtype=jnp.int32), starts)
+            return jax.vmap(read)(jnp.arange(len(query), dtype=jnp.int32) // each, starts)
 
         grouped = query.reshape(len(query), len(keys), -1, width)
         scores = jnp.einsum("bkgn,bksn->bkgs", grouped, last(keys), preferred_element_type=jnp.float32)

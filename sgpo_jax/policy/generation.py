@@ -14,9 +14,18 @@ from sgpo_jax import rewards, sharding
 from sgpo_jax.policy import Policy
 from sgpo_jax.policy import tokenizer as tokenizers
 from sgpo_jax.policy.prompts import user_turn
-from sgpo_jax.rollout import LENGTH, STOP, Prompts, Rollout, Sampling, generate
+from sgpo_jax.rollout import LENGTH, STOP, Problems, Prompts, Rollout, Sampling, Steps, generate
 from sgpo_jax.runtime import distributed
 from sgpo_jax.runtime.profile import phase
+
+
+class Kind(NamedTuple):
+    """One kind of prompts to B problems, and the responses to sample to each."""
+
+    prompts: Sequence[list[int]]  # B, token ids
+    key: jax.Array  # of the noise; the prompts are told apart by their index
+    group: int  # G
+    expected: np.ndarray | None = None  # [B] float32, see `rollout.Problems`; of all kinds or of none
 
 
 class Graded(NamedTuple):
@@ -78,60 +87,64 @@ def respond(
     policy: Policy,
     params: Any,
     prompts: Prompts,
-    ids: np.ndarray,
+    problems: np.ndarray | Problems,
     key: jax.Array,
     mesh: Mesh,
     sampling: Sampling,
     group: int | tuple[int, ...],
-) -> tuple[Rollout, int]:
+) -> tuple[Rollout, int | Steps]:
     """Runs `rollout.generate` on the mesh.
 
     Args:
       policy, params, mesh: the model and the mesh that holds its parameters.
       prompts: `[B,P]` prompts.
-      ids: `[B]` integers that tell the prompts apart; together with `key` they fix the noise.
+      problems: `[B]` integers that tell the prompts apart, or these and more; together with `key` they fix the noise.
       key, sampling, group: see `rollout.generate`.
 
     Returns:
-      (rollout in host memory, slot-steps).
+      (rollout in host memory, slot-steps; with drafts `Steps` in host memory).
     """
-    placed = Prompts(*sharding.put_rows(tuple(prompts), mesh)), key, sharding.put_rows(ids.astype(np.uint32), mesh)
+    known = problems if isinstance(problems, Problems) else Problems(problems)
+    known = sharding.put_rows(known._replace(ids=known.ids.astype(np.uint32)), mesh)
     with jax.set_mesh(sharding.decoding_mesh(mesh, sampling.decode_ways)):
-        rollout, slot_steps = generate(
-            params, policy.language_model, *placed, sampling=sampling, group=group, shards=sharding.row_ways(mesh)
-        )
-    return sharding.fetch(rollout), int(slot_steps)
+        rollout, steps = generate(
+            params, policy.language_model, Prompts(*sharding.put_rows(tuple(prompts), mesh)), key, known,
+            sampling=sampling, group=group, shards=sharding.row_ways(mesh),
+        )  # fmt: skip
+    if isinstance(steps, Steps):
+        return sharding.fetch(rollout), Steps(int(steps.slots), *sharding.fetch(steps[1:]))
+    return sharding.fetch(rollout), int(steps)
 
 
 def respond_in_groups(
     policy: Policy,
     params: Any,
-    prompts: Sequence[Sequence[list[int]]],
-    keys: Sequence[jax.Array],
+    kinds: Sequence[Kind],
     mesh: Mesh,
     sampling: Sampling,
-    groups: Sequence[int],
     length: int,
-) -> tuple[list[Rollout], int]:
+    earlier: np.ndarray | None = None,
+) -> tuple[list[Rollout], int | Steps]:
     """Samples responses to several kinds of prompts at once, so that the last ones of a kind do not decode alone.
 
     Args:
-      policy, params, mesh: as in `respond`.
-      prompts: for each kind, the token ids of B prompts.
-      keys: for each kind, the key of its noise; its prompts are told apart by their index.
-      sampling: as in `respond`.
-      groups: for each kind, G, the number of responses to a prompt.
+      policy, params, mesh, sampling: as in `respond`.
+      kinds: prompts to the same B problems.
       length: P, tokens to which all prompts are padded.
+      earlier: `[B,S]` texts to draft from, see `rollout.Problems`.
 
     Returns:
-      (for each kind its rollout `[B,G]`, slot-steps of all kinds together).
+      (for each kind its rollout `[B,G]`, slot-steps or `Steps` of all kinds together).
     """
-    interleaved = [tokens for problem in zip(*prompts, strict=True) for tokens in problem]
-    ids = np.repeat(np.arange(len(prompts[0])), len(prompts))
+    interleaved = [tokens for problem in zip(*(kind.prompts for kind in kinds), strict=True) for tokens in problem]
+    lengths = [kind.expected for kind in kinds if kind.expected is not None]
+    expected = np.stack(lengths, axis=1).reshape(-1) if lengths else None
+    problems = Problems(np.repeat(np.arange(len(kinds[0].prompts)), len(kinds)), expected, earlier)
+    keys, groups = jnp.stack([kind.key for kind in kinds]), tuple(kind.group for kind in kinds)
     padded = pad_prompts(policy, interleaved, length)
-    rollout, slot_steps = respond(policy, params, padded, ids, jnp.stack(keys), mesh, sampling, tuple(groups))
+    rollout, steps = respond(policy, params, padded, problems, keys, mesh, sampling, groups)
     split = (np.split(field, np.cumsum(groups)[:-1], axis=1) for field in rollout)
-    return [Rollout(*fields) for fields in zip(*split, strict=True)], slot_steps
+    return [Rollout(*fields) for fields in zip(*split, strict=True)], steps
 
 
 @phase("reward")

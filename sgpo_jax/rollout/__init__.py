@@ -1,6 +1,6 @@
 """Sampling responses from a policy: prefill, then slots that decode and are refilled."""
 
-from sgpo_jax.rollout.engine import LENGTH, STOP, LanguageModel, Prompts, Rollout, generate
+from sgpo_jax.rollout.engine import LENGTH, STOP, LanguageModel, Problems, Prompts, Rollout, Steps, generate
 from sgpo_jax.rollout.sampling import Sampling
 
-__all__ = ["LENGTH", "STOP", "LanguageModel", "Prompts", "Rollout", "Sampling", "generate"]
+__all__ = ["LENGTH", "STOP", "LanguageModel", "Problems", "Prompts", "Rollout", "Sampling", "Steps", "generate"]

@@ -8,7 +8,7 @@ shard, R slots of a shard, P prompt length, T new tokens, V vocabulary. In a cac
 length, N head size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,17 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from sgpo_jax import models, output_head
+from sgpo_jax.rollout import drafts, weights
+from sgpo_jax.rollout.cache import constrain_cache, copy_row, insert
 from sgpo_jax.rollout.sampling import Sampling, sample
-from sgpo_jax.sharding import BATCH, constrain, dividing, path_name, platform, row_ways, spec_for, weight_axes
+from sgpo_jax.sharding import BATCH, constrain, dividing, platform, row_ways, weight_axes
 
 Array = Any  # JAX's, or numpy's on the host
 
 STOP, LENGTH = 0, 1  # finish reasons: ended by a stop token, or cut at the limit
 NARROW = 4  # when the queue is empty, the last responses continue in 1/4 of the slots, later in 1/4 of these, and so on
 LEAST = 8, 2  # fewest slots of a shard after narrowing: the first time, which takes memory for a copy, and later
-# Layouts between that of training and one that splits weights over more than the tensor axis. From each to the next the
-# moves are exchanges or gathers over one axis; at once, all devices would hold all.
-FROM_TRAINING = {"fsdp": BATCH, "tensor": ("tensor",)}, {"fsdp": ("data",), "tensor": ("tensor", "fsdp")}
 
 
 class LanguageModel(NamedTuple):
@@ -46,6 +45,14 @@ class Prompts(NamedTuple):
     mask: Array  # [B,P] bool, True on real tokens
 
 
+class Problems(NamedTuple):
+    """The problems of prompts, and what may be known about their responses, which changes none of them."""
+
+    ids: Array  # [B] integers that tell the prompts of one key apart
+    expected: Array | None = None  # [B] float32, tokens of a response; with fewer slots, the longest are begun first
+    earlier: Array | None = None  # [B/C,S] int32, texts about each problem to draft from, drafts.NONE between them
+
+
 class Rollout(NamedTuple):
     """The responses, G to each prompt. With prompts of C kinds, G is the sum over the kinds, and B counts problems."""
 
@@ -53,6 +60,14 @@ class Rollout(NamedTuple):
     logp: Array  # [B,G,T] float32, log-probability of each token at temperature 1 without filters, nats; then 0
     lengths: Array  # [B,G] int32, tokens in each response, the stop token included
     finish: Array  # [B,G] int32, STOP or LENGTH
+
+
+class Steps(NamedTuple):
+    """What a rollout with drafts took. All but one of a pass's tokens were drafted."""
+
+    slots: Array  # [] int32, slot-steps: passes through the model, summed over slots
+    passes: Array  # [B,G] int32, passes of each response; as many as tokens if no draft was right
+    drafted: Array  # [B,G] int32, tokens that were drafted
 
 
 class _Slots(NamedTuple):
@@ -70,23 +85,23 @@ def generate(
     model: LanguageModel,
     prompts: Prompts,
     key: jax.Array,
-    problem_ids: jax.Array,
+    problems: jax.Array | Problems,
     *,
     sampling: Sampling,
     group: int | tuple[int, ...],
     shards: int = 1,
-) -> tuple[Rollout, jax.Array]:
+) -> tuple[Rollout, jax.Array | Steps]:
     """Samples `group` responses to each prompt.
 
     The noise of a token depends only on (key, problem id, sample, token position). So a response does not change with
-    its batch, with the number of slots, or with prompts of another kind.
+    its batch, with the number and the order of slots, with drafts, or with prompts of another kind.
 
     Args:
       params, model: the policy.
       prompts: `[B,P]` prompts.
       key: PRNG key, or `[C]` one for each kind. The caller folds in the seed, the step and the purpose, and never
         uses a key twice.
-      problem_ids: `[B]` integers that tell the prompts of one key apart.
+      problems: `[B]` integers that tell the prompts of one key apart, or these and more.
       sampling: T, the filters, and the number of slots, which must be a multiple of `shards`.
       group: G, responses to each prompt; or C numbers, if the prompts of C kinds take turns.
       shards: W, number of parts into which the prompts are split over devices; W * C divides B. A slot takes prompts
@@ -94,6 +109,7 @@ def generate(
 
     Returns:
       (rollout, slot-steps `[]` int32: decoding steps summed over slots, so the number of tokens if no slot was idle).
+      With drafts, `Steps` stand in their place.
 
     Raises:
       ValueError: `shards` or the kinds of prompts do not divide the prompts, or `shards` does not divide the slots.
@@ -101,20 +117,23 @@ def generate(
     count, length = prompts.tokens.shape
     config, dtype, slots, max_new_tokens = model.config, model.dtype, sampling.slots, sampling.max_new_tokens
     groups = (group,) if isinstance(group, int) else group
+    known = problems if isinstance(problems, Problems) else Problems(problems)
     if count % shards or slots % shards:
         raise ValueError(f"shards={shards}: must divide the {count} prompts and slots={slots}")
     if count // shards % len(groups):
         raise ValueError(f"group={group}: must have a length that divides the {count // shards} prompts of a shard")
-    problems, per_problem = count // len(groups), sum(groups)  # a problem is one prompt of each kind
-    responses = problems // shards * per_problem
+    problem_count, per_problem = count // len(groups), sum(groups)  # a problem is one prompt of each kind
+    responses = problem_count // shards * per_problem
     width = min(slots // shards or responses, responses)
     splits = [weight_axes(ways) for ways in sampling.decode_ways]
-    params = _split(_cast(params, dtype), splits[0], FROM_TRAINING)
+    params = weights.split(weights.cast(params, dtype), splits[0], weights.FROM_TRAINING)
     stops = jnp.asarray(model.stop_ids, jnp.int32)
 
-    by_shard = partial(jnp.reshape, shape=(shards, count // shards))
-    last_tokens, problem_ids = by_shard(prompts.tokens[:, -1]), by_shard(problem_ids)
-    empty = _constrain_cache(models.init_cache(config, count, length - 1, dtype))
+    def by_shard(values):
+        return values.reshape(shards, count // shards, *values.shape[1:])
+
+    last_tokens, problem_ids = by_shard(prompts.tokens[:, -1]), by_shard(known.ids)
+    empty = constrain_cache(models.init_cache(config, count, length - 1, dtype))
     # Prefill all tokens but the last, which is the first one to be decoded.
     all_but_last = _left_aligned(prompts.tokens[:, :-1], prompts.mask[:, :-1])
     prefilled = models.apply(params, config, *all_but_last, empty, dtype=dtype)[1] if length > 1 else empty
@@ -130,25 +149,32 @@ def generate(
         return jnp.minimum(first + kinds[response % per_problem], count // shards - 1)
 
     def take_prompt(values, response):
-        return jnp.take_along_axis(values, prompt_index(response), axis=1)
+        index = prompt_index(response)
+        return jnp.take_along_axis(values, index.reshape(*index.shape, *(1,) * (values.ndim - 2)), axis=1)
 
-    def decode(params, head, split, state):
-        queued, slots, out, steps = state
-        active = slots.response < responses
+    def draw(params, head, split, slots, fed):
+        """Feeds tokens `[W,R]`, or several of each slot `[W,R,J]`; returns those that follow, their logp, the cache."""
+        active, rows = slots.response < responses, models.other_rows(split)
         hidden, cache = models.decode(
-            params, config, slots.token.reshape(-1), active.reshape(-1), slots.cache, dtype=dtype, split=split
+            params, config, fed.reshape(-1, *fed.shape[2:]), active.reshape(-1), slots.cache, dtype=dtype, split=split
         )
-        rows = models.other_rows(split)
-        logits = output_head.product(constrain(hidden, rows, None), head)
+        logits = output_head.product(constrain(hidden.reshape(-1, hidden.shape[-1]), rows, None), head)
         # Each device computes the logits of its part of the vocabulary, and then samples its part of the rows.
         logits = constrain(logits, rows, dividing(config.vocab_size, split))
         logits = constrain(logits, dividing(len(logits), (*BATCH, "tensor")), None)
         slot_keys, slot_samples = (values[slots.response % per_problem] for values in (keys[kinds], samples))
-        ids = take_prompt(problem_ids, slots.response), slot_samples, slots.sampled
-        noise = [x.reshape(-1) for x in (slot_keys, *ids)]
+        ids = slot_keys, take_prompt(problem_ids, slots.response), slot_samples, slots.sampled
+        if fed.ndim == 3:
+            ids = [jnp.broadcast_to(x[..., None], fed.shape) for x in ids]
+            ids[-1] = ids[-1] + jnp.arange(fed.shape[2])
+        noise = [x.reshape(-1) for x in ids]
         uniform = jax.vmap(lambda *key_and_ids: jax.random.uniform(_fold(*key_and_ids)))(*noise)
         token, logp = sample(logits, uniform, sampling)
-        token, logp = token.reshape(slots.response.shape), logp.reshape(slots.response.shape)
+        return token.reshape(fed.shape), logp.reshape(fed.shape), cache
+
+    def decode(params, head, split, state):
+        queued, slots, out, steps = state
+        token, logp, cache = draw(params, head, split, slots, slots.token)
         if sampling.watch is not None:
             jax.debug.callback(sampling.watch, slots.response, slots.sampled, token)
         stopped = jnp.isin(token, stops)
@@ -157,18 +183,54 @@ def generate(
         slots = _Slots(jnp.where(ended, responses, slots.response), slots.sampled + 1, token, cache)
         return queued, slots, out, steps + slots.response.size
 
+    def verify(params, head, split, most, state):
+        """Decodes with up to `most` drafted tokens of each slot, of which the right ones need no pass of their own."""
+        queued, slots, out, steps = state
+        left = max_new_tokens - slots.sampled
+        guesses, drafted = drafts.propose(*texts(out, slots), most)
+        drafted = jnp.where(slots.response < responses, jnp.minimum(drafted, left - 1), 0)
+        fed = jnp.concatenate([slots.token[..., None], jnp.maximum(guesses, 0)], axis=-1)
+        token, logp, cache = draw(params, head, split, slots, fed)
+        kept, stopped = drafts.accept(token, guesses, drafted, stops, left)
+        # What follows a wrong draft leaves the cache: nothing reads it before it is overwritten.
+        grown = jnp.where(slots.response < responses, kept, 0)
+        cache |= {"length": slots.cache["length"] + grown.reshape(-1)}
+        if sampling.watch is not None:
+            for i in range(most + 1):
+                watched = jnp.where(i < kept, slots.response, responses)
+                jax.debug.callback(sampling.watch, watched, slots.sampled + i, token[..., i])
+        out, steps = _record_several(out, steps, slots, token, logp, kept, stopped, drafted)
+        last = jnp.take_along_axis(token, kept[..., None] - 1, axis=-1)[..., 0]
+        ended = stopped | (kept == left)
+        slots = _Slots(jnp.where(ended, responses, slots.response), slots.sampled + kept, last, cache)
+        return queued, slots, out, steps
+
+    def texts(out, slots):
+        """Returns all texts about the problem of each slot `[W,R,S]`, and the last tokens of its response."""
+        response = jnp.minimum(slots.response, responses - 1)
+        tokens = jnp.where(jnp.arange(max_new_tokens) < out.lengths[..., None], out.tokens, drafts.NONE)
+        by_response = jnp.concatenate([befores, tokens], axis=2)
+        by_problem = by_response.reshape(shards, responses // per_problem, -1)
+        if known.earlier is not None:
+            by_problem = jnp.concatenate([known.earlier.reshape(*by_problem.shape[:2], -1), by_problem], axis=2)
+        of_problem = jnp.take_along_axis(by_problem, (response // per_problem)[..., None], axis=1)
+        last = drafts.last_tokens(by_response, response, slots.sampled)
+        return jnp.concatenate([take_prompt(prompt_texts, response), of_problem], axis=2), last
+
     def refill(state):
         queued, slots, out, steps = state
         free = slots.response == responses
         response = jnp.minimum(queued[:, None] + jnp.cumsum(free, axis=1) - 1, responses)
         refilled = free & (response < responses)
+        if queue is not None:
+            response = jnp.take_along_axis(queue, jnp.minimum(response, responses - 1), axis=1)
         response = jnp.where(refilled, response, slots.response)
-        cache = _insert(slots.cache, prefilled, refilled, prompt_index(response))
+        cache = insert(slots.cache, prefilled, refilled, prompt_index(response))
         token = jnp.where(refilled, take_prompt(last_tokens, response), slots.token)
         slots = _Slots(response, jnp.where(refilled, 0, slots.sampled), token, cache)
         return queued + refilled.sum(axis=1), slots, out, steps
 
-    cache = _constrain_cache(models.init_cache(config, shards * width, length - 1 + max_new_tokens, dtype))
+    cache = constrain_cache(models.init_cache(config, shards * width, length - 1 + max_new_tokens, dtype))
     if platform() == "gpu" and length > 1:
         # A zero that is known after the prefill: the cache takes no memory beside the activations of the prefill.
         last = prefilled["key"][0, -1, 0, 0, 0]
@@ -180,13 +242,30 @@ def generate(
         jnp.zeros((shards, responses), jnp.int32),
         jnp.full((shards, responses), LENGTH, jnp.int32),
     )
-    state = jnp.zeros(shards, jnp.int32), _Slots(idle, idle * 0, idle * 0, cache), out, jnp.int32(0)
+    every = jnp.broadcast_to(jnp.arange(responses), (shards, responses))
+    queue = None
+    if known.expected is not None:
+        queue = jnp.argsort(-take_prompt(by_shard(known.expected), every), axis=1, stable=True)
+    if sampling.draft:
+        prompt_texts = by_shard(jnp.where(prompts.mask, prompts.tokens, drafts.NONE))
+        befores = take_prompt(drafts.before(prompt_texts), every)
+    steps = Steps(jnp.int32(0), out.lengths, out.lengths) if sampling.draft else jnp.int32(0)
+    state = jnp.zeros(shards, jnp.int32), _Slots(idle, idle * 0, idle * 0, cache), out, steps
     decodes = []
     for i, split in enumerate(splits):
-        params = _split(params, split) if i else params
-        decodes.append(partial(decode, models.for_decoding(params, split), _contiguous_head(params, config), split))
-    state = _decode_all(state, responses, refill, decodes)
-    return jax.tree.map(lambda field: field.reshape(problems, per_problem, *field.shape[2:]), state[2]), state[3]
+        params = weights.split(params, split) if i else params
+        decodes.append((models.for_decoding(params, split), weights.contiguous_head(params, config), split))
+
+    def step(stage, stage_width):
+        by = decodes[min(stage, len(decodes) - 1)]
+        if not sampling.draft:
+            return partial(decode, *by)
+        return partial(verify, *by, drafts.most_drafted(sampling.draft, stage_width, width))
+
+    state = _decode_all(state, responses, refill, step)
+    return jax.tree.map(
+        lambda x: x.reshape(problem_count, per_problem, *x.shape[2:]) if x.ndim else x, state[2:]
+    )
 
 
 def narrowed(slots: int, all_slots: int) -> int:
@@ -195,10 +274,10 @@ def narrowed(slots: int, all_slots: int) -> int:
     return narrower if narrower >= LEAST[slots < all_slots] else 0
 
 
-def _decode_all(state: Any, responses: int, refill: Callable, decodes: Sequence[Callable]) -> Any:
+def _decode_all(state: Any, responses: int, refill: Callable, decode: Callable[[int, int], Callable]) -> Any:
     """Decodes until every response has ended; once the queue is empty, in fewer and fewer slots.
 
-    Each of `decodes` serves a stage, and the last one those after it too.
+    `decode` returns the step of a stage, from its number and its width.
     """
 
     all_slots = width = state[1].response.shape[1]
@@ -216,17 +295,17 @@ def _decode_all(state: Any, responses: int, refill: Callable, decodes: Sequence[
 
         state = refill(state)
         with jax.named_scope(f"decode_{all_slots}"):
-            return jax.lax.while_loop(no_refill_due, decodes[0], state)
+            return jax.lax.while_loop(no_refill_due, decode(0, all_slots), state)
 
-    step: Callable = refill_and_decode
+    step, stage = refill_and_decode, 0
     while width:
         narrower = narrowed(width, all_slots)
         with jax.named_scope("refill" if step is refill_and_decode else f"decode_{width}"):
             state = jax.lax.while_loop(partial(busy, narrower=narrower), step, state)
         if narrower:
             state = state[0], _active_first(state[1], responses, narrower), *state[2:]
-        decodes = decodes[1:] or decodes
-        step, width = decodes[0], narrower
+        stage, width = stage + 1, narrower
+        step = decode(stage, width)
     return state
 
 
@@ -251,62 +330,34 @@ def _record(out: Rollout, slots: _Slots, token: jax.Array, logp: jax.Array, stop
     return jax.vmap(record)(out, slots.response, slots.sampled, token, logp, stopped)
 
 
+def _record_several(
+    out: Rollout, steps: Steps, slots: _Slots, token: Any, logp: Any, kept: Any, stopped: Any, drafted: Any
+) -> tuple[Rollout, Steps]:
+    """Writes the first `kept` `[W,R]` of each slot's tokens `[W,R,J]` into its response, and counts the pass."""
+
+    def record(out, counted, slot, drawn):
+        (passes, drafts), (response, count), (token, logp, kept, stopped, drafted) = counted, slot, drawn
+        index = jnp.arange(token.shape[1])
+        rows, places = jnp.where(index < kept[:, None], response[:, None], len(passes)), count[:, None] + index
+        out = Rollout(
+            out.tokens.at[rows, places].set(token, mode="drop"),
+            out.logp.at[rows, places].set(logp, mode="drop"),
+            out.lengths.at[response].set(count + kept, mode="drop"),
+            out.finish.at[response].set(jnp.where(stopped, STOP, LENGTH), mode="drop"),
+        )
+        return out, (passes.at[response].add(1, mode="drop"), drafts.at[response].add(drafted, mode="drop"))
+
+    drawn = token, logp, kept, stopped, drafted
+    out, counted = jax.vmap(record)(out, tuple(steps[1:]), slots[:2], drawn)
+    return out, Steps(steps.slots + slots.response.size, *counted)
+
+
 def _left_aligned(prompts: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Turns prompts `[B,P]` padded on the left into (prompts padded on the right, positions, mask)."""
     lengths = mask.sum(axis=-1, keepdims=True)
     positions = jnp.broadcast_to(jnp.arange(mask.shape[1]), mask.shape)
     tokens = jnp.take_along_axis(prompts, (positions - lengths) % mask.shape[1], axis=1)
     return tokens, positions, positions < lengths
-
-
-def _insert(cache: models.Cache, prompts: models.Cache, refilled: jax.Array, prompt: jax.Array) -> models.Cache:
-    """Copies prompt `prompt` `[W,R]` of the shard into the cache of every slot in `refilled` `[W,R]`."""
-    shards = len(refilled)
-    refilled_first = jnp.argsort(~refilled, axis=1, stable=True)
-
-    def copy(i, caches):
-        slot = refilled_first[:, i]
-        chosen, due = (jnp.take_along_axis(x, slot[:, None], axis=1)[:, 0] for x in (prompt, refilled))
-        slot = jnp.where(due, slot, refilled.shape[1])
-        sources = prompts["key"], prompts["value"]
-        return tuple(_copy_row(slots, source, slot, chosen) for slots, source in zip(caches, sources, strict=True))
-
-    # One slot of each shard at a time, because most slots keep their response.
-    count = refilled.sum(axis=1).max()
-    keys, values = jax.lax.fori_loop(0, count, copy, (cache["key"], cache["value"]))
-    prompt_lengths = jnp.take_along_axis(prompts["length"].reshape(shards, -1), prompt, axis=1)
-    lengths = jnp.where(refilled, prompt_lengths, cache["length"].reshape(refilled.shape))
-    return {"key": keys, "value": values, "length": lengths.reshape(-1)}
-
-
-def _copy_row(target: jax.Array, source: jax.Array, row: jax.Array, source_row: jax.Array) -> jax.Array:
-    """Copies a row of each shard's part of a cache to the beginning of a row of another cache.
-
-    Args:
-      target: `[K,L,W*R,S,N]`.
-      source: `[K,L,W*B,P,N]`, P at most S.
-      row: `[W]` index within the shard; R or more copies nothing.
-      source_row: `[W]` index within the shard, below B.
-    """
-    # The shards are a batch dimension of gather and scatter where they stand. `jax.vmap` would move them to the front
-    # and back; XLA for GPUs up to jaxlib 0.10.2 folds these transposes into a scatter that it then refuses.
-    from_row = jax.lax.GatherDimensionNumbers(
-        offset_dims=(0, 1, 3, 4), collapsed_slice_dims=(3,), start_index_map=(3,),
-        operand_batching_dims=(2,), start_indices_batching_dims=(0,),
-    )  # fmt: skip
-    to_row = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(0, 1, 3, 4), inserted_window_dims=(3,), scatter_dims_to_operand_dims=(3,),
-        operand_batching_dims=(2,), scatter_indices_batching_dims=(0,),
-    )  # fmt: skip
-
-    def by_shard(cache):
-        return cache.reshape(*cache.shape[:2], len(row), cache.shape[2] // len(row), *cache.shape[3:])
-
-    heads, layers, _, length, size = source.shape
-    window = (heads, layers, 1, 1, length, size)
-    copied = jax.lax.gather(by_shard(source), source_row[:, None], from_row, window, mode="promise_in_bounds")
-    written = jax.lax.scatter(by_shard(target), row[:, None], copied, to_row, unique_indices=True, mode="drop")
-    return written.reshape(target.shape)
 
 
 def _active_first(slots: _Slots, responses: int, width: int) -> _Slots:
@@ -327,7 +378,7 @@ def _active_first(slots: _Slots, responses: int, width: int) -> _Slots:
     def move(i, caches):
         # No row is read after it is written: the i-th of the chosen ones is the i-th or a later one.
         row = jnp.full(shards, i, jnp.int32)
-        return tuple(_copy_row(cache, cache, row, chosen[:, i]) for cache in caches)
+        return tuple(copy_row(cache, cache, row, chosen[:, i]) for cache in caches)
 
     both = slots.cache["key"], slots.cache["value"]
     mesh = jax.sharding.get_abstract_mesh()
@@ -337,47 +388,4 @@ def _active_first(slots: _Slots, responses: int, width: int) -> _Slots:
         keys, values = (pick(cache, 2) for cache in both)
     cache = {"key": keys, "value": values, "length": pick(slots.cache["length"], 0)}
     response, sampled, token = (jnp.take_along_axis(field, chosen, axis=1) for field in slots[:3])
-    return _Slots(response, sampled, token, _constrain_cache(cache))
-
-
-def _constrain_cache(cache: models.Cache) -> models.Cache:
-    """Splits heads over the tensor axis, and rows over the other axes."""
-    layout = ("tensor", None, BATCH, None, None)
-    return {**cache, **{name: constrain(cache[name], *layout) for name in ("key", "value")}}
-
-
-def _cast(params: Any, dtype: Any) -> Any:
-    """Casts matrices to the dtype of the products; norms and biases keep theirs."""
-
-    def cast(path, leaf):
-        name = path_name(path)
-        leaf = leaf.astype(dtype) if name.endswith(("kernel", "embedding")) else leaf
-        if platform() != "gpu":
-            return leaf
-        # Else the partitioner gathers first and casts then, with twice the memory.
-        return constrain(leaf, *(BATCH if axis == "fsdp" else axis for axis in spec_for(name, leaf.shape)))
-
-    return jax.tree_util.tree_map_with_path(cast, params)
-
-
-def _split(params: Any, axes: tuple[str, ...], through: Sequence[dict[str, tuple[str, ...]]] = ()) -> Any:
-    """Gathers matrices, and splits over these axes what the tensor axis splits in training.
-
-    This happens once, before a stage of decoding: otherwise every token would gather them. Where the matrices are split
-    over the first of these axes already, nothing moves. From the layout of training they go `through` others.
-    """
-
-    def split(path, leaf):
-        spec = spec_for(path_name(path), leaf.shape)
-        for step in [*(through if len(axes) > 1 else ()), {"tensor": axes}]:
-            by_dimension = [step.get(axis, ()) for axis in spec]
-            leaf = constrain(leaf, *(dividing(n, some) for n, some in zip(leaf.shape, by_dimension, strict=False)))
-        return leaf
-
-    return jax.tree_util.tree_map_with_path(split, params)
-
-
-def _contiguous_head(params: Any, config: models.ModelConfig) -> jax.Array:
-    """Returns the head `[D,V]`; for a tied model a transposed copy, which is faster than a transpose at every token."""
-    head = models.head(params, config)
-    return jax.lax.optimization_barrier(head) if config.tie_embeddings else head
+    return _Slots(response, sampled, token, constrain_cache(cache))

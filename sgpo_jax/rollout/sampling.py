@@ -31,6 +31,7 @@ class Sampling:
     # For each stage of decoding, of which each has a quarter of the slots of the one before: the ways that split the
     # weights, times the tensor axis; the last one counts for the later stages too.
     decode_ways: tuple[int, ...] = (1,)
+    draft: int = 0  # most tokens of a slot that a pass verifies beside the one that is due; changes no response
     # Is called on the host at every decoding step with `[W,R]` arrays, for W shards of R slots: the index of the slot's
     # response in its shard (their number for an idle slot), the tokens that it had, and its new one. In any order.
     watch: Callable[[Any, Any, Any], None] | None = None
@@ -38,7 +39,7 @@ class Sampling:
     @classmethod
     def from_config(cls, fields: ConfigDict) -> "Sampling":
         """Reads the settings from the section `rl` or `eval` of a config."""
-        names = ("max_new_tokens", "temperature", "top_p", "top_k", "slots")
+        names = ("max_new_tokens", "temperature", "top_p", "top_k", "slots", "draft")
         return cls(**{name: fields[name] for name in names}, decode_ways=tuple(fields.decode_ways))
 
 

@@ -17,11 +17,11 @@ from sgpo_jax import data, logprobs, rewards, sharding
 from sgpo_jax.data import filtering
 from sgpo_jax.evaluation import evaluate_sets
 from sgpo_jax.policy import Run, memory, positions
-from sgpo_jax.policy.generation import Graded, demonstrate, encode_prompts, grade, noise_key, respond_in_groups
-from sgpo_jax.rollout import STOP, Rollout, Sampling
+from sgpo_jax.policy.generation import Graded, Kind, demonstrate, encode_prompts, grade, noise_key, respond_in_groups
+from sgpo_jax.rollout import STOP, Rollout, Sampling, Steps
 from sgpo_jax.runtime.profile import phase
 from sgpo_jax.strategies import self_written
-from sgpo_jax.training import packing, stage
+from sgpo_jax.training import earlier, packing, stage
 from sgpo_jax.training.batch import Batch, Contexts, Group, pack_batch, specs
 from sgpo_jax.training.loop import Clock, Loop
 from sgpo_jax.training.objective import Objective
@@ -37,7 +37,7 @@ class Sampled(NamedTuple):
     problems: Sequence[dict]  # B
     graded: dict[str, Graded]  # group -> responses
     tokens: int  # sampled for it, those of replaced problems included
-    slot_steps: int  # the same
+    slot_steps: int | Steps  # the same; `Steps` with drafts
 
 
 def train(run: Run, initial: Callable[[], Any]) -> None:
@@ -64,10 +64,13 @@ def train(run: Run, initial: Callable[[], Any]) -> None:
         state = loop.start(initial)
         if rl.guided and rl.guide == "self" and loop.first < total:
             prompts["guided"] = own_prompts(run, loop.weights(state), rows, loop.first)
+        known = make_earlier(run, rows) if loop.first < total else None
         for step in loop.steps():
             clock, position = Clock(), loop.position(step)
-            sampled = sample_and_grade(run, loop.weights(state), prompts, batches, position, clock)
+            sampled = sample_and_grade(run, loop.weights(state), prompts, batches, position, clock, known)
             problems, graded = sampled.problems, sampled.graded
+            if known is not None:
+                remember(known, position, sampled, prompts)
             batch = make_batch(run, graded, prompts, problems)
             packed = pack_batch(batch, weighting, rl.distillation, micro_batch=rl.micro_batch, chunk=chunk)
             state, device_metrics = update(state, sharding.put(packed, specs(packed), run.mesh), loop.base)
@@ -109,25 +112,50 @@ def sampling(run: Run) -> Sampling:
     return memory.sampling(run, "rl", rl.batch * sum(sizes.values()), rl.batch * len(sizes))
 
 
+def make_earlier(run: Run, rows: Sequence[dict]) -> earlier.Earlier | None:
+    """Returns the store of earlier epochs' responses; None where neither drafts nor slots have a use for it."""
+    rl, saved, chosen = run.config.rl, run.config.checkpoint, sampling(run)
+    if not chosen.draft and not 0 < chosen.slots < rl.batch * sum(sampled_groups(rl).values()):
+        return None
+    size = min(4 * rl.max_new_tokens, earlier.MOST) if chosen.draft else 0
+    # A run that resumes at the oldest checkpoint finds the epoch before it.
+    keep = 2 * data.steps_per_epoch(rows, rl.batch) + (saved.keep + 1) * saved.every
+    return earlier.Earlier(run.workdir / "rl" / "earlier", size, keep)
+
+
+def remember(known: earlier.Earlier, position: int, sampled: Sampled, prompts: Mapping[str, Tokens]) -> None:
+    """Adds the responses of a step to the store of earlier epochs."""
+    ids = [row["id"] for row in sampled.problems]
+    kinds = [name for name in sampled.graded if name in prompts]
+    rollouts = [sampled.graded[name].rollout for name in kinds]
+    known.add(position, ids, rollouts, [[prompts[name][id] for id in ids] for name in kinds])
+
+
 def sample_and_grade(
-    run: Run, params: Any, prompts: Mapping[str, Tokens], batches: Sequence[Any], position: int, clock: Clock
+    run: Run,
+    params: Any,
+    prompts: Mapping[str, Tokens],
+    batches: Sequence[Any],
+    position: int,
+    clock: Clock,
+    known: earlier.Earlier | None = None,
 ) -> Sampled:
     """Samples every group of a step and grades it; in up to `rl.resample` more rounds it replaces idle problems.
 
     Args:
-      run, params, prompts, position: as in `sample_groups`.
+      run, params, prompts, position, known: as in `sample_groups`.
       batches: the problems of every position; and those of every round of every position.
       clock: of the step; its phases are "rollout" and "reward".
     """
     rounds = run.config.rl.resample
 
     def sample(problems, number=0):
-        sampled, slot_steps = sample_groups(run, params, prompts, problems, position, number)
+        sampled, steps = sample_groups(run, params, prompts, problems, position, number, known)
         groups = with_demonstrations(run, sampled, prompts, problems)
         clock.lap("rollout")
         graded = {name: grade(run.policy, rollout, problems, run.config.rl.reward) for name, rollout in groups.items()}
         clock.lap("reward")
-        return Sampled(problems, graded, int(sum(rollout.lengths.sum() for rollout in sampled.values())), slot_steps)
+        return Sampled(problems, graded, int(sum(rollout.lengths.sum() for rollout in sampled.values())), steps)
 
     sampled = sample(batches[0][position])
     for number in range(1, rounds + 1):
@@ -157,8 +185,16 @@ def fill(sampled: Sampled, other: Sampled) -> Sampled:
         return Graded(rollout, texts, verdicts, np.stack(merged(mine.rewards, others.rewards)))
 
     graded = {name: merge(sampled.graded[name], other.graded[name]) for name in sampled.graded}
-    counts = sampled.tokens + other.tokens, sampled.slot_steps + other.slot_steps
-    return Sampled(merged(sampled.problems, other.problems), graded, *counts)
+    steps = added(sampled.slot_steps, other.slot_steps)
+    return Sampled(merged(sampled.problems, other.problems), graded, sampled.tokens + other.tokens, steps)
+
+
+def added(first: Any, second: Any) -> Any:
+    """Returns the slot-steps, or the `Steps`, of two rollouts together."""
+    if not isinstance(first, Steps):
+        return first + second
+    counts = (np.concatenate([a.ravel(), b.ravel()]) for a, b in zip(first[1:], second[1:], strict=True))
+    return Steps(first.slots + second.slots, *counts)
 
 
 def has_spread(sampled: Sampled) -> np.ndarray:
@@ -169,8 +205,9 @@ def has_spread(sampled: Sampled) -> np.ndarray:
 
 @phase("rollout")
 def sample_groups(
-    run: Run, params: Any, prompts: Mapping[str, Tokens], problems: Sequence[dict], position: int, number: int = 0
-) -> tuple[dict[str, Rollout], int]:
+    run: Run, params: Any, prompts: Mapping[str, Tokens], problems: Sequence[dict], position: int, number: int = 0,
+    known: earlier.Earlier | None = None,
+) -> tuple[dict[str, Rollout], int | Steps]:  # fmt: skip
     """Samples every group of a step at once.
 
     Args:
@@ -179,19 +216,22 @@ def sample_groups(
       problems: B problems.
       position: the step's place among the batches, which together with the run's seed fixes the noise.
       number: of the round, for problems that replace others; it has noise of its own.
+      known: responses of earlier epochs, which change none of these.
 
     Returns:
-      (group of `sampled_groups` -> its rollout `[B,G]`, slot-steps of all groups).
+      (group of `sampled_groups` -> its rollout `[B,G]`, slot-steps of all groups, or `Steps`).
     """
     config, sizes = run.config, sampled_groups(run.config.rl)
     tokens = [[prompts[name][row["id"]] for row in problems] for name in sizes]
     longest = max(_longest(prompts[name]) for name in sizes)
     purposes = [f"{name}, round {number}" if number else name for name in sizes]
     keys = [noise_key(config.seed, purpose, position) for purpose in purposes]
-    rollouts, slot_steps = respond_in_groups(
-        run.policy, params, tokens, keys, run.mesh, sampling(run), list(sizes.values()), longest
-    )
-    return dict(zip(sizes, rollouts, strict=True)), slot_steps
+    found = known.known(position, [row["id"] for row in problems], len(sizes)) if known else None
+    expected = [None] * len(sizes) if found is None else found.expected.T
+    kinds = [Kind(*fields) for fields in zip(tokens, keys, sizes.values(), expected, strict=True)]
+    texts = None if found is None else found.texts
+    rollouts, steps = respond_in_groups(run.policy, params, kinds, run.mesh, sampling(run), longest, texts)
+    return dict(zip(sizes, rollouts, strict=True)), steps
 
 
 def with_demonstrations(
@@ -334,12 +374,24 @@ def _rollout_metrics(autonomous: Graded, guided: Graded | None) -> dict[str, flo
 
 
 def _speed(clock: Clock, sampled: Sampled) -> dict[str, float]:
-    """Returns seconds and response tokens per second of each phase, and the share of slot-steps that made a token."""
-    tokens = sampled.tokens
+    """Returns seconds and response tokens per second of each phase, and the share of slot-steps with a response.
+
+    With drafts, also how many tokens of a response were drafted, how many of these were right, and how many passes
+    through the model a response took.
+    """
+    tokens, steps, drafting = sampled.tokens, sampled.slot_steps, dict[str, float]()
+    if isinstance(steps, Steps):
+        passes, responses = int(steps.passes.sum()), steps.passes.size
+        used = passes / steps.slots
+        counts = {"drafted": int(steps.drafted.sum()), "accepted": tokens - passes, "passes": passes}
+        drafting = {name: count / responses for name, count in counts.items()}
+    else:
+        used = tokens / steps
     return {
         "tokens_per_second_rollout": tokens / clock.seconds["rollout"],
         "tokens_per_second_update": tokens / clock.seconds["update"],
         **{f"seconds_{phase}": seconds for phase, seconds in clock.seconds.items()},
         "seconds_step": clock.total,
-        "slots_used": float(tokens / sampled.slot_steps),
+        "slots_used": float(used),
+        **drafting,
     }

@@ -1,5 +1,6 @@
 """The kernels of TPUs and GPUs in interpret mode, against the plain paths and float64 numpy."""
 
+import contextlib
 from functools import partial
 
 import jax
@@ -142,6 +143,36 @@ def test_the_kernel_of_gpus_reads_the_tokens_of_its_layer_and_row(heads, kv_head
     values[:, :, 0, 64:] = values[:, :, 3] = np.nan
     got = jax.jit(gpu_cache)(query[:3], keys, values, 1, lengths)
     np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["plain", "partial", "gpu", "tpu"])
+def test_several_new_tokens_of_a_row_see_the_cache_up_to_themselves(monkeypatch, how):
+    each, size = 3, 128 if how == "tpu" else 16
+    _, keys, values = cached(2, 128, 4, 2, size)
+    query = RNG.normal(size=(2 * each, 4, size)).astype(np.float32)
+    lengths = np.array([5, 6, 7, 127, 128, 129], np.int32)  # the last one is past the end
+    expected = [
+        attention.attend_cache_plain(query[[i]], keys[:, :, [i // each]], values[:, :, [i // each]], 1, lengths[[i]])[0]
+        for i in range(2 * each)
+    ]
+    if how in ("gpu", "tpu"):
+        monkeypatch.setattr(attention, "platform", lambda: how)
+        monkeypatch.setattr(attention_gpu, "attend_cache", gpu_cache)
+    elif how == "plain":
+        monkeypatch.setattr(attention, "attend_cache_partial", attention.attend_cache_plain)
+    # A function of its own, or the first platform's program would serve all.
+    with pltpu.force_tpu_interpret_mode() if how == "tpu" else contextlib.nullcontext():
+        got = jax.jit(lambda *arrays: attention.attend_cache(*arrays, 1, lengths, each))(query, keys, values)
+    np.testing.assert_allclose(got, expected, atol=BFLOAT16 if how == "tpu" else 1e-5)
+
+
+def test_several_new_tokens_of_a_row_are_appended_and_none_past_the_end():
+    _, keys, _ = cached(2, 8, 4, 2, 16)
+    new, slots = RNG.normal(size=(6, 2, 16)).astype(np.float32), np.array([2, 3, 4, 6, 7, 8], np.int32)
+    expected = keys.copy()
+    for i, slot in enumerate(slots[:5]):
+        expected[:, 1, i // 3, slot] = new[i]
+    np.testing.assert_array_equal(attention.append(keys, new, 1, slots, 3), expected)
 
 
 @pytest.mark.parametrize(("slots", "length"), [(1, 64), (1000, 1024), (2049, 2112), (17407, 17408)])

@@ -15,7 +15,7 @@ from hypothesis.extra.numpy import arrays
 from sgpo_jax import models, policy, sharding
 from sgpo_jax.plan.flops import matmul_flops
 from sgpo_jax.plan.phases import Scopes
-from sgpo_jax.rollout import LENGTH, STOP, LanguageModel, Prompts, Sampling, engine, generate, sampling
+from sgpo_jax.rollout import LENGTH, STOP, LanguageModel, Prompts, Sampling, generate, sampling, weights
 from sgpo_jax.training import packing
 from sgpo_jax.training.forward import Forward, MicroBatch, Tokens, response_hidden, response_logprobs
 
@@ -561,14 +561,14 @@ def test_a_later_stage_takes_its_part_of_the_weights_without_moving_any(tiny, ti
     placed = policy.place(tiny_params, mesh := sharding.make_mesh(1, 4, 2))
 
     def moves(params, *arguments):
-        text = jax.jit(lambda x: engine._split(x, *arguments)).lower(params).compile().as_text()
+        text = jax.jit(lambda x: weights.split(x, *arguments)).lower(params).compile().as_text()
         return set(re.findall(r"(all-gather|all-to-all|all-reduce|collective-permute)(?:-start)?\(", text))
 
     with jax.set_mesh(sharding.decoding_mesh(mesh, (1, 2, 4))):
-        narrow = jax.jit(lambda x: engine._split(x, ("tensor",)))(placed)
+        narrow = jax.jit(lambda x: weights.split(x, ("tensor",)))(placed)
         for ways in (2, 4):
             assert moves(narrow, sharding.weight_axes(ways)) == set()
-        assert moves(placed, sharding.weight_axes(2), engine.FROM_TRAINING) == {"all-gather", "all-to-all"}
+        assert moves(placed, sharding.weight_axes(2), weights.FROM_TRAINING) == {"all-gather", "all-to-all"}
 
 
 def test_nan_never_leaves_the_vocabulary():

@@ -10,8 +10,9 @@ import pytest
 from sgpo_jax import policy, sharding
 from sgpo_jax.models import attention, attention_gpu
 from sgpo_jax.policy import generation
-from sgpo_jax.rollout import STOP, LanguageModel, Prompts, Rollout, Sampling, engine, generate
-from sgpo_jax.rollout.engine import _insert, narrowed
+from sgpo_jax.rollout import STOP, LanguageModel, Problems, Prompts, Rollout, Sampling, engine, generate
+from sgpo_jax.rollout.cache import insert
+from sgpo_jax.rollout.engine import narrowed
 from sgpo_jax.rollout.schedule import schedule
 
 COUNT, GROUP, NEW, LENGTH, PAD = 24, 2, 24, 7, 63
@@ -33,9 +34,10 @@ def prompts(seed=0):
 
 @pytest.fixture(scope="module")
 def run(tiny, tiny_params):
-    def run(seed=0, **changes):
+    def run(seed=0, expected=None, **changes):
         ids = np.arange(COUNT, dtype=np.uint32) * 7
-        rollout, slot_steps = sample(tiny_params, tiny, prompts(seed), jax.random.key(seed), ids, **changes)
+        known = ids if expected is None else Problems(ids, expected)
+        rollout, slot_steps = sample(tiny_params, tiny, prompts(seed), jax.random.key(seed), known, **changes)
         return jax.device_get(rollout), int(slot_steps)
 
     return run
@@ -95,7 +97,7 @@ def test_a_refill_copies_the_prompts_of_the_refilled_slots_and_nothing_else(shar
         for field in ("key", "value"):
             expected[field][:, :, target, :length] = caches["prompts"][field][:, :, source]
         expected["length"][target] = caches["prompts"]["length"][source]
-    got = jax.jit(_insert)(caches["slots"], caches["prompts"], refilled, prompt)
+    got = jax.jit(insert)(caches["slots"], caches["prompts"], refilled, prompt)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(got), expected)
 
 
@@ -151,10 +153,10 @@ def test_groups_sampled_at_once_are_those_sampled_alone(sampled_alone, tiny, tin
     mesh = sharding.make_mesh(*ways, devices=jax.devices()[: math.prod(ways)])
     tokens = [[list(row[real]) for row, real in zip(*prompts(seed), strict=True)] for seed in range(2)]
     tiny_policy = policy.Policy(tiny, None, STOPS, PAD, np.dtype(np.float32), "")
+    kinds = [generation.Kind(tokens[seed], jax.random.key(seed), KINDS[seed]) for seed in range(2)]
     with jax.set_mesh(mesh):
         rollouts, slot_steps = generation.respond_in_groups(
-            tiny_policy, policy.place(tiny_params, mesh), tokens, [jax.random.key(seed) for seed in range(2)], mesh,
-            Sampling(NEW, slots=slots), KINDS, LENGTH,
+            tiny_policy, policy.place(tiny_params, mesh), kinds, mesh, Sampling(NEW, slots=slots), LENGTH
         )  # fmt: skip
     for actual, expected in zip(rollouts, sampled_alone, strict=True):
         assert_same(actual, expected)
@@ -233,6 +235,19 @@ def test_new_prompts_and_noise_compile_nothing(run):
     rollouts = [run(seed=seed, slots=4)[0] for seed in (1, 2)]
     assert generate._cache_size() == compiled
     assert (rollouts[0].lengths != rollouts[1].lengths).any()
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_any_order_gives_the_same_responses_and_longest_first_the_fewest_steps(run, at_once, shards):
+    lengths = at_once[0].lengths.mean(axis=1).astype(np.float32)  # of each prompt's responses
+    orders = {"longest": lengths, "shortest": -lengths, "any": np.random.default_rng(0).random(COUNT, np.float32)}
+    steps = {}
+    for name, expected in orders.items():
+        rollout, steps[name] = run(slots=8, shards=shards, expected=expected)
+        assert_same(rollout, at_once[0])
+    assert steps["longest"] < min(steps["any"], steps["shortest"])
+    # Those that are expected to be as long keep their order.
+    assert run(slots=8, shards=shards, expected=lengths * 0)[1] == run(slots=8, shards=shards)[1]
 
 
 @pytest.mark.parametrize(("slots", "shards"), [(0, 5), (6, 4)])

@@ -9,7 +9,7 @@ import pytest
 from sgpo_jax import config as configs
 from sgpo_jax import policy, sharding
 from sgpo_jax.policy import generation
-from sgpo_jax.rollout import Rollout, Sampling
+from sgpo_jax.rollout import Rollout, Sampling, Steps
 from sgpo_jax.training import rl
 
 PROMPTS = {
@@ -114,3 +114,10 @@ def test_another_step_has_other_noise(tiny, tiny_params):
     first, second = (step(tiny, tiny_params, settings(), position)[0] for position in (7, 8))
     for name in first:
         assert (first[name].tokens != second[name].tokens).any()
+
+
+def test_the_steps_of_drafts_are_added_for_each_response():
+    first, second = (Steps(n, np.full((2, n), n), np.full((2, n), 10 * n)) for n in (3, 4))
+    slots, passes, drafted = rl.added(first, second)
+    assert slots == 7 and passes.tolist() == [3] * 6 + [4] * 8 and drafted.tolist() == [30] * 6 + [40] * 8
+    assert rl.added(3, 4) == 7
