@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sgpo_jax.models import decoder
+from sgpo_jax.models import products
 
 
 def operands(length, dtype=np.float32):
@@ -18,23 +18,23 @@ def error(product, x, kernel):
     return np.sqrt(np.mean((np.asarray(product, np.float64) - exact) ** 2))
 
 
-@pytest.mark.parametrize("length", [513, 1536, 1541, 8 * decoder.BLOCK])
+@pytest.mark.parametrize("length", [513, 1536, 1541, 8 * products.BLOCK])
 def test_a_long_product_is_summed_in_blocks(length):
     x, kernel = operands(length)
-    blocked, plain = jax.jit(decoder.dot_in_blocks)(x, kernel), jax.jit(jnp.matmul)(x, kernel)
+    blocked, plain = jax.jit(products.dot_in_blocks)(x, kernel), jax.jit(jnp.matmul)(x, kernel)
     assert error(blocked, x, kernel) < 0.8 * error(plain, x, kernel)
     np.testing.assert_allclose(blocked, plain, atol=1e-3)
 
 
 def test_short_products_and_other_types_are_left_alone():
-    for x, kernel in (operands(4 * decoder.BLOCK), [jnp.asarray(a, jnp.bfloat16) for a in operands(1536)]):
-        assert decoder.dot_in_blocks(x, kernel).dtype == x.dtype
-        assert str(jax.make_jaxpr(decoder.dot_in_blocks)(x, kernel)).count("dot_general") == 1
+    for x, kernel in (operands(4 * products.BLOCK), [jnp.asarray(a, jnp.bfloat16) for a in operands(1536)]):
+        assert products.dot_in_blocks(x, kernel).dtype == x.dtype
+        assert str(jax.make_jaxpr(products.dot_in_blocks)(x, kernel)).count("dot_general") == 1
 
 
 def test_gradients_of_a_long_product():
     x, kernel = operands(1100)
     weight = np.random.default_rng(1).normal(size=(3, 40, 24)).astype(np.float32)
-    d_x, d_kernel = jax.grad(lambda *args: (decoder.dot_in_blocks(*args) * weight).sum(), argnums=(0, 1))(x, kernel)
+    d_x, d_kernel = jax.grad(lambda *args: (products.dot_in_blocks(*args) * weight).sum(), argnums=(0, 1))(x, kernel)
     np.testing.assert_allclose(d_x, weight @ kernel.T, rtol=1e-4, atol=1e-3)
     np.testing.assert_allclose(d_kernel, np.einsum("btd,btf->df", x, weight), rtol=1e-4, atol=1e-3)
