@@ -97,6 +97,6 @@ def text_of(responses: Sequence[tuple[Sequence[int], Sequence[int]]], size: int)
 
 
 def _read(file: Path, size: int) -> _Step:
-    with np.load(file) as stored:
+    with np.load(file, allow_pickle=False) as stored:
         texts = stored["texts"][:, :size]
         return _Step({str(name): row for row, name in enumerate(stored["ids"])}, stored["lengths"], texts)

@@ -41,7 +41,7 @@ def sampling(monkeypatch):
     def sampling(slots, gib, ways=(1,)):
         monkeypatch.setattr(memory, "_limit", lambda mesh: gib and int(gib * GIB))
         fields = {"max_new_tokens": 16384, "temperature": 1.0, "top_p": 0.95, "top_k": 0, "slots": slots}
-        fields |= {"decode_ways": ways, "teacher": "live", "reference_kl": 0.0, "teacher_dtype": "float32"}
+        fields |= {"decode_ways": ways, "draft": 0, "teacher": "live", "reference_kl": 0.0, "teacher_dtype": "float32"}
         config = ConfigDict(
             {"rl": fields, "data": {"max_prompt_tokens": 1024}, "optimizer": {"mu_dtype": "float32"}, "stages": ("rl",),
              "lora": {"base_dtype": "bfloat16"}}

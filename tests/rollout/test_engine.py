@@ -502,7 +502,7 @@ def test_the_prompt_is_prefilled_once_per_problem(tiny, tiny_params):
         prompts = Prompts(jnp.zeros((batch, length), jnp.int32), jnp.ones((batch, length), bool))
         sampled = partial(generate, model=LanguageModel(tiny, (1,), 0), sampling=Sampling(4), group=group)
         jaxpr = jax.make_jaxpr(sampled)(
-            tiny_params, prompts=prompts, key=jax.random.key(0), problem_ids=jnp.arange(batch)
+            tiny_params, prompts=prompts, key=jax.random.key(0), problems=jnp.arange(batch)
         )
         one_step = Scopes("prefill", (("decode_", "decode"),), trips=(("while$", 1.0),))
         return matmul_flops(jaxpr, one_step)
