@@ -125,7 +125,8 @@ def test_the_readme_shows_every_command_and_package():
     package = ROOT / "sgpo_jax"
     doors = [path for path in package.glob("*.py") if '__name__ == "__main__"' in path.read_text()]
     doors += package.glob("*/__main__.py")
-    opened = [re.findall(r'start\("(\w+)", cli\.COMMANDS\["\1"\]\)', path.read_text()) for path in doors if path != package / "__main__.py"]
+    start = re.compile(r'start\("(\w+)", cli\.COMMANDS\["\1"\]\)')
+    opened = [start.findall(path.read_text()) for path in doors if path != package / "__main__.py"]
     assert sorted(opened) == [[name] for name in sorted(COMMANDS)]
     assert [name for name in COMMANDS if f"\n| `{name} --" not in text] == []
     packages = [path.parent.name for path in package.glob("*/__init__.py")]
