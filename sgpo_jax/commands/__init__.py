@@ -1,1 +1,1 @@
-"""What each command does once its flags are read: one module each. `cli.table` has their flags and imports none."""
+"""The commands after their flags are read: one module each. `cli.table` has the flags and imports none of these."""

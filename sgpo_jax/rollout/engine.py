@@ -63,7 +63,7 @@ class Rollout(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """What a rollout with drafts took. All but one of a pass's tokens were drafted."""
+    """The work of a rollout with drafts. All but one of a pass's tokens were drafted."""
 
     slots: Array  # [] int32, slot-steps: passes through the model, summed over slots
     passes: Array  # [B,G] int32, passes of each response; as many as tokens if no draft was right

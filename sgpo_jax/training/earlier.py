@@ -1,4 +1,4 @@
-"""What a run knows about problems from earlier epochs: how long their responses were, and texts to draft from.
+"""Texts and lengths of earlier epochs: how long the responses to a problem were, and what to draft from.
 
 It changes no response, only how long a rollout takes. Every step leaves a file in the run's folder, and a resumed run
 reads those of the steps before it alone. So its metrics are the same too.
@@ -18,14 +18,14 @@ MOST = 2**15  # tokens of the text of a problem
 
 
 class Known(NamedTuple):
-    """What is known about B problems."""
+    """Lengths and texts of B problems, as far as they are known."""
 
     expected: np.ndarray  # [B,C] float32, mean tokens of a response to each kind of prompt; 0 where nothing is known
     texts: np.ndarray | None  # [B,S] int32, responses after the ends of their prompts; None without drafts
 
 
 class _Step(NamedTuple):
-    """What one step has left."""
+    """The responses of one step."""
 
     place: dict[str, int]  # problem's id -> its row
     lengths: np.ndarray  # [B,C] float32
