@@ -69,14 +69,15 @@ def main() -> None:
         print(f"{part}: {results[part]['status']}, {results[part]['wall']:.0f} s", flush=True)
         for line in results[part].get("output", "").splitlines()[-4:]:
             print(f"    {line}", flush=True)
-    results |= {"ratios": ratios(results)}
+    compared = ratios(results)
+    shown = results | {"ratios": compared}
     rows = [
         [part, name, f"{value:.4g}" if isinstance(value, float) else str(value)]
-        for part, result in results.items() for name, value in result.items() if name != "output"
+        for part, result in shown.items() for name, value in result.items() if name != "output"
     ]  # fmt: skip
     tables.table(f"{flags.shape}, {flags.prompt} + {flags.longest} tokens", ["part", "figure", "value"], rows)
     packages = common.versions("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "torch", "transformers")
-    common.save(flags.json, __file__, flags=vars(flags), results=results, versions=packages)
+    common.save(flags.json, __file__, flags=vars(flags), results=results, ratios=compared, versions=packages)
 
 
 def run_part(part: str, arguments: list[str], limit: float) -> dict[str, Any]:

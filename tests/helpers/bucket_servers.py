@@ -18,6 +18,7 @@ from http.server import BaseHTTPRequestHandler
 import pytest
 
 from helpers.local_server import LocalServer
+from sgpo_jax.runtime import buckets
 
 BUCKET = "bucket"
 # gcsfs would ask another service, which wants credentials, for the kind of every bucket. Read when it is imported.
@@ -171,7 +172,9 @@ def google():
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
         }  # fmt: skip
         with _variables(variables):
+            forget_clients()
             yield server
+            forget_clients()
 
 
 @contextmanager
@@ -187,7 +190,17 @@ def amazon():
             "AWS_DEFAULT_REGION": "us-east-1",
         }  # fmt: skip
         with _variables(variables):
+            forget_clients()
             yield server
+            forget_clients()
+
+
+def forget_clients():
+    """Makes the next request of this process ask the environment for its server: fsspec keeps clients without it."""
+    buckets._filesystem.cache_clear()
+    for module, name in (("gcsfs", "GCSFileSystem"), ("s3fs", "S3FileSystem")):
+        if module in sys.modules:
+            getattr(sys.modules[module], name).clear_instance_cache()
 
 
 SERVERS = {"gs": google, "s3": amazon}

@@ -13,9 +13,7 @@ from sgpo_jax.runtime import buckets
 def server(request):
     with SERVERS[request.param]() as server:
         server.root = f"{request.param}://bucket"
-        buckets._filesystem.cache_clear()
         yield server
-        buckets._filesystem.cache_clear()
 
 
 @pytest.fixture(autouse=True)
