@@ -11,7 +11,7 @@ from faults.test_kills import attempts
 from helpers import runs
 from helpers.bucket_servers import SERVERS
 
-from sgpo_jax import commands
+from sgpo_jax import cli
 from sgpo_jax.runtime import buckets, mirror
 
 WORLD = {"stages": "('rl',)", "rl__steps": 3, "rl__eval_every": 0, "checkpoint__every": 2}
@@ -82,7 +82,7 @@ def run(folder, workdir, kills):
 
 def sgpo(monkeypatch, *arguments):
     monkeypatch.setattr("sys.argv", ["sgpo", *arguments])
-    commands.main()
+    cli.main()
 
 
 def assert_same_arrays(first, second, step):
