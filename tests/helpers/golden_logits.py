@@ -163,11 +163,14 @@ def torch_logits(model, tokens, positions, mask=None):
 
 
 def compute(case):
-    """Computes the logits of the sequences, one after another, `[T,V]`, with transformers."""
-    model = torch_model(case)
-    return np.concatenate(
-        [torch_logits(model, tokens[None], first + np.arange(len(tokens))[None])[0] for tokens, first in SEQUENCES]
-    )
+    """Computes the logits of the sequences, one after another, `[T,V]`, with transformers.
+
+    The products are in float64: in float32 their sums depend on the processor, which moves logits by up to 2e-5.
+    """
+    model = torch_model(case).double()
+    model.set_experts_implementation("eager")  # the other ones multiply no float64
+    logits = [torch_logits(model, tokens[None], first + np.arange(len(tokens))[None])[0] for tokens, first in SEQUENCES]
+    return np.concatenate(logits).astype(np.float32)
 
 
 def stored(case):
