@@ -23,8 +23,8 @@ def run(place, *arguments, timeout=600):
 
 @pytest.mark.slow
 def test_parity_and_a_step_on_the_cpu(tmp_path):
-    results, printed = run(tmp_path, "--parts=parity,rollout,update", "--minutes=9", "--slack=5")
-    assert [result["status"] for result in results.values()] == ["done"] * 3, results
+    results, printed = run(tmp_path, "--parts=parity,rollout,update,lora", "--minutes=9", "--slack=5")
+    assert [result["status"] for result in results.values()] == ["done"] * 4, results
     # Both sides are the CPU here, so that float32 differs in nothing, and bfloat16 by its rounding.
     parity = results["parity"]
     assert all(value == 0 for name, value in parity.items() if name.startswith("attention float32"))
@@ -34,6 +34,14 @@ def test_parity_and_a_step_on_the_cpu(tmp_path):
     rollout, update = results["rollout"], results["update"]
     assert rollout["responses"] == 12 and 0 < rollout["tokens/s"] * rollout["seconds"] <= 12 * 24
     assert rollout["planned GiB"] > 0 and update["planned GiB"] > 0 and update["tokens/s"] > 0
+    # Adapters learn from the same responses; what one part lacks is in no ratio.
+    lora = results["lora"]
+    assert lora["rank"] == 64 and lora["response tokens"] == update["response tokens"] and 0 < lora["grad_norm"] < 1
+    ratios = json.loads((tmp_path / "device.json").read_text())["ratios"]
+    assert ratios == {
+        "LoRA over full update, seconds": lora["seconds"] / update["seconds"],
+        "merging over a rollout, seconds": lora["seconds to merge"] / rollout["seconds"],
+    }
     # The peaks of a CPU are not known.
     assert rollout["share of HBM peak"] is None and update["MFU"] is None
     assert "share of HBM peak" in printed

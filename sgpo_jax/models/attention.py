@@ -18,7 +18,7 @@ PARTS = 4  # a CPU reads the cache in this many parts and skips those that no ro
 
 SAVED = "attention"  # checkpoint name of the outputs, which rematerialization can save
 
-_FILL = -1e30  # finite, so that a padding query, which sees no key, gives no NaN
+FILL = -1e30  # finite, so that a padding query, which sees no key, gives no NaN
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
@@ -119,7 +119,7 @@ def attend_plain(query: jax.Array, key: jax.Array, value: jax.Array, segments: j
     batch, length, heads, size = query.shape
     query = query.reshape(batch, length, key.shape[2], heads // key.shape[2], size)
     scores = jnp.einsum("btkgn,bskn->bkgts", query, key, preferred_element_type=jnp.float32)
-    scores = jnp.where(_visible(segments)[:, None, None], scores * size**-0.5, _FILL)
+    scores = jnp.where(_visible(segments)[:, None, None], scores * size**-0.5, FILL)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bkgts,bskn->btkgn", weights, value).reshape(batch, length, heads * size)
 
@@ -136,7 +136,7 @@ def attend_cache_plain(
     query = query.reshape(batch, len(key), heads // len(key), size)
     scores = jnp.einsum("bkgn,kbsn->kbgs", query, key, preferred_element_type=jnp.float32)
     visible = jnp.arange(key.shape[2]) < jnp.expand_dims(lengths, (*range(lengths.ndim, 3),))
-    weights = jax.nn.softmax(jnp.where(visible, scores * size**-0.5, _FILL), axis=-1).astype(value.dtype)
+    weights = jax.nn.softmax(jnp.where(visible, scores * size**-0.5, FILL), axis=-1).astype(value.dtype)
     return jnp.einsum("kbgs,kbsn->bkgn", weights, value).reshape(batch, heads * size)
 
 

@@ -23,7 +23,7 @@ LEAST = 16  # rows and columns of the smallest matrix that Triton multiplies
 BLOCK, BLOCK_BYTES = 128, 2**15  # most queries, or keys, of a block, and most bytes
 PAGE = 64  # tokens of a row's cache that a program reads at once
 AHEAD = 3 * 2**15  # most bytes of keys and values that it reads ahead
-PROGRAMS = 1024  # as many as keep every part of a card busy
+PROGRAMS = 1024  # about eight for each multiprocessor of an H100
 LEAST_PAGES = 4  # of a part, in a full cache
 FILL = -1e30  # score of what is not seen
 
@@ -35,7 +35,7 @@ def attend(
     batch, length, heads, size = query.shape
     key, value = (_divisible(x, heads) for x in (key, value))
     kv_heads = key.shape[2]
-    block = min(BLOCK, _power_of_two(length))
+    block = min(BLOCK, power_of_two(length))
     padding = (0, 0), (0, -length % block), (0, 0), (0, max(LEAST - size, 0))
     query, key, value = (jnp.pad(x, padding) for x in (query, key, value))
     query = query.reshape(*query.shape[:2], kv_heads, heads // kv_heads, query.shape[-1])  # [B,T,K,G,N]
@@ -85,7 +85,7 @@ _flash.defvjp(_flash_forward, _flash_backward)
 
 def _block_sizes(query: jax.Array) -> BlockSizes:
     """Returns sizes for `[B,T,K,N]` whose blocks fit into the shared memory of an A100."""
-    row = _power_of_two(query.shape[-1]) * query.dtype.itemsize
+    row = power_of_two(query.shape[-1]) * query.dtype.itemsize
     forward = min(BLOCK, BLOCK_BYTES // row, query.shape[1])
     backward = max(forward // 2, LEAST)  # it keeps twice as many sums in registers
     return BlockSizes(forward, forward, backward, backward, backward, backward)
@@ -93,7 +93,7 @@ def _block_sizes(query: jax.Array) -> BlockSizes:
 
 def cache_shape(slots: int, size: int) -> tuple[int, int]:
     """Returns (S, N) of a cache: S is a whole number of pages, N a power of two."""
-    return -(-slots // PAGE) * PAGE, _power_of_two(size)
+    return -(-slots // PAGE) * PAGE, power_of_two(size)
 
 
 def takes(cache: jax.Array) -> bool:
@@ -146,7 +146,7 @@ def attend_cache(
     def local(query, keys, values, layer, lengths):
         rows, kv_heads, group, width = query.shape
         parts = _parts(rows * kv_heads, slots)
-        by_head = pl.BlockSpec((None, None, _power_of_two(group), width), lambda row, head, part: (row, head, 0, 0))
+        by_head = pl.BlockSpec((None, None, power_of_two(group), width), lambda row, head, part: (row, head, 0, 0))
         out = pl.BlockSpec((None, None, None, *by_head.block_shape[2:]), lambda *program: (*program, 0, 0))
         sums = pl.BlockSpec(out.block_shape[:-1], lambda *program: (*program, 0))
         shapes = [jax.ShapeDtypeStruct((rows, kv_heads, parts, group, *n), jnp.float32) for n in ((width,), (), ())]
@@ -201,6 +201,6 @@ def _parts(rows: int, slots: int) -> int:
     return max(1, min(PROGRAMS // rows, slots // (LEAST_PAGES * PAGE)))
 
 
-def _power_of_two(size: int) -> int:
+def power_of_two(size: int) -> int:
     """Returns the least power of two that is at least `size` and LEAST."""
     return 1 << (max(size, LEAST) - 1).bit_length()

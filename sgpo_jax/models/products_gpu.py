@@ -19,14 +19,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.sharding import PartitionSpec as P
 
+from sgpo_jax.models.attention_gpu import LEAST, power_of_two
 from sgpo_jax.sharding import BATCH, dividing, fit_spec, per_device, spec_for
 
 Group = tuple[str, ...]  # names of kernels that multiply the same rows
 GROUPS: tuple[Group, ...] = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
-LEAST = 16  # rows and columns of the smallest matrix that Triton multiplies
 ROWS, COLUMNS, TERMS = 128, 64, 64  # most of a block: rows, columns, and terms of a sum that are read at once
 STAGES = 4  # blocks that are read ahead
-PROGRAMS = 264  # as many as keep every part of a card busy
+PROGRAMS = 264  # two for each multiprocessor of an H100
 LEAST_BLOCKS = 4  # of TERMS in a part of a sum
 
 
@@ -105,7 +105,7 @@ def product(x: jax.Array, stack: jax.Array, layer: jax.Array, interpret: bool = 
     `interpret` runs it anywhere.
     """
     (rows, depth), width = x.shape, stack.shape[2]
-    row_block = min(ROWS, 1 << (max(rows, LEAST) - 1).bit_length())
+    row_block = min(ROWS, power_of_two(rows))
     terms, columns = _block(depth, TERMS), _block(width, COLUMNS)
     blocks = pl.cdiv(rows, row_block), width // columns
     parts = _parts(depth // terms, math.prod(blocks))

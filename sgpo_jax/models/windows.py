@@ -19,8 +19,6 @@ from sgpo_jax.sharding import BATCH, fit_spec, per_device, platform
 
 EITHER = "sliding_or_not"  # name of the scope of the choice, by which `plan` knows how many layers take which branch
 
-_FILL = -1e30  # finite, so that a padding query, which sees no key, gives no NaN
-
 
 def attend(
     query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, window: int | None, sliding: Any
@@ -100,7 +98,7 @@ def _attend_head(query: jax.Array, key: jax.Array, value: jax.Array, segments: j
     visible = (place <= at) & (place > at - window) & (theirs == own) & (theirs != 0)  # [B,C,W,2W]
     key, value = (with_the_one_before(x)[..., 0, :] for x in (key, value))
     scores = jnp.einsum("bctgn,bcsn->bcgts", blocks(query), key, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, :, None], scores * query.shape[-1] ** -0.5, _FILL)
+    scores = jnp.where(visible[:, :, None], scores * query.shape[-1] ** -0.5, attention.FILL)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bcgts,bcsn->bctgn", weights, value).reshape(query.shape)
 
@@ -127,7 +125,7 @@ def attend_cache_end(
         grouped = query.reshape(len(query), len(keys), -1, width)
         scores = jnp.einsum("bkgn,bksn->bkgs", grouped, last(keys), preferred_element_type=jnp.float32)
         visible = jnp.arange(window) < (ends - starts)[:, None, None, None]
-        weights = jax.nn.softmax(jnp.where(visible, scores * size**-0.5, _FILL), axis=-1).astype(values.dtype)
+        weights = jax.nn.softmax(jnp.where(visible, scores * size**-0.5, attention.FILL), axis=-1).astype(values.dtype)
         return jnp.einsum("bkgs,bksn->bkgn", weights, last(values)).reshape(query.shape)
 
     rows, tensor = fit_spec((batch, kv_heads), (BATCH, "tensor"))

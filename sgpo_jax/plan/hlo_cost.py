@@ -198,11 +198,11 @@ def _moved(module: Module, computation: Computation, op: Op, usage: dict[str, li
 
 
 def _other_entries(computation: Computation, op: Op, count: int) -> float:
-    """Returns the bytes of the entries that a kernel does not read, in those of its operands that stack `count`."""
+    """Returns the bytes of the entries that a kernel does not read in the largest operand that stacks `count`."""
     if not count or op.kind != "custom-call":
         return 0.0
-    stacks = (a for name in op.operands for a in computation.ops[name].arrays if a.shape[:1] == (count,))
-    return sum(a.bytes for a in stacks) * (1 - 1 / count)
+    stacks = (a.bytes for name in op.operands for a in computation.ops[name].arrays if a.shape[:1] == (count,))
+    return max(stacks, default=0) * (1 - 1 / count)
 
 
 def _is_product(op: Op) -> bool:

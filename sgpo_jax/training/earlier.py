@@ -97,6 +97,12 @@ def text_of(responses: Sequence[tuple[Sequence[int], Sequence[int]]], size: int)
 
 
 def _read(file: Path, size: int) -> _Step:
-    with np.load(file, allow_pickle=False) as stored:
-        texts = stored["texts"][:, :size]
-        return _Step({str(name): row for row, name in enumerate(stored["ids"])}, stored["lengths"], texts)
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            ids, lengths, texts = (stored[name] for name in ("ids", "lengths", "texts"))
+    except Exception as error:  # damaged bytes raise many kinds
+        raise ValueError(
+            f"{file}: must hold the responses of a step ({error}); without the folder {file.parent} the run goes on, "
+            "and its next epoch takes longer"
+        ) from error
+    return _Step({str(name): row for row, name in enumerate(ids)}, lengths, texts[:, :size])

@@ -27,7 +27,6 @@ def test_rows_files_and_checkpoints_outlive_kills_and_faults(kind, tmp_path):
     small_run(tmp_path / "run", [])
     url = f"{kind}://bucket/small"
     with SERVERS[kind]() as server:
-        buckets._filesystem.cache_clear()
         server.fails[:] = FAULTS
         small_run(url, kills)
         assert not server.fails
@@ -38,7 +37,6 @@ def test_rows_files_and_checkpoints_outlive_kills_and_faults(kind, tmp_path):
         assert names(copy) == names(tmp_path / "run") - {"lock"} == {"rl.jsonl", "eval/result.json"}
         steps = {path.name for path in (copy / "rl/checkpoints").iterdir()}
         assert steps == {"4", "4.files.json", "6", "6.files.json"}
-    buckets._filesystem.cache_clear()
 
 
 def small_run(workdir, kills):
@@ -60,7 +58,6 @@ def test_a_killed_run_in_a_bucket_ends_as_one_on_disk_and_is_read_and_exported(t
     url, exported = "gs://bucket/runs/killed", "gs://bucket/exported"
     run(tmp_path, tmp_path / "run", [])
     with SERVERS["gs"]():
-        buckets._filesystem.cache_clear()
         assert len(run(tmp_path, url, [["checkpoint", 1, 0.1]])) == 2
         copy = downloaded(url, tmp_path)
         assert runs.rows(copy, "rl") == runs.rows(tmp_path / "run", "rl")
@@ -73,7 +70,6 @@ def test_a_killed_run_in_a_bucket_ends_as_one_on_disk_and_is_read_and_exported(t
         with pytest.raises(SystemExit, match=f"--to={exported}: has files already; must be a new folder"):
             sgpo(monkeypatch, "export", f"--workdir={url}", f"--to={exported}")
         assert mirror._mirrors == {}
-    buckets._filesystem.cache_clear()
 
 
 def run(folder, workdir, kills):

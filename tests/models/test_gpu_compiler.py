@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from sgpo_jax import config as configs
 from sgpo_jax import sharding
-from sgpo_jax.models import ModelConfig, attention
+from sgpo_jax.models import ModelConfig, attention, products_gpu
 from sgpo_jax.plan import gpus, planner
 from sgpo_jax.plan.programs import programs
 from sgpo_jax.plan.workload import Assumed
@@ -152,12 +152,35 @@ def compiled(mesh):
     return compiled
 
 
+@pytest.mark.parametrize("kind", ["a100", "h100"])
+@pytest.mark.parametrize("rows", [128, 6])
+def test_a_product_of_a_layer_fits_into_shared_memory_and_copies_no_layer(mesh, kind, rows):
+    """With all rows of a block in use, which takes the most of it."""
+    layers, depth, width = 4, 1536, 2048
+    x, stack, layer = arguments(
+        mesh(kind, 1, 1), ((rows, depth), BF16, P()), ((layers, depth, width), BF16, P()), ((), jnp.int32, P())
+    )
+    with jax.set_mesh(x.sharding.mesh):
+        program = jax.jit(products_gpu.product).trace(x, stack, layer).lower().compile()
+    assert "layer_product" in program.as_text() and copies(program, depth * width) == []
+
+
+def decoding_copies(program, size):
+    """The instructions of decoding steps that slice at least `size` elements out of an array."""
+    lines = [line for line in program.as_text().splitlines() if "/decode_" in line and "dynamic_slice" in line]
+    found = [re.search(r"= \(?.*?\[([\d,]+)\]", line) for line in lines if "update" not in line]
+    return [m[0] for m in found if m and math.prod(map(int, m[1].split(","))) >= size]
+
+
 @pytest.mark.parametrize(("count", "tensor"), [(8, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
 def test_a_rollout_takes_little_more_than_its_cache(compiled, count, tensor):
     program, on = compiled(count, tensor, "rollout")
     cache = cache_bytes(TINY, 64, 1024 - 1 + 16384, BF16, on)
     assert cache < program.memory_analysis().temp_size_in_bytes < 1.1 * cache
     assert copies(program, cache // 4 // TINY.num_layers) == []  # half of a layer's keys
+    # Nor is a layer's smallest kernel, that of keys or values, copied at every token.
+    assert "layer_product" in program.as_text()
+    assert decoding_copies(program, TINY.hidden_size * TINY.num_kv_heads * TINY.head_dim // tensor) == []
 
 
 @pytest.mark.parametrize("name", ["SFT update", pytest.param("update", marks=pytest.mark.slow)])

@@ -1,4 +1,4 @@
-"""The products of decoding on GPUs: against numpy, in the decoder, on meshes, and as absent cards compile them."""
+"""The products of decoding on GPUs, interpreted: against numpy, in the decoder, and on meshes."""
 
 from functools import partial
 

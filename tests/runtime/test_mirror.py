@@ -16,9 +16,7 @@ URL = "gs://bucket/run"
 @pytest.fixture(scope="module")
 def server():
     with google() as server:
-        buckets._filesystem.cache_clear()
         yield server
-    buckets._filesystem.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -46,6 +46,18 @@ def test_the_last_step_before_a_position_counts(tmp_path):
     assert store.known(4, ["a"], 2).expected.tolist() == [[0, 0]]
 
 
+@pytest.mark.parametrize("how", ["cut", "empty", "another", "text"])
+def test_a_damaged_step_is_named_with_what_to_do(tmp_path, how):
+    Earlier(tmp_path, size=6, keep=3).add(0, ["a"], [rollout([[1]])], [[[50]]])
+    file = tmp_path / "00000000.npz"
+    whole = file.read_bytes()
+    file.write_bytes({"cut": whole[:-20], "empty": b"", "another": b"", "text": b"no arrays"}[how])
+    if how == "another":
+        np.savez(file, ids=np.array(["a"]))
+    with pytest.raises(ValueError, match=r"00000000\.npz: must hold .*without the folder .* the run goes on"):
+        Earlier(tmp_path, size=6, keep=3)
+
+
 @pytest.mark.slow
 def test_a_run_with_drafts_and_few_slots_learns_the_same_and_resumes_bit_for_bit(tmp_path, monkeypatch):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
