@@ -1,5 +1,6 @@
 """The task for SkyPilot: its fields, and the commands that its texts run."""
 
+import json
 import os
 import re
 import shutil
@@ -27,10 +28,27 @@ def test_the_task_has_the_fields_that_skypilot_reads():
     assert [name for name, value in TASK["envs"].items() if value is None] == ["WORKDIR"], "must be given"
 
 
-def test_the_client_takes_the_task():
-    sky = pytest.importorskip("sky", reason="skypilot is not installed: it pins many packages")
-    task = sky.Task.from_yaml_config(dict(TASK), env_overrides=[("WORKDIR", "gs://my-bucket/run")])
-    assert task.num_nodes == 1 and task.envs["WORKDIR"] == "gs://my-bucket/run"
+# The client pins many packages, so it gets an environment of its own.
+CLIENT = """
+import json, sys, sky
+task = sky.Task.from_yaml_config(json.load(sys.stdin), env_overrides=[("WORKDIR", "gs://my-bucket/run")])
+print(json.dumps([task.num_nodes, task.envs["WORKDIR"]]))
+"""
+
+
+@pytest.mark.slow
+def test_the_client_takes_the_task(tmp_path):
+    uv = os.environ.get("UV") or shutil.which("uv")
+    if uv is None:
+        pytest.skip("needs uv")
+    alone = [uv, "run", "--no-project", "--isolated", "--python", sys.executable, "--with", "skypilot==0.14.1"]
+    done = subprocess.run(
+        [*alone, "python", "-c", CLIENT], input=json.dumps(TASK), capture_output=True, text=True, timeout=300,
+        cwd=tmp_path, env={**os.environ, "HOME": str(tmp_path), "PYTHONPATH": ""}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    nodes, workdir = json.loads(done.stdout.splitlines()[-1])
+    assert (nodes, workdir) == (1, "gs://my-bucket/run")
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
