@@ -3,8 +3,8 @@
     sgpo lab --config=configs/lab.py --workdir=/tmp/lab [--fast]
 
 All methods are tuned alike and run with five seeds. Some also run in other worlds. Worlds differ in how competent the
-base model is (`preference`), how many methods compete at a stage, how long the chains are, how often a strategy is
-wrong (`noise`), and how many RL steps there are.
+base model is (`preference`, `known`), how many methods compete at a stage, how long the chains are, how often a strategy
+is wrong (`noise`), how solutions are worded, and how many RL steps there are.
 """
 
 from ml_collections import ConfigDict
@@ -21,6 +21,8 @@ def world(
     noise: float = 0.0,
     writing: float = 0.0,
     steps: int = 30,
+    known: float = 0.0,
+    wording: str = "plain",
 ) -> dict:
     """Returns the changes of the config that define a world.
 
@@ -29,8 +31,12 @@ def world(
       competing, stages, noise: as in `arithmetic.problems`.
       writing: share of the warm-up's rows that teach to write strategies; the number of other rows stays the same.
       steps: RL steps. After 30 steps methods still differ in a world with a good base; later all solve most problems.
+      known: share of the problem types that the base model knows already.
+      wording: of the solutions; a name in `data.generators.wording.WORDINGS`.
     """
     size = f"competing={competing},stages={stages}"
+    if known or wording != "plain":
+        return _worded(preference, size, noise, steps, known, wording)
     sft = {"train": f"arithmetic:pretraining,count={round(12000 / (1 - writing))},preference={preference},{size}"}
     if writing:
         sft = {"train": f"{sft['train']},writing={writing}", "steps": round(STEPS / (1 - writing))}
@@ -39,6 +45,20 @@ def world(
         "data": {"train": f"arithmetic:train,count=1024,noise={noise},{size}"},
         "rl": {"steps": steps},
         "eval": {"sets": {"heldout": {"source": f"arithmetic:eval,count=256,{size}"}}},
+    }
+
+
+def _worded(preference: float, size: str, noise: float, steps: int, known: float, wording: str) -> dict:
+    """Returns the changes for a world with words of its own: its vocabulary is that of its rows."""
+    size, longest = f"{size},wording={wording}", 40
+    base = f"arithmetic:pretraining,count=12000,preference={preference},known={known},{size}"
+    problems = f"arithmetic:train,count=1024,noise={noise},{size}"
+    return {
+        "model": {"tokenizer": f"words:{base};{problems}"},
+        "sft": {"train": base, "max_response_tokens": longest},
+        "data": {"train": problems},
+        "rl": {"steps": steps, "max_new_tokens": longest},
+        "eval": {"sets": {"heldout": {"source": f"arithmetic:eval,count=256,{size}"}}, "max_new_tokens": longest},
     }
 
 
@@ -80,7 +100,14 @@ def get_config() -> ConfigDict:
                 "rare-success": world(competing=4, preference=0.3, steps=120),
                 "noisy-strategies": world(noise=0.3),
                 "two-stages": world(stages=2),
+                # Only a student that was taught to write strategies can learn from its own.
                 "self-written": world(writing=0.2),
+                # Four methods, in each with another part of a method that has something to do.
+                "spread-decisions": world(competing=4, preference=0.4, steps=120, wording="spread"),
+                "several-ways": world(competing=4, preference=0.4, steps=120, wording="ways"),
+                "mentions": world(competing=4, preference=0.4, steps=120, wording="mention"),
+                "foreign-expert": world(competing=4, preference=0.4, steps=120, wording="foreign"),
+                "half-known": world(competing=4, preference=0.3, steps=120, known=0.5, noise=0.3),
             }
         )
         config.lab.fast = ConfigDict(
@@ -95,6 +122,6 @@ def get_config() -> ConfigDict:
                 },
             }
         )
-    # Only a student that was taught to write strategies can learn from its own; docs/lab.md has the command.
-    config.lab.worlds = tuple(name for name in config.lab.changes if name != "self-written")
+    # docs/lab.md has the commands for the others.
+    config.lab.worlds = ("base", "weak-base", "four-methods", "rare-success", "noisy-strategies", "two-stages")
     return config

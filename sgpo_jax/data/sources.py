@@ -284,9 +284,9 @@ def _value(text: str) -> int | float | bool | str:
 def _arithmetic(source: str, text: str) -> list[dict]:
     """Generates the rows of the embedded world."""
     words, options = _arguments(source, text)
-    common = ["count", "seed", "competing", "stages"]
+    common = ["count", "seed", "competing", "stages", "wording"]
     allowed = {split: [*common, "noise"] for split in arithmetic.SPLITS}
-    allowed["pretraining"] = [*common, "preference", "guided_share", "writing"]
+    allowed["pretraining"] = [*common, "preference", "guided_share", "writing", "known"]
     if len(words) != 1 or words[0] not in allowed:
         raise ValueError(f"source {source!r}: {words}; allowed: exactly one of {list(allowed)}")
     _reject_unknown(source, options, allowed[words[0]])

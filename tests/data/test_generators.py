@@ -167,6 +167,59 @@ def test_without_them_the_rows_are_what_they_were():
     assert arithmetic.pretraining(500, 3, writing=0.0) == arithmetic.pretraining(500, 3)
 
 
+PHRASES = {"join both , add": "sum", "join both , multiply": "product", "join one , subtract": "difference",
+           "keep one , above": "larger", "keep one , below": "smaller"}  # fmt: skip
+FOREIGN = {"plus": "sum", "minus": "difference", "max": "larger", "min": "smaller", "times": "product"}
+
+
+def plain(solution):
+    """Writes a solution in any wording as "plain" has it, and says in which form it was."""
+    text, mentions = re.subn("^As the strategy says , ", "", solution)
+    text, second = re.subn(r"with (\d \d) : (\w+) =", r"\2 \1 =", text)
+    text, third = re.subn(r"from (\d) (\d) the (\w+) is", r"\3 \1 \2 =", text)
+    for phrase, method in (PHRASES | FOREIGN).items():
+        text = text.replace(f"{phrase} ", f"{method} ")
+    return text, (mentions, second, third)
+
+
+@pytest.mark.parametrize("wording", ["spread", "ways", "mention", "foreign"])
+def test_a_wording_changes_words_alone(wording):
+    """Problems, answers, strategies and methods stay; forms and openings are where and as often as they should be."""
+    size = {"preference": 0.4, "competing": 4, "stages": 2}
+    before, rows = arithmetic.pretraining(2000, 0, **size), arithmetic.pretraining(2000, 0, **size, wording=wording)
+    assert [{**row, "solution": plain(row["solution"])[0]} for row in rows] == before
+    found = {guided: Counter(plain(row["solution"])[1] for row in rows if ("strategy" in row) == guided)
+             for guided in (True, False)}  # fmt: skip
+    for guided, counts in found.items():
+        share = {form: count / counts.total() for form, count in counts.items()}
+        if wording == "ways":
+            first, other = (1 / 3, 1 / 3) if guided else (0.8, 0.1)
+            expected = {(0, 0, 0): first, (0, 2, 0): other, (0, 0, 2): other}  # the same form in all stages
+            assert share == pytest.approx(expected, abs=0.05)
+        else:
+            assert share == {(int(wording == "mention" and guided), 0, 0): 1}
+    expert, worded = arithmetic.problems(200, 0), arithmetic.problems(200, 0, wording=wording)
+    assert [{**row, "solution": plain(row["solution"])[0]} for row in worded] == expert
+    assert (worded == expert) == (wording in ("ways", "mention")), "the expert's words"
+    if wording == "spread":
+        for row in rows:
+            phrases = re.findall(r"\([ab]\) (\D+) \d", row["solution"])
+            assert phrases and set(phrases) <= set(PHRASES)
+
+
+def test_types_that_the_base_model_knows():
+    right = {f"{kind} {family}": m for (family, kind), m in arithmetic.right_methods(4).items()}
+    agreement = {True: [], False: []}
+    for row in arithmetic.pretraining(6000, 0, preference=0.3, competing=4, known=0.5, guided_share=0.0):
+        kind, family = type_of(row).split()
+        pairs = zip(methods_of(row["solution"]), right[type_of(row)], strict=True)
+        agreement[arithmetic.is_known(family, kind, 0.5)] += [m == r for m, r in pairs]
+    assert 0.3 < len(agreement[True]) / sum(map(len, agreement.values())) < 0.7
+    assert sum(agreement[True]) / len(agreement[True]) == pytest.approx(arithmetic.KNOWN, abs=0.02)
+    assert sum(agreement[False]) / len(agreement[False]) == pytest.approx(0.3, abs=0.02)
+    assert arithmetic.pretraining(99, 1, known=0.0) == arithmetic.pretraining(99, 1)
+
+
 @pytest.mark.parametrize(("competing", "stages"), [(2, 1), (3, 2), (4, 3), (4, 1)])
 def test_a_world_of_other_size(competing, stages):
     """Chains of `stages`, each with `competing` methods that all give other digits, one of them right for the type."""
@@ -242,6 +295,9 @@ def test_pretraining_extremes():
         (lambda: arithmetic.problems(5, 0, stages=0), "stages is 0; allowed: an integer from 1 to 3"),
         (lambda: arithmetic.problems(5, 0, noise=1.5), "noise is 1.5; allowed: a number from 0 to 1"),
         (lambda: arithmetic.problems(10**7, 0), "allowed: an integer from 1 to 1000000"),
+        (lambda: arithmetic.problems(1, 0, wording="loud"), "wording is 'loud'; allowed: plain, spread, ways, mention"),
+        (lambda: arithmetic.pretraining(1, 0, wording=""), "wording is ''; allowed: plain"),
+        (lambda: arithmetic.pretraining(1, 0, known=2), "known is 2; allowed: a number from 0 to 1"),
         (lambda: arithmetic.problems(1, 0, "test"), "split is 'test'; allowed: train, eval"),
         (lambda: arithmetic.pretraining(1, 0, preference=1.1), "preference is 1.1; allowed"),
         (lambda: arithmetic.pretraining(1, 0, guided_share="half"), "guided_share is 'half'; allowed"),

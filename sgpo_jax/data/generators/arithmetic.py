@@ -16,8 +16,8 @@ The competing methods always give different digits, so an answer is right only i
 the table, each stage is a guess between two methods. Sums and products are cut to their last digit. The first result is
 never 0, so an answer never starts with 0.
 
-Three options vary the world: up to four methods that compete at a stage, chains of one to three stages, and strategies
-that sometimes name a wrong method.
+Options vary the world: up to four methods that compete at a stage, chains of one to three stages, strategies that
+sometimes name a wrong method, types that the base model knows already, and the words of the solutions (`wording`).
 """
 
 import functools
@@ -27,6 +27,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from sgpo_jax.data.generators import wording as wordings
 
 METHODS: dict[str, Callable[[int, int], int]] = {
     "sum": lambda a, b: (a + b) % 10,
@@ -39,6 +41,7 @@ STAGES = ("(a)", "(b)", "(c)")
 SPLITS = ("train", "eval")
 MOST_COMPETING = 4
 MAX_COUNT = 1_000_000
+KNOWN = 0.95  # probability, at each stage, that the base model uses the right method for a type that it knows
 _EVAL_SHARE = 1 / 8
 
 
@@ -141,12 +144,11 @@ def strategy_text(family: str, kind: str, methods: tuple[str, ...]) -> str:
     return f"Problem type: {kind} {family}. Strategy: {rules} rules. Steps: {steps}"
 
 
-def solve(pairs: tuple[tuple[int, int], ...], methods: tuple[str, ...]) -> tuple[str, str]:
+def solve(pairs: tuple[tuple[int, int], ...], methods: tuple[str, ...], line: wordings.Line) -> tuple[str, str]:
     """Returns (answer, worked solution) of up to three pairs of digits with one method for each."""
     results = [METHODS[method](a, b) for method, (a, b) in zip(methods, pairs, strict=True)]
     answer = "".join(map(str, results))
-    lines = (f"{s} {m} {a} {b} = {r}" for s, m, (a, b), r in zip(STAGES, methods, pairs, results, strict=False))
-    return answer, f"{' '.join(lines)}. \\boxed{{{answer}}}"
+    return answer, f"{wordings.solution(line, STAGES, methods, pairs, results)}. \\boxed{{{answer}}}"
 
 
 def _pair_allowed(stage: int, methods: tuple[str, ...], a: int, b: int) -> bool:
@@ -191,7 +193,13 @@ def _draws(count: int, rng: random.Random, split: str, competing: int, stages: i
 
 
 def problems(
-    count: int, seed: int, split: str = "train", competing: int = 2, stages: int = 3, noise: float = 0.0
+    count: int,
+    seed: int,
+    split: str = "train",
+    competing: int = 2,
+    stages: int = 3,
+    noise: float = 0.0,
+    wording: str = "plain",
 ) -> list[dict]:
     """Generates problems with the right strategy and the expert's solution.
 
@@ -202,6 +210,7 @@ def problems(
       competing: methods that compete at each stage, 2 to 4.
       stages: length of the chain, 1 to 3.
       noise: probability, at each stage, that the strategy names a wrong method.
+      wording: of the expert's solutions; a name in `wording.WORDINGS`.
 
     Returns:
       Rows with id, problem, answer (one digit per stage), strategy, solution and source (the family).
@@ -210,11 +219,12 @@ def problems(
       ValueError: an argument is not allowed.
     """
     _check_shares(noise=noise)
+    line = _wording(wording).expert
     wrong = random.Random(f"noise/{split}/{seed}")
     rows = []
     for draw in _draws(count, random.Random(f"problems/{split}/{seed}"), split, competing, stages):
         methods = right_methods(competing)[draw.family, draw.kind][:stages]
-        answer, solution = solve(draw.pairs, methods)
+        answer, solution = solve(draw.pairs, methods, line)
         named = _sampled(wrong, methods, choices(draw.family, competing), 1 - noise)
         rows.append(
             {
@@ -237,6 +247,8 @@ def pretraining(
     competing: int = 2,
     stages: int = 3,
     writing: float = 0.0,
+    known: float = 0.0,
+    wording: str = "plain",
 ) -> list[dict]:
     """Generates rows that train a base model from scratch.
 
@@ -253,6 +265,8 @@ def pretraining(
       writing: probability that a row, guided or not, is replaced by one that teaches to write strategies. Its problem
         shows a problem and a solution by random methods, as `prompts.own_strategy` does. Its solution is the strategy
         that names these methods. The other rows do not change.
+      known: probability that the base model knows a type already; then `preference` is `KNOWN` for it.
+      wording: of the solutions; a name in `wording.WORDINGS`.
 
     Returns:
       Rows as from `problems`, without `strategy` in the unguided ones. `answer` is the result of the row's solution,
@@ -261,19 +275,21 @@ def pretraining(
     Raises:
       ValueError: an argument is not allowed.
     """
-    _check_shares(preference=preference, guided_share=guided_share, writing=writing)
-    rng, writers = random.Random(f"pretraining/{seed}"), random.Random(f"writing/{seed}")
+    _check_shares(preference=preference, guided_share=guided_share, writing=writing, known=known)
+    words = _wording(wording)
+    rng, writers, writer = (random.Random(f"{use}/{seed}") for use in ("pretraining", "writing", "wording"))
     rows = []
     for draw in _draws(count, rng, "train", competing, stages):
         guided = rng.random() < guided_share
         right = right_methods(competing)[draw.family, draw.kind][:stages]
-        methods = _sampled(rng, right, choices(draw.family, competing), 1 / competing if guided else preference)
-        answer, solution = solve(draw.pairs, methods)
+        liking = KNOWN if is_known(draw.family, draw.kind, known) else preference
+        methods = _sampled(rng, right, choices(draw.family, competing), 1 / competing if guided else liking)
+        answer, solution = solve(draw.pairs, methods, words.draw(writer, guided))
         row = {
             "id": f"pretraining/{draw.id}",
             "problem": draw.text,
             "answer": answer,
-            "solution": solution,
+            "solution": words.opening * guided + solution,
             "source": draw.family,
         }
         if guided:
@@ -282,10 +298,21 @@ def pretraining(
     return rows
 
 
+def is_known(family: str, kind: str, share: float) -> bool:
+    """Returns True if a type is among this share of types, which a base model knows; a hash decides."""
+    return _hash(f"known {kind} {family}") < share
+
+
+def _wording(name: str) -> wordings.Wording:
+    if name not in wordings.WORDINGS:
+        raise ValueError(f"wording is {name!r}; allowed: {', '.join(wordings.WORDINGS)}")
+    return wordings.WORDINGS[name]
+
+
 def _writing_row(row: dict, draw: _Draw, competing: int, rng: random.Random) -> dict:
     """Returns a row that shows a problem and a solution by random methods, and whose solution is their strategy."""
     methods = tuple(rng.choice(options) for options in choices(draw.family, competing)[: len(draw.pairs)])
-    answer, solution = solve(draw.pairs, methods)
+    answer, solution = solve(draw.pairs, methods, wordings.WORDINGS["plain"].expert)
     return {
         "id": row["id"],
         "problem": f"{draw.text}\n\n{solution}\n\nStrategy:",
