@@ -3,8 +3,8 @@
     sgpo lab --config=configs/lab.py --workdir=/tmp/lab [--fast]
 
 All methods are tuned alike and run with five seeds. Some also run in other worlds. Worlds differ in how competent the
-base model is (`preference`, `known`), how many methods compete at a stage, how long the chains are, how often a strategy
-is wrong (`noise`), how solutions are worded, and how many RL steps there are.
+base model is (`preference`, `known`), how many methods compete at a stage, how long the chains are, how often a
+strategy is wrong (`noise`), how solutions are worded, and how many RL steps there are.
 """
 
 from ml_collections import ConfigDict
