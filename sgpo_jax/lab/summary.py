@@ -47,6 +47,7 @@ def write_tables(results: Results) -> None:
         figures.overlay(runs, results.folder / "dynamics.png")
     if worlds := claims.across_worlds(rows):
         figures.worlds(worlds, runs).savefig(results.folder / "worlds.png", dpi=150)
+        figures.kept(worlds).savefig(results.folder / "kept.png", dpi=150)
     print(mirror.shown(f"Tables and figures: {results.folder}"), flush=True)
 
 
@@ -58,11 +59,12 @@ def _grid_rows(results: Results) -> Rows:
 
 
 def _with_before(rows: Sequence[dict[str, Any]]) -> Rows:
-    """Returns the rows whose warm-up is among them, each with the accuracy of the warm-up as "before"."""
-    accuracies = {Cell.from_row(row): row["accuracy"] for row in rows if row["method"] == "sft"}
+    """Returns the rows whose warm-up is among them, each with its accuracies as "before" and "before_guided"."""
+    names = {"accuracy": "before", "accuracy_guided": "before_guided"}
+    before = {
+        Cell.from_row(row): {new: row[name] for name, new in names.items() if name in row}
+        for row in rows
+        if row["method"] == "sft"
+    }
     warm_ups = [Cell.from_row(row).warm_up for row in rows]
-    return [
-        row | {"before": accuracies[warm_up]}
-        for row, warm_up in zip(rows, warm_ups, strict=True)
-        if warm_up in accuracies
-    ]
+    return [row | before[warm_up] for row, warm_up in zip(rows, warm_ups, strict=True) if warm_up in before]

@@ -281,6 +281,40 @@ def worlds(standings: Sequence[Standing], overlaid: Iterable[str]) -> Figure:
     return figure
 
 
+def kept(standings: Sequence[Standing]) -> Figure:
+    """Returns a figure of accuracy after RL against the part of guided accuracy that is left, a panel for each world.
+
+    Args:
+        standings: as `claims.across_worlds` returns them.
+    """
+    names = list(dict.fromkeys(standing.world for standing in standings))
+    methods = list(dict.fromkeys(standing.method for standing in standings))
+    columns = min(3, len(names))
+    lines = -(-len(names) // columns)
+    figure = _figure(10.5, 0.6 + 3.0 * lines)
+    panels = figure.subplots(lines, columns, sharex=True, squeeze=False).ravel()
+    for axes in panels[len(names) :]:
+        axes.remove()
+    for axes, name in zip(panels, names, strict=False):
+        for world, method, *_, after, _, share in standings:
+            if world == name and share is not None:
+                place = methods.index(method)
+                axes.plot(share, after.mean, "osD^v"[place % 5], color=colour(place), label=method)
+        axes.set_title(name, loc="left", fontsize="medium", fontweight="bold")
+        axes.set_xlabel("guided accuracy, after / before")
+        axes.set_ylabel("accuracy")
+        axes.set_xlim(0, 1.05)
+        axes.set_ylim(0, 1.02)
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="0.9")
+        axes.set_axisbelow(True)
+    shown = {line.get_label(): line for axes in panels[: len(names)] for line in axes.get_lines()}
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(6, len(shown)), frameon=False)
+    return figure
+
+
 def token_kl(lines: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
     """Draws the mean KL of each response's steps and, beneath on the same axis, the KL of its tokens.
 

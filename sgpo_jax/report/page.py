@@ -88,7 +88,8 @@ def write_lab(
     shown = [name for name in dict.fromkeys(row["method"] for row in home_rows) if name != "sft"]
     curves = {name: [read_rows(runs(row) / "rl.jsonl") for row in home_rows if row["method"] == name] for name in shown}
     worlds = claims.across_worlds(rows)
-    wide = [("Worlds", figures.svg(figures.worlds(worlds, shown), "worlds"))] if worlds else []
+    drawn = {"Worlds": figures.worlds(worlds, shown), "What is kept": figures.kept(worlds)} if worlds else {}
+    wide = [(title, figures.svg(figure, f"wide{i}")) for i, (title, figure) in enumerate(drawn.items())]
     counts = {name: len(config["lab"][f"{name}s"]) for name in ("method", "seed", "world")}
     facts = [f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items()]
     samples: list[Any] = []

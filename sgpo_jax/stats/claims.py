@@ -245,7 +245,8 @@ def _tuned(rows: Sequence[Row], *cell: Any) -> str:
 class Standing(NamedTuple):
     """Results of a method in a world: accuracy before and after RL, and the difference from GRPO.
 
-    For GRPO itself `ahead` has no pairs.
+    For GRPO itself `ahead` has no pairs. `kept` is the guided accuracy after RL over that before, both means over
+    seeds; None where guided prompts were not evaluated.
     """
 
     world: str
@@ -254,6 +255,7 @@ class Standing(NamedTuple):
     before: float
     after: Difference
     ahead: Difference
+    kept: float | None
 
 
 def across_worlds(rows: Sequence[Row]) -> list[Standing]:
@@ -272,8 +274,13 @@ def across_worlds(rows: Sequence[Row]) -> list[Standing]:
             after = interval([row["accuracy"] for row in results])
             ahead = paired(rows, world, method, "grpo") if method != "grpo" else interval([])
             before = interval([row["before"] for row in results]).mean
-            standings.append(Standing(world, method, results[0]["rate"], before, after, ahead))
+            standings.append(Standing(world, method, results[0]["rate"], before, after, ahead, _kept(results)))
     return standings
+
+
+def _kept(rows: Sequence[Row]) -> float | None:
+    after, before = (interval([row.get(name) for row in rows]) for name in ("accuracy_guided", "before_guided"))
+    return after.mean / before.mean if after.pairs and before.pairs and before.mean else None
 
 
 def world_lines(standings: Sequence[Standing]) -> list[list[str]]:

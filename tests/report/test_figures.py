@@ -141,12 +141,26 @@ def test_a_few_methods_have_strong_colours_and_twenty_have_different_ones():
     assert all(lightness(place) < lightness(place + 10) for place in range(10)), "the pale one of each pair is later"
 
 
+def test_what_is_kept_is_drawn_in_a_panel_for_each_world(tmp_path, drawn):
+    none, after = claims.interval([]), claims.interval([0.5, 0.7])
+    found = [
+        claims.Standing("base", "grpo", 1.0, 0.2, after, none, 0.9),
+        claims.Standing("base", "sgpo", 1.0, 0.2, after, none, 0.25),
+        claims.Standing("rare", "sgpo", 1.0, 0.1, none, none, None),
+    ]
+    figures.kept(found).savefig(tmp_path / "kept.png")
+    base, rare = drawn[0].axes
+    points = {line.get_label(): (*line.get_xdata(), *line.get_ydata()) for line in base.get_lines()}
+    assert points == {"grpo": (0.9, after.mean), "sgpo": (0.25, after.mean)} and not rare.get_lines()
+    assert [axes.get_title(loc="left") for axes in (base, rare)] == ["base", "rare"]
+
+
 def test_worlds_are_drawn_with_their_intervals(tmp_path, drawn):
     def difference(mean, half):
         return claims.Difference(mean, mean - half, mean + half, 5)
 
     def standing(world, method, before, after, ahead):
-        return claims.Standing(world, method, 1.0, before, difference(*after), ahead)
+        return claims.Standing(world, method, 1.0, before, difference(*after), ahead, None)
 
     none = claims.interval([])
     found = [

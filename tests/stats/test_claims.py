@@ -105,6 +105,9 @@ def test_worlds():
     assert [standing[:2] for standing in standings] == [(w, method) for w in ("base", "rare") for method in shown]
     rare = {standing.method: standing for standing in standings if standing.world == "rare"}
     assert rare["sgpo"].ahead.mean == pytest.approx(-0.3) and rare["sgpo"].after.mean == pytest.approx(0.15)
+    assert rare["sgpo"].kept is None, "guided prompts were not evaluated"
+    guided = [{**r, "accuracy_guided": 0.3 + 0.2 * r["seed"], "before_guided": 0.8} for r in rows]
+    assert [standing.kept for standing in claims.across_worlds(guided)] == [pytest.approx(0.5)] * 6
     assert rare["sgpo"].before == pytest.approx(0.1) and rare["grpo"].ahead.pairs == 0
     lines = claims.world_lines(standings)
     assert [line[5] for line in lines] == ["", "not distinguishable", "ahead", "", "behind", "behind"]
