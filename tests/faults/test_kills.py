@@ -29,9 +29,9 @@ KILLS = [
     ["grading", 2, 0.001],
     ["evaluation", 1, 0.2],
     ["RL update", 4, 0.001],
-    ["checkpoint", 2, 0.01],
     ["rollback", 1, 60],
     ["rolled back", 1, 60],
+    ["checkpoint", 2, 0.01],
     ["part of an evaluation", 3, 60],
 ]
 # SFT in 8 steps, RL in 8; what is sampled for steps 6 and 7 looks collapsed, once.
