@@ -55,9 +55,9 @@ def rows_of_positions(batch, length, first=0):
     return np.broadcast_to(np.arange(first, first + length), (batch, length))
 
 
-def assert_close(left, right):
+def assert_close(left, right, tolerance=TOLERANCE):
     assert np.abs(right).max() > 1, "logits too small for an absolute tolerance to mean anything"
-    assert np.abs(left - right).max() <= TOLERANCE
+    assert np.abs(left - right).max() <= tolerance
 
 
 @pytest.mark.parametrize("first", [0, 30_000])
@@ -65,7 +65,9 @@ def test_logits_near_and_far(pair, first):
     """Rows of 100 tokens, more than the 32 positions that the llama3 cases call original."""
     model, params, config = pair
     tokens, positions = random_tokens(2, 100), rows_of_positions(2, 100, first)
-    assert_close(ours(params, config, tokens, positions), torch_logits(model, tokens, positions))
+    # In float32 an angle of 30,000 is rounded by 1e-3, and sines of such angles differ with the processor.
+    tolerance = 2 * TOLERANCE if first else TOLERANCE
+    assert_close(ours(params, config, tokens, positions), torch_logits(model, tokens, positions), tolerance)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
