@@ -10,6 +10,7 @@ import os
 import re
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from decimal import Decimal, InvalidOperation
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -291,9 +292,11 @@ def _arithmetic(source: str, text: str) -> list[dict]:
         raise ValueError(f"source {source!r}: {words}; allowed: exactly one of {list(allowed)}")
     _reject_unknown(source, options, allowed[words[0]])
     options = {"count": None, "seed": 0, **options}
+    shared = [field.name for field in fields(arithmetic.World) if field.name in options]
+    world = arithmetic.World(**{name: options.pop(name) for name in shared})
     if words[0] == "pretraining":
-        return arithmetic.pretraining(**options)
-    return arithmetic.problems(split=words[0], **options)
+        return arithmetic.pretraining(world=world, **options)
+    return arithmetic.problems(split=words[0], world=world, **options)
 
 
 def _reasoning_gym(source: str, text: str) -> list[dict]:

@@ -51,6 +51,11 @@ def other_rows(split: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(axis for axis in BATCH if axis not in split)
 
 
+def draw_with(module: nn.Module, initializer: Any) -> Any:
+    """Returns the initializer, or zeros for parameters that exist: Flax traces it each time to compare shapes."""
+    return initializer if module.is_initializing() else nn.initializers.zeros_init()
+
+
 class Block(nn.Module):
     """A layer: attention and a gated MLP, with norms before or after each, or both.
 
@@ -87,7 +92,10 @@ class Block(nn.Module):
                 a, b = constrain(a, spec[0], None), constrain(b, None, spec[1])
                 return product + x @ a.astype(dtype) @ b.astype(dtype)
 
-            return nn.Dense(features, use_bias=bias, dtype=dtype, dot_general=dot, name=name)
+            return nn.Dense(
+                features, use_bias=bias, dtype=dtype, dot_general=dot, name=name,
+                kernel_init=draw_with(self, nn.linear.default_kernel_init),
+            )  # fmt: skip
 
         def project(x, bias=False, **features):
             """Returns the products of x with the kernels of these names, and as many features as the numbers say."""
@@ -177,7 +185,7 @@ class Block(nn.Module):
         kernels = []
         for name, shape in (("gate", sizes), ("up", sizes), ("down", (count, config.mlp_size, config.hidden_size))):
             _, *spec = spec_for(f"layers/experts_{name}/kernel", (config.num_layers, *shape))
-            init = nn.initializers.lecun_normal(batch_axis=0)
+            init = draw_with(self, nn.initializers.lecun_normal(batch_axis=0))
             kernels.append(constrain(Weight("kernel", shape, init, name=f"experts_{name}")().astype(self.dtype), *spec))
         router = Weight("weight", (count, config.hidden_size), nn.initializers.normal(0.02), name="router")()
         chosen, weights = experts.route(h, router, config.experts_per_token, config.normalize_experts)
@@ -210,7 +218,8 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, tokens, positions, mask, cache, stacks):
         config = self.config
-        embed = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype, name="embed")
+        draw = draw_with(self, nn.linear.default_embed_init)
+        embed = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype, embedding_init=draw, name="embed")
         x = embed(constrain(tokens, other_rows(self.split), None)) if len(self.split) > 1 else embed(tokens)
         if config.family.scaled_embedding:
             x = x * jnp.asarray(config.hidden_size**0.5, x.dtype)
@@ -237,6 +246,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, *[nn.broadcast] * 4),
             length=config.num_layers,
+            check_constancy_invariants=False,  # nothing is broadcast out, and the check would trace each layer twice
         )(config, self.dtype, self.split, each, name="layers")
         layer = jnp.arange(config.num_layers)
         (x, keys, values), _ = layers((x, keys, values), layer, angle, mask.astype(jnp.int32), lengths, stacks)

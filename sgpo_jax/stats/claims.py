@@ -98,17 +98,17 @@ CLAIMS = (
 )
 
 
-def interval(values: Sequence[float]) -> Difference:
+def interval(values: Sequence[float | None]) -> Difference:
     """Returns the mean of values, one per seed, with Student's 95 % interval: infinite for fewer than two values.
 
     Values that are not scores are left out, and `pairs` does not count them.
     """
-    values = [value for value in values if is_score(value)]
-    count = len(values)
-    mean = float(np.mean(values)) if count else math.nan
+    scores = [float(value) for value in values if value is not None and is_score(value)]
+    count = len(scores)
+    mean = float(np.mean(scores)) if count else math.nan
     if count < 2:
         return Difference(mean, -math.inf, math.inf, count)
-    half = float(special.stdtrit(count - 1, 0.975) * np.std(values, ddof=1) / math.sqrt(count))
+    half = float(special.stdtrit(count - 1, 0.975) * np.std(scores, ddof=1) / math.sqrt(count))
     return Difference(mean, mean - half, mean + half, count)
 
 

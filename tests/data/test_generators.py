@@ -8,6 +8,7 @@ import pytest
 
 from sgpo_jax import rewards
 from sgpo_jax.data.generators import arithmetic, gym, logic
+from sgpo_jax.data.generators.arithmetic import World
 from sgpo_jax.policy.prompts import user_turn
 from sgpo_jax.strategies import leakage, prompts, self_written
 
@@ -185,8 +186,9 @@ def plain(solution):
 @pytest.mark.parametrize("wording", ["spread", "ways", "mention", "foreign"])
 def test_a_wording_changes_words_alone(wording):
     """Problems, answers, strategies and methods stay; forms and openings are where and as often as they should be."""
-    size = {"preference": 0.4, "competing": 4, "stages": 2}
-    before, rows = arithmetic.pretraining(2000, 0, **size), arithmetic.pretraining(2000, 0, **size, wording=wording)
+    before, rows = (
+        arithmetic.pretraining(2000, 0, World(4, 2, name), preference=0.4) for name in ("plain", wording)
+    )  # fmt: skip
     assert [{**row, "solution": plain(row["solution"])[0]} for row in rows] == before
     found = {guided: Counter(plain(row["solution"])[1] for row in rows if ("strategy" in row) == guided)
              for guided in (True, False)}  # fmt: skip
@@ -198,7 +200,7 @@ def test_a_wording_changes_words_alone(wording):
             assert share == pytest.approx(expected, abs=0.05)
         else:
             assert share == {(int(wording == "mention" and guided), 0, 0): 1}
-    expert, worded = arithmetic.problems(200, 0), arithmetic.problems(200, 0, wording=wording)
+    expert, worded = arithmetic.problems(200, 0), arithmetic.problems(200, 0, world=World(wording=wording))
     assert [{**row, "solution": plain(row["solution"])[0]} for row in worded] == expert
     assert (worded == expert) == (wording in ("ways", "mention")), "the expert's words"
     if wording == "spread":
@@ -210,7 +212,7 @@ def test_a_wording_changes_words_alone(wording):
 def test_types_that_the_base_model_knows():
     right = {f"{kind} {family}": m for (family, kind), m in arithmetic.right_methods(4).items()}
     agreement = {True: [], False: []}
-    for row in arithmetic.pretraining(6000, 0, preference=0.3, competing=4, known=0.5, guided_share=0.0):
+    for row in arithmetic.pretraining(6000, 0, world=World(4), preference=0.3, known=0.5, guided_share=0.0):
         kind, family = type_of(row).split()
         pairs = zip(methods_of(row["solution"]), right[type_of(row)], strict=True)
         agreement[arithmetic.is_known(family, kind, 0.5)] += [m == r for m, r in pairs]
@@ -224,7 +226,7 @@ def test_types_that_the_base_model_knows():
 def test_a_world_of_other_size(competing, stages):
     """Chains of `stages`, each with `competing` methods that all give other digits, one of them right for the type."""
     right, used = {}, defaultdict(set)
-    for row in arithmetic.problems(128, 2, competing=competing, stages=stages):
+    for row in arithmetic.problems(128, 2, world=World(competing, stages)):
         methods = methods_of(row["strategy"])
         assert len(methods) == len(pairs_of(row)) == len(row["answer"]) == stages
         results = [OPERATIONS[m](*p) for m, p in zip(methods, pairs_of(row), strict=True)]
@@ -239,14 +241,14 @@ def test_a_world_of_other_size(competing, stages):
 
 
 def test_the_default_world_is_the_one_of_two_methods_and_three_stages():
-    assert arithmetic.problems(64, 3) == arithmetic.problems(64, 3, competing=2, stages=3, noise=0.0)
+    assert arithmetic.problems(64, 3) == arithmetic.problems(64, 3, world=World(competing=2, stages=3), noise=0.0)
 
 
 @pytest.mark.parametrize("competing", [2, 4])
 def test_noisy_strategies(competing):
     """Each method of a strategy is wrong with the probability asked for; problem, answer and solution stay right."""
-    clean = arithmetic.problems(2000, 4, competing=competing)
-    noisy = arithmetic.problems(2000, 4, competing=competing, noise=0.25)
+    clean = arithmetic.problems(2000, 4, world=World(competing))
+    noisy = arithmetic.problems(2000, 4, world=World(competing), noise=0.25)
     assert [{**row, "strategy": ""} for row in noisy] == [{**row, "strategy": ""} for row in clean]
     pairs = [
         (named, right)
@@ -262,7 +264,7 @@ def test_noisy_strategies(competing):
 def test_pretraining_in_a_world_of_four_methods():
     right = {f"{kind} {family}": m for (family, kind), m in arithmetic.right_methods(4).items()}
     agreement = {True: [], False: []}
-    for row in arithmetic.pretraining(3000, 0, preference=0.4, competing=4, stages=2):
+    for row in arithmetic.pretraining(3000, 0, World(4, 2), preference=0.4):
         methods = methods_of(row["solution"])
         assert len(methods) == 2 and ("strategy" not in row or methods_of(row["strategy"]) == methods)
         agreement["strategy" in row] += [m == r for m, r in zip(methods, right[type_of(row)], strict=False)]
@@ -274,9 +276,9 @@ def test_pretraining_in_a_world_of_four_methods():
 @pytest.mark.parametrize("split", ["train", "eval"])
 def test_the_smallest_worlds_give_as_many_problems_as_they_say(competing, split):
     with pytest.raises(ValueError, match=f"count is 900; allowed: at most [0-9]+ with competing={competing}") as error:
-        arithmetic.problems(900, 0, split, competing=competing, stages=1)
+        arithmetic.problems(900, 0, split, World(competing, 1))
     most = int(re.search("at most ([0-9]+)", str(error.value)).group(1))
-    assert len({row["id"] for row in arithmetic.problems(most, 0, split, competing=competing, stages=1)}) == most
+    assert len({row["id"] for row in arithmetic.problems(most, 0, split, World(competing, 1))}) == most
 
 
 def test_pretraining_extremes():
@@ -291,12 +293,12 @@ def test_pretraining_extremes():
     [
         (lambda: arithmetic.problems(0, 0), "count is 0"),
         (lambda: arithmetic.problems(2.5, 0), "count is 2.5"),
-        (lambda: arithmetic.problems(5, 0, competing=5), "competing is 5; allowed: an integer from 2 to 4"),
-        (lambda: arithmetic.problems(5, 0, stages=0), "stages is 0; allowed: an integer from 1 to 3"),
+        (lambda: World(competing=5), "competing is 5; allowed: an integer from 2 to 4"),
+        (lambda: World(stages=0), "stages is 0; allowed: an integer from 1 to 3"),
         (lambda: arithmetic.problems(5, 0, noise=1.5), "noise is 1.5; allowed: a number from 0 to 1"),
         (lambda: arithmetic.problems(10**7, 0), "allowed: an integer from 1 to 1000000"),
-        (lambda: arithmetic.problems(1, 0, wording="loud"), "wording is 'loud'; allowed: plain, spread, ways, mention"),
-        (lambda: arithmetic.pretraining(1, 0, wording=""), "wording is ''; allowed: plain"),
+        (lambda: World(wording="loud"), "wording is 'loud'; allowed: plain, spread, ways, mention"),
+        (lambda: World(wording=""), "wording is ''; allowed: plain"),
         (lambda: arithmetic.pretraining(1, 0, known=2), "known is 2; allowed: a number from 0 to 1"),
         (lambda: arithmetic.problems(1, 0, "test"), "split is 'test'; allowed: train, eval"),
         (lambda: arithmetic.pretraining(1, 0, preference=1.1), "preference is 1.1; allowed"),

@@ -28,7 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sgpo_jax.data.generators import wording as wordings
+from sgpo_jax.data.generators.wording import WORDINGS, Line, worded
 
 METHODS: dict[str, Callable[[int, int], int]] = {
     "sum": lambda a, b: (a + b) % 10,
@@ -93,6 +93,41 @@ FAMILIES = {
 }
 
 
+def _check_whole(**fields: tuple[int, int, int]) -> None:
+    for name, (value, low, high) in fields.items():
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ValueError(f"{name} is {value!r}; allowed: an integer from {low} to {high}")
+
+
+def _check_shares(**shares: float) -> None:
+    for name, value in shares.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value!r}; allowed: a number from 0 to 1")
+
+
+@dataclass(frozen=True)
+class World:
+    """A world: how many methods compete, how long the chains are, and how solutions are worded.
+
+    Attributes:
+      competing: methods that compete at each stage, 2 to 4.
+      stages: length of the chain, 1 to 3.
+      wording: of the solutions; a name in `wording.WORDINGS`.
+
+    Raises:
+      ValueError: an attribute is not allowed.
+    """
+
+    competing: int = 2
+    stages: int = 3
+    wording: str = "plain"
+
+    def __post_init__(self):
+        _check_whole(competing=(self.competing, 2, MOST_COMPETING), stages=(self.stages, 1, len(STAGES)))
+        if self.wording not in WORDINGS:
+            raise ValueError(f"wording is {self.wording!r}; allowed: {', '.join(WORDINGS)}")
+
+
 class _Draw(NamedTuple):
     """A problem: its family, its type within the family, and up to three pairs of digits."""
 
@@ -144,11 +179,11 @@ def strategy_text(family: str, kind: str, methods: tuple[str, ...]) -> str:
     return f"Problem type: {kind} {family}. Strategy: {rules} rules. Steps: {steps}"
 
 
-def solve(pairs: tuple[tuple[int, int], ...], methods: tuple[str, ...], line: wordings.Line) -> tuple[str, str]:
+def solve(pairs: tuple[tuple[int, int], ...], methods: tuple[str, ...], line: Line) -> tuple[str, str]:
     """Returns (answer, worked solution) of up to three pairs of digits with one method for each."""
     results = [METHODS[method](a, b) for method, (a, b) in zip(methods, pairs, strict=True)]
     answer = "".join(map(str, results))
-    return answer, f"{wordings.solution(line, STAGES, methods, pairs, results)}. \\boxed{{{answer}}}"
+    return answer, f"{worded(line, STAGES, methods, pairs, results)}. \\boxed{{{answer}}}"
 
 
 def _pair_allowed(stage: int, methods: tuple[str, ...], a: int, b: int) -> bool:
@@ -169,11 +204,12 @@ def _pairs(competing: int) -> dict[str, list[list[tuple[int, int]]]]:
     }
 
 
-def _draws(count: int, rng: random.Random, split: str, competing: int, stages: int) -> list[_Draw]:
+def _draws(count: int, rng: random.Random, split: str, world: World) -> list[_Draw]:
     """Returns `count` different problems of a split, the 64 types in turn."""
-    _check_whole(count=(count, 1, MAX_COUNT), competing=(competing, 2, MOST_COMPETING), stages=(stages, 1, len(STAGES)))
+    _check_whole(count=(count, 1, MAX_COUNT))
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; allowed: {', '.join(SPLITS)}")
+    competing, stages = world.competing, world.stages
     pairs = _pairs(competing)
     share = _EVAL_SHARE if split == "eval" else 1 - _EVAL_SHARE
     # At most a quarter of the smallest family's problems, so that drawing different ones ends soon.
@@ -193,13 +229,7 @@ def _draws(count: int, rng: random.Random, split: str, competing: int, stages: i
 
 
 def problems(
-    count: int,
-    seed: int,
-    split: str = "train",
-    competing: int = 2,
-    stages: int = 3,
-    noise: float = 0.0,
-    wording: str = "plain",
+    count: int, seed: int, split: str = "train", world: World = World(), noise: float = 0.0
 ) -> list[dict]:
     """Generates problems with the right strategy and the expert's solution.
 
@@ -207,10 +237,8 @@ def problems(
       count: number of rows, all different; types take turns.
       seed: any integer. The hidden table does not depend on it.
       split: "train" or "eval"; they share no problem, whatever the seeds.
-      competing: methods that compete at each stage, 2 to 4.
-      stages: length of the chain, 1 to 3.
+      world: the world.
       noise: probability, at each stage, that the strategy names a wrong method.
-      wording: of the expert's solutions; a name in `wording.WORDINGS`.
 
     Returns:
       Rows with id, problem, answer (one digit per stage), strategy, solution and source (the family).
@@ -219,13 +247,13 @@ def problems(
       ValueError: an argument is not allowed.
     """
     _check_shares(noise=noise)
-    line = _wording(wording).expert
+    line = WORDINGS[world.wording].expert
     wrong = random.Random(f"noise/{split}/{seed}")
     rows = []
-    for draw in _draws(count, random.Random(f"problems/{split}/{seed}"), split, competing, stages):
-        methods = right_methods(competing)[draw.family, draw.kind][:stages]
+    for draw in _draws(count, random.Random(f"problems/{split}/{seed}"), split, world):
+        methods = right_methods(world.competing)[draw.family, draw.kind][: world.stages]
         answer, solution = solve(draw.pairs, methods, line)
-        named = _sampled(wrong, methods, choices(draw.family, competing), 1 - noise)
+        named = _sampled(wrong, methods, choices(draw.family, world.competing), 1 - noise)
         rows.append(
             {
                 "id": draw.id,
@@ -242,13 +270,11 @@ def problems(
 def pretraining(
     count: int,
     seed: int,
+    world: World = World(),
     preference: float = 0.6,
     guided_share: float = 0.5,
-    competing: int = 2,
-    stages: int = 3,
     writing: float = 0.0,
     known: float = 0.0,
-    wording: str = "plain",
 ) -> list[dict]:
     """Generates rows that train a base model from scratch.
 
@@ -257,16 +283,15 @@ def pretraining(
     Args:
       count: number of rows, all different problems of the train split.
       seed: any integer.
+      world: the world.
       preference: probability, at each stage of a row without strategy, that the solution uses the right method. With
         1 / competing it knows nothing. The whole answer is right with probability preference^stages.
       guided_share: probability that a row has a strategy. It names a random competing method at each stage, and the
         solution follows it. So the model learns to follow strategies, but nothing about types from them.
-      competing, stages: as in `problems`.
       writing: probability that a row, guided or not, is replaced by one that teaches to write strategies. Its problem
         shows a problem and a solution by random methods, as `prompts.own_strategy` does. Its solution is the strategy
         that names these methods. The other rows do not change.
       known: probability that the base model knows a type already; then `preference` is `KNOWN` for it.
-      wording: of the solutions; a name in `wording.WORDINGS`.
 
     Returns:
       Rows as from `problems`, without `strategy` in the unguided ones. `answer` is the result of the row's solution,
@@ -276,12 +301,12 @@ def pretraining(
       ValueError: an argument is not allowed.
     """
     _check_shares(preference=preference, guided_share=guided_share, writing=writing, known=known)
-    words = _wording(wording)
+    competing, words = world.competing, WORDINGS[world.wording]
     rng, writers, writer = (random.Random(f"{use}/{seed}") for use in ("pretraining", "writing", "wording"))
     rows = []
-    for draw in _draws(count, rng, "train", competing, stages):
+    for draw in _draws(count, rng, "train", world):
         guided = rng.random() < guided_share
-        right = right_methods(competing)[draw.family, draw.kind][:stages]
+        right = right_methods(competing)[draw.family, draw.kind][: world.stages]
         liking = KNOWN if is_known(draw.family, draw.kind, known) else preference
         methods = _sampled(rng, right, choices(draw.family, competing), 1 / competing if guided else liking)
         answer, solution = solve(draw.pairs, methods, words.draw(writer, guided))
@@ -303,16 +328,10 @@ def is_known(family: str, kind: str, share: float) -> bool:
     return _hash(f"known {kind} {family}") < share
 
 
-def _wording(name: str) -> wordings.Wording:
-    if name not in wordings.WORDINGS:
-        raise ValueError(f"wording is {name!r}; allowed: {', '.join(wordings.WORDINGS)}")
-    return wordings.WORDINGS[name]
-
-
 def _writing_row(row: dict, draw: _Draw, competing: int, rng: random.Random) -> dict:
     """Returns a row that shows a problem and a solution by random methods, and whose solution is their strategy."""
     methods = tuple(rng.choice(options) for options in choices(draw.family, competing)[: len(draw.pairs)])
-    answer, solution = solve(draw.pairs, methods, wordings.WORDINGS["plain"].expert)
+    answer, solution = solve(draw.pairs, methods, WORDINGS["plain"].expert)
     return {
         "id": row["id"],
         "problem": f"{draw.text}\n\n{solution}\n\nStrategy:",
@@ -320,18 +339,6 @@ def _writing_row(row: dict, draw: _Draw, competing: int, rng: random.Random) -> 
         "solution": strategy_text(draw.family, draw.kind, methods),
         "source": row["source"],
     }
-
-
-def _check_whole(**fields: tuple[int, int, int]) -> None:
-    for name, (value, low, high) in fields.items():
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ValueError(f"{name} is {value!r}; allowed: an integer from {low} to {high}")
-
-
-def _check_shares(**shares: float) -> None:
-    for name, value in shares.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise ValueError(f"{name} is {value!r}; allowed: a number from 0 to 1")
 
 
 def _sampled(

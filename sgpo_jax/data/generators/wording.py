@@ -49,7 +49,7 @@ class Wording:
 
 
 def _renamed(names: dict[str, str]) -> Line:
-    return lambda stage, method, *numbers: _plain(stage, names[method], *numbers)
+    return lambda stage, method, a, b, result: _plain(stage, names[method], a, b, result)
 
 
 _WAYS: tuple[Line, ...] = (
@@ -66,7 +66,9 @@ WORDINGS = {
 }
 
 
-def solution(line: Line, stages: Sequence[str], methods: Sequence[str], pairs: Sequence, results: Sequence[int]) -> str:
+def worded(
+    line: Line, stages: Sequence[str], methods: Sequence[str], pairs: Sequence[tuple[int, int]], results: Sequence[int]
+) -> str:
     """Returns the worked solution, up to its box."""
     steps = zip(stages, methods, pairs, results, strict=False)
-    return " ".join(line(stage, method, *pair, result) for stage, method, pair, result in steps)
+    return " ".join(line(stage, method, a, b, result) for stage, method, (a, b), result in steps)
