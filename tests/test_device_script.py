@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers import xla_flags
 from helpers.paths import ROOT
 
 TINY = ("--shape=2x64x4x2x128x256", "--prompt=16", "--longest=24", "--problems=1", "--micro-batch=2")
@@ -15,8 +16,9 @@ def run(place, *arguments, timeout=600):
     """Runs the script; returns (parts of the JSON, printed text)."""
     command = [sys.executable, "benchmarks/device.py", *TINY, f"--json={place}/device.json", *arguments]
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=timeout
-    )
+        command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags.quick(1)},
+        capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads((place / "device.json").read_text())["results"], done.stdout
 

@@ -179,8 +179,11 @@ def test_two_processes_do_what_one_does(undisturbed, tmp_path):
 
 @pytest.mark.slow
 def test_four_processes_do_what_two_do(undisturbed, tmp_path):
-    finished(tmp_path, 4, 1)
-    assert_agree(undisturbed, tmp_path)
+    """Four go on where two have finished the warm-up."""
+    workdir = shutil.copytree(undisturbed, tmp_path / "run", ignore=shutil.ignore_patterns("rl", "rl.jsonl", "eval"))
+    finished(workdir, 4, 1)
+    assert_agree(undisturbed, workdir)
+    assert json.loads((workdir / "environment.json").read_text())[-1]["processes"] == 4
 
 
 @pytest.mark.slow
