@@ -1,14 +1,17 @@
-"""Makes the tables of docs/lab.md and docs/smollm2.md from the rows beside this file, without any training.
+"""Makes the tables of docs/results/lab.md and docs/smollm2.md from the rows beside this file, without any training.
 
-    python benchmarks/lab/tables.py
+    python benchmarks/lab/tables.py [FIGURE]     # FIGURE: a file for docs/lab.md's figure
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from sgpo_jax.lab.summary import with_before
+from sgpo_jax.report import figures
 from sgpo_jax.stats import claims
 
 Rows = list[dict]
@@ -228,7 +231,7 @@ def smollm2() -> Table:
 
 
 def tables() -> dict[str, Table]:
-    """Returns title -> table, in the order of docs/lab.md."""
+    """Returns title -> table, in the order of docs/results/lab.md."""
     trained = list(SELF_WRITTEN.items())[1:]
     return {
         "The base world": grid(), "The paper's claims": claims_table(), "With ten seeds": claims_of_ten_seeds(),
@@ -247,6 +250,14 @@ def markdown(lines: Table) -> list[str]:
     return [text.replace("  |", " |").replace("|  ", "| ") for text in texts]
 
 
+def draw_kept(path: str) -> None:
+    """Draws accuracy against the guided accuracy that is kept, of the methods that ran in several worlds."""
+    rows = [row for world in WORLDS for row in grid_rows() + read("anchored") if row["world"] == world]
+    figures.kept(claims.across_worlds(with_before(rows))).savefig(path, dpi=150)
+
+
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        draw_kept(sys.argv[1])
     for title, lines in tables().items():
         print(f"\n{title}\n", *markdown(lines), sep="\n")

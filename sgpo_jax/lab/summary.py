@@ -55,10 +55,10 @@ def _grid_rows(results: Results) -> Rows:
     """Returns the rows of the grid, warm-ups included, each with "before"; none until the tuning is complete."""
     if not results.tuned:
         return []
-    return _with_before(results.rows(with_warm_ups(grid_cells(results.config, chosen_rates(results)))))
+    return with_before(results.rows(with_warm_ups(grid_cells(results.config, chosen_rates(results)))))
 
 
-def _with_before(rows: Sequence[dict[str, Any]]) -> Rows:
+def with_before(rows: Sequence[dict[str, Any]]) -> Rows:
     """Returns the rows whose warm-up is among them, each with its accuracies as "before" and "before_guided"."""
     names = {"accuracy": "before", "accuracy_guided": "before_guided"}
     before = {
