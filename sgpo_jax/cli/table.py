@@ -105,6 +105,7 @@ COMMANDS = {
             Flag("chips", "With --topology=auto: the chips to search a mesh for, as in v5e:16x16.", default=""),
             Flag("json", "File that the plan is written to as JSON.", default=""),
             Flag("response_tokens", "Mean length of responses; 0 is a quarter of rl.max_new_tokens.", int, 0),
+            Flag("lengths", "Folder of a run; the lengths of its responses in place of --response_tokens.", default=""),
             Flag("prompt_tokens", "Length of prompts; 0 is a quarter of data.max_prompt_tokens.", int, 0),
             Flag("correct", "Share of the responses that are correct.", float, 0.5, low=0.0, high=1.0),
             Flag("problems", "Rows of the training data.", int, 8500, low=1),

@@ -18,7 +18,7 @@ from sgpo_jax.plan import gpus
 from sgpo_jax.plan.planner import make, without_files
 from sgpo_jax.plan.report import show
 from sgpo_jax.plan.roofline import Reached
-from sgpo_jax.plan.workload import Assumed
+from sgpo_jax.plan.workload import Assumed, of_run
 from sgpo_jax.runtime import files
 
 
@@ -33,10 +33,14 @@ def main(config: ConfigDict, given: Any) -> None:
         raise ValueError(f"--chips={given.chips}: must be given with --topology=auto, and only then")
     if given.json:
         to = cli.file("json", given.json)
+    mean, cut = given.response_tokens or max(config.rl.max_new_tokens // 4, 1), 0.0
+    if given.lengths:
+        if given.response_tokens:
+            raise ValueError(f"--lengths={given.lengths}: must not be given with --response_tokens")
+        mean, cut = of_run(cli.folder("lengths", given.lengths), config.rl.max_new_tokens)
     assumed = Assumed(
-        given.response_tokens or max(config.rl.max_new_tokens // 4, 1),
-        given.prompt_tokens or max(config.data.max_prompt_tokens // 4, 1),
-        given.correct, given.problems, given.eval_problems,
+        mean, given.prompt_tokens or max(config.data.max_prompt_tokens // 4, 1), given.correct, given.problems,
+        given.eval_problems, cut,
     )  # fmt: skip
     limits = {"response_tokens": config.rl.max_new_tokens, "prompt_tokens": config.data.max_prompt_tokens}
     for name, most in limits.items():

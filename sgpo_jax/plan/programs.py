@@ -213,7 +213,9 @@ def made_up_batch(config: ConfigDict, assumed: Assumed) -> Batch:
 
     def group(size: int) -> Group:
         shape = fields.batch, size
-        count = workload.lengths(fields.batch * size, assumed.response_tokens, fields.max_new_tokens).reshape(shape)
+        count = workload.lengths(
+            fields.batch * size, assumed.response_tokens, fields.max_new_tokens, assumed.cut
+        ).reshape(shape)
         rewards = (random.random(shape) < assumed.correct).astype(np.float32)
         tokens = np.zeros((*shape, fields.max_new_tokens), np.int32)
         return Group(tokens, count.astype(np.int32), np.zeros(tokens.shape, np.float32), rewards)
@@ -256,7 +258,7 @@ def _generation(
         shards=shards,
     )  # fmt: skip
     count = fields.batch * sum(groups)
-    responses = workload.lengths(count, assumed.response_tokens, fields.max_new_tokens)
+    responses = workload.lengths(count, assumed.response_tokens, fields.max_new_tokens, assumed.cut)
     waiting, slots = responses.reshape(shards, -1), min(fields.slots or count, count)
     stages = schedule(waiting, np.full_like(waiting, assumed.prompt_tokens), slots // shards)
     length = longest - 1 + fields.max_new_tokens

@@ -1,10 +1,14 @@
 """Workload of a run: how often it calls its programs, and how long its responses are."""
 
+import json
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
+
+from sgpo_jax.runtime import files
 
 # Problems in the paper's evaluation sets. Other sets have Assumed.eval_problems.
 SETS = {"MATH500": 500, "AMC23": 40, "OlympiadBench": 675, "AIME24": 30}
@@ -18,6 +22,7 @@ class Assumed(NamedTuple):
     correct: float = 0.5  # share of the sampled responses that are correct
     problems: int = 8500  # rows of the training data; Sec. 4.1
     eval_problems: int = 500  # of a set that is not in SETS
+    cut: float = 0.0  # share of the sampled responses that are cut at the limit
 
 
 class Calls(NamedTuple):
@@ -54,11 +59,39 @@ def calls(config: ConfigDict, assumed: Assumed) -> Calls:
     return Calls(sft_steps, validations, rl_steps, own, evaluations)
 
 
-def lengths(count: int, mean: float, most: int) -> np.ndarray:
+def of_run(workdir: Path, limit: int) -> tuple[float, float]:
+    """Reads (mean length of a response, share that was cut) from the rl.jsonl of a run, over all its steps.
+
+    Args:
+      workdir: folder of the run.
+      limit: `rl.max_new_tokens` of the plan, which must be that of the run.
+
+    Raises:
+      ValueError: the folder has no steps of RL, or the run had another limit.
+    """
+    path = workdir / "rl.jsonl"
+    rows = files.read_jsonl(path) if path.is_file() else []
+    if not rows:
+        raise ValueError(f"--lengths={workdir}: {path.name} must be there, and have the steps of RL")
+    fields = json.loads((workdir / "config.json").read_text(encoding="utf-8"))["rl"]
+    if (most := fields["max_new_tokens"]) != limit:
+        raise ValueError(f"--lengths={workdir}: rl.max_new_tokens of the run is {most}; must be the plan's, {limit}")
+    groups = {"response_length": fields["autonomous"], "response_length_guided": fields["guided"]}
+    values = [(row[name], size) for row in rows for name, size in groups.items() if name in row]
+    tokens, sizes = np.array(values).T
+    return float((tokens * sizes).sum() / sizes.sum()), float(np.mean([row["truncated"] for row in rows]))
+
+
+def lengths(count: int, mean: float, most: int, cut: float = 0.0) -> np.ndarray:
     """Returns `[count]` lengths from 1 to `most` tokens in a random order.
 
-    They follow a truncated exponential distribution with this mean.
+    A share `cut` of them has `most` tokens. The others follow a truncated exponential distribution, so that all
+    together have this mean, or the nearest that is possible.
     """
+    if whole := round(cut * count):
+        others = count - whole
+        rest = lengths(others, max((mean * count - whole * most) / others, 1.0), most) if others else np.arange(0)
+        return np.random.default_rng(0).permutation(np.concatenate([np.full(whole, most), rest]))
     quantiles = (np.arange(count) + 0.5) / count
 
     def spread(rate: float) -> np.ndarray:

@@ -51,6 +51,13 @@ COMMANDS = {
     "response beyond its limit": (
         "plan", ["--topology=v5e:2x2", "--response_tokens=29"], r"--response_tokens=29: must be between 1 and 28",
     ),
+    "lengths of no run": (
+        "plan", ["--topology=v5e:2x2", "--lengths={place}"], r"--lengths=.*: rl.jsonl must be there",
+    ),
+    "lengths and a mean": (
+        "plan", ["--topology=v5e:2x2", "--lengths={place}", "--response_tokens=8"],
+        r"--lengths=.*: must not be given with --response_tokens",
+    ),
     "plan of an unknown model": (
         "plan", ["--topology=v5e:2x2", "--config.model.source=Org/model"],
         r"config\.model\.source='Org/model': without a network the shapes of these are known: Qwen/Qwen2\.5-0\.5B",

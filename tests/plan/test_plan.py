@@ -109,6 +109,27 @@ def test_assumed_lengths_have_the_assumed_mean(mean):
     assert lengths.mean() == pytest.approx(mean, rel=0.01)
 
 
+def test_the_lengths_of_a_run(tmp_path):
+    rows = [
+        {"step": 1, "response_length": 100.0, "response_length_guided": 40.0, "truncated": 0.25},
+        {"step": 2, "response_length": 200.0, "response_length_guided": 60.0, "truncated": 0.75},
+    ]
+    (tmp_path / "rl.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = {"rl": {"max_new_tokens": 300, "autonomous": 8, "guided": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    mean, cut = workload.of_run(tmp_path, 300)
+    assert (mean, cut) == ((8 * 150 + 4 * 50) / 12, 0.5)
+    found = workload.lengths(1000, 170.0, 300, cut)
+    assert (found == 300).sum() == 500 and found.mean() == pytest.approx(170, rel=0.01) and found.min() == 1
+    assert workload.lengths(4, 10.0, 300, 0.5).tolist().count(300) == 2, "the mean is too low for the share"
+    assert workload.lengths(3, 300.0, 300, 1.0).tolist() == [300] * 3
+    with pytest.raises(ValueError, match=r"of the run is 300; must be the plan's, 512"):
+        workload.of_run(tmp_path, 512)
+    (tmp_path / "rl.jsonl").write_text("")
+    with pytest.raises(ValueError, match="--lengths=.*: rl.jsonl must be there, and have the steps of RL"):
+        workload.of_run(tmp_path, 300)
+
+
 def test_assumed_lengths_are_exponential():
     lengths = np.sort(workload.lengths(1000, 100.0, 10**6))
     # The median of an exponential distribution is its mean times log 2.
