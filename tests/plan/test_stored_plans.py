@@ -64,6 +64,23 @@ def test_the_plans_of_adapters_are_of_their_preset_and_in_their_table(name, chip
     assert "| " + " | ".join(cells) + " |" in (ROOT / "docs/lora.md").read_text()
 
 
+def test_the_table_of_memory_has_every_plan():
+    """Of adapters too."""
+    expected = set()
+    for path in (ROOT / "benchmarks/plans").glob("*.json"):
+        stored = json.loads(path.read_text())
+        rank, programs = planned_fields(stored)["lora.rank"], stored["programs"]
+        gib = [programs["update"]["hbm"]["needed"], programs["rollout"]["hbm"]["needed"]]
+        cells = [
+            MODELS[path.stem.split("_")[0]], f"adapters, r = {rank}" if rank else "all parameters", stored["topology"],
+            *(f"{number / GIB:.1f}" for number in gib), f"{programs['update']['hbm']['limit'] / GIB:.4g}",
+        ]  # fmt: skip
+        expected.add("| " + " | ".join(cells) + " |")
+    page = (ROOT / "docs/models.md").read_text().splitlines()
+    start = page.index("| model | trained | chips | update | rollout | limit |")
+    assert set(page[start + 2 : start + 2 + len(expected)]) == expected and not page[start + 2 + len(expected)]
+
+
 def test_no_other_plans_are_in_the_table():
     rows = [line for line in PAGE.splitlines() if line.startswith("|") and "| h100:" in line]
     assert len(rows) == len(STORED)
