@@ -9,18 +9,21 @@ import sys
 import jax
 import numpy as np
 import pytest
-from faults.test_kills import attempts
+from faults.test_kills import attempts, plan_of
 from helpers import runs
 from helpers.bucket_servers import SERVERS
 
 from sgpo_jax import cli
 from sgpo_jax.runtime import buckets, mirror
 
-WORLD = {"stages": "('rl',)", "rl__steps": 3, "rl__eval_every": 0, "checkpoint__every": 2}
-# While the runs are at work: what becomes of the first requests that fit. TensorStore's own have its name or an upload
-# that is not of several parts.
+WORLD = {
+    "stages": "('rl',)", "rl__steps": 3, "rl__eval_every": 0, "checkpoint__every": 2, "model__remat": "none",
+    "report_seconds": 0,
+}  # fmt: skip
+# While the runs are at work: what becomes of requests that fit, some way apart.
 FAULTS = [("PO|PU", 503), ("GET", 429), ("PO|PU", "cut"), ("GET", "cut"), ("PO|PU", "lost"), ("DELETE", 503)]
-SILENCE = [("GET", "mute"), (r"POST .*=media&", "mute"), (r"GET .*[?&]tensorstore=", "mute")]
+SILENCE = [("GET .*prefix", "mute"), ("POST .*=media&", "mute"), ("GET .*tensorstore=", "mute")]  # the last: TensorStore
+APART = 20  # requests
 HOST = socket.gethostname()
 
 
@@ -60,7 +63,7 @@ def undisturbed(small_run, tmp_path_factory):
 def test_rows_files_and_checkpoints_outlive_kills_and_faults(kind, small_run, undisturbed, tmp_path):
     """Does the same as the last test below without a model, with more kills."""
     with SERVERS[kind]() as server:
-        server.fails[:] = FAULTS + SILENCE * (kind == "gs")
+        server.fails[:], server.apart = SILENCE * (kind == "gs") + FAULTS, APART
         kills = [[1, "row", 0], [2, "saving", 0], [5, "row", 0]]
         codes, said = small_run(f"{kind}://bucket/small", 1, kills, server.variables)
         assert codes == [[-signal.SIGKILL]] * 3 + [[0]], said
@@ -76,7 +79,7 @@ def test_two_processes_at_gs_outlive_kills_faults_and_the_loss_of_the_lock(small
         codes, said = small_run("gs://bucket/well", 2, [], server.variables)
         assert codes == [[0, 0]], said
         assert_same(downloaded("gs://bucket/well", tmp_path / "well"), undisturbed[2])
-        server.fails[:] = FAULTS + SILENCE
+        server.fails[:], server.apart = SILENCE + FAULTS, APART
         codes, said = small_run("gs://bucket/ill", 2, kills, server.variables)
         assert not server.fails
         assert_same(downloaded("gs://bucket/ill", tmp_path / "ill"), undisturbed[2])
@@ -105,9 +108,12 @@ def downloaded(url, folder):
 @pytest.mark.slow
 def test_a_killed_run_in_a_bucket_ends_as_one_on_disk_and_is_read_and_exported(tmp_path, monkeypatch):
     url, exported = "gs://bucket/runs/killed", "gs://bucket/exported"
-    run(tmp_path, tmp_path / "run", [])
     with SERVERS["gs"]():
-        assert len(run(tmp_path, url, [["checkpoint", 1, 0.1]])) == 2
+        plans = [
+            plan_of(workdir, "sgpo_jax.main", runs.command(workdir, **WORLD)[3:], kills)
+            for workdir, kills in ((tmp_path / "run", []), (url, [["checkpoint", 1, 0.1]]))
+        ]
+        assert [len(ends) for ends in attempts(tmp_path, *plans)] == [1, 2]
         copy = downloaded(url, tmp_path)
         assert runs.rows(copy, "rl") == runs.rows(tmp_path / "run", "rl")
         assert_same_arrays(copy, tmp_path / "run", 3)
@@ -119,10 +125,6 @@ def test_a_killed_run_in_a_bucket_ends_as_one_on_disk_and_is_read_and_exported(t
         with pytest.raises(SystemExit, match=f"--to={exported}: has files already; must be a new folder"):
             sgpo(monkeypatch, "export", f"--workdir={url}", f"--to={exported}")
         assert mirror._mirrors == {}
-
-
-def run(folder, workdir, kills):
-    return attempts(folder, workdir, "sgpo_jax.main", runs.command(workdir, **WORLD)[3:], kills)
 
 
 def sgpo(monkeypatch, *arguments):

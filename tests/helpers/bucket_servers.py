@@ -39,12 +39,14 @@ class Server(LocalServer):
 
     An entry is (pattern of "METHOD PATH", how): a status such as 503, "cut" for a connection that breaks before the
     server hears of the request, "lost" for one that breaks when the server has done what it should, or "mute" for one
-    that stays open without an answer. `variables` of the environment are what makes clients use the server.
+    that stays open without an answer. Between two of them, `apart` requests are answered.
+
+    `variables` are those of the environment that make clients use the server.
     """
 
     def __init__(self, port):
         self.port, self.fails, self.requests, self.down = port, [], [], False
-        self.variables = {}
+        self.apart, self._failed, self.variables = 0, 0, {}
         self.ended = threading.Event()
         server = self
 
@@ -114,9 +116,12 @@ class Server(LocalServer):
     def fault(self, line):
         if self.down:
             return 503
+        if len(self.requests) - self._failed <= self.apart:
+            return None
         for i, (pattern, how) in enumerate(self.fails):
             if re.search(pattern, line):
                 del self.fails[i]
+                self._failed = len(self.requests)
                 return how
         return None
 
