@@ -22,7 +22,7 @@ _URL = re.compile(r"(\w+)://[^/\s]+(/.*)?", re.DOTALL)
 _SMALL = 2**28  # bytes; a file up to this size is read before it is sent, because a run may be appending to it
 _PATIENCE = 120.0  # seconds in which a request is repeated
 _LONGEST = 16.0  # seconds between two tries
-_SILENCE = 30  # seconds without a byte after which a request counts as lost
+_SILENCE = 30.0  # seconds without a byte after which a request to gs:// counts as lost
 # Errors that another try does not change, and words in the messages of others.
 _FINAL = (
     FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError, ImportError, ValueError,
@@ -249,9 +249,6 @@ def _filesystem(kind: str) -> Any:
     if kind == "gs":
         import aiohttp
 
-        # A request without an answer would hold up the client for 5 minutes, and TensorStore, which Orbax uses, for
-        # ever; with it all processes of the run, which wait for this one in a sum.
+        # By default a request that gets no answer fails after 5 minutes, in which all processes of a run stand still.
         settings.setdefault("requests_timeout", aiohttp.ClientTimeout(sock_connect=_SILENCE, sock_read=_SILENCE))
-        os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", str(_SILENCE))
-        os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
     return fsspec.filesystem(kind)

@@ -1,10 +1,12 @@
 """Runs whose folder is in a bucket, on servers that misbehave: killed, resumed, read and exported."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -22,7 +24,7 @@ WORLD = {
 }  # fmt: skip
 # While the runs are at work: what becomes of requests that fit, some way apart.
 FAULTS = [("PO|PU", 503), ("GET", 429), ("PO|PU", "cut"), ("GET", "cut"), ("PO|PU", "lost"), ("DELETE", 503)]
-SILENCE = [("GET .*prefix", "mute"), ("POST .*=media&", "mute"), ("GET .*tensorstore=", "mute")]  # the last: TensorStore
+SILENCE = [("GET .*prefix", "mute"), ("POST .*=media&", "mute"), ("GET .*tensorstore=", "mute")]  # two of TensorStore
 APART = 20  # requests
 HOST = socket.gethostname()
 
@@ -33,14 +35,17 @@ def small_run(tmp_path_factory):
     words = tmp_path_factory.mktemp("small_run") / "words"
     with words.open("w") as errors, subprocess.Popen(
         [sys.executable, str(runs.ROOT / "tests/helpers/small_run.py")], env=runs.environment(), stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, stderr=errors, text=True,
+        stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,
     ) as started:  # fmt: skip
 
         def run(workdir, processes=1, kills=(), variables=None):
             said = words.stat().st_size
             plan = {"workdir": str(workdir), "processes": processes, "kills": kills, "variables": variables or {}}
             print(json.dumps(plan), file=started.stdin, flush=True)
-            codes = json.loads(started.stdout.readline() or "[]")
+            limit = threading.Timer(300, os.killpg, (started.pid, signal.SIGKILL))
+            limit.start()
+            codes = json.loads(started.stdout.readline() or '"no answer in time"')
+            limit.cancel()
             with words.open() as file:
                 file.seek(said)
                 return codes, file.read()

@@ -121,6 +121,6 @@ def main(workdir: str, processes: int, variables: dict, kills: list) -> list[lis
 if __name__ == "__main__":
     warnings.simplefilter("ignore")  # jax warns of forks, but none of its threads is running yet
     lease.BEAT, lease.LEASE = 0.1, 0.5
-    buckets._SILENCE = 1
+    buckets._SILENCE, os.environ["TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS"] = 1.0, "1"
     for line in sys.stdin:
         print(json.dumps(main(**json.loads(line))), flush=True)
