@@ -249,6 +249,6 @@ def _filesystem(kind: str) -> Any:
     if kind == "gs":
         import aiohttp
 
-        # By default a request that gets no answer fails after 5 minutes, in which all processes of a run stand still.
+        # By default gcsfs waits for an answer for ever, and all processes of the run with it.
         settings.setdefault("requests_timeout", aiohttp.ClientTimeout(sock_connect=_SILENCE, sock_read=_SILENCE))
     return fsspec.filesystem(kind)
