@@ -1,12 +1,14 @@
 """Runs a command: its flags first, then the imports, which take seconds; an error is one line, not a stack trace."""
 
+import contextlib
 import importlib
 import io
 import logging as standard_logging
 import os
+import select
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from glob import glob
 from importlib import metadata, util
 from pathlib import Path
@@ -36,24 +38,37 @@ def start(name: str, command: Command, arguments: Sequence[str] | None = None) -
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        if any(word in ("--help", "-h", "-help", "--helpfull", "--helpshort") for word in arguments):
-            file = parsing.named_file(arguments)[0] if command.config else ""
-            config = (parsing.load(file) if file else configs.base()) if command.config else None
-            print(help_text(name, command, config, file), end="", flush=True)
-        elif "--version" in arguments:
-            print(f"sgpo_jax {sgpo_jax.__version__}")
-        else:
-            _leave_out_libtpu()  # before JAX is imported
-            config, given = parsing.parse(command, arguments)
-            _run(name, command, config, given)
-    except BrokenPipeError:  # what reads the output, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with readable():
+            if any(word in ("--help", "-h", "-help", "--helpfull", "--helpshort") for word in arguments):
+                file = parsing.named_file(arguments)[0] if command.config else ""
+                config = (parsing.load(file) if file else configs.base()) if command.config else None
+                print(help_text(name, command, config, file), end="", flush=True)
+            elif "--version" in arguments:
+                print(f"sgpo_jax {sgpo_jax.__version__}")
+            else:
+                _leave_out_libtpu()  # before JAX is imported
+                config, given = parsing.parse(command, arguments)
+                _run(name, command, config, given)
     except (ValueError, ImportError, FloatingPointError, OSError) as error:
         sys.exit(f"sgpo_jax: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         sys.stdout.flush()
         print("\nsgpo_jax: stopped by Ctrl-C", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
+
+
+@contextlib.contextmanager
+def readable() -> Iterator[None]:
+    """Ends the block inside without a word once nobody reads its output any more, such as `head`, which has enough."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        poll = select.poll()
+        poll.register(sys.stdout, select.POLLOUT)
+        if not any(event & select.POLLERR for _, event in poll.poll(0)):  # it was another pipe
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(name: str, command: Command, config: configs.ConfigDict | None, given: SimpleNamespace) -> None:

@@ -196,11 +196,12 @@ def main() -> None:
     if os.getcwd() not in sys.path:  # as with `python -m`: configs and rewards of the user's own lie there
         sys.path.insert(0, os.getcwd())
     name, *arguments = sys.argv[1:] or ["--help"]
-    if name in ("--version", "version"):
-        print(f"sgpo_jax {sgpo_jax.__version__}")
-    elif name in ("--help", "-h", "help"):
-        print(overview(COMMANDS, sgpo_jax.__version__), end="")
-    elif name in COMMANDS:
-        entry.start(name, COMMANDS[name], arguments)
-    else:
-        sys.exit(f"sgpo_jax: {name}: is not a command{nearest(name, COMMANDS)}; allowed: {', '.join(COMMANDS)}")
+    with entry.readable():
+        if name in ("--version", "version"):
+            print(f"sgpo_jax {sgpo_jax.__version__}")
+        elif name in ("--help", "-h", "help"):
+            print(overview(COMMANDS, sgpo_jax.__version__), end="")
+        elif name in COMMANDS:
+            entry.start(name, COMMANDS[name], arguments)
+        else:
+            sys.exit(f"sgpo_jax: {name}: is not a command{nearest(name, COMMANDS)}; allowed: {', '.join(COMMANDS)}")

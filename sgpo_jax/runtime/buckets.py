@@ -22,6 +22,7 @@ _URL = re.compile(r"(\w+)://[^/\s]+(/.*)?", re.DOTALL)
 _SMALL = 2**28  # bytes; a file up to this size is read before it is sent, because a run may be appending to it
 _PATIENCE = 120.0  # seconds in which a request is repeated
 _LONGEST = 16.0  # seconds between two tries
+_SILENCE = 30.0  # seconds without a byte after which a request to gs:// counts as lost
 # Errors that another try does not change, and words in the messages of others.
 _FINAL = (
     FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError, ImportError, ValueError,
@@ -242,6 +243,12 @@ def _at(url: str) -> tuple[Any, str]:
 def _filesystem(kind: str) -> Any:
     import fsspec  # it and the clients take a second to import
 
+    settings = fsspec.config.conf.setdefault(kind, {})
     if kind in WRITABLE:  # also for Orbax, whose arrays reach the bucket past the client: a cached listing lacks them
-        fsspec.config.conf.setdefault(kind, {}).setdefault("use_listings_cache", False)
+        settings.setdefault("use_listings_cache", False)
+    if kind == "gs":
+        import aiohttp
+
+        # By default gcsfs waits for an answer for ever, and all processes of the run with it.
+        settings.setdefault("requests_timeout", aiohttp.ClientTimeout(sock_connect=_SILENCE, sock_read=_SILENCE))
     return fsspec.filesystem(kind)

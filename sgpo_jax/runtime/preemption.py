@@ -88,7 +88,9 @@ def requested() -> int:
     """
     if jax.process_count() == 1:
         return _received
-    return int(np.max(multihost_utils.process_allgather(np.array(_received, np.int32))))
+    received = multihost_utils.process_allgather(np.array(_received, np.int32))
+    watchdog.met()
+    return int(np.max(received))
 
 
 def check(saved: str = "the finished work is saved") -> None:

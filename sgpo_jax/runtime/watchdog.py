@@ -3,6 +3,9 @@
 The first process holds a connection to every other process. A process that fails reports it; one whose connection
 breaks without a report has died. The first process passes the news on, and every process exits, whatever it is doing.
 Otherwise the rest would wait forever in a collective. The processes of a run trust each other and their network.
+
+A process that is alive but does not come to where the others wait is no failure: it may have long work to do. After
+`SILENCE` every process says where it is.
 """
 
 import contextlib
@@ -12,9 +15,12 @@ import socket
 import sys
 import threading
 import time
+import traceback
+from pathlib import Path
 from typing import Any
 
 PATIENCE = 300.0  # seconds that all processes have to connect
+SILENCE = 1800.0  # seconds without a meeting of the processes after which each says where it is
 DIED = "has died without a word (killed, out of memory, or its host is gone)"
 _HELLO = 10.0  # seconds that a new connection has to identify itself
 _WORD = 15.0  # seconds after which a process that waits for the first one says so
@@ -66,7 +72,9 @@ class _Peers:
         self.hosts = hosts
         self.streams = streams
         self.over = False
+        self.met = time.monotonic()
         self._ending = threading.Lock()
+        threading.Thread(target=self._speak_up, daemon=True).start()
         for other, stream in streams.items():
             stream.set_timeout(None)
             threading.Thread(target=self._listen, args=(other, stream), daemon=True).start()
@@ -86,10 +94,31 @@ class _Peers:
                 os.write(2, f"sgpo_jax: {text}; this one, {self.process}, stops too\n".encode(errors="replace"))
             os._exit(message["code"])
 
+    def _speak_up(self) -> None:
+        met, patience = self.met, SILENCE
+        while not self.over:
+            time.sleep(SILENCE / 60)
+            if met != self.met:
+                met, patience = self.met, SILENCE
+            elif (waited := time.monotonic() - met) > patience:
+                patience *= 2
+                who = f"process {self.process} of {len(self.hosts)}, on host {self.hosts[self.process]},"
+                since = f"has not met the others for {waited / 60:.0f} min"
+                with contextlib.suppress(OSError):
+                    os.write(2, f"sgpo_jax: {who} {since}; it is at {_place()}\n".encode(errors="replace"))
+
     def send(self, message: dict[str, Any]) -> None:
         for other, stream in self.streams.items():
             if other != message["process"]:
                 stream.send(message)
+
+
+def _place() -> str:
+    """Returns the last lines of this package that the main thread is at, the outer ones first."""
+    frame = sys._current_frames()[threading.main_thread().ident or 0]
+    package = Path(__file__).parents[1]
+    ours = [(Path(at.filename), at) for at in traceback.extract_stack(frame) if at.filename.startswith(str(package))]
+    return ", ".join(f"{path.relative_to(package)}:{at.lineno} {at.name}" for path, at in ours[-5:]) or "no known place"
 
 
 _peers: _Peers | None = None
@@ -193,6 +222,12 @@ def _watch(peers: _Peers) -> None:
 def has_peers() -> bool:
     """Returns whether this process is connected to others."""
     return _peers is not None
+
+
+def met() -> None:
+    """Notes that all processes have just met, in a collective that each of them has left."""
+    if _peers is not None:
+        _peers.met = time.monotonic()
 
 
 def tell(reason: str, code: int = 1) -> None:

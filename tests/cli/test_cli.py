@@ -64,6 +64,18 @@ def test_help_and_typos_are_answered_before_anything_heavy_is_imported(answers, 
     assert max(map(len, output.splitlines()), default=0) <= 90
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["train", "--version"]])
+def test_an_output_that_nobody_reads_ends_it_without_a_word(arguments, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr("sys.argv", ["sgpo", *arguments])
+    with open(writer, "w") as closed:
+        monkeypatch.setattr("sys.stdout", closed)
+        cli.main()
+        with pytest.raises(BrokenPipeError), starting.readable():
+            raise BrokenPipeError("of a server")
+
+
 def test_every_field_has_a_comment_and_is_shown():
     config = configs.base()
     names = configs.flat(config.to_dict())

@@ -51,21 +51,25 @@ def plan(more):
     return sorted(KILLS + others, key=lambda kill: order[kill[0]]) if more else KILLS
 
 
-def attempts(folder, workdir, module, arguments, kills, sick=()):
-    """Returns the results of `helpers.kill_in`, one for each kill and one for the run after them."""
+def attempts(folder, *plans):
+    """Returns the results of `helpers.kill_in`: of each plan, one for each kill and one for the run after them."""
     file = folder / "plan.json"
-    file.write_text(json.dumps({
-        "module": module, "arguments": arguments, "folder": str(workdir), "kills": kills, "sick": sick,
-    }))  # fmt: skip
+    file.write_text(json.dumps(plans))
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests/helpers/kill_in.py"), str(file)], env=environment() | cache, cwd=ROOT,
-        capture_output=True, text=True, timeout=600 + 120 * len(kills),
+        capture_output=True, text=True, timeout=sum(600 + 120 * len(one["kills"]) for one in plans),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads(done.stdout)
-    assert results[-1][0] == 0, (results[-1], (folder / "plan.output").read_text()[-3000:])
+    for one in results:
+        assert one[-1][0] == 0, (one[-1], (folder / "plan.output").read_text()[-3000:])
     return results
+
+
+def plan_of(workdir, module, arguments, kills=(), sick=()):
+    """Returns a plan for `attempts`."""
+    return {"module": module, "arguments": arguments, "folder": str(workdir), "kills": kills, "sick": sick}
 
 
 @pytest.mark.slow
@@ -73,7 +77,8 @@ def test_a_run_killed_in_every_phase_ends_as_without(tmp_path):
     undisturbed, workdir, kills = tmp_path / "undisturbed", tmp_path / "run", plan(extra())
 
     def run(workdir, kills):
-        return attempts(tmp_path, workdir, "sgpo_jax.main", command(workdir, **WORLD)[3:], kills, SICK)
+        plan = plan_of(workdir, "sgpo_jax.main", command(workdir, **WORLD)[3:], kills, SICK)
+        return attempts(tmp_path, plan)[0]
 
     def assert_same():
         assert_same_run(undisturbed, workdir)
@@ -131,7 +136,7 @@ def test_an_extraction_killed_again_and_again_ends_as_without_and_pays_for_nothi
                       "strong.name": "big"}  # fmt: skip
             flags = [f"--config.extract.{name}={value}" for name, value in fields.items()]
             flags = [f"--config={ROOT / 'configs/strategies.py'}", f"--workdir={workdir}", *flags]
-            results = attempts(tmp_path, workdir, "sgpo_jax.strategies", flags, kills)
+            results = attempts(tmp_path, plan_of(workdir, "sgpo_jax.strategies", flags, kills))[0]
             assert len(results) == len(kills) + 1
             asked = Counter(body["messages"][0]["content"] for body in server.requests)
         replies = [record for record in read_jsonl(workdir / "extraction.jsonl") if record["kind"] == "reply"]

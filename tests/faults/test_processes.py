@@ -220,6 +220,18 @@ def test_a_first_process_that_does_not_answer_is_named(hurry):
         watchdog.connect("127.0.0.1", port, 1, 2)
 
 
+def test_who_meets_nobody_for_long_says_where_it_is(monkeypatch, tmp_path, capfd):
+    for place, name, value in ((watchdog, "SILENCE", 0.2), (distributed, "_LAG", 0.8), (distributed, "first", str)):
+        monkeypatch.setattr(place, name, value)
+    peers = watchdog._Peers(1, ["first", "second"], {})
+    monkeypatch.setattr(watchdog, "_peers", peers)
+    with pytest.raises(ValueError, match="process 0 does not see"):
+        distributed.wait_for(str, tmp_path)
+    peers.over = True
+    said = "process 1 of 2, on host second, has not met the others for 0 min; it is at runtime/distributed.py:"
+    assert re.search(rf"^sgpo_jax: {said}\d+ wait_for$", capfd.readouterr().err, re.MULTILINE)
+
+
 def test_a_connection_to_itself_is_none(hurry, monkeypatch):
     """On one host the system may give the free port to the process that connects to it."""
     port = free_port()

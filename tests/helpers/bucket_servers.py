@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -37,11 +38,16 @@ class Server(LocalServer):
     """A proxy before a server of buckets; `fails` holds what the next requests get in place of an answer.
 
     An entry is (pattern of "METHOD PATH", how): a status such as 503, "cut" for a connection that breaks before the
-    server hears of the request, or "lost" for one that breaks when the server has done what it should.
+    server hears of the request, "lost" for one that breaks when the server has done what it should, or "mute" for one
+    that stays open without an answer. Between two of them, `apart` requests are answered.
+
+    `variables` are those of the environment that make clients use the server.
     """
 
     def __init__(self, port):
         self.port, self.fails, self.requests, self.down = port, [], [], False
+        self.apart, self._failed, self.variables = 0, 0, {}
+        self.ended = threading.Event()
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -54,6 +60,8 @@ class Server(LocalServer):
                 how = server.fault(line)
                 if how == "cut":
                     return handler.break_off()
+                if how == "mute":
+                    return server.ended.wait()
                 if isinstance(how, int):
                     return handler.reply(how, [], b'{"error": {"message": "as the test wants"}}')
                 back = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
@@ -101,12 +109,19 @@ class Server(LocalServer):
 
         self.listen(Handler)
 
+    def __exit__(self, *exception):
+        self.ended.set()
+        super().__exit__(*exception)
+
     def fault(self, line):
         if self.down:
             return 503
+        if len(self.requests) - self._failed <= self.apart:
+            return None
         for i, (pattern, how) in enumerate(self.fails):
             if re.search(pattern, line):
                 del self.fails[i]
+                self._failed = len(self.requests)
                 return how
         return None
 
@@ -167,11 +182,11 @@ def google():
             {"Content-Type": "application/json"},
         )  # fmt: skip
         urllib.request.urlopen(make).read()
-        variables = {
+        server.variables = {
             "STORAGE_EMULATOR_HOST": server.url, "TENSORSTORE_GCS_HTTP_URL": server.url, "GOOGLE_CLOUD_PROJECT": "test",
-            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
+            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none", "NO_GCE_CHECK": "true",
         }  # fmt: skip
-        with _variables(variables):
+        with _variables(server.variables):
             forget_clients()
             yield server
             forget_clients()
@@ -185,11 +200,11 @@ def amazon():
     port = _free_port()
     with _started(_S3, ["-H", "127.0.0.1", "-p", str(port)], port, "/moto-api/") as server:
         urllib.request.urlopen(urllib.request.Request(f"{server.url}/{BUCKET}", method="PUT")).read()
-        variables = {
+        server.variables = {
             "AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_DEFAULT_REGION": "us-east-1",
         }  # fmt: skip
-        with _variables(variables):
+        with _variables(server.variables):
             forget_clients()
             yield server
             forget_clients()

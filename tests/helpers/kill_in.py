@@ -1,11 +1,12 @@
-"""Runs a command of sgpo_jax again and again, and kills it with SIGKILL in a given phase each time.
+"""Runs commands of sgpo_jax again and again, and kills them with SIGKILL in a given phase each time.
 
     python kill_in.py FILE
 
-FILE holds a JSON object: module, arguments, folder, sick, and kills, a list of [phase, number, seconds]. The process is
-killed `seconds` after the phase began for the `number`th time, or at the end of that phase. Every process is a fork of
-this one, so that the imports run once. After the last kill, the command runs to its end. The output is a list of
-[exit code, names of unfinished checkpoints, last line of output] for each process, up to the first that was not killed.
+FILE holds a JSON list of plans: module, arguments, folder, sick, and kills, a list of [phase, number, seconds]. The
+process is killed `seconds` after the phase began for the `number`th time, or at the end of that phase. Every process is
+a fork of this one, so that the imports run once. After the last kill, the command runs to its end. The output has a
+list for each plan: [exit code, names of unfinished checkpoints, last line of output] of each process, up to the first
+that was not killed.
 
 Responses to the batches at the positions `sick` count as truncated, so that the monitor sees a collapse.
 """
@@ -109,7 +110,7 @@ def make_sick(positions):
     rl.noise_key, rl._rollout_metrics = key, measured
 
 
-def run(kill, output):
+def run(plan, kill, output):
     """Runs the command in a fork and returns its exit code."""
     child = os.fork()
     if not child:
@@ -124,18 +125,27 @@ def run(kill, output):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-lease.BEAT, lease.LEASE = 0.5, 2.0  # a killed process still holds the lock of a folder in a bucket
+def attempts(plan, output):
+    """Returns the results of one plan."""
+    results = []
+    for kill in [*plan["kills"], None]:
+        code = run(plan, kill, output)
+        cut = [path.name for stage in Path(plan["folder"]).glob("*/checkpoints") for path in unfinished(stage)]
+        lines = output.read_text(errors="replace").splitlines()
+        results.append([code, cut, (lines or [""])[-1]])
+        if code != -signal.SIGKILL:
+            break
+    return results
+
+
+lease.BEAT, lease.LEASE = 0.2, 1.0  # a killed process still holds the lock of a folder in a bucket
 warnings.simplefilter("ignore")  # jax warns of forks, but none of its threads is running yet
-plan = json.loads(Path(sys.argv[1]).read_text())
-importlib.import_module("sgpo_jax.commands." + plan["module"].removeprefix("sgpo_jax.").replace("main", "train"))
-if plan["folder"].startswith("gs://"):
-    importlib.import_module("gcsfs")
-results, output = [], Path(sys.argv[1]).with_suffix(".output")
-for kill in [*plan["kills"], None]:
-    code = run(kill, output)
-    cut = [path.name for stage in Path(plan["folder"]).glob("*/checkpoints") for path in unfinished(stage)]
-    lines = output.read_text(errors="replace").splitlines()
-    results.append([code, cut, (lines or [""])[-1]])
-    if code != -signal.SIGKILL:
-        break
-print(json.dumps(results))
+plans = json.loads(Path(sys.argv[1]).read_text())
+for plan in plans:
+    module = plan["module"].removeprefix("sgpo_jax.").replace("main", "train")
+    importlib.import_module(f"sgpo_jax.commands.{module}")
+    # What the processes would import themselves.
+    more = ["tensorboardX"] * (module == "train") + ["gcsfs", "google.cloud.storage"] * plan["folder"].startswith("gs:")
+    for name in more:
+        importlib.import_module(name)
+print(json.dumps([attempts(plan, Path(sys.argv[1]).with_suffix(".output")) for plan in plans]))

@@ -6,14 +6,19 @@ import time
 
 from sgpo_jax import cli
 from sgpo_jax.cli.processes import join
-from sgpo_jax.runtime import distributed, preemption
+from sgpo_jax.runtime import distributed, preemption, watchdog
 
 LONG = "€" * 100_000
 
 
 def share_work(process):
+    met = watchdog._peers.met
     values = distributed.gather({"process": process, "text": LONG * process, "number": 0.1, "none": None})
     assert values == [{"process": i, "text": LONG * i, "number": 0.1, "none": None} for i in range(len(values))]
+    assert met < watchdog._peers.met, "which is when the processes were last seen alive"
+    met = watchdog._peers.met
+    preemption.check()
+    assert met < watchdog._peers.met
     asked = []
     assert distributed.first(lambda: asked.append(process) or f"{process} was asked") == "0 was asked"
     assert asked == [0] * (process == 0)

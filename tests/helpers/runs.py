@@ -51,9 +51,12 @@ def rows(workdir, stage):
 
 
 def parameters(workdir, stage, step):
-    """Reads every saved array of a checkpoint."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore((workdir / stage / "checkpoints" / str(step) / "state").absolute())
+    """Reads every saved array of a checkpoint, as a whole, whatever number of processes wrote it."""
+    path = (workdir / stage / "checkpoints" / str(step) / "state").absolute()
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        shapes = checkpointer.metadata(path).item_metadata.tree
+        whole = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+        return checkpointer.restore(path, restore_args=whole)
 
 
 def generations(workdir):

@@ -1,77 +1,126 @@
-"""A run without a model, in a folder that may be in a bucket: rows, a file, and checkpoints of a few numbers.
+"""Runs without a model, in folders that may be in buckets: rows, a file, and checkpoints of a few numbers.
 
-    python small_run.py WORKDIR KILLS
+Each line of the standard input is a JSON object: workdir, processes, variables of the environment, and kills, a list of
+[step, moment, process]. At each of these moments the process ends, and the run begins anew once its other processes
+have ended too. Every process is a fork of this one, so that the imports run once. The moments:
 
-It is killed with SIGKILL at each moment of KILLS, a JSON list of [step, moment], and begins anew, in a fork each time.
-The moments: "row" before the step is saved, "saving" when its checkpoint is being written, "saved" after it.
+    row     SIGKILL before the step is saved
+    saving  SIGKILL when its checkpoint is being written
+    saved   SIGKILL after that
+    robbed  another run takes the lock of the folder, as after a minute in which the machine stood still
+
+The answer to a line is one with the exit codes of each start, one for each process. Their words are in the standard
+error stream.
 """
 
+import contextlib
 import importlib
 import json
 import os
 import signal
+import socket
 import sys
 import threading
-from pathlib import Path
+import time
+import warnings
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from sgpo_jax import cli
-from sgpo_jax.runtime import files, lease, lock, mirror
+from sgpo_jax import cli, sharding
+from sgpo_jax.runtime import buckets, distributed, files, is_first, lease, lock, mirror, preemption
 from sgpo_jax.runtime.metric_writer import Writer
 from sgpo_jax.training import stage
 from sgpo_jax.training.checkpoint import Checkpoints
 from sgpo_jax.training.state import TrainState
 
 STEPS = 6
+SIZE = 4  # numbers of the state, divisible by the number of devices
 
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(workdir: str, kill: list) -> None:
+def rob(workdir):
+    buckets.write(f"{workdir}/lock/{10**7:08}", json.dumps({"host": "another", "pid": 1, "since": "then"}).encode())
+    time.sleep(600)
+
+
+def run(workdir: str, processes: int, process: int, port: int, kill: tuple[int, str] | None) -> None:
     folder = cli.folder("workdir", workdir)
-    with mirror.closing(), lock.hold(folder):
-        arrays = stage.folder_of(folder, "rl")
-        with Checkpoints(arrays, keep=2, best="score", higher_is_better=True, seed=0) as saved:
-            first = TrainState(jnp.int32(0), {"a": jnp.zeros(4)}, (), jnp.int32(0))
-            state = saved.restore_latest(jax.tree.map(lambda x: jax.device_put(x), first)) or first
-            with Writer(folder, STEPS, "rl", resume_step=int(state.step)) as writer:
+    if processes > 1:
+        distributed.start(f"127.0.0.1:{port}", processes, process)
+    mesh = sharding.make_mesh()
+    split, whole = (jax.sharding.NamedSharding(mesh, jax.P(*axes)) for axes in (["fsdp"], []))
+    shardings = TrainState(whole, {"a": split}, (), whole)
+
+    @partial(jax.jit, out_shardings=shardings)
+    def begun():
+        return TrainState(jnp.int32(0), {"a": jnp.zeros(SIZE)}, (), jnp.int32(0))
+
+    @partial(jax.jit, out_shardings=(shardings, whole))
+    def updated(state):
+        params = jax.tree.map(lambda x: x * 3 + x.mean() + jnp.arange(SIZE), state.params)
+        return state.replace(step=state.step + 1, params=params), params["a"].sum()
+
+    with lock.hold(folder) if is_first() else contextlib.nullcontext():
+        distributed.wait_for(partial(lock.seen, folder), folder)
+        with Checkpoints(stage.folder_of(folder, "rl"), keep=2, best="score", higher_is_better=True, seed=0) as saved:
+            state = saved.restore_latest(begun()) or begun()
+            with Writer(folder, STEPS, "rl", resume_step=int(state.step), enabled=is_first()) as writer:
                 for step in range(int(state.step) + 1, STEPS + 1):
-                    params = jax.tree.map(lambda x: x * 3 + 1, state.params)
-                    state = state.replace(step=jnp.int32(step), params=params)
-                    writer.write(step, {"sum": params["a"].sum()})
-                    if kill == [step, "row"]:
+                    state, total = updated(state)
+                    writer.write(step, {"sum": total})
+                    preemption.check()
+                    if kill == (step, "row"):
                         die()
+                    if kill == (step, "robbed"):
+                        rob(workdir)
                     if step % 2 == 0:
                         writer.sync()
-                        if kill == [step, "saving"]:
+                        if kill == (step, "saving"):
                             threading.Timer(0.05, die).start()
                         saved.save(step, state, float(step))
-                        if kill == [step, "saved"]:
+                        if kill == (step, "saved"):
                             saved.wait()
                             die()
             saved.wait()
-        files.write_text(folder / "eval" / "result.json", json.dumps({"steps": STEPS}))
+        if is_first():
+            files.write_text(folder / "eval" / "result.json", json.dumps({"steps": STEPS}))
 
 
-def main(workdir: str, kills: list) -> None:
-    lease.BEAT, lease.LEASE = 0.2, 1.0
+def forked(workdir: str, processes: int, process: int, port: int, kill: list | None) -> int:
+    """Starts a process of a run and returns its pid."""
+    if child := os.fork():
+        return child
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    try:
+        with distributed.together(), mirror.closing():
+            run(workdir, processes, process, port, tuple(kill[:2]) if kill and kill[2] == process else None)
+        os._exit(0)
+    except BaseException as error:
+        print(f"sgpo_jax: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def main(workdir: str, processes: int, variables: dict, kills: list) -> list[list[int]]:
+    os.environ.update(variables)
     for client in {"gs": ("gcsfs", "google.cloud.storage"), "s3": ("s3fs",)}.get(workdir.partition("://")[0], ()):
         importlib.import_module(client)  # once, not in every fork
+    codes = []
     for kill in [*kills, None]:
-        child = os.fork()
-        if not child:
-            run(workdir, kill)
-            sys.stdout.flush()
-            os._exit(0)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if code != (-signal.SIGKILL if kill else 0):
-            sys.exit(f"{kill}: ended with {code}")
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        children = [forked(workdir, processes, i, port, kill) for i in range(processes)]
+        codes.append([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+    return codes
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], json.loads(sys.argv[2]))
-    print(Path(__file__).stem, "is done")
+    warnings.simplefilter("ignore")  # jax warns of forks, but none of its threads is running yet
+    lease.BEAT, lease.LEASE = 0.1, 0.5
+    buckets._SILENCE, os.environ["TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS"] = 1.0, "1"
+    for line in sys.stdin:
+        print(json.dumps(main(**json.loads(line))), flush=True)
