@@ -246,7 +246,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, *[nn.broadcast] * 4),
             length=config.num_layers,
-            check_constancy_invariants=False,  # nothing is broadcast out, and the check would trace each layer twice
+            check_constancy_invariants=self.is_initializing(),  # traces a layer twice; `init` draws as it always did
         )(config, self.dtype, self.split, each, name="layers")
         layer = jnp.arange(config.num_layers)
         (x, keys, values), _ = layers((x, keys, values), layer, angle, mask.astype(jnp.int32), lengths, stacks)
