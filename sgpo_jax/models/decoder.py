@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from sgpo_jax.models import experts, rotary
+from sgpo_jax.models import experts, quantised, rotary
 from sgpo_jax.models.attention import SAVED, append, cache_shape
 from sgpo_jax.models.config import ModelConfig
 from sgpo_jax.models.norms import make_norm
@@ -75,7 +75,10 @@ class Block(nn.Module):
             beside = {} if self.is_initializing() else self.get_variable("params", name)
 
             def dot(x, kernel, *_, **__):
-                if keys is not None:  # sampling takes the fastest product, and has its own layout of the weights
+                if "kernel_scale" in beside:
+                    codes = {leaf: beside[leaf] for leaf in ("kernel", "kernel_scale")}
+                    product = quantised.product(x, codes, tuple(spec))
+                elif keys is not None:  # sampling takes the fastest product, and has its own layout of the weights
                     product = x @ kernel
                 else:
                     # The kernel already has this layout. The constraint gives it to the gradient too, which would
