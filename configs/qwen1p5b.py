@@ -16,7 +16,13 @@ from sgpo_jax import methods
 CARDS = {
     "h100x8": {"rl.slots": 512, "eval.slots": 256},
     "h100x32": {"rl.slots": 1536, "eval.slots": 1024},
-}
+    "lora": {
+        "lora.rank": 32, "lora.alpha": 64.0, "lora.base_dtype": "nf4", "mesh.tensor": 1,
+        "sft.batch": 16, "sft.micro_batch": 1, "sft.learning_rate": 1e-4,
+        "rl.batch": 16, "rl.micro_batch": 1, "rl.slots": 12, "rl.learning_rate": 1e-5,
+        "eval.batch": 16, "eval.slots": 6,
+    },
+}  # fmt: skip
 
 
 def get_config(choice: str = "sgpo") -> ConfigDict:

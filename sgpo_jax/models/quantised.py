@@ -1,8 +1,8 @@
 """Frozen kernels in 8 or 4 bits under adapters, as in QLoRA (arXiv 2305.14314); qwix quantises and dequantises.
 
-The kernels of the layers, one matrix each (not those of experts), become codes, and `kernel_scale` stands beside them.
-Each tile of a column has a scale: in "int8" it is the whole column, in "nf4" at most 64 of its rows. The kernel that
-they stand for is the bfloat16 number nearest code times scale. All other parameters are bfloat16.
+The kernels of the layers, one matrix each (not those of experts), become codes, and `kernel_scale` stands beside them:
+a scale for each tile of a column, of at most 64 of its rows. The kernel that they stand for is the bfloat16 number
+nearest code times scale. All other parameters are bfloat16.
 
 Axis key: L layers, D features into a kernel, F out of it, S tiles of a column, R rows of a tile.
 """
@@ -21,7 +21,7 @@ from sgpo_jax.models.products import dot_in_blocks
 from sgpo_jax.sharding import constrain, exact_products
 
 CODES = {"int8": jnp.int8, "nf4": jnp.uint4}  # base_dtype -> type of its codes
-TILE = 64  # most rows of a tile in "nf4", as in QLoRA
+TILE = 64  # most rows of a tile, as in QLoRA; a tile divides the rows
 Leaves = dict[str, jax.Array]  # of a kernel: {"kernel"}, or {"kernel", "kernel_scale"}, and others beside them
 
 
@@ -70,16 +70,16 @@ def shapes(params: dict[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _with_codes(params: dict[str, Any], quantise_kernel: Callable[[str, Any], Leaves]) -> dict[str, Any]:
-    layers = {
-        name: leaves | (quantise_kernel(name, leaves["kernel"]) if getattr(leaves.get("kernel"), "ndim", 0) == 3 else {})
-        for name, leaves in params["layers"].items()
-    }
+    layers = {}
+    for name, leaves in params["layers"].items():
+        matrices = "kernel" in leaves and leaves["kernel"].ndim == 3
+        layers[name] = leaves | quantise_kernel(name, leaves["kernel"]) if matrices else leaves
     return params | {"layers": layers}
 
 
 def _quantise_layers(kind: str, kernel: jax.Array) -> Leaves:
     rows = kernel.shape[1]
-    tile = rows if kind == "int8" else max(size for size in range(1, TILE + 1) if rows % size == 0)
+    tile = max(size for size in range(1, TILE + 1) if rows % size == 0)
 
     def quantise_tile(values):  # [R]
         quantised = library().quantize(values, kind)
@@ -105,8 +105,8 @@ def kernel(leaves: Leaves) -> jax.Array:
     def dequantise(code, scale):
         return library().dequantize(library().QArray(code, scale, qtype=kind))
 
-    tiles = codes.reshape(len(scales), -1, codes.shape[1])
-    return dequantise(tiles, scales[:, None]).reshape(codes.shape).astype(jnp.bfloat16)
+    values = dequantise(codes.reshape(len(scales), -1, codes.shape[1]), scales[:, None]).reshape(codes.shape)
+    return jax.lax.reduce_precision(values, 8, 7).astype(jnp.bfloat16)  # a cast alone may be undone by one to float32
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
