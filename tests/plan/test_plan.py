@@ -446,7 +446,7 @@ def test_a_base_of_4_bits_is_planned_with_its_scales_and_whole_kernels_for_sampl
     )
     kernels = {name: shape for name, shape in lora.kernels(tiny).items()}
     codes = sum(math.prod(shape) for shape in kernels.values()) // 2
-    # Rows of q, k, v, gate and up are split, and so are columns of o and down: one tile is whole, columns are in halves.
+    # Of q, k, v, gate and up the rows are split, which are one tile; of o and down the columns.
     tiles = {name: layers * -(-rows // 64) * columns for name, (layers, rows, columns) in kernels.items()}
     scales = sum(count // 2 if name in ("o", "down") else count for name, count in tiles.items())
     quantised = codes // 2 + 4 * scales

@@ -144,26 +144,20 @@ def trained(mesh, config, steps=2, kind=""):
 
 @pytest.fixture(scope="module")
 def single_device(tiny):
-    return trained(sharding.make_mesh(devices=jax.devices()[:1]), tiny)
+    return functools.cache(lambda kind: trained(sharding.make_mesh(devices=jax.devices()[:1]), tiny, kind=kind))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(1, 4, 2), (1, 1, 8), (2, 2, 2)], ids=str)
-def test_every_mesh_trains_adapters_like_one_device(shape, single_device, tiny):
-    losses, adapters, merged = trained(sharding.make_mesh(*shape), tiny)
-    np.testing.assert_allclose(losses, single_device[0], atol=1e-4)
-    assert_trees_close(adapters, single_device[1], 1e-4)
-    assert_trees_close(merged, single_device[2], 1e-4)
-
-
-@pytest.mark.slow
-def test_a_mesh_trains_adapters_of_a_quantised_base_like_one_device(tiny, single_device):
-    pytest.importorskip("qwix", reason="the quantised extra is not installed")
-    losses, adapters, _ = trained(sharding.make_mesh(devices=jax.devices()[:1]), tiny, kind="nf4")
-    found = trained(sharding.make_mesh(2, 2, 2), tiny, kind="nf4")
-    np.testing.assert_allclose(found[0], losses, atol=1e-4)
-    assert_trees_close(found[1], adapters, 1e-4)
-    assert np.abs(np.subtract(losses, single_device[0])).max() > 1e-3, "another base"
+@pytest.mark.parametrize(("shape", "kind"), [((1, 4, 2), ""), ((1, 1, 8), ""), ((2, 2, 2), "nf4")], ids=str)
+def test_every_mesh_trains_adapters_like_one_device(shape, kind, single_device, tiny):
+    if kind:
+        pytest.importorskip("qwix", reason="the quantised extra is not installed")
+    losses, adapters, merged = trained(sharding.make_mesh(*shape), tiny, kind=kind)
+    expected = single_device(kind)
+    np.testing.assert_allclose(losses, expected[0], atol=1e-4)
+    assert_trees_close(adapters, expected[1], 1e-4)
+    # A number of bfloat16 may be the next one.
+    assert_trees_close(merged, expected[2], 2e-3 if kind else 1e-4)
 
 
 def settings(**changes):
@@ -225,6 +219,7 @@ def test_exports_are_the_merged_weights_and_the_adapters_with_which_a_run_can_be
     adapters = peft.load(tmp_path / "adapters", config, chosen)
     saved = parameters(whole, "rl", 2)["params"]  # the only one that was evaluated
     jax.tree.map(np.testing.assert_array_equal, adapters, saved)
+    assert "| adapters | r = 2, trained over the base in nf4 |" in (tmp_path / "adapters/README.md").read_text()
     base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), models.init(jax.random.key(0), config))
     base = quantised.quantise(base, "nf4", sharding.make_mesh(devices=jax.devices()[:1]))
     jax.tree.map(np.testing.assert_array_equal, merged, lora.merge(base, saved, chosen.scale))
