@@ -306,16 +306,20 @@ def expert_load(
     mask: jax.Array,
     *,
     dtype: Any = jnp.float32,
-) -> jax.Array:
-    """Counts the tokens that each expert of each layer takes, `[L,E]` int32; padding is not counted.
+    remat: str = "none",
+) -> tuple[jax.Array, jax.Array]:
+    """Computes hidden states as `apply`, and counts the tokens that each expert of each layer takes, without padding.
 
     Args:
-      params, config, tokens, positions, mask, dtype: as in `apply`.
+      params, config, tokens, positions, mask, dtype, remat: as in `apply`.
+
+    Returns:
+      (hidden `[B,T,D]`, tokens `[L,E]` int32).
     """
-    module = Decoder(config, dtype, "none")
+    module = Decoder(config, dtype, remat)
     with exact_products(dtype):
-        _, counted = module.apply({"params": params}, tokens, positions, mask, None, {}, mutable=["load"])
-    return counted["load"]["layers"]["tokens"][0]
+        (hidden, _), counted = module.apply({"params": params}, tokens, positions, mask, None, {}, mutable=["load"])
+    return hidden, counted["load"]["layers"]["tokens"][0]
 
 
 def decode(
