@@ -4,7 +4,8 @@
 
 It reads data/train.jsonl (id, problem, answer, solution, strategy) and data/{math500,amc23,olympiadbench,aime24}.jsonl
 (id, problem, answer). To read other files: --config.data.train=... and --config.eval.sets.MATH500.source=...
-`:h100x8` or `:h100x32` after the file's name makes it fit 8 or 32 H100 (docs/gpus.md).
+`:h100x8` or `:h100x32` after the file's name makes it fit 8 or 32 H100 (docs/gpus.md). `:lora` trains adapters over a
+base in nf4, on one card of 24 GB (docs/lora.md).
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +17,14 @@ from sgpo_jax import methods
 CARDS = {
     "h100x8": {"rl.slots": 512, "eval.slots": 256},
     "h100x32": {"rl.slots": 1536, "eval.slots": 1024},
-}
+    # Smaller batches, which one card can sample, and ten times the rates: adapters need larger ones.
+    "lora": {
+        "lora.rank": 64, "lora.alpha": 128.0, "lora.base_dtype": "nf4", "mesh.tensor": 1,
+        "sft.batch": 16, "sft.micro_batch": 2, "sft.learning_rate": 1e-4,
+        "rl.batch": 16, "rl.micro_batch": 2, "rl.slots": 20, "rl.learning_rate": 1e-5,
+        "eval.batch": 16, "eval.slots": 10,
+    },
+}  # fmt: skip
 
 
 def get_config(choice: str = "sgpo") -> ConfigDict:

@@ -52,7 +52,7 @@ def base() -> ConfigDict:
     config.lora.alpha = 32.0  # s is alpha / rank
     config.lora.rslora = False  # s is alpha / sqrt(rank); arXiv 2312.03732
     config.lora.targets = ".*"  # regular expression of whole names: which of q, k, v, o, gate, up, down have adapters
-    config.lora.base_dtype = "float32"  # of the frozen parameters; "bfloat16" halves their memory
+    config.lora.base_dtype = "float32"  # of the frozen ones; or "bfloat16", "int8", "nf4" (docs/lora.md)
     config.lora.start = ""  # folder of peft with the adapters to begin with; "" draws A, and B is 0
 
     config.data = ConfigDict()

@@ -145,7 +145,7 @@ def _check_lora(config: ConfigDict, need: Callable, whole: Callable, positive: C
     """Checks the fields of the adapters; that the rule names kernels is checked where the model is known."""
     whole(0, "lora.rank")
     positive("lora.alpha")
-    choice("lora.base_dtype", "float32", "bfloat16")
+    choice("lora.base_dtype", "float32", "bfloat16", "int8", "nf4")
     try:
         re.compile(config.lora.targets)
     except re.error as error:

@@ -23,8 +23,8 @@ BATCH = ("data", "fsdp")  # the axes that split the rows of a batch
 RULES: tuple[tuple[str, P], ...] = (
     (r"embed/embedding$", P("tensor", "fsdp")),
     (r"head/kernel$", P("fsdp", "tensor")),
-    (r"layers/(q|k|v|gate|up)/kernel$", P(None, "fsdp", "tensor")),
-    (r"layers/(o|down)/kernel$", P(None, "tensor", "fsdp")),
+    (r"layers/(q|k|v|gate|up)/kernel(_scale)?$", P(None, "fsdp", "tensor")),
+    (r"layers/(o|down)/kernel(_scale)?$", P(None, "tensor", "fsdp")),
     (r"layers/experts_(gate|up)/kernel$", P(None, "tensor", "fsdp", None)),
     (r"layers/experts_down/kernel$", P(None, "tensor", None, "fsdp")),
     (r"layers/router/weight$", P()),
@@ -143,6 +143,9 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     def leaf_sharding(path, leaf):
         name = path_name(path)
         spec = spec_for(name, leaf.shape)
+        if name.endswith("/kernel_scale"):  # the mesh need not divide the tiles of the rows that it divides
+            sizes = zip(spec, leaf.shape, strict=True)
+            spec = P(*(None if axis and size % mesh.shape[axis] else axis for axis, size in sizes))
         for dim, axis in enumerate(spec):
             if axis is not None and leaf.shape[dim] % mesh.shape[axis]:
                 raise ValueError(

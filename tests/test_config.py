@@ -164,7 +164,7 @@ CATALOGUE = [
     ("lora.rank", -1, "at least 0"),
     ("lora.alpha", 0.0, "a finite number above 0"),
     ("lora.targets", "q|(", "a regular expression"),
-    ("lora.base_dtype", "int8", "'float32' or 'bfloat16'"),
+    ("lora.base_dtype", "int4", "'float32' or 'bfloat16' or 'int8' or 'nf4'"),
     ("lora.start", "org/adapter", "'' where lora.rank is 0"),
     ("model.layers", 0, "at least 1"),
     ("model.heads", 0, "at least 1"),

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from sgpo_jax.models import experts, rotary
+from sgpo_jax.models import experts, quantised, rotary
 from sgpo_jax.models.attention import SAVED, append, cache_shape
 from sgpo_jax.models.config import ModelConfig
 from sgpo_jax.models.norms import make_norm
@@ -80,7 +80,10 @@ class Block(nn.Module):
             beside = {} if self.is_initializing() else self.get_variable("params", name)
 
             def dot(x, kernel, *_, **__):
-                if keys is not None:  # sampling takes the fastest product, and has its own layout of the weights
+                if "kernel_scale" in beside:
+                    codes = {leaf: beside[leaf] for leaf in ("kernel", "kernel_scale")}
+                    product = quantised.product(x, codes, tuple(spec))
+                elif keys is not None:  # sampling takes the fastest product, and has its own layout of the weights
                     product = x @ kernel
                 else:
                     # The kernel already has this layout. The constraint gives it to the gradient too, which would
@@ -313,16 +316,20 @@ def expert_load(
     mask: jax.Array,
     *,
     dtype: Any = jnp.float32,
-) -> jax.Array:
-    """Counts the tokens that each expert of each layer takes, `[L,E]` int32; padding is not counted.
+    remat: str = "none",
+) -> tuple[jax.Array, jax.Array]:
+    """Computes hidden states as `apply`, and counts the tokens that each expert of each layer takes, without padding.
 
     Args:
-      params, config, tokens, positions, mask, dtype: as in `apply`.
+      params, config, tokens, positions, mask, dtype, remat: as in `apply`.
+
+    Returns:
+      (hidden `[B,T,D]`, tokens `[L,E]` int32).
     """
-    module = Decoder(config, dtype, "none")
+    module = Decoder(config, dtype, remat)
     with exact_products(dtype):
-        _, counted = module.apply({"params": params}, tokens, positions, mask, None, {}, mutable=["load"])
-    return counted["load"]["layers"]["tokens"][0]
+        (hidden, _), counted = module.apply({"params": params}, tokens, positions, mask, None, {}, mutable=["load"])
+    return hidden, counted["load"]["layers"]["tokens"][0]
 
 
 def decode(

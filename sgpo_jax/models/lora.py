@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from sgpo_jax.models import param_mapping as table
+from sgpo_jax.models import quantised
 from sgpo_jax.models.config import ModelConfig
 from sgpo_jax.sharding import exact_products, path_name
 
@@ -68,6 +69,18 @@ def kernels(config: ModelConfig, targets: str = ".*") -> dict[str, tuple[int, ..
     return chosen
 
 
+def base_shapes(config: ModelConfig, base_dtype: str) -> dict[str, Any]:
+    """Returns the frozen parameters with a jax.ShapeDtypeStruct for every leaf, as `lora.base_dtype` has them."""
+    dtype = quantised.dtype_of(base_dtype)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), table.shapes(config))
+    return quantised.shapes(params, base_dtype) if base_dtype in quantised.CODES else params
+
+
+def merged_kernels(config: ModelConfig, lora: Lora, base_dtype: str) -> dict[str, tuple[int, ...]]:
+    """Returns the kernels, as `kernels` does, of which `merge` makes new ones."""
+    return kernels(config, ".*" if base_dtype in quantised.CODES else lora.targets)
+
+
 @partial(jax.jit, static_argnames=("config", "lora"))
 def init(rng: jax.Array, config: ModelConfig, lora: Lora) -> Adapters:
     """Returns adapters that change nothing yet: A `[L,D,r]` uniform in +-1/sqrt(D), as in peft, and B `[L,r,F]` 0."""
@@ -97,21 +110,22 @@ def attach(base: dict[str, Any], adapters: Adapters, scale: float) -> dict[str, 
 def merge(base: dict[str, Any], adapters: Adapters, scale: float) -> dict[str, Any]:
     """Returns the base with `W + s A B` for each target's W, summed in float32 and rounded once, to the type of W.
 
-    What is no target is shared with the base, not copied. A merged kernel lies on the devices as its W does.
+    Of a quantised base every kernel is merged, to bfloat16: W is what codes and scales stand for, see `quantised`. What
+    else is no target is shared with the base, not copied. A merged kernel lies on the devices as its W does.
     """
-    layers = {
-        name: leaves | {"kernel": _merged(leaves["kernel"], pair["lora_a"], pair["lora_b"], scale)}
-        for name, leaves, pair in _pairs(base, adapters)
-    }
-    return base | {"layers": base["layers"] | layers}
+    layers = {}
+    for name, leaves in base["layers"].items():
+        stored = {leaf: leaves[leaf] for leaf in ("kernel", "kernel_scale") if leaf in leaves}
+        pair = adapters["layers"].get(name)
+        merged = {leaf: value for leaf, value in leaves.items() if leaf not in stored}
+        if pair or len(stored) > 1:
+            stored = {"kernel": _merger(leaves["kernel"].sharding)(stored, pair, scale)}
+        layers[name] = merged | stored
+    return base | {"layers": layers}
 
 
 def _pairs(base: dict[str, Any], adapters: Adapters) -> list[tuple[str, dict[str, Any], dict[str, jax.Array]]]:
     return [(name, base["layers"][name], pair) for name, pair in adapters["layers"].items()]
-
-
-def _merged(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    return _merger(kernel.sharding)(kernel, a, b, scale)
 
 
 @cache
@@ -119,13 +133,17 @@ def _merger(sharding: jax.sharding.Sharding) -> Callable[..., jax.Array]:
     return jax.jit(_merge_layers, static_argnames="scale", out_shardings=sharding)
 
 
-def _merge_layers(kernel, a, b, scale):
+def _merge_layers(stored, pair, scale):
     def merge_layer(layer):  # one at a time: the float32 sum of all layers would be twice a bfloat16 kernel
-        kernel, a, b = layer
+        stored, pair = layer
+        kernel = quantised.kernel(stored)
+        if pair is None:
+            return kernel
         with exact_products(jnp.float32):
-            return (kernel.astype(jnp.float32) + scale * (a @ b)).astype(kernel.dtype)
+            product = pair["lora_a"].astype(jnp.float32) @ pair["lora_b"].astype(jnp.float32)
+        return (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)
 
-    return jax.lax.map(merge_layer, (kernel, a.astype(jnp.float32), b.astype(jnp.float32)))
+    return jax.lax.map(merge_layer, (stored, pair))
 
 
 def fingerprint(params: dict[str, Any]) -> str:
@@ -146,7 +164,8 @@ def _checksums(params):
 
 def _checksum(x: jax.Array) -> jax.Array:
     """Sums the bits of the numbers times odd factors that depend on the place, modulo 2**32."""
-    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    whole = jnp.issubdtype(x.dtype, jnp.integer)  # codes
+    bits = (x if whole else jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
     place = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
         place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)

@@ -10,11 +10,12 @@ from jax.experimental import topologies
 from sgpo_jax.plan.roofline import Chip
 
 # Speeds are those of NVIDIA's data sheets for the SXM cards: FLOPs without sparsity; NVLink one way, half of the total.
+# A GeForce has no NVLink but PCIe 4.0, and sums of bfloat16 products in float32.
 # The network is an assumption: each GPU has its own network card, of 400 Gbit/s, or of 200 beside an A100, as in DGX.
 # Prices are for a GPU in a node of eight, on demand, from the SkyPilot catalogue: Nebius at commit 0082b04, and Lambda
-# at 0f40703 for the A100. Latencies are the constants of NCCL's tuning model for its protocol of the least latency: to
-# start, 0.6 us a step over NVLink and 2.7 us to another host. It goes round the ring one way, so half the steps count
-# twice.
+# at 0f40703 for the A100. RunPod's is for a single GeForce. Latencies are the constants of NCCL's tuning model for its
+# protocol of the least latency: to start, 0.6 us a step over NVLink and 2.7 us to another host. It goes round the ring
+# one way, so half the steps count twice.
 _NCCL = {"start": 6.6e-6, "hop": 2 * 0.6e-6, "network_hop": 2 * 2.7e-6}
 CHIPS = {
     "h100": Chip(flops=989.4e12, hbm=3352e9, ici=450e9, network=50e9, price=2.95, **_NCCL),
@@ -22,6 +23,7 @@ CHIPS = {
     "b200": Chip(flops=2250e12, hbm=7672e9, ici=900e9, network=50e9, price=5.50, **_NCCL),
     "a100": Chip(flops=312e12, hbm=2039e9, ici=300e9, network=25e9, price=2.79, **_NCCL),
     "a100-40gb": Chip(flops=312e12, hbm=1555e9, ici=300e9, network=25e9, price=1.99, **_NCCL),
+    "rtx4090": Chip(flops=165.2e12, hbm=1008e9, ici=32e9, network=25e9, price=0.74, **_NCCL),
 }
 MOST = 8  # GPUs of a host
 MEMORY_SHARE = 0.75  # of a card, which JAX takes for itself unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise

@@ -30,7 +30,6 @@ from sgpo_jax.models import (
     windows,
 )
 from sgpo_jax.models.lora import Lora
-from sgpo_jax.models.param_mapping import shapes as model_shapes
 from sgpo_jax.plan import workload
 from sgpo_jax.plan.phases import Scopes
 from sgpo_jax.plan.workload import Assumed
@@ -119,7 +118,7 @@ def programs(config: ConfigDict, shape: ModelConfig, mesh: Mesh, assumed: Assume
     sft_programs = _sft_programs(setup) if "sft" in config.stages else []
     rl_programs = _rl_programs(setup) if "rl" in config.stages else []
     state, base = _state(config, "rl", policy, mesh), _base(config, policy, mesh)
-    params, resident = _whole(state, base, policy, training=bool(config.rl.eval_every))
+    params, resident = _whole(config, state, policy, base, training=bool(config.rl.eval_every))
     evaluations = [
         _generation(setup, "eval", f"evaluation, {samples} samples", params, resident, (samples,), count)
         for samples, count in sorted(setup.calls.evaluations.items())
@@ -131,7 +130,7 @@ def _sft_programs(setup: _Setup) -> list[Program]:
     config, policy, mesh, assumed, calls = setup
     fields, forward = config.sft, stage.make_forward(policy, config.model.remat)
     state, base = _state(config, "sft", policy, mesh), _base(config, policy, mesh)
-    params, resident = _whole(state, base, policy)
+    params, resident = _whole(config, state, policy, base)
     tx, _ = stage.optimizer(config, "sft", 1)
     update: Any = sft.make_update(forward, tx, shardings=_shardings(state))
     loss: Any = sft.make_losses(forward)
@@ -168,7 +167,7 @@ def _rl_programs(setup: _Setup) -> list[Program]:
     config, policy, mesh, assumed, calls = setup
     fields = config.rl
     state, base = _state(config, "rl", policy, mesh), _base(config, policy, mesh)
-    params, resident = _whole(state, base, policy)
+    params, resident = _whole(config, state, policy, base)
     generations = {"rollout": (tuple(rl.sampled_groups(fields).values()), calls.rl_steps)}
     if calls.own_strategies:
         generations["own responses"] = (fields.self_tries,), calls.own_strategies
@@ -341,33 +340,34 @@ def _shapes_on(mesh: Mesh, tree: Any, tree_specs: Any) -> Any:
     )  # fmt: skip
 
 
-def whole_bytes(tree: Any) -> int:
-    """Returns the bytes that shapes take on all devices together."""
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
 def device_bytes(tree: Any) -> int:
     """Returns the bytes that shapes on a mesh take on one device."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    sizes = ((math.prod(x.sharding.shard_shape(x.shape)), x.dtype) for x in jax.tree.leaves(tree))
+    return sum(-(-count * jax.dtypes.itemsize_bits(dtype) // 8) for count, dtype in sizes)
 
 
 def _base(config: ConfigDict, policy: Policy, mesh: Mesh) -> Any:
     """Returns the frozen parameters under the adapters as shapes on the mesh; None without adapters."""
     if policy.lora is None:
         return None
-    dtype = jnp.dtype(config.lora.base_dtype)
-    shapes = model_shapes(policy.config)
+    return _on_mesh(lora.base_shapes(policy.config, config.lora.base_dtype), mesh)
+
+
+def _on_mesh(shapes: Any, mesh: Mesh) -> Any:
     shardings = sharding.tree_shardings(shapes, mesh)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), shapes, shardings)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def _whole(state: TrainState, base: Any, policy: Policy, training: bool = True) -> tuple[Any, int]:
+def _whole(config: ConfigDict, state: TrainState, policy: Policy, base: Any, training: bool = True) -> tuple[Any, int]:
     """Returns the whole model's parameters, as they are sampled from, and the bytes that a device holds beside them.
 
     These are the rest of the training state, if the run is `training`; and with adapters the kernels of the base that
-    differ from the merged ones. Its other parameters are shared.
+    are merged into others. Its other parameters are shared.
     """
     if base is None or policy.lora is None:
         return state.params, training * (device_bytes(state) - device_bytes(state.params))
-    kernels = [base["layers"][name]["kernel"] for name in lora.kernels(policy.config, policy.lora.targets)]
-    return base, training * device_bytes(state) + device_bytes(kernels)
+    embedding, base_dtype = base["embed"]["embedding"], config.lora.base_dtype
+    params = _on_mesh(lora.base_shapes(policy.config, embedding.dtype.name), embedding.sharding.mesh)
+    layers = [base["layers"][name] for name in lora.merged_kernels(policy.config, policy.lora, base_dtype)]
+    kernels = [(leaves["kernel"], leaves.get("kernel_scale")) for leaves in layers]
+    return params, training * device_bytes(state) + device_bytes(kernels)

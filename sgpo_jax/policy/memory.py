@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sgpo_jax import models, sharding
-from sgpo_jax.models import lora
+from sgpo_jax.models import lora, quantised
 from sgpo_jax.models.lora import Lora
 from sgpo_jax.policy.policy import Run
 from sgpo_jax.rollout import Sampling
@@ -104,7 +104,7 @@ def _resident(
 ) -> int:
     """Returns the bytes of a device that the training state takes, and each stage's weights in the products' type.
 
-    With adapters the state is theirs, and there are the base and its merged kernels, in the type of the base.
+    With adapters the state is theirs, and there are the base and its merged kernels.
 
     Args:
       config, dtype, mesh: of the run.
@@ -115,15 +115,20 @@ def _resident(
     """
     params = jax.eval_shape(partial(models.init, config=config), jax.random.key(0))
 
-    def on_device(tree):
-        parts = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)), tree, sharding.tree_shardings(tree, mesh))
-        return sum(jax.tree.leaves(parts))
+    def on_device(tree, bits=None):
+        """Returns the bytes of a device that a tree takes, with the bits of its types or with these."""
+        places = sharding.tree_shardings(tree, mesh)
+        parts = jax.tree.map(
+            lambda x, s: math.prod(s.shard_shape(x.shape)) * (bits or jax.dtypes.itemsize_bits(x.dtype)), tree, places
+        )
+        return sum(jax.tree.leaves(parts)) // 8
 
     whole = sum(x.size for x in jax.tree.leaves(params))
     decoding = sum(whole // (mesh.shape["tensor"] * ways) for ways in decode_ways) * np.dtype(dtype).itemsize
     if adapters is None:
-        return on_device(params) * (4 + held) + decoding
+        return on_device(params, 8 * (4 + held)) + decoding
     merged = {"layers": {name: {"kernel": params["layers"][name]["kernel"]}
-                         for name in lora.kernels(config, adapters.targets)}}  # fmt: skip
-    frozen = (on_device(params) + on_device(merged)) * jnp.dtype(base_dtype).itemsize
-    return frozen + on_device(lora.shapes(config, adapters)) * (4 + held) + decoding
+                         for name in lora.merged_kernels(config, adapters, base_dtype)}}  # fmt: skip
+    frozen = on_device(lora.base_shapes(config, base_dtype))
+    frozen += on_device(merged, 8 * quantised.dtype_of(base_dtype).itemsize)
+    return frozen + on_device(lora.shapes(config, adapters), 8 * (4 + held)) + decoding

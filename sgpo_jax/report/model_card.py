@@ -31,7 +31,7 @@ def model_card(workdir: Path, config: Mapping[str, Any], stage: str, step: int, 
     """
     starts = json.loads((workdir / "environment.json").read_text()) if (workdir / "environment.json").is_file() else []
     last = starts[-1] if starts else {}
-    source = config["model"]["source"]
+    source, lora = config["model"]["source"], config.get("lora", {"rank": 0})
     elsewhere = buckets.is_url(source) or Path(source).expanduser().exists()
     base = source if "/" in source and not elsewhere else ""
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- sgpo", "- reasoning"]
@@ -41,7 +41,9 @@ def model_card(workdir: Path, config: Mapping[str, Any], stage: str, step: int, 
         *head, "", f"# {title}", "",
         f"A language model trained with [sgpo_jax](https://arxiv.org/abs/2606.24064), by {title.partition(' ·')[0]}. "
         f"The weights are those after step {step} of the stage {stage!r}, in {dtype}.", "",
-        "| | |", "|---|---|", f"| base model | {_cell(source)} |", f"| data | {_cell(config['data']['train'])} |",
+        "| | |", "|---|---|", f"| base model | {_cell(source)} |",
+        *[f"| adapters | r = {lora['rank']}, trained over the base in {lora['base_dtype']} |"] * bool(lora["rank"]),
+        f"| data | {_cell(config['data']['train'])} |",
         f"| warm-up | {_cell(config['sft']['train'] or 'a share of the data')} |", f"| seed | {config['seed']} |",
         f"| commit | {_cell(last.get('commit') or 'not known')} |",
         f"| sgpo_jax, JAX | {_cell(last.get('sgpo_jax', '?'))}, {_cell(last.get('jax', '?'))} |",

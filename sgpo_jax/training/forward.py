@@ -84,13 +84,21 @@ def with_responses(rows: Rows, owner: jax.Array, ids: jax.Array) -> Rows:
 
 def response_hidden(forward: Forward, params: Any, rows: Rows) -> jax.Array:
     """Computes the hidden states `[S,C,D]` that predict the response tokens of one micro-batch."""
-    hidden, _ = models.apply(
-        params, forward.config, rows.tokens, rows.positions, rows.segments, dtype=forward.dtype, remat=forward.remat
-    )
+    return counted_hidden(forward, params, rows)[0]
+
+
+def counted_hidden(forward: Forward, params: Any, rows: Rows) -> tuple[jax.Array, jax.Array | None]:
+    """Computes `response_hidden`, and the tokens `[L,E]` of each expert of the layers; None without experts."""
+    arguments = params, forward.config, rows.tokens, rows.positions, rows.segments
+    how = {"dtype": forward.dtype, "remat": forward.remat}
+    if forward.config.experts:
+        hidden, load = models.expert_load(*arguments, **how)
+    else:
+        hidden, load = models.apply(*arguments, **how)[0], None
     chunks, count, _ = rows.slots.shape
     picked = jnp.take_along_axis(hidden, rows.slots.swapaxes(0, 1).reshape(count, -1, 1), axis=1)
     picked = picked.reshape(count, chunks, -1, hidden.shape[-1]).swapaxes(0, 1)
-    return constrain(picked.reshape(chunks, -1, hidden.shape[-1]), None, BATCH, None)
+    return constrain(picked.reshape(chunks, -1, hidden.shape[-1]), None, BATCH, None), load
 
 
 def response_logprobs(forward: Forward, params: Any, micro: MicroBatch) -> tuple[jax.Array, jax.Array]:

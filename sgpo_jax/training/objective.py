@@ -18,6 +18,7 @@ from sgpo_jax.training.forward import (
     Forward,
     MicroBatch,
     Tokens,
+    counted_hidden,
     response_hidden,
     response_loss,
     teacher_hidden,
@@ -25,6 +26,7 @@ from sgpo_jax.training.forward import (
 from sgpo_jax.training.gradients import Metrics
 
 Parts = Sequence[tuple[float, Any]]  # of the teacher: see `teacher.mixture`; none is the student itself
+EXPERT_TOKENS = "expert_tokens"
 # Losses on a target that need no guided distribution.
 LIKELIHOODS = ("nll", "shaped")
 
@@ -85,7 +87,8 @@ def grpo_loss(
       responses: number of the group's responses.
 
     Returns:
-      (loss `[]`, metrics): shares of means over the group's tokens, and maxima.
+      (loss `[]`, metrics): shares of means over the group's tokens, and maxima; with experts also EXPERT_TOKENS, those
+      of each `[L,E]`, prompts included.
     """
 
     def token_loss(logp, entropy, tokens):
@@ -94,7 +97,7 @@ def grpo_loss(
             return loss
         return loss + tokens.kl_weight * losses.k3_kl(logp, tokens.reference_logp)
 
-    hidden = response_hidden(forward, params, micro.rows)
+    hidden, load = counted_hidden(forward, params, micro.rows)
     if micro.tokens.owner is not None and micro.tokens.old_logp is not None:
         micro = micro._replace(tokens=_with_log_ratio(forward, params, micro, hidden, responses))
     loss, logp, entropy = response_loss(forward, params, micro, token_loss, hidden)
@@ -117,7 +120,8 @@ def grpo_loss(
     metrics = {name: jnp.sum(tokens.share * value) for name, value in means.items()}
     flat = jax.tree.map(lambda x: x.reshape(-1), tokens)
     loss_grpo = jnp.sum(surrogate(logp.reshape(-1), flat, objective))
-    return loss, metrics | reference_metrics | {"loss_grpo": loss_grpo, "logp_mismatch_max": mismatch.max()}
+    metrics |= reference_metrics | {"loss_grpo": loss_grpo, "logp_mismatch_max": mismatch.max()}
+    return loss, metrics if load is None else metrics | {EXPERT_TOKENS: load}
 
 
 def _with_log_ratio(forward: Forward, params: Any, micro: MicroBatch, hidden: jax.Array, responses: int) -> Tokens:

@@ -17,7 +17,7 @@ from sgpo_jax import data, models, sharding
 from sgpo_jax import policy as policies
 from sgpo_jax.data import filtering
 from sgpo_jax.evaluation import check_sets
-from sgpo_jax.models import lora, peft
+from sgpo_jax.models import lora, peft, quantised
 from sgpo_jax.policy import Policy, Run, positions
 from sgpo_jax.policy import tokenizer as tokenizers
 from sgpo_jax.policy.prompts import INSTRUCTION
@@ -49,8 +49,16 @@ def load_policy(config: ConfigDict) -> tuple[Policy, Callable[[jax.Array], Any]]
         lora.kernels(policy.config, policy.lora.targets)  # refuses a rule that names none
         if config.lora.start:
             peft.check(config.lora.start, policy.config, policy.lora)
-    dtype = jnp.dtype(config.lora.base_dtype if policy.lora else jnp.float32)
-    return policy, lambda key: initial(key, sharding.make_mesh(**config.mesh), dtype)
+    base_dtype = config.lora.base_dtype if policy.lora else "float32"
+    if base_dtype in quantised.CODES:
+        quantised.library()  # refuses where it is not installed
+
+    def load(key):
+        mesh = sharding.make_mesh(**config.mesh)
+        params = initial(key, mesh, quantised.dtype_of(base_dtype))
+        return quantised.quantise(params, base_dtype, mesh) if base_dtype in quantised.CODES else params
+
+    return policy, load
 
 
 def open_run(

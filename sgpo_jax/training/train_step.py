@@ -27,6 +27,7 @@ from sgpo_jax.training.forward import (
 )
 from sgpo_jax.training.gradients import Metrics, accumulate, apply_gradients, in_micro_batches
 from sgpo_jax.training.objective import (
+    EXPERT_TOKENS,
     LIKELIHOODS,
     Objective,
     Parts,
@@ -74,6 +75,9 @@ def make_update(
                 with jax.named_scope(name):
                     trained = partial(_of_trained, term, attach)
                     gradient, measured = accumulate(trained, state.params, packed.count, held[name], gradient)
+                if EXPERT_TOKENS in measured:  # of the busiest expert of a layer, over the mean of its experts
+                    load = measured.pop(EXPERT_TOKENS)
+                    measured["expert_load_max"] = (load.max(axis=1) / jnp.maximum(load.mean(axis=1), 1)).max()
                 part = term_loss(measured, objective if name == "autonomous" else replace(objective, entropy_bonus=0.0))
                 loss = part if loss is None else loss + part
                 metrics |= {f"{key}_guided": x for key, x in measured.items()} if name == "guided" else measured

@@ -84,9 +84,11 @@ def test_the_load_counts_the_real_tokens_of_each_expert():
     tokens = np.random.default_rng(0).integers(0, 151, (3, 9))
     positions, mask = np.broadcast_to(np.arange(9), (3, 9)), np.arange(9) < np.array([9, 4, 7])[:, None]
     count = jax.jit(models.expert_load, static_argnums=1)
-    load = count(params, config, tokens, positions, mask)
+    hidden, load = count(params, config, tokens, positions, mask)
+    applied = jax.jit(models.apply, static_argnums=1)(params, config, tokens, positions, mask)[0]
+    np.testing.assert_array_equal(hidden, applied)
     assert load.shape == (config.num_layers, config.experts)
     np.testing.assert_array_equal(load.sum(axis=1), 20 * config.experts_per_token)
-    alone = [count(params, config, *(x[[row]] for x in (tokens, positions, mask))) for row in range(3)]
+    alone = [count(params, config, *(x[[row]] for x in (tokens, positions, mask)))[1] for row in range(3)]
     np.testing.assert_array_equal(load, sum(alone))
     assert len(np.unique(load)) > 2

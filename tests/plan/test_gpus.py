@@ -25,7 +25,7 @@ HALF = Reached(0.5, 0.5, 0.5, 0.5)
 
 @pytest.mark.parametrize("name", ["h300:8", "h100", "h100:", "h100:0", "h100:9", "h100:0x8", "h100:2x2x2", "h100:8x"])
 def test_a_topology_that_does_not_exist_is_refused_with_what_is_allowed(name):
-    message = rf"--topology={name}: must be v5e, v6e, v5p, .* or h100, h200, b200, a100, a100-40gb, .* as in h100:4x8"
+    message = rf"--topology={name}: must be v5e, v6e, v5p, .* or h100, h200, b200, a100, .*, rtx4090, .* as in h100:4x8"
     with pytest.raises(ValueError, match=message):
         hardware.topology(name)
 
@@ -49,7 +49,7 @@ def test_cards_are_described_as_their_peaks_are_stated(kind):
     text = resources.files("sgpo_jax.plan").joinpath("cards", f"{kind}.txtpb").read_text()
     (bandwidth,) = re.findall(r"memory_bandwidth: (\d+)", text)
     assert gpus.CHIPS[kind].hbm == pytest.approx(float(bandwidth), rel=1e-3)
-    published = {"h100": 80, "h200": 141, "b200": 180, "a100": 80, "a100-40gb": 40}[kind]
+    published = {"h100": 80, "h200": 141, "b200": 180, "a100": 80, "a100-40gb": 40, "rtx4090": 24}[kind]
     assert gpus.memory(kind) == pytest.approx(published * 1e9, rel=0.08)
 
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from sgpo_jax import config as configs
 from sgpo_jax import models, plan, sharding
-from sgpo_jax.models import presets
+from sgpo_jax.models import lora, presets
 from sgpo_jax.plan import estimate, hardware, programs, roofline, search, tpus, workload
 from sgpo_jax.plan.hlo_cost import Collective
 from sgpo_jax.plan.phases import Scopes
@@ -454,6 +454,26 @@ def test_adapters_are_planned_with_a_frozen_base(tiny):
     # The update has the base beside the state.
     saved = 16 * parameters - (16 * adapters + 2 * parameters)
     assert whole["update"].arguments - small["update"].arguments == saved
+
+
+def test_a_base_of_4_bits_is_planned_with_its_scales_and_whole_kernels_for_sampling(tiny):
+    """As above, with all kernels of a base of 16 and 32 rows, one tile of a column."""
+    pytest.importorskip("qwix", reason="the quantised extra is not installed")
+    changes = {"lora.rank": 4, "lora.targets": "q", "lora.base_dtype": "nf4"}
+    mesh = sharding.make_mesh(1, 2, 1, devices=jax.devices()[:2])
+    small, whole = (
+        {program.name: program for program in programs.programs(small_run(**fields), tiny, mesh, Assumed(4, 4))}
+        for fields in (changes, changes | {"lora.base_dtype": "bfloat16"})
+    )
+    kernels = {name: shape for name, shape in lora.kernels(tiny).items()}
+    codes = sum(math.prod(shape) for shape in kernels.values()) // 2
+    # Of q, k, v, gate and up the rows are split, which are one tile; of o and down the columns.
+    tiles = {name: layers * -(-rows // 64) * columns for name, (layers, rows, columns) in kernels.items()}
+    scales = sum(count // 2 if name in ("o", "down") else count for name, count in tiles.items())
+    quantised = codes // 2 + 4 * scales
+    assert whole["update"].arguments - small["update"].arguments == 2 * codes - quantised
+    assert whole["rollout"].arguments == small["rollout"].arguments, "sampled from are numbers of bfloat16"
+    assert small["evaluation, 4 samples"].resident == quantised
 
 
 def test_meshes_divide_heads_and_batches(tiny):

@@ -45,11 +45,15 @@ def test_a_plan_is_of_the_preset_in_the_config(model, cards):
 
 
 @pytest.mark.parametrize(
-    ("name", "chips", "changes"), [("h100x1", "h100:1", {}), ("v5e_2x4", "v5e:2x4", {"mesh.tensor": 4})]
-)
-def test_the_plans_of_adapters_are_of_their_preset_and_in_their_table(name, chips, changes):
-    stored = plan("qwen7b_lora", name)
-    config = runpy.run_path(str(ROOT / "configs/qwen7b.py"))["get_config"]("lora")
+    ("model", "name", "chips", "changes"),
+    [
+        ("qwen7b", "h100x1", "h100:1", {}), ("qwen7b", "v5e_2x4", "v5e:2x4", {"mesh.tensor": 4}),
+        ("qwen1p5b", "rtx4090x1", "rtx4090:1", {}),
+    ],
+)  # fmt: skip
+def test_the_plans_of_adapters_are_of_their_preset_and_in_their_table(model, name, chips, changes):
+    stored = plan(f"{model}_lora", name)
+    config = runpy.run_path(str(ROOT / f"configs/{model}.py"))["get_config"]("lora")
     config.update_from_flattened_dict(changes)
     assert configs.flat(configs.to_dict(without_files(config))) == planned_fields(stored)
     assert stored["topology"] == chips and stored["fits"]

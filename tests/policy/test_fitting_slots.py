@@ -83,6 +83,17 @@ def test_adapters_have_a_base_and_merged_kernels_beside_them():
     assert found == 2 * every + 2 * kernels + 12 * adapters + 2 * every, "base, merged, adapters, for the products"
 
 
+@pytest.mark.parametrize(("base_dtype", "bits"), [("int8", 8), ("nf4", 4)])
+def test_a_quantised_base_has_codes_scales_and_all_its_kernels_merged(base_dtype, bits):
+    pytest.importorskip("qwix", reason="the quantised extra is not installed")
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    every, adapters = 1_543_714_304, 28 * 16 * (1536 + 1536)
+    kernels = 28 * (2 * 1536 * (1536 + 256) + 3 * 1536 * 8960)
+    found = memory._resident(SHAPE, jnp.dtype(jnp.bfloat16), 8, (1,), mesh, Lora(16, 32.0, "q", False), base_dtype)
+    base = 2 * (every - kernels) + kernels * bits // 8 + 4 * kernels // 64
+    assert found == base + 2 * kernels + 12 * adapters + 2 * every
+
+
 @pytest.mark.parametrize(
     ("changes", "held"),
     [({}, 8), ({"teacher": "frozen", "teacher_dtype": "bfloat16"}, 10), ({"teacher": "ema"}, 12),

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from helpers.batches import CONFIG, G1, G2, PG, B, T, assert_trees_close, log_probs, make_batch, make_params
+from helpers.small_models import CONFIGS
 
 from sgpo_jax import losses, models
 from sgpo_jax.training import gradients, train_step
@@ -363,3 +364,19 @@ def test_an_update_holds_one_gradient_and_nothing_else_of_that_size(guided):
     update = make_update(forward, optimizer, Objective()).lower(state, packed)
     gradient = sum(4 * leaf.size for leaf in jax.tree.leaves(state.params))
     assert update.compile().memory_analysis().temp_size_in_bytes < 1.5 * gradient
+
+
+def test_an_update_of_experts_says_how_uneven_their_load_is():
+    """Against the counts of the unpacked sequences: 3 tokens of a prompt and the response, without padding."""
+    config = dataclasses.replace(CONFIGS["qwen3moe"], num_layers=2)
+    params, batch, optimizer = make_params(config=config), make_batch(), optax.sgd(1e-2)
+    batch = batch._replace(guided=None, guided_prompts=None)
+    update = make_update(Forward(config, remat="full"), optimizer, Objective())
+    packed = pack_batch(batch, Weighting(), micro_batch=2, chunk=8)
+    lengths, responses = (np.asarray(x).reshape(16, -1) for x in (batch.autonomous.lengths, batch.autonomous.tokens))
+    tokens = np.concatenate([np.repeat(np.stack(batch.prompts.tokens), 4, axis=0), responses], axis=1)
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    _, load = models.expert_load(params, config, tokens, positions, positions < 3 + lengths)
+    _, metrics = update(init_state(params, optimizer), packed)
+    np.testing.assert_allclose(metrics["expert_load_max"], (load.max(axis=1) / load.mean(axis=1)).max(), rtol=1e-6)
+    assert 1.1 < metrics["expert_load_max"] <= 3

@@ -1,0 +1,98 @@
+"""Measures how far a base in int8 or nf4 is from the same base in bfloat16, on texts that the model has not written.
+
+    python benchmarks/quantised.py --data=gsm8k_test.jsonl
+    python benchmarks/quantised.py --data=gsm8k_test.jsonl --model=DIR --rows=16
+
+Compared are the log-probabilities of the tokens of solutions, each given its problem's prompt and all tokens before it,
+in nats. Activations are float32, so that only the frozen weights differ. A share of the tokens is far apart: by more
+than 0.1.
+"""
+
+import json
+from pathlib import Path
+
+import common
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sgpo_jax import logprobs, models, policy, sharding
+from sgpo_jax.models import quantised
+from sgpo_jax.policy.generation import encode_prompts
+from sgpo_jax.policy.prompts import INSTRUCTION
+from sgpo_jax.policy.tokenizer import encode_response, pad_right
+from sgpo_jax.runtime import tables
+
+FAR = 0.1  # nats
+
+
+def main() -> None:
+    parser = common.arguments(
+        "Log-probabilities with a quantised base against those with a bfloat16 base.",
+        data=("", "JSONL file with problem and solution, such as GSM8K"), rows=(64, "first rows of the file"),
+        model=("smollm2", "as model.source"), at_once=(8, "rows of a forward pass"),
+    )  # fmt: skip
+    flags = parser.parse_args()
+    if not Path(flags.data).is_file():
+        parser.error(f"--data={flags.data}: is no file; GSM8K is at https://huggingface.co/datasets/openai/gsm8k")
+    with Path(flags.data).open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line, _ in zip(file, range(flags.rows), strict=False)]
+    ours, initial = policy.load(
+        flags.model, "", layers=0, hidden=0, heads=0, mlp=0, dtype=jnp.float32, instruction=INSTRUCTION
+    )
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    base = initial(jax.random.key(0), mesh, jnp.bfloat16)
+    prompts = encode_prompts(ours, rows, guided=False)
+    solutions = [encode_response(ours.tokenizer, row["solution"], ours.stop_ids[0]) for row in rows]
+    exact = measure(base, ours, prompts, solutions, flags.at_once)
+    found = {"bfloat16": {"bits": 16.0, "logp": float(exact.mean())}}
+    for kind in quantised.CODES:
+        params = quantised.quantise(base, kind, mesh)
+        logp = measure(params, ours, prompts, solutions, flags.at_once)
+        apart = np.abs(logp - exact)
+        found[kind] = {
+            "bits": bits(params), "logp": float(logp.mean()), "apart": float(apart.mean()),
+            "far": float((apart > FAR).mean()), "most": float(apart.max()),
+        }  # fmt: skip
+    columns = ["base", "bits of a kernel's weight", "mean log p", "mean |change|", f"above {FAR}", "most"]
+    cells = [
+        [kind, f"{one['bits']:.2f}", f"{one['logp']:.4f}", *([f"{one['apart']:.4f}", f"{one['far']:.1%}",
+         f"{one['most']:.2f}"] if "apart" in one else ["", "", ""])] for kind, one in found.items()
+    ]  # fmt: skip
+    tables.table(f"{flags.model}, {exact.size} tokens of {len(rows)} solutions", columns, cells)
+    common.save(flags.json, __file__, flags=vars(flags), tokens=exact.size, bases=found)
+
+
+def measure(params, ours, prompts, solutions, at_once: int) -> np.ndarray:
+    """Returns the log-probabilities of all tokens of all solutions, one after the other."""
+    longest = max(len(prompt) + len(solution) for prompt, solution in zip(prompts, solutions, strict=True))
+    head = models.head_weight(params, ours.config)
+
+    @jax.jit
+    def logp_of(params, tokens, lengths):
+        mask = jnp.arange(longest) < lengths[:, None]
+        hidden, _ = models.apply(params, ours.config, tokens, models.positions_of(mask), mask)
+        targets = jnp.roll(tokens, -1, axis=1)
+        logp, _ = logprobs.chunked_logprobs(hidden, head, targets, len(tokens), tied=ours.config.tie_embeddings)
+        return logp
+
+    found = []
+    for first in range(0, len(prompts), at_once):
+        pairs = list(zip(prompts[first : first + at_once], solutions[first : first + at_once], strict=True))
+        texts = [prompt + solution for prompt, solution in pairs]
+        texts += [texts[0]] * (at_once - len(texts))  # a last batch of other shape would be compiled again
+        logp = np.asarray(logp_of(params, *pad_right(texts, longest, ours.pad_id)))
+        found += [row[len(p) - 1 : len(p) + len(s) - 1] for row, (p, s) in zip(logp, pairs, strict=False)]
+    return np.concatenate(found)
+
+
+def bits(params) -> float:
+    """Returns the bits of a quantised weight, with its share of the scales."""
+    kernels = [leaves for leaves in params["layers"].values() if "kernel_scale" in leaves]
+    leaves = jax.tree.leaves([(kernel["kernel"], kernel["kernel_scale"]) for kernel in kernels])
+    total = sum(leaf.size * jax.dtypes.itemsize_bits(leaf.dtype) for leaf in leaves)
+    return total / sum(kernel["kernel"].size for kernel in kernels)
+
+
+if __name__ == "__main__":
+    main()
