@@ -20,6 +20,9 @@ import pytest
 
 from sgpo_jax import models
 
+# JAX makes very many objects that live for long, so a collection of all of them is rarely worth its time.
+gc.set_threshold(100_000, 50, 1000)
+
 # The same examples in every run; no deadline, because the first one of a test waits for the compiler.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")

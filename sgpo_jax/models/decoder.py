@@ -15,6 +15,7 @@ from sgpo_jax.models import experts, quantised, rotary
 from sgpo_jax.models.attention import SAVED, append, cache_shape
 from sgpo_jax.models.config import ModelConfig
 from sgpo_jax.models.norms import make_norm
+from sgpo_jax.models.parameters import Weight, draw_with
 from sgpo_jax.models.products import dot_in_blocks
 from sgpo_jax.models.windows import attend, attend_cache
 from sgpo_jax.sharding import BATCH, constrain, dividing, exact_products, fit_spec, platform, spec_for
@@ -49,11 +50,6 @@ def rotate(x: jax.Array, angle: jax.Array, factor: Any = None) -> jax.Array:
 def other_rows(split: tuple[str, ...]) -> tuple[str, ...]:
     """Returns the axes that split rows where weights are split over the axes `split`."""
     return tuple(axis for axis in BATCH if axis not in split)
-
-
-def draw_with(module: nn.Module, initializer: Any) -> Any:
-    """Returns the initializer, or zeros for parameters that exist: Flax traces it each time to compare shapes."""
-    return initializer if module.is_initializing() else nn.initializers.zeros_init()
 
 
 class Block(nn.Module):
@@ -196,18 +192,6 @@ class Block(nn.Module):
         self.sow("load", "tokens", jnp.zeros(count, jnp.int32).at[chosen].add(real.astype(jnp.int32)))
         (rows,) = fit_spec((len(h),), (BATCH if len(self.split) == 1 else other_rows(self.split),))
         return experts.mix(h, chosen, weights, experts.Kernels(*kernels), rows, dividing(count, self.split))
-
-
-class Weight(nn.Module):
-    """A parameter under a name of its own."""
-
-    leaf: str
-    shape: tuple[int, ...]
-    init: Any
-
-    @nn.compact
-    def __call__(self):
-        return self.param(self.leaf, self.init, self.shape)
 
 
 class Decoder(nn.Module):
