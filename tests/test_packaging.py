@@ -58,8 +58,8 @@ def test_the_wheel_and_the_archive_have_all_that_a_command_needs(tmp_path):
         [sys.executable, "-c", "from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')"],
         cwd=tree, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    if "No module named 'setuptools'" in built.stderr:
-        pytest.skip("needs setuptools, which builds the wheel")
+    if "No module named 'setuptools'" in built.stderr or "invalid command 'bdist_wheel'" in built.stderr:
+        pytest.skip("needs setuptools >= 70.1, which builds the wheel")
     assert built.returncode == 0, built.stderr[-2000:]
     (wheel,), (archive,) = (tree / "dist").glob("*.whl"), (tree / "dist").glob("*.tar.gz")
     with zipfile.ZipFile(wheel) as packed:
