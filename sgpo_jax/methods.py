@@ -60,6 +60,10 @@ METHODS: dict[str, Callable[[ConfigDict], dict[str, Any]]] = {
     "self_strategies": lambda rl: {"guide": "self"},
     # A teacher that does not forget, and a pull that does not vanish; then each part alone, and other rules for both.
     "anchored": lambda rl: {"teacher": "frozen", "teacher_dtype": "bfloat16", "token_rule": "scale"},
+    "anchored_guided": lambda rl: {
+        "teacher": "frozen", "teacher_dtype": "bfloat16", "token_rule": "scale",
+        "reference_kl": 1.0, "reference_kl_kind": "full",
+    },
     "scaled_kl": lambda rl: {"token_rule": "scale"},
     "quantile_clip": lambda rl: {"delta_quantile": 0.9},
     "frozen_teacher": lambda rl: {"teacher": "frozen"},
