@@ -46,8 +46,9 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
     "Teachers": (
         "whose parameters teach, and what is above delta",
         {
-            "sgpo": "live, masked", "anchored": "frozen, scaled", "anchored_guided": "frozen, scaled, guided side held",
-            "scaled_kl": "live, scaled", "quantile_clip": "live, masked above a quantile", "frozen_teacher": "frozen, masked",
+            "sgpo": "live, masked", "anchored": "frozen, scaled",
+            "anchored_guided": "frozen, scaled; the guided side held", "scaled_kl": "live, scaled",
+            "quantile_clip": "live, masked above a quantile", "frozen_teacher": "frozen, masked",
             "ema_teacher": "moving average, masked", "trust_region": "trust region, masked",
             "gated_teacher": "gated, masked", "guided_grpo": "guided policy loss",
             "reference_kl": "KL to the first policy",
