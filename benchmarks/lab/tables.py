@@ -140,9 +140,7 @@ def hard_worlds() -> Table:
 
 def anchored() -> Table:
     """Makes the table of `anchored` in the hard worlds: ten seeds at rate 2, which was not tuned for it."""
-    rows = read("results", "more_seeds")
-    rows = chosen(rows, TEN, tuned(rows, [100])) + [row for row in read("anchored") if row["method"] == "anchored"]
-    lines = []
+    rows, lines = anchored_rows(), []
     for world in HARD:
         pairs = [compared(rows, world, "anchored", other) for other in ("grpo", "direct_sft")]
         cells = [" ".join(pair).removesuffix(" not distinguishable") for pair in pairs]
@@ -150,6 +148,25 @@ def anchored() -> Table:
         lines.append([world, *(percent(rows, world, name) for name in ("grpo", "anchored")), *cells, *guided])
     header = ["world", "GRPO", "anchored", "anchored - GRPO", "anchored - direct SFT"]
     return [[*header, "guided, before", "after SGPO", "after anchored"], *lines]
+
+
+def anchored_rows() -> Rows:
+    """Returns the rows of ten seeds in the hard worlds, and those of `anchored` and `anchored_guided`."""
+    rows = read("results", "more_seeds")
+    return chosen(rows, TEN, tuned(rows, [100])) + read("anchored")
+
+
+def guided_side() -> Table:
+    """Makes the table of `anchored_guided` in the hard worlds, at the same rate; differences are of its own seeds."""
+    rows, lines = anchored_rows(), []
+    for world in HARD:
+        pairs = [compared(rows, world, "anchored_guided", other) for other in ("anchored", "grpo", "direct_sft")]
+        cells = [" ".join(pair).removesuffix(" not distinguishable") for pair in pairs]
+        guided = [mean(rows, world, method, "accuracy_guided") for method in ("sft", "anchored", "anchored_guided")]
+        lines.append([world, percent(rows, world, "anchored_guided"), *cells, *guided])
+    others = ("anchored", "GRPO", "direct SFT")
+    header = ["world", "anchored_guided", *(f"anchored_guided - {name}" for name in others)]
+    return [[*header, "guided, before", "after anchored", "after anchored_guided"], *lines]
 
 
 def distances() -> Table:
@@ -237,7 +254,7 @@ def tables() -> dict[str, Table]:
     return {
         "The base world": grid(), "The paper's claims": claims_table(), "With ten seeds": claims_of_ten_seeds(),
         "Worlds": worlds(), "Differences in worlds": differences(), "Hard worlds with ten seeds": hard_worlds(),
-        "Anchored": anchored(),
+        "Anchored": anchored(), "Anchored on both sides": guided_side(),
         "SDPO's distances": distances(), "Strategies that the student writes": self_written(),
         "Their rates": accuracies_by_rate("self_written", "self-written", dict(trained)),
         "Logic": logic(), "Its rates": accuracies_by_rate("logic", "base", dict(list(AFTER_WARM_UP.items())[1:])),
