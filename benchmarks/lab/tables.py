@@ -157,7 +157,7 @@ def anchored_rows() -> Rows:
 
 
 def guided_side() -> Table:
-    """Makes the table of `anchored_guided` in the hard worlds, at the same rate; differences are of its own seeds."""
+    """Makes the table of `anchored_guided` in the hard worlds, with the same seeds and rate."""
     rows, lines = anchored_rows(), []
     for world in HARD:
         pairs = [compared(rows, world, "anchored_guided", other) for other in ("anchored", "grpo", "direct_sft")]
