@@ -25,7 +25,7 @@ TILE = 64  # most rows of a tile, as in QLoRA; a tile divides the rows
 Leaves = dict[str, jax.Array]  # of a kernel: {"kernel"}, or {"kernel", "kernel_scale"}, and others beside them
 
 
-def library() -> ModuleType:
+def import_qwix() -> ModuleType:
     """Imports qwix.
 
     Raises:
@@ -82,7 +82,7 @@ def _quantise_layers(kind: str, kernel: jax.Array) -> Leaves:
     tile = max(size for size in range(1, TILE + 1) if rows % size == 0)
 
     def quantise_tile(values):  # [R]
-        quantised = library().quantize(values, kind)
+        quantised = import_qwix().quantize(values, kind)
         return quantised.qvalue, quantised.scale
 
     def quantise_layer(kernel):  # one at a time: qwix may hold the distance of every weight to each of 16 codes
@@ -103,7 +103,7 @@ def kernel(leaves: Leaves) -> jax.Array:
     # By element: qwix itself flattens the codes of NF4, which a mesh that splits rows and columns would have to gather.
     @jnp.vectorize
     def dequantise(code, scale):
-        return library().dequantize(library().QArray(code, scale, qtype=kind))
+        return import_qwix().dequantize(import_qwix().QArray(code, scale, qtype=kind))
 
     values = dequantise(codes.reshape(len(scales), -1, codes.shape[1]), scales[:, None]).reshape(codes.shape)
     return jax.lax.reduce_precision(values, 8, 7).astype(jnp.bfloat16)  # a cast alone may be undone by one to float32

@@ -51,7 +51,7 @@ def load_policy(config: ConfigDict) -> tuple[Policy, Callable[[jax.Array], Any]]
             peft.check(config.lora.start, policy.config, policy.lora)
     base_dtype = config.lora.base_dtype if policy.lora else "float32"
     if base_dtype in quantised.CODES:
-        quantised.library()  # refuses where it is not installed
+        quantised.import_qwix()  # refuses where it is not installed
 
     def load(key):
         mesh = sharding.make_mesh(**config.mesh)

@@ -12,7 +12,7 @@ from helpers.paths import ROOT
 
 from sgpo_jax import lab, methods
 from sgpo_jax.config import ConfigDict
-from sgpo_jax.lab import workers
+from sgpo_jax.lab import summary, workers
 from sgpo_jax.runtime.files import read_jsonl
 
 
@@ -79,6 +79,17 @@ def test_the_lab_of_the_config_file_can_run(fast):
         rl = lab.cell_config(config, lab.Cell("base", method, 1.0, 0)).rl
         samples = rl.autonomous + (rl.guided if method != "hpt" else 0)
         assert samples == 12, method
+
+
+def test_rows_know_what_their_warm_up_could_do():
+    cell = {"world": "base", "rate": 1.0, "seed": 0}
+    rows = [
+        {**cell, "method": "sft", "accuracy": 0.25, "accuracy_guided": 0.75},
+        {**cell, "method": "grpo", "rate": 2.0, "accuracy": 0.5, "accuracy_guided": 0.5},
+        {**cell, "method": "grpo", "seed": 1, "accuracy": 0.5},  # its warm-up is not there
+    ]
+    before = {"before": 0.25, "before_guided": 0.75}
+    assert summary.with_before(rows) == [rows[0] | before, rows[1] | before]
 
 
 def test_the_stored_results_belong_to_the_config_as_it_is():

@@ -145,4 +145,4 @@ def test_codes_and_scales_are_the_same_on_every_mesh_and_lie_as_their_kernel_doe
 def test_without_the_library_the_field_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
     with pytest.raises(ValueError, match=r"config.lora.base_dtype: must be .* pip install 'sgpo_jax\[quantised\]'"):
-        quantised.library()
+        quantised.import_qwix()

@@ -121,6 +121,11 @@ def test_the_lengths_of_a_run(tmp_path):
     assert (mean, cut) == ((8 * 150 + 4 * 50) / 12, 0.5)
     found = workload.lengths(1000, 170.0, 300, cut)
     assert (found == 300).sum() == 500 and found.mean() == pytest.approx(170, rel=0.01) and found.min() == 1
+    config = configs.base()
+    config.rl.max_new_tokens = 300
+    made = programs.made_up_batch(config, ASSUMED._replace(response_tokens=mean, cut=0.25))
+    for group in (made.autonomous, made.guided):
+        assert (group.lengths == 300).mean() == 0.25
     assert workload.lengths(4, 10.0, 300, 0.5).tolist().count(300) == 2, "the mean is too low for the share"
     assert workload.lengths(3, 300.0, 300, 1.0).tolist() == [300] * 3
     with pytest.raises(ValueError, match=r"of the run is 300; must be the plan's, 512"):
