@@ -94,7 +94,7 @@ def test_an_interrupted_run_saves_and_resumes_bit_for_bit(undisturbed, tmp_path,
 @pytest.mark.slow
 def test_a_run_on_eight_devices_agrees_with_one(undisturbed, tmp_path):
     sharded = {"eval__batch": 8, "mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
-    run(tmp_path, devices=8, stages="('sft','rl')", rl__eval_every=0, **sharded)
+    run(tmp_path, devices=8, **sharded)
     for stage in ("sft", "rl"):
         for ours, theirs in zip(rows(undisturbed[0], stage), rows(tmp_path, stage), strict=True):
             for name in ("loss", "grad_norm", "reward_auto", "response_length"):

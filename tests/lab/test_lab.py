@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 
 import jax
 import numpy as np
@@ -309,10 +308,6 @@ def test_several_processes_give_the_rows_of_one(config, tmp_path, capsys):
     lab.run(config, tmp_path / "one")
     assert "lab: 5 cells, 0 to run" in capsys.readouterr().out, "with the rates that were chosen"
     config.lab.workers = 2
-    # The warm-ups of the one are there, and what they began is run again.
-    shutil.copytree(tmp_path / "one", tmp_path / "two", ignore=shutil.ignore_patterns("grpo@*", "results.jsonl"))
-    warm_ups = [row for row in read_jsonl(tmp_path / "one/results.jsonl") if row["method"] == "sft"]
-    (tmp_path / "two/results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in warm_ups))
     lab.run(config, tmp_path / "two")
     one, two = (timeless(tmp_path / name / "results.jsonl") for name in ("one", "two"))
     assert len(one) == 5 and sorted(map(json.dumps, one)) == sorted(map(json.dumps, two))
