@@ -14,7 +14,7 @@ from sgpo_jax.cli.processes import join
 from sgpo_jax.policy import Run
 from sgpo_jax.report import page
 from sgpo_jax.runtime import distributed, environment, is_first, lock, memory, mirror, preemption, trackers, write_text
-from sgpo_jax.training import final_eval, rl, sft, stage
+from sgpo_jax.training import final_eval, inputs, rl, sft, stage
 
 
 def run(config, workdir: Path) -> None:
@@ -64,10 +64,13 @@ def _train(run: Run, initial: Callable) -> None:
         rl.sampling(run)  # slots that do not fit are refused before the warm-up
     warmed_up = partial(stage.warmed_up, run, initial)
     try:
-        if "sft" in config.stages:
-            sft.train(run, initial)
-        if "rl" in config.stages:
-            rl.train(run, warmed_up)
+        # The rows of both stages are read first: what is wrong with those of RL is said before the warm-up.
+        demonstrations = inputs.demonstrations(run) if "sft" in config.stages else None
+        problems = inputs.problems(run) if "rl" in config.stages else None
+        if demonstrations:
+            sft.train(run, initial, demonstrations)
+        if problems:
+            rl.train(run, warmed_up, inputs.with_own_strategies(run, problems, warmed_up))
         if "eval" in config.stages:
             final_eval.write(run, warmed_up)
     finally:  # also after a failure, else the page would say that the run is still running

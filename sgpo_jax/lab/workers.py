@@ -25,7 +25,7 @@ from sgpo_jax.lab.grid import Cell, cell_config, digest
 from sgpo_jax.policy import Run
 from sgpo_jax.runtime import environment, files
 from sgpo_jax.runtime.trackers import Trackers
-from sgpo_jax.training import rl, sft, stage
+from sgpo_jax.training import inputs, rl, sft, stage
 
 # A row has the mean of these metrics over the steps of training.
 _MEANS = ("reward_auto", "reward_guided", "alpha", "token_kl", "kl_clip_share", "entropy", "response_length")
@@ -63,11 +63,12 @@ def run_cell(config: ConfigDict, cell: Cell, workdir: Path) -> dict[str, Any]:
         result: dict[str, Any] = {}
         try:
             if cell.method == "sft":
-                sft.train(run, initial)
+                sft.train(run, initial, inputs.demonstrations(run))
             elif not has_warmed_up(config, workdir, cell.warm_up):
                 raise ValueError(f"{warm_up.workdir} has no checkpoint of the warm-up that {cell} begins with")
             else:
-                rl.train(run, warmed_up)
+                problems = inputs.with_own_strategies(run, inputs.problems(run), warmed_up)
+                rl.train(run, warmed_up, problems)
         except FloatingPointError as error:
             result["failed"] = str(error)
         step = None if cell.method == "sft" else stage.find_step(config, folder, "rl", "last")

@@ -14,21 +14,18 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sgpo_jax import data, logprobs, rewards, sharding
-from sgpo_jax.data import filtering
 from sgpo_jax.evaluation import evaluate_sets
-from sgpo_jax.policy import Run, memory, positions
+from sgpo_jax.policy import Run, memory
 from sgpo_jax.policy.generation import Graded, Kind, demonstrate, encode_prompts, grade, noise_key, respond_in_groups
 from sgpo_jax.rollout import STOP, Rollout, Sampling, Steps
 from sgpo_jax.runtime.profile import phase
-from sgpo_jax.strategies import self_written
-from sgpo_jax.training import earlier, packing, stage
+from sgpo_jax.training import earlier, packing
 from sgpo_jax.training.batch import Batch, Contexts, Group, pack_batch, specs
+from sgpo_jax.training.inputs import Problems, Tokens, longest, longest_sibling_prompt, total_steps
 from sgpo_jax.training.loop import Clock, Loop
 from sgpo_jax.training.objective import Objective
 from sgpo_jax.training.train_step import make_update
 from sgpo_jax.training.weighting import Weighting
-
-Tokens = dict[str, list[int]]  # problem's id -> tokens of its prompt
 
 
 class Sampled(NamedTuple):
@@ -40,19 +37,18 @@ class Sampled(NamedTuple):
     slot_steps: int | Steps  # the same; `Steps` with drafts
 
 
-def train(run: Run, initial: Callable[[], Any]) -> None:
+def train(run: Run, initial: Callable[[], Any], problems: Problems) -> None:
     """Runs RL, or what is left of it; checkpoints, metrics and generations go to `workdir/rl`.
 
     Args:
       run: the config, the folder, the model and its mesh.
       initial: returns the parameters to begin with, where there is no checkpoint.
+      problems: to train on, and their prompts.
     """
-    rl = run.config.rl
-    rows, prompts = load_rows(run)
-    check_lengths(run, prompts)
+    rl, (rows, prompts) = run.config.rl, problems
     # The second sequence has the problems that replace others: see `fill`.
     batches = [data.batches(rows, rl.batch, (run.config.seed + i) % 2**32) for i in range(2)]
-    total = rl.steps or rl.epochs * data.steps_per_epoch(rows, rl.batch)
+    total = total_steps(rl, rows)
     weighting, objective = Weighting.from_config(rl), Objective.from_config(rl)
     chunk = logprobs.default_chunk(run.mesh)
 
@@ -62,38 +58,21 @@ def train(run: Run, initial: Callable[[], Any]) -> None:
         )
         update = phase("update")(update)
         state = loop.start(initial)
-        if rl.guided and rl.guide == "self" and loop.first < total:
-            prompts["guided"] = own_prompts(run, loop.weights(state), rows, loop.first)
         known = make_earlier(run, rows) if loop.first < total else None
         for step in loop.steps():
             clock, position = Clock(), loop.position(step)
             sampled = sample_and_grade(run, loop.weights(state), prompts, batches, position, clock, known)
-            problems, graded = sampled.problems, sampled.graded
+            graded = sampled.graded
             if known is not None:
                 remember(known, position, sampled, prompts)
-            batch = make_batch(run, graded, prompts, problems)
+            batch = make_batch(run, graded, prompts, sampled.problems)
             packed = pack_batch(batch, weighting, rl.distillation, micro_batch=rl.micro_batch, chunk=chunk)
             state, device_metrics = update(state, sharding.put(packed, specs(packed), run.mesh), loop.base)
             metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
             clock.lap("update")
             metrics |= _rollout_metrics(graded["autonomous"], graded.get("guided"))
             metrics |= _speed(clock, sampled) | {"rows_filled": packing.filled_share(packed.autonomous)}
-            state = loop.finish(state, metrics, problems, batch)
-
-
-def check_lengths(run: Run, prompts: Mapping[str, Tokens]) -> None:
-    """Checks that prompts and responses fit into the model's positions.
-
-    Raises:
-      ValueError: they do not.
-    """
-    rl = run.config.rl
-    kinds = {name: [*tokens.values()] for name, tokens in prompts.items()}
-    if rl.target == "own" and rl.guide == "sibling":
-        longest = longest_sibling_prompt(_longest(prompts["autonomous"]), rl.max_new_tokens)
-        kinds["a response as a hint"] = [[0] * longest]
-    for name, tokens in kinds.items():
-        positions.check_limit(run.policy, tokens, "rl.max_new_tokens", rl.max_new_tokens, f"RL, {name}")
+            state = loop.finish(state, metrics, sampled.problems, batch)
 
 
 def sampled_groups(rl: ConfigDict) -> dict[str, int]:
@@ -223,14 +202,14 @@ def sample_groups(
     """
     config, sizes = run.config, sampled_groups(run.config.rl)
     tokens = [[prompts[name][row["id"]] for row in problems] for name in sizes]
-    longest = max(_longest(prompts[name]) for name in sizes)
+    length = max(longest(prompts[name]) for name in sizes)
     purposes = [f"{name}, round {number}" if number else name for name in sizes]
     keys = [noise_key(config.seed, purpose, position) for purpose in purposes]
     found = known.known(position, [row["id"] for row in problems], len(sizes)) if known else None
     expected = [None] * len(sizes) if found is None else found.expected.T
     kinds = [Kind(*fields) for fields in zip(tokens, keys, sizes.values(), expected, strict=True)]
     texts = None if found is None else found.texts
-    rollouts, steps = respond_in_groups(run.policy, params, kinds, run.mesh, sampling(run), longest, texts)
+    rollouts, steps = respond_in_groups(run.policy, params, kinds, run.mesh, sampling(run), length, texts)
     return dict(zip(sizes, rollouts, strict=True)), steps
 
 
@@ -250,7 +229,7 @@ def make_batch(
 ) -> Batch:
     """Puts the graded groups and their prompts together."""
     contexts = {
-        name: Contexts([tokens[row["id"]] for row in problems], _longest(tokens)) for name, tokens in prompts.items()
+        name: Contexts([tokens[row["id"]] for row in problems], longest(tokens)) for name, tokens in prompts.items()
     }
     if run.config.rl.target == "own":
         contexts["guided"] = own_contexts(run, graded["autonomous"], prompts, problems)
@@ -272,75 +251,17 @@ def own_contexts(
     rl, size = run.config.rl, autonomous.rewards.shape[1]
     if rl.guide != "sibling":
         tokens = [prompts["guided"][row["id"]] for row in problems for _ in range(size)]
-        return Contexts(tokens, _longest(prompts["guided"]))
-    longest, tokens = longest_sibling_prompt(_longest(prompts["autonomous"]), rl.max_new_tokens), []
+        return Contexts(tokens, longest(prompts["guided"]))
+    most, tokens = longest_sibling_prompt(longest(prompts["autonomous"]), rl.max_new_tokens), []
     for row, texts, scores in zip(problems, autonomous.texts, autonomous.rewards, strict=True):
         plain = prompts["autonomous"][row["id"]]
         correct = [i for i in range(size) if scores[i] >= 1][:2]  # two, so that each response has another
         shown = [row | {"solution": texts[i].rpartition("</think>")[2].strip()} for i in correct]
         encoded = dict(zip(correct, encode_prompts(run.policy, shown, guided=True, hint="solution"), strict=True))
         for i in range(size):
-            hints = [encoded[j] for j in correct if j != i and len(encoded[j]) <= longest]
+            hints = [encoded[j] for j in correct if j != i and len(encoded[j]) <= most]
             tokens.append(hints[0] if hints else plain)
-    return Contexts(tokens, longest)
-
-
-def longest_sibling_prompt(longest: int, response: int) -> int:
-    """Returns the limit in tokens of a prompt that shows a response; a longer one is not shown.
-
-    Args:
-      longest: tokens of the longest unguided prompt.
-      response: limit of a response.
-    """
-    return longest + response + 32  # room for the heading
-
-
-def own_prompts(run: Run, params: Any, rows: Sequence[dict], step: int) -> Tokens:
-    """Has the student write its own strategies, and returns the guided prompts with them."""
-    written = self_written.write(run, params, rows, step)
-    encoded = encode_prompts(run.policy, written, guided=True)
-    return {row["id"]: tokens for row, tokens in zip(written, encoded, strict=True)}
-
-
-def load_rows(run: Run) -> tuple[list[dict], dict[str, Tokens]]:
-    """Reads the problems of RL; an account of those left out goes to `workdir`.
-
-    Returns:
-      (problems, group -> prompts). Guided prompts are those with the data's strategies or solutions, and are there only
-      where the method shows them.
-
-    Raises:
-      ValueError: there are fewer problems than a batch needs, or others than the run began with.
-    """
-    config, policy = run.config, run.policy
-    sieve = stage.sift(config, config.data.train)
-    if not config.sft.train:
-        warm_up, _ = data.split_sft(sieve.rows, config.data.sft_share)
-        sieve.leave_out("for the warm-up", {row["id"]: "" for row in warm_up})
-    hints = {"strategy": "strategy", "demonstration": "solution", "solution": "solution"}
-    distils = config.rl.guided or config.rl.target == "own"
-    needed = hints.get(config.rl.guide, "problem") if distils else "problem"
-    sieve.leave_out(f"without {needed}", {row["id"]: "" for row in sieve.rows if needed not in row})
-    ids = [row["id"] for row in sieve.rows]
-    shown = needed != "problem" and config.rl.guide != "demonstration"
-    names = ("autonomous", "guided") if shown else ("autonomous",)
-    encoded = {name: encode_prompts(policy, sieve.rows, name == "guided", needed) for name in names}
-    # The guided prompt is the longer one.
-    long = filtering.too_long(sieve.rows, encoded[names[-1]], config.data.max_prompt_tokens)
-    sieve.leave_out("prompt too long", long)
-    if config.rl.guided and config.rl.guide == "demonstration":
-        stage.count_thoughts(sieve, policy, dict(zip(ids, encoded["autonomous"], strict=True)))
-    stage.account(sieve, run.workdir, "rl")
-    if len(sieve.rows) < config.rl.batch:
-        raise ValueError(f"RL has {len(sieve.rows)} problems, fewer than rl.batch={config.rl.batch}")
-    prompts = {
-        name: {id: tokens for id, tokens in zip(ids, encoded[name], strict=True) if id not in long} for name in names
-    }
-    return sieve.rows, prompts
-
-
-def _longest(prompts: Tokens) -> int:
-    return max(map(len, prompts.values()))
+    return Contexts(tokens, most)
 
 
 @phase("evaluation")

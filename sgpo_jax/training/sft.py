@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,34 +9,30 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from sgpo_jax import data, logprobs, rewards, sharding
-from sgpo_jax.data import filtering
-from sgpo_jax.policy import Policy, Run, positions
+from sgpo_jax import data, logprobs, sharding
+from sgpo_jax.policy import Run
 from sgpo_jax.policy import tokenizer as tokenizers
-from sgpo_jax.policy.generation import encode_solution
-from sgpo_jax.runtime import distributed
 from sgpo_jax.runtime.profile import phase
 from sgpo_jax.training import packing, stage
 from sgpo_jax.training.forward import Forward, MicroBatch, Tokens, attached, listed, response_logprobs, response_loss
 from sgpo_jax.training.gradients import Metrics, accumulate, apply_gradients, in_micro_batches
+from sgpo_jax.training.inputs import Demonstrations, Encoded
 from sgpo_jax.training.loop import Clock, Loop
 from sgpo_jax.training.packing import Packed
 from sgpo_jax.training.state import TrainState
 
-Encoded = tuple[list[int], list[int]]  # prompt and response tokens of a row
 
-
-def train(run: Run, initial: Callable[[], Any]) -> None:
+def train(run: Run, initial: Callable[[], Any], demonstrations: Demonstrations) -> None:
     """Runs the warm-up, or what is left of it; checkpoints and metrics go to `workdir/sft`.
 
     Args:
       run: the config, the folder, the model and its mesh.
       initial: returns the parameters to begin with, where there is no checkpoint.
+      demonstrations: to train on.
     """
     sft, mesh = run.config.sft, run.mesh
-    training, validation, encoded = load_rows(run)
+    training, validation, encoded = demonstrations
     batches = data.batches(training, sft.batch, run.config.seed)
     epoch = data.steps_per_epoch(training, sft.batch)
     total = sft.steps or sft.epochs * epoch
@@ -61,76 +56,6 @@ def train(run: Run, initial: Callable[[], Any]) -> None:
             metrics["tokens_per_second"] = metrics.pop("tokens") / clock.total
             metrics |= {"seconds_step": clock.total, "rows_filled": packing.filled_share(batch[0])}
             state = loop.finish(state, metrics, rows, batch)
-
-
-def load_rows(run: Run) -> tuple[list[dict], list[dict], dict[str, Encoded]]:
-    """Reads the rows of the warm-up; an account of those left out goes to `workdir`.
-
-    Returns:
-      (training rows, validation rows, id -> prompt and response tokens).
-
-    Raises:
-      ValueError: there are too few rows, or others than the run began with, or one exceeds the model's positions.
-    """
-    config, policy = run.config, run.policy
-    sieve = stage.sift(config, config.sft.train or config.data.train)
-    if not config.sft.train:
-        _, others = data.split_sft(sieve.rows, config.data.sft_share)
-        sieve.leave_out("for RL", {row["id"]: "" for row in others})
-    sieve.leave_out("without solution", {row["id"]: "" for row in sieve.rows if "solution" not in row})
-    encoded = {row["id"]: _encode(config, policy, row) for row in sieve.rows}
-    prompts, responses = ([encoded[row["id"]][part] for row in sieve.rows] for part in (0, 1))
-    long_prompts = filtering.too_long(sieve.rows, prompts, config.data.max_prompt_tokens)
-    long_responses = filtering.too_long(sieve.rows, responses, config.sft.max_response_tokens)
-    sieve.leave_out("prompt too long", long_prompts)
-    sieve.leave_out("response too long", long_responses)
-    stage.count_thoughts(sieve, policy, {id: prompt for id, (prompt, _) in encoded.items()})
-    count_wrong(sieve, config.rl.reward, run.workdir)
-    stage.account(sieve, run.workdir, "sft")
-    training, validation = data.split_validation(sieve.rows, config.sft.validation_share)
-    print(f"SFT: {len(training)} rows for training, {len(validation)} for validation", flush=True)
-    if len(training) < config.sft.batch or not validation:
-        raise ValueError(
-            f"SFT has {len(training)} rows for training and {len(validation)} for validation; "
-            f"it needs sft.batch={config.sft.batch} and at least 1"
-        )
-    encoded = {row["id"]: encoded[row["id"]] for row in sieve.rows}
-    limits = f"config.data.max_prompt_tokens={config.data.max_prompt_tokens}"
-    limits += f", config.sft.max_response_tokens={config.sft.max_response_tokens}"
-    positions.check_rows(policy, encoded, limits)
-    return training, validation, encoded
-
-
-def count_wrong(sieve: filtering.Sieve, reward: str, workdir: Path) -> None:
-    """Counts the solutions that the reward of RL would not call correct, before the warm-up's first start; all stay.
-
-    A solution without a box teaches the model to answer without one.
-
-    Args:
-      sieve: the rows, which have solutions.
-      reward: as in `rewards.judge`.
-      workdir: of the run.
-    """
-    if distributed.first(lambda: stage.has_begun(workdir, "sft")):
-        return  # counted when it began
-
-    def judged(rows):
-        verdicts = rewards.judge([row["solution"] for row in rows], rows, reward)
-        return [[verdict.outcome, verdict.extracted] for verdict in verdicts]
-
-    wrong: dict[str, str] = {}
-    for row, (outcome, box) in zip(sieve.rows, distributed.split(judged, sieve.rows), strict=True):
-        if outcome != "correct":
-            found = f"boxes {box!r:.40}" if box is not None else "no box"
-            wrong[row["id"]] = f"{found}, answer {row['answer']!r:.40}"
-    reason = "solution with a reward below 1" if reward else "solution without the right boxed answer"
-    sieve.leave_out(reason, wrong, keep=True)
-
-
-def _encode(config: ConfigDict, policy: Policy, row: dict) -> Encoded:
-    strategy = row.get("strategy") if config.sft.use_strategy else None
-    prompt = tokenizers.encode_prompt(policy.tokenizer, row["problem"], strategy, policy.instruction, policy.system)
-    return prompt, encode_solution(policy, prompt, row)
 
 
 def encode_batch(

@@ -1,7 +1,7 @@
 """A stage of a run and its folder: policy, optimizer, state and checkpoints, as the config and the disk have them."""
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -13,13 +13,11 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgpo_jax import data, models, sharding
+from sgpo_jax import models, sharding
 from sgpo_jax import policy as policies
-from sgpo_jax.data import filtering
 from sgpo_jax.evaluation import check_sets
 from sgpo_jax.models import lora, peft, quantised
 from sgpo_jax.policy import Policy, Run, positions
-from sgpo_jax.policy import tokenizer as tokenizers
 from sgpo_jax.policy.prompts import INSTRUCTION
 from sgpo_jax.runtime import distributed, mirror
 from sgpo_jax.training.checkpoint import Checkpoints
@@ -113,7 +111,7 @@ def make_forward(policy: Policy, remat: str) -> Forward:
 def check_positions(run: Run) -> None:
     """Checks before the first stage what the later ones would refuse: responses longer than the model's positions.
 
-    Each stage checks its own prompts; those of RL are known only when it begins.
+    Prompts are checked when their rows are read, which takes a while.
 
     Raises:
       ValueError: a limit of the config does not fit into them.
@@ -123,43 +121,6 @@ def check_positions(run: Run) -> None:
         positions.check_limit(run.policy, [[0]], "rl.max_new_tokens", config.rl.max_new_tokens, "RL")
     if "eval" in config.stages or ("rl" in config.stages and config.rl.eval_every):
         check_sets(run)
-
-
-def sift(config: ConfigDict, source: str) -> filtering.Sieve:
-    """Runs `data.sift` against the evaluation sets of the config."""
-    sets = {name: chosen.source for name, chosen in config.eval.sets.items()}
-    fields = config.data
-    return data.sift(source, sets, remove_duplicates=fields.remove_duplicates, decontaminate=fields.decontaminate)
-
-
-def count_thoughts(sieve: filtering.Sieve, policy: Policy, prompts: Mapping[str, list[int]]) -> None:
-    """Counts the rows whose solutions' thoughts are changed for the chat template, or have no end; all rows stay.
-
-    Args:
-      sieve: the rows, which have solutions.
-      policy: its tokenizer is used.
-      prompts: id -> prompt tokens of every row.
-    """
-    changes: dict[str, dict[str, str]] = {}  # what is changed -> its rows
-    for row in sieve.rows:
-        if change := tokenizers.thought_change(policy.tokenizer, prompts[row["id"]], row["solution"]):
-            changes.setdefault(change, {})[row["id"]] = ""
-    for change, ids in changes.items():
-        sieve.leave_out(change, ids, keep=True)
-
-
-def account(sieve: filtering.Sieve, workdir: Path, stage: str) -> None:
-    """Prints what became of the rows of a stage, and records it in `workdir`.
-
-    Raises:
-      ValueError: the stage has a checkpoint, but began with other rows; or the processes have read different ones.
-    """
-    rows = f"rows of the {stage} stage"
-    distributed.agree({f"the number of {rows}": len(sieve.rows), f"the content of {rows}": sieve.fingerprint()})
-    if distributed.is_first():
-        sieve.table(f"{stage.upper()}: {len(sieve.rows)} rows of {sum(sieve.read.values())}")
-        started = has_begun(workdir, stage)
-        filtering.record(sieve, workdir, stage, resuming=started)
 
 
 def optimizer(config: ConfigDict, stage: str, total_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:

@@ -19,7 +19,7 @@ from sgpo_jax import config as configs
 from sgpo_jax.cli.processes import join
 from sgpo_jax.data import filtering
 from sgpo_jax.runtime import distributed, watchdog
-from sgpo_jax.training import stage
+from sgpo_jax.training import inputs
 
 HOST = re.escape(socket.gethostname())
 
@@ -145,7 +145,7 @@ def test_other_rows_in_another_process_are_refused(monkeypatch, tmp_path):
     for changed in ("number", "content"):
         sieve = filtering.Sieve({"s": [{"id": "a", "problem": "p", "answer": "1"}]})
         with pytest.raises(ValueError, match=rf"^the {changed} of rows of the rl stage is .* in process 0 and 5 in"):
-            stage.account(sieve, tmp_path, "rl")
+            inputs.account(sieve, tmp_path, "rl")
     assert not list(tmp_path.iterdir())
 
 

@@ -9,7 +9,7 @@ from helpers.paths import ROOT
 from sgpo_jax import evaluation, sharding
 from sgpo_jax.commands import evaluate, train
 from sgpo_jax.policy import Run, positions
-from sgpo_jax.training import rl, sft, stage
+from sgpo_jax.training import inputs, stage
 
 
 def policy_with(count, config=None):
@@ -62,9 +62,9 @@ def test_known_rows_fit_or_are_named():
 def test_every_stage_refuses_what_does_not_fit(tmp_path):
     fields = r"config.data.max_prompt_tokens=64, config.sft.max_response_tokens=28: .* 20 positions"
     with pytest.raises(ValueError, match=fields):
-        sft.load_rows(run_with(tmp_path / "sft", 20))
+        inputs.demonstrations(run_with(tmp_path / "sft", 20))
     with pytest.raises(ValueError, match=r"config.rl.max_new_tokens=28: must be .* 30 positions .* of RL, autonomous"):
-        rl.train(run_with(tmp_path / "rl", 30), lambda: pytest.fail("too late"))
+        inputs.problems(run_with(tmp_path / "rl", 30))
     with pytest.raises(ValueError, match=r"eval.max_new_tokens=28: must be .* 30 positions .* heldout, unguided"):
         evaluation.check_sets(run_with(tmp_path / "eval", 30))
 
@@ -82,6 +82,12 @@ def test_later_stages_are_checked_before_the_first(tmp_path, monkeypatch, change
     monkeypatch.setattr(train.rl, "train", lambda *_: pytest.fail("too late"))
     with pytest.raises(ValueError, match=f"config.{field}: must be at most .* 4096 positions"):
         train.run(config_with(**changes), tmp_path)
+
+
+def test_what_is_wrong_with_the_rows_of_rl_is_said_before_the_warm_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.sft, "train", lambda *_: pytest.fail("too late"))
+    with pytest.raises(ValueError, match="RL has 4 problems, fewer than rl.batch=8"):
+        train.run(config_with(**{"data.train": "arithmetic:train,count=4"}), tmp_path)
 
 
 def test_the_command_for_benchmarks_checks_before_it_reads_weights(tmp_path, monkeypatch):

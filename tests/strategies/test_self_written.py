@@ -232,7 +232,7 @@ def test_a_run_trains_with_what_its_student_wrote(tmp_path, monkeypatch):
         prompts.append(found)
         return found
 
-    monkeypatch.setattr("sgpo_jax.training.rl.encode_prompts", encode)
+    monkeypatch.setattr("sgpo_jax.training.inputs.encode_prompts", encode)
     train.run(config, tmp_path)
     verdicts = read_jsonl(tmp_path / "rl" / "strategies.jsonl")[1:]
     kept = [verdict["strategy"] is not None for verdict in verdicts]

@@ -9,7 +9,7 @@ from sgpo_jax.commands import train
 from sgpo_jax.data import Sieve
 from sgpo_jax.policy import Policy, with_system
 from sgpo_jax.policy import tokenizer as tokenizers
-from sgpo_jax.training import loop, sft, stage
+from sgpo_jax.training import inputs, loop, stage
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_solutions_that_the_reward_calls_wrong_are_counted_and_named(tmp_path):
     solutions = {"right": r"so $\boxed{12}$", "wrong": r"so $\boxed{13}$", "none": "so 12"}
     rows = [{"id": name, "problem": "q", "answer": "12", "solution": text} for name, text in solutions.items()]
     sieve = Sieve({"s": rows})
-    sft.count_wrong(sieve, "", tmp_path)
+    inputs.count_wrong(sieve, "", tmp_path)
     (counts,) = sieve.counts().values()
     assert counts["kept_although"] == {"solution without the right boxed answer": 2} and counts["kept"] == 3
     assert [(f.id, f.detail) for f in sieve.findings] == [
@@ -42,7 +42,7 @@ def test_solutions_that_the_reward_calls_wrong_are_counted_and_named(tmp_path):
     ]  # fmt: skip
     (tmp_path / "sft/checkpoints/4").mkdir(parents=True)
     begun = Sieve({"s": rows})
-    sft.count_wrong(begun, "", tmp_path)
+    inputs.count_wrong(begun, "", tmp_path)
     assert begun.findings == [], "it was said when the run began"
 
 

@@ -8,7 +8,8 @@ from sgpo_jax import config as configs
 from sgpo_jax import data, sharding
 from sgpo_jax.policy import Run
 from sgpo_jax.runtime.files import jsonl
-from sgpo_jax.training import rl, sft, stage
+from sgpo_jax.training import inputs, stage
+from sgpo_jax.training.inputs import demonstrations, problems
 
 
 def write(path, rows):
@@ -26,6 +27,7 @@ def small_config():
     config.model.source, config.model.tokenizer, config.model.dtype = "scratch", "arithmetic", "float32"
     config.data.instruction = ""
     config.sft.batch = config.rl.batch = 2
+    config.rl.max_new_tokens = 64
     return config
 
 
@@ -51,11 +53,11 @@ def test_both_stages_account_for_every_row(tmp_path, policy, capsys):
         config.data.sft_share = share
         rows = {}
         if share:
-            first, second, encoded = sft.load_rows(run(config, tmp_path / f"{share}", policy))
+            first, second, encoded = demonstrations(run(config, tmp_path / f"{share}", policy))
             rows["sft"] = first + second
             assert {row["id"] for row in rows["sft"]} == set(encoded)
         if share < 1:
-            rows["rl"], prompts = rl.load_rows(run(config, tmp_path / f"{share}", policy))
+            rows["rl"], prompts = problems(run(config, tmp_path / f"{share}", policy))
             ids = {row["id"] for row in rows["rl"]}
             assert {name: set(group) for name, group in prompts.items()} == {"autonomous": ids, "guided": ids}
         counts = json.loads((tmp_path / f"{share}" / "data.json").read_text())
@@ -74,7 +76,7 @@ def test_both_stages_account_for_every_row(tmp_path, policy, capsys):
     assert rl_count == {"in heldout": 1, "for the warm-up": 0, "without strategy": 6, "prompt too long": 1}
     assert "RL: 54 rows of 62" in capsys.readouterr().out
     config.data.remove_duplicates, config.data.decontaminate = True, False
-    others, _ = rl.load_rows(run(config, tmp_path / "removed", policy))
+    others, _ = problems(run(config, tmp_path / "removed", policy))
     assert {"leaked"} == {row["id"] for row in others} & {"leaked", "again"}
 
 
@@ -86,22 +88,22 @@ def test_the_warm_up_leaves_out_what_the_template_has_opened(tmp_path, policy, m
         asked[solution] = prompt
         return " 7"
 
-    monkeypatch.setattr(sft.tokenizers, "continuation", continuation)
+    monkeypatch.setattr(inputs.tokenizers, "continuation", continuation)
     config = small_config()
     config.sft.train = "arithmetic:train,count=30"
-    training, validation, encoded = sft.load_rows(run(config, tmp_path, policy))
+    training, validation, encoded = demonstrations(run(config, tmp_path, policy))
     for row in training + validation:
         prompt, response = encoded[row["id"]]
         assert asked[row["solution"]] == prompt
-        assert response == sft.tokenizers.encode_response(policy.tokenizer, " 7", policy.stop_ids[0])
+        assert response == inputs.tokenizers.encode_response(policy.tokenizer, " 7", policy.stop_ids[0])
 
 
 def test_what_becomes_of_thoughts_is_counted(tmp_path, policy, monkeypatch, capsys):
     said = iter(["closed", "", "closed", "endless"])
-    monkeypatch.setattr(stage.tokenizers, "thought_change", lambda *_: next(said, ""))
+    monkeypatch.setattr(inputs.tokenizers, "thought_change", lambda *_: next(said, ""))
     config = small_config()
     config.sft.train = "arithmetic:train,count=30"
-    training, validation, _ = sft.load_rows(run(config, tmp_path, policy))
+    training, validation, _ = demonstrations(run(config, tmp_path, policy))
     assert len(training + validation) == 30
     (counts,) = json.loads((tmp_path / "data.json").read_text())["sft"]["sources"].values()
     assert counts["kept_although"] == {
@@ -111,7 +113,7 @@ def test_what_becomes_of_thoughts_is_counted(tmp_path, policy, monkeypatch, caps
     assert "although: closed" in capsys.readouterr().out
     said = iter(["closed"])
     config.data.train, config.rl.guide = config.sft.train, "demonstration"
-    rl.load_rows(run(config, tmp_path, policy))
+    problems(run(config, tmp_path, policy))
     (counts,) = json.loads((tmp_path / "data.json").read_text())["rl"]["sources"].values()
     assert counts["kept_although"]["closed"] == 1, "expert solutions are responses in RL, too"
 
@@ -119,11 +121,11 @@ def test_what_becomes_of_thoughts_is_counted(tmp_path, policy, monkeypatch, caps
 def test_a_stage_with_checkpoints_refuses_other_rows(tmp_path, policy):
     config = small_config()
     config.data.train = "arithmetic:train,count=30"
-    rl.load_rows(run(config, tmp_path, policy))
+    problems(run(config, tmp_path, policy))
     config.data.train = "arithmetic:train,count=40"
-    rl.load_rows(run(config, tmp_path, policy))  # nothing was trained yet
+    problems(run(config, tmp_path, policy))  # nothing was trained yet
     (tmp_path / "rl" / "checkpoints" / "3").mkdir(parents=True)
-    rl.load_rows(run(config, tmp_path, policy))
+    problems(run(config, tmp_path, policy))
     config.data.train = "arithmetic:train,count=30"
     with pytest.raises(ValueError, match="the rl stage in .* began with different rows"):
-        rl.load_rows(run(config, tmp_path, policy))
+        problems(run(config, tmp_path, policy))
