@@ -60,8 +60,7 @@ def _run_stages(config, workdir: Path, mesh: Mesh) -> None:
 def _train(run: Run, initial: Callable) -> None:
     config, workdir = run.config, run.workdir
     stage.check_positions(run)
-    if "rl" in config.stages:
-        rl.sampling(run)  # slots that do not fit are refused before the warm-up
+    sampling = rl.step_sampling(run) if "rl" in config.stages else None  # refuses slots that do not fit
     warmed_up = partial(stage.warmed_up, run, initial)
     try:
         # The rows of both stages are read first: what is wrong with those of RL is said before the warm-up.
@@ -69,8 +68,8 @@ def _train(run: Run, initial: Callable) -> None:
         problems = inputs.problems(run) if "rl" in config.stages else None
         if demonstrations:
             sft.train(run, initial, demonstrations)
-        if problems:
-            rl.train(run, warmed_up, inputs.with_own_strategies(run, problems, warmed_up))
+        if problems and sampling:
+            rl.train(run, warmed_up, inputs.with_own_strategies(run, problems, warmed_up), sampling)
         if "eval" in config.stages:
             final_eval.write(run, warmed_up)
     finally:  # also after a failure, else the page would say that the run is still running

@@ -68,7 +68,7 @@ def run_cell(config: ConfigDict, cell: Cell, workdir: Path) -> dict[str, Any]:
                 raise ValueError(f"{warm_up.workdir} has no checkpoint of the warm-up that {cell} begins with")
             else:
                 problems = inputs.with_own_strategies(run, inputs.problems(run), warmed_up)
-                rl.train(run, warmed_up, problems)
+                rl.train(run, warmed_up, problems, rl.step_sampling(run))
         except FloatingPointError as error:
             result["failed"] = str(error)
         step = None if cell.method == "sft" else stage.find_step(config, folder, "rl", "last")

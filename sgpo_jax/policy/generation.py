@@ -70,9 +70,8 @@ def encode_solution(policy: Policy, prompt: list[int], row: dict) -> list[int]:
     return tokenizers.encode_response(policy.tokenizer, solution, policy.stop_ids[0])
 
 
-def demonstrate(policy: Policy, prompts: Sequence[list[int]], rows: Sequence[dict], length: int) -> Rollout:
-    """Returns the expert's solutions as groups of one, cut at `length` tokens like sampled responses; `logp` is 0."""
-    responses = [encode_solution(policy, prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
+def demonstrate(policy: Policy, responses: Sequence[np.ndarray], length: int) -> Rollout:
+    """Returns the expert's responses as groups of one, cut at `length` tokens like sampled ones; `logp` is 0."""
     tokens, lengths = tokenizers.pad_right([response[:length] for response in responses], length, policy.pad_id)
     finish = np.array([STOP if len(response) <= length else LENGTH for response in responses], np.int32)
     return Rollout(tokens[:, None], np.zeros(tokens[:, None].shape, np.float32), lengths[:, None], finish[:, None])

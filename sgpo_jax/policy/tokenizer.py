@@ -315,7 +315,7 @@ def pad_left(rows: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[n
     return np.ascontiguousarray(tokens[:, ::-1]), np.ascontiguousarray(mask[:, ::-1])
 
 
-def pad_right(rows: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+def pad_right(rows: Sequence[Sequence[int] | np.ndarray], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Pads rows on the right: returns tokens `[N,P]` int32 and lengths `[N]` int32, P = `length`.
 
     Raises:

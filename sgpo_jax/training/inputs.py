@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from sgpo_jax import data, rewards
@@ -28,13 +29,14 @@ class Demonstrations(NamedTuple):
 
 
 class Problems(NamedTuple):
-    """The rows of RL, and group -> their prompts.
+    """The rows of RL with what the method shows of them.
 
     Guided prompts are those with strategies or solutions, and are there only where the method shows them.
     """
 
     rows: list[dict]
-    prompts: dict[str, Tokens]
+    prompts: dict[str, Tokens]  # group -> their prompts
+    solutions: dict[str, np.ndarray]  # id -> int32 tokens; only where the guided group is the expert's solution
 
 
 def demonstrations(run: Run) -> Demonstrations:
@@ -164,7 +166,8 @@ def problems(run: Run) -> Problems:
     # The guided prompt is the longer one.
     long = filtering.too_long(sieve.rows, encoded[names[-1]], config.data.max_prompt_tokens)
     sieve.leave_out("prompt too long", long)
-    if config.rl.guided and config.rl.guide == "demonstration":
+    demonstrated = config.rl.guided and config.rl.guide == "demonstration"
+    if demonstrated:
         count_thoughts(sieve, policy, dict(zip(ids, encoded["autonomous"], strict=True)))
     account(sieve, run.workdir, "rl")
     if len(sieve.rows) < config.rl.batch:
@@ -173,7 +176,10 @@ def problems(run: Run) -> Problems:
         name: {id: tokens for id, tokens in zip(ids, encoded[name], strict=True) if id not in long} for name in names
     }
     check_lengths(run, prompts)
-    return Problems(sieve.rows, prompts)
+    solutions = {}
+    for row in sieve.rows if demonstrated else []:
+        solutions[row["id"]] = np.array(encode_solution(policy, prompts["autonomous"][row["id"]], row), np.int32)
+    return Problems(sieve.rows, prompts, solutions)
 
 
 def check_lengths(run: Run, prompts: Mapping[str, Tokens]) -> None:
@@ -206,7 +212,7 @@ def with_own_strategies(run: Run, problems: Problems, initial: Callable[[], Any]
     written = self_written.write(run, params, problems.rows, done)
     encoded = encode_prompts(run.policy, written, guided=True)
     guided = {row["id"]: tokens for row, tokens in zip(written, encoded, strict=True)}
-    return Problems(problems.rows, problems.prompts | {"guided": guided})
+    return problems._replace(prompts=problems.prompts | {"guided": guided})
 
 
 def total_steps(rl: ConfigDict, rows: Sequence[dict]) -> int:

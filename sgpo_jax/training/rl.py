@@ -6,6 +6,7 @@ Axis key: B problems, G responses of a group, T response tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,6 +29,16 @@ from sgpo_jax.training.train_step import make_update
 from sgpo_jax.training.weighting import Weighting
 
 
+@dataclass(frozen=True)
+class Sampler:
+    """What every step samples with, besides the parameters."""
+
+    run: Run
+    problems: Problems
+    sampling: Sampling
+    known: earlier.Earlier | None = None  # responses of earlier epochs, which change none of later ones
+
+
 class Sampled(NamedTuple):
     """The graded groups of a step."""
 
@@ -37,15 +48,16 @@ class Sampled(NamedTuple):
     slot_steps: int | Steps  # the same; `Steps` with drafts
 
 
-def train(run: Run, initial: Callable[[], Any], problems: Problems) -> None:
+def train(run: Run, initial: Callable[[], Any], problems: Problems, sampling: Sampling) -> None:
     """Runs RL, or what is left of it; checkpoints, metrics and generations go to `workdir/rl`.
 
     Args:
       run: the config, the folder, the model and its mesh.
       initial: returns the parameters to begin with, where there is no checkpoint.
       problems: to train on, and their prompts.
+      sampling: of a step: `step_sampling`.
     """
-    rl, (rows, prompts) = run.config.rl, problems
+    rl, rows = run.config.rl, problems.rows
     # The second sequence has the problems that replace others: see `fill`.
     batches = [data.batches(rows, rl.batch, (run.config.seed + i) % 2**32) for i in range(2)]
     total = total_steps(rl, rows)
@@ -58,14 +70,15 @@ def train(run: Run, initial: Callable[[], Any], problems: Problems) -> None:
         )
         update = phase("update")(update)
         state = loop.start(initial)
-        known = make_earlier(run, rows) if loop.first < total else None
+        known = make_earlier(run, rows, sampling) if loop.first < total else None
+        sampler = Sampler(run, problems, sampling, known)
         for step in loop.steps():
             clock, position = Clock(), loop.position(step)
-            sampled = sample_and_grade(run, loop.weights(state), prompts, batches, position, clock, known)
+            sampled = sample_and_grade(sampler, loop.weights(state), batches, position, clock)
             graded = sampled.graded
             if known is not None:
-                remember(known, position, sampled, prompts)
-            batch = make_batch(run, graded, prompts, sampled.problems)
+                remember(known, position, sampled, problems.prompts)
+            batch = make_batch(run, graded, problems.prompts, sampled.problems)
             packed = pack_batch(batch, weighting, rl.distillation, micro_batch=rl.micro_batch, chunk=chunk)
             state, device_metrics = update(state, sharding.put(packed, specs(packed), run.mesh), loop.base)
             metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
@@ -81,8 +94,8 @@ def sampled_groups(rl: ConfigDict) -> dict[str, int]:
     return {"autonomous": rl.autonomous, **guided}
 
 
-def sampling(run: Run) -> Sampling:
-    """Returns the sampling of a step.
+def step_sampling(run: Run) -> Sampling:
+    """Returns the sampling of a step of RL.
 
     Raises:
       ValueError: its slots do not fit into the memory of the devices; see `policy.memory.sampling`.
@@ -91,12 +104,12 @@ def sampling(run: Run) -> Sampling:
     return memory.sampling(run, "rl", rl.batch * sum(sizes.values()), rl.batch * len(sizes))
 
 
-def make_earlier(run: Run, rows: Sequence[dict]) -> earlier.Earlier | None:
+def make_earlier(run: Run, rows: Sequence[dict], sampling: Sampling) -> earlier.Earlier | None:
     """Returns the store of earlier epochs' responses; None where neither drafts nor slots have a use for it."""
-    rl, saved, chosen = run.config.rl, run.config.checkpoint, sampling(run)
-    if not chosen.draft and not 0 < chosen.slots < rl.batch * sum(sampled_groups(rl).values()):
+    rl, saved = run.config.rl, run.config.checkpoint
+    if not sampling.draft and not 0 < sampling.slots < rl.batch * sum(sampled_groups(rl).values()):
         return None
-    size = min(4 * rl.max_new_tokens, earlier.MOST) if chosen.draft else 0
+    size = min(4 * rl.max_new_tokens, earlier.MOST) if sampling.draft else 0
     # A run that resumes at the oldest checkpoint finds the epoch before it.
     keep = 2 * data.steps_per_epoch(rows, rl.batch) + (saved.keep + 1) * saved.every
     return earlier.Earlier(run.workdir / "rl" / "earlier", size, keep)
@@ -111,30 +124,28 @@ def remember(known: earlier.Earlier, position: int, sampled: Sampled, prompts: M
 
 
 def sample_and_grade(
-    run: Run,
-    params: Any,
-    prompts: Mapping[str, Tokens],
-    batches: Sequence[Any],
-    position: int,
-    clock: Clock,
-    known: earlier.Earlier | None = None,
+    sampler: Sampler, params: Any, batches: Sequence[Any], position: int, clock: Clock
 ) -> Sampled:
     """Samples every group of a step and grades it; in up to `rl.resample` more rounds it replaces idle problems.
 
     Args:
-      run, params, prompts, position, known: as in `sample_groups`.
+      sampler, params, position: as in `sample_groups`.
       batches: the problems of every position; and those of every round of every position.
       clock: of the step; its phases are "rollout" and "reward".
     """
-    rounds = run.config.rl.resample
+    policy, rl = sampler.run.policy, sampler.run.config.rl
+    rounds = rl.resample
 
-    def sample(problems, number=0):
-        sampled, steps = sample_groups(run, params, prompts, problems, position, number, known)
-        groups = with_demonstrations(run, sampled, prompts, problems)
+    def sample(rows, number=0):
+        sampled, steps = sample_groups(sampler, params, rows, position, number)
+        groups = sampled
+        if rl.guided and "guided" not in sampled:
+            solutions = [sampler.problems.solutions[row["id"]] for row in rows]
+            groups = sampled | {"guided": demonstrate(policy, solutions, rl.max_new_tokens)}
         clock.lap("rollout")
-        graded = {name: grade(run.policy, rollout, problems, run.config.rl.reward) for name, rollout in groups.items()}
+        graded = {name: grade(policy, rollout, rows, rl.reward) for name, rollout in groups.items()}
         clock.lap("reward")
-        return Sampled(problems, graded, int(sum(rollout.lengths.sum() for rollout in sampled.values())), steps)
+        return Sampled(rows, graded, int(sum(rollout.lengths.sum() for rollout in sampled.values())), steps)
 
     sampled = sample(batches[0][position])
     for number in range(1, rounds + 1):
@@ -184,44 +195,31 @@ def has_spread(sampled: Sampled) -> np.ndarray:
 
 @phase("rollout")
 def sample_groups(
-    run: Run, params: Any, prompts: Mapping[str, Tokens], problems: Sequence[dict], position: int, number: int = 0,
-    known: earlier.Earlier | None = None,
-) -> tuple[dict[str, Rollout], int | Steps]:  # fmt: skip
+    sampler: Sampler, params: Any, rows: Sequence[dict], position: int, number: int = 0
+) -> tuple[dict[str, Rollout], int | Steps]:
     """Samples every group of a step at once.
 
     Args:
-      run, params: the policy that samples, and how.
-      prompts: group -> prompts of all problems.
-      problems: B problems.
+      sampler, params: the policy that samples, and how.
+      rows: B problems.
       position: the step's place among the batches, which together with the run's seed fixes the noise.
       number: of the round, for problems that replace others; it has noise of its own.
-      known: responses of earlier epochs, which change none of these.
 
     Returns:
       (group of `sampled_groups` -> its rollout `[B,G]`, slot-steps of all groups, or `Steps`).
     """
+    run, prompts, known = sampler.run, sampler.problems.prompts, sampler.known
     config, sizes = run.config, sampled_groups(run.config.rl)
-    tokens = [[prompts[name][row["id"]] for row in problems] for name in sizes]
+    tokens = [[prompts[name][row["id"]] for row in rows] for name in sizes]
     length = max(longest(prompts[name]) for name in sizes)
     purposes = [f"{name}, round {number}" if number else name for name in sizes]
     keys = [noise_key(config.seed, purpose, position) for purpose in purposes]
-    found = known.known(position, [row["id"] for row in problems], len(sizes)) if known else None
+    found = known.known(position, [row["id"] for row in rows], len(sizes)) if known else None
     expected = [None] * len(sizes) if found is None else found.expected.T
     kinds = [Kind(*fields) for fields in zip(tokens, keys, sizes.values(), expected, strict=True)]
     texts = None if found is None else found.texts
-    rollouts, steps = respond_in_groups(run.policy, params, kinds, run.mesh, sampling(run), length, texts)
+    rollouts, steps = respond_in_groups(run.policy, params, kinds, run.mesh, sampler.sampling, length, texts)
     return dict(zip(sizes, rollouts, strict=True)), steps
-
-
-def with_demonstrations(
-    run: Run, sampled: dict[str, Rollout], prompts: Mapping[str, Tokens], problems: Sequence[dict]
-) -> dict[str, Rollout]:
-    """Adds the expert's solutions as the guided group, where the method has a guided group and does not sample it."""
-    rl = run.config.rl
-    if not rl.guided or "guided" in sampled:
-        return sampled
-    tokens = [prompts["autonomous"][row["id"]] for row in problems]
-    return sampled | {"guided": demonstrate(run.policy, tokens, problems, rl.max_new_tokens)}
 
 
 def make_batch(

@@ -235,10 +235,10 @@ def test_a_cell_that_fails_does_not_cost_the_others(config, tmp_path, monkeypatc
     config.lab.update({"rates": (1.0,), "worlds": ("base",), "methods": ("sgpo",), "seeds": (0, 1)})
     real = workers.rl.train
 
-    def train(run, initial):
+    def train(run, *others):
         if run.config.seed == 0:
             raise RuntimeError("out of memory")
-        return real(run, initial)
+        return real(run, *others)
 
     monkeypatch.setattr(workers.rl, "train", train)
     message = "1 of 2 cells failed, the first is base/sgpo@1/seed0: RuntimeError: out of memory"

@@ -71,7 +71,7 @@ def test_a_solution_without_a_thought_closes_the_one_that_the_template_opened():
         (prompt,) = encode_prompts(student, [ROW], guided=False)
         response = encode_solution(student, prompt, ROW)
         assert tokenizer.decode(student.tokenizer, response, len(response) - 1) == written
-        rollout = demonstrate(student, [prompt], [ROW], 100)
+        rollout = demonstrate(student, [np.array(response)], 100)
         assert grade(student, rollout, [ROW]).rewards.tolist() == [[1.0]]
         thought = ROW | {"solution": f"<think>\n19 + 23</think>\n{ROW['solution']}"}
         response = encode_solution(student, prompt, thought)

@@ -6,7 +6,7 @@ import pytest
 
 from sgpo_jax import config as configs
 from sgpo_jax import data, sharding
-from sgpo_jax.policy import Run
+from sgpo_jax.policy import Run, generation
 from sgpo_jax.runtime.files import jsonl
 from sgpo_jax.training import inputs, stage
 from sgpo_jax.training.inputs import demonstrations, problems
@@ -57,7 +57,7 @@ def test_both_stages_account_for_every_row(tmp_path, policy, capsys):
             rows["sft"] = first + second
             assert {row["id"] for row in rows["sft"]} == set(encoded)
         if share < 1:
-            rows["rl"], prompts = problems(run(config, tmp_path / f"{share}", policy))
+            rows["rl"], prompts, _ = problems(run(config, tmp_path / f"{share}", policy))
             ids = {row["id"] for row in rows["rl"]}
             assert {name: set(group) for name, group in prompts.items()} == {"autonomous": ids, "guided": ids}
         counts = json.loads((tmp_path / f"{share}" / "data.json").read_text())
@@ -76,7 +76,7 @@ def test_both_stages_account_for_every_row(tmp_path, policy, capsys):
     assert rl_count == {"in heldout": 1, "for the warm-up": 0, "without strategy": 6, "prompt too long": 1}
     assert "RL: 54 rows of 62" in capsys.readouterr().out
     config.data.remove_duplicates, config.data.decontaminate = True, False
-    others, _ = problems(run(config, tmp_path / "removed", policy))
+    others, *_ = problems(run(config, tmp_path / "removed", policy))
     assert {"leaked"} == {row["id"] for row in others} & {"leaked", "again"}
 
 
@@ -113,9 +113,12 @@ def test_what_becomes_of_thoughts_is_counted(tmp_path, policy, monkeypatch, caps
     assert "although: closed" in capsys.readouterr().out
     said = iter(["closed"])
     config.data.train, config.rl.guide = config.sft.train, "demonstration"
-    problems(run(config, tmp_path, policy))
+    found = problems(run(config, tmp_path, policy))
     (counts,) = json.loads((tmp_path / "data.json").read_text())["rl"]["sources"].values()
     assert counts["kept_although"]["closed"] == 1, "expert solutions are responses in RL, too"
+    for row in found.rows:
+        solution = generation.encode_solution(policy, found.prompts["autonomous"][row["id"]], row)
+        assert found.solutions[row["id"]].tolist() == solution
 
 
 def test_a_stage_with_checkpoints_refuses_other_rows(tmp_path, policy):

@@ -11,6 +11,7 @@ from sgpo_jax import policy, sharding
 from sgpo_jax.policy import generation
 from sgpo_jax.rollout import Rollout, Sampling, Steps
 from sgpo_jax.training import rl
+from sgpo_jax.training.inputs import Problems
 
 PROMPTS = {
     "autonomous": {"a": [9, 10, 11], "b": [12], "c": [13, 14], "longest": [20, 21, 22, 23]},
@@ -33,7 +34,8 @@ def step(tiny, tiny_params, config, position=7):
     with jax.set_mesh(mesh):
         params = policy.place(tiny_params, mesh)
         run = policy.Run(config, None, ours, mesh)
-        found, slot_steps = rl.sample_groups(run, params, PROMPTS, ROWS, position)
+        sampler = rl.Sampler(run, Problems([], PROMPTS, {}), Sampling.from_config(config.rl))
+        found, slot_steps = rl.sample_groups(sampler, params, ROWS, position)
 
     def alone(name, group):
         tokens = PROMPTS[name]
