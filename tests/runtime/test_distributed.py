@@ -15,10 +15,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from helpers import xla_flags
+from helpers.bucket_servers import SERVERS
 from helpers.paths import ROOT
 
 from sgpo_jax.models import huggingface
-from sgpo_jax.runtime import lock
+from sgpo_jax.runtime import buckets, lock
 from sgpo_jax.runtime.files import read_jsonl
 
 TIMES = ("seconds", "tokens_per_second")
@@ -90,6 +91,7 @@ def finished(workdir, processes, devices, **more):
         # Threads of Gloo write at the same time, and between the parts of each other's lines.
         gloo = r"\[Gloo\] Rank|is connected to|peer ranks\.|Expected number of connected peer ranks is :|\s"
         numbers = re.sub(gloo, "", output)
+        errors = re.sub(r".*GOOGLE_AUTH_TOKEN_FOR_TESTING\n", "", errors)  # TensorStore, of the bucket of a test
         assert errors == "" and re.fullmatch(r"\d*", numbers), "only the first talks"
         assert len(numbers) == 3 * output.count("[Gloo] Rank"), "of one digit each"
     return results[0][1]
@@ -97,17 +99,25 @@ def finished(workdir, processes, devices, **more):
 
 def interrupt(workdir, stage, step, process, how):
     """Sends a signal to one of two processes after `step` rows of a stage; returns (`end`'s result, seconds)."""
-    run, path, deadline = start(workdir, 2, 2), workdir / f"{stage}.jsonl", time.monotonic() + 400
+    run, deadline = start(workdir, 2, 2), time.monotonic() + 400
     try:
-        while not (path.is_file() and len(path.read_text().splitlines()) >= step):
+        while len(written(workdir, f"{stage}.jsonl").splitlines()) < step:
             assert all(one.poll() is None for one in run) and time.monotonic() < deadline
             time.sleep(0.005)
         run[process].send_signal(how)
         started = time.monotonic()
     finally:
         results = end(run) if sys.exc_info()[0] is None else [one.kill() for one in run]
-    assert not (workdir / "eval" / "after_unguided.json").exists(), "stopped too late to say anything"
+    assert not written(workdir, "eval/after_unguided.json"), "stopped too late to say anything"
     return results, time.monotonic() - started
+
+
+def written(workdir, name):
+    """Returns the content of a file of a run on a disk or in a bucket; nothing where it is not there."""
+    try:
+        return buckets.read(f"{workdir}/{name}") if buckets.is_url(str(workdir)) else (workdir / name).read_bytes()
+    except FileNotFoundError:
+        return b""
 
 
 def rows(workdir, stage):
@@ -208,6 +218,23 @@ def test_killed_preempted_and_damaged_it_ends_bit_for_bit_as_undisturbed(undistu
     assert output.count(f"rl/checkpoints/{last} is damaged") == 1 and f"renamed to {last}.damaged" in output
 
     assert results(tmp_path) == results(undisturbed)
+    for stage, total in STEPS.items():
+        assert rows(tmp_path, stage) == rows(undisturbed, stage)
+        for a, b in zip(*(jax.tree.leaves(state(w, stage, total)) for w in (tmp_path, undisturbed)), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_two_processes_in_a_bucket_end_as_on_a_disk(undisturbed, tmp_path):
+    """A whole run, stopped in the middle of RL and started again, with checkpoints that each writes a part of."""
+    url = "gs://bucket/runs/two"
+    with SERVERS["gs"]():
+        preempted, _ = interrupt(url, "rl", 2, 1, signal.SIGTERM)
+        assert [code for code, _, _ in preempted] == [0, 0] and SAVED.search(preempted[0][1]), preempted
+        finished(url, 2, 2)
+        found = buckets.listing(url)
+        buckets.download(url, {name: tmp_path / name for name in found if not name.startswith("lock/")})
+    assert results(tmp_path) == results(undisturbed) and files(tmp_path) == files(undisturbed) - {"lock"}
     for stage, total in STEPS.items():
         assert rows(tmp_path, stage) == rows(undisturbed, stage)
         for a, b in zip(*(jax.tree.leaves(state(w, stage, total)) for w in (tmp_path, undisturbed)), strict=True):
