@@ -1,4 +1,4 @@
-"""Keeps docs/pods.md and docs/gpus.md true: commands run dry, figures follow from each other, no file has a secret."""
+"""Keeps docs/pods.md and docs/gpus.md true, and the README: commands run dry, figures agree, no file has a secret."""
 
 import math
 import re
@@ -25,7 +25,7 @@ def commands(text):
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-LAUNCHES = [words for words in commands(PAGE + GPUS) if words[0].startswith("launch/")]
+LAUNCHES = [words for words in commands(PAGE + GPUS + README) if words[0].startswith("launch/")]
 
 
 @pytest.fixture(scope="module")
