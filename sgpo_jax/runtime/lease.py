@@ -99,14 +99,20 @@ def _beat(url: str, number: int, mine: dict[str, Any], stop: threading.Event) ->
 
 
 def _newest(url: str) -> tuple[int, dict[str, Any]]:
-    """Returns (number, content) of the object that holds the lock; (0, {}) where there is none."""
+    """Returns (number, content) of the object that holds the lock; (0, {}) where there is none.
+
+    The content is {} where it cannot be understood: somebody holds the lock, who is not known.
+    """
     numbers = _numbers(url)
     if not numbers:
         return 0, {}
     try:
-        return numbers[-1], json.loads(buckets.read(_name(url, numbers[-1])))
+        content = json.loads(buckets.read(_name(url, numbers[-1])))
     except FileNotFoundError:  # a later one has just taken its place
         return _newest(url)
+    except ValueError:
+        content = {}
+    return numbers[-1], content if isinstance(content, dict) else {}
 
 
 def _numbers(url: str) -> list[int]:
@@ -128,4 +134,6 @@ def _refusal(url: str, holder: dict[str, Any]) -> ValueError:
 
 
 def _described(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "a process that is not known"
     return f"process {holder.get('pid')} on host {holder.get('host')} (since {holder.get('since')})"

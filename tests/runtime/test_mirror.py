@@ -1,6 +1,7 @@
 """Local copies of folders in buckets: what is sent when, in which order; and the lease that is their lock."""
 
 import json
+import os
 import threading
 import time
 
@@ -191,6 +192,25 @@ def test_a_holder_that_has_lost_its_lock_ends(monkeypatch, capfd):
         buckets.write(f"{URL}/lock/00000002", json.dumps(later).encode())
         assert ended.wait(20)
     assert f"has lost the lock of {URL} to process 2 on host other" in capfd.readouterr().out
+
+
+def test_a_lock_that_cannot_be_read_is_that_of_an_unknown_holder(monkeypatch, capfd):
+    for content in (b"[1]", b"\xff", b"{"):
+        buckets.write(f"{URL}/lock/00000003", content)
+        assert lease._newest(URL) == (3, {}) and lease.seen(URL) == ""
+    started = time.monotonic()
+    with lease.hold(URL):
+        assert time.monotonic() - started >= 1.0, "it may be alive"
+        assert "the lock of a process that is not known is there" in capfd.readouterr().out
+        buckets.write(f"{URL}/lock/00000004", content)  # its own
+        until = time.monotonic() + 10
+        while lease._newest(URL)[1] == {} and time.monotonic() < until:
+            time.sleep(0.05)
+        assert lease._newest(URL)[1]["pid"] == os.getpid(), "it is written again, and nobody is dead"
+        ended = threading.Event()
+        monkeypatch.setattr(lease.os, "_exit", lambda code: ended.set())
+        buckets.write(f"{URL}/lock/00000005", content)
+        assert ended.wait(10), "a later lock is the end, whosever it is"
 
 
 def test_seals_of_a_bucket_and_of_a_disk(tmp_path):
