@@ -5,7 +5,7 @@ A folder in a bucket is a local copy of it: see `runtime.mirror`.
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def new_folder(flag: str, value: str) -> Path:
             raise ValueError(f"--{flag}={value}: has files already; must be a new folder")
         return mirror.blank(url)
 
-    return _in_bucket(flag, value, make)
+    return _in_bucket(flag, value, make, buckets.WRITABLE)
 
 
 def existing_folder(flag: str, value: str) -> Path:
@@ -88,18 +88,22 @@ def file(flag: str, value: str) -> Path:
         path = Path(value).expanduser()
         folder(flag, str(path.parent))
         return path
+    from sgpo_jax.runtime import buckets
+
     parent, _, name = value.rpartition("/")
-    return _in_bucket(flag, parent, lambda url, mirror: mirror.blank(url)) / name
+    return _in_bucket(flag, parent, lambda url, mirror: mirror.blank(url), buckets.WRITABLE) / name
 
 
 def _is_url(value: str) -> bool:
     return "://" in value
 
 
-def _in_bucket(flag: str, value: str, action: Callable[[str, Any], Path], check: bool = True) -> Path:
+def _in_bucket(
+    flag: str, value: str, action: Callable[[str, Any], Path], kinds: Sequence[str] = (), check: bool = True
+) -> Path:
     from sgpo_jax.runtime import buckets, mirror  # they import JAX
 
-    buckets.check_url(f"--{flag}", value, buckets.WRITABLE)
+    buckets.check_folder(f"--{flag}", value, kinds or buckets.READABLE)
     try:
         if check:
             buckets.check_writable(value.rstrip("/"))

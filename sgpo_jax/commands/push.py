@@ -7,14 +7,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError
 
-# HTTP status -> what to do about it
-_ADVICE = {
-    401: "the hub does not accept the token: `hf auth login`, or set HF_TOKEN",
-    403: "the token may not write there: it needs write access to this owner's repositories",
-    404: "there is no such owner or repository, or the token may not see it",
-    409: "something else is being written there: try again",
-    429: "the hub has had too many requests: try again later",
-}
+from sgpo_jax.runtime import hub
 
 
 def check(name: str) -> None:
@@ -47,15 +40,15 @@ def push(files: Mapping[str, Path], name: str, kind: str, public: bool, again: s
       OSError: the hub cannot be reached, or refuses; the message says why.
       ValueError: the repository is public, and `public` is not set.
     """
-    hub = huggingface_hub.HfApi()
+    api = huggingface_hub.HfApi()
     with _explaining(name, again):
-        url = hub.create_repo(name, repo_type=kind, private=not public, exist_ok=True)
-        readable = not hub.repo_info(name, repo_type=kind).private
+        url = api.create_repo(name, repo_type=kind, private=not public, exist_ok=True)
+        readable = not api.repo_info(name, repo_type=kind).private
     if readable and not public:
         raise ValueError(f"--push={name}: is a public repository; must be a private one, or --public be given. {again}")
     with _explaining(name, again):
         operations = [huggingface_hub.CommitOperationAdd(place, file) for place, file in files.items()]
-        hub.create_commit(name, operations, repo_type=kind, commit_message="Written by sgpo_jax")
+        api.create_commit(name, operations, repo_type=kind, commit_message="Written by sgpo_jax")
     print(f"pushed to {url} ({'public' if readable else 'private'})", flush=True)
 
 
@@ -65,9 +58,6 @@ def _explaining(name: str, again: str) -> Iterator[None]:
     try:
         yield
     except HfHubHTTPError as error:
-        status = error.response.status_code
-        advice = _ADVICE.get(status, "the hub is down or busy: try again later" if status >= 500 else "the hub refuses")
-        said = f" ({error.server_message})" if error.server_message else ""
-        raise OSError(f"--push={name}: not pushed: {advice} [{status}]{said}. {again}") from error
+        raise OSError(f"--push={name}: not pushed: {hub.advice(error)}. {again}") from error
     except Exception as error:
         raise OSError(f"--push={name}: not pushed: {type(error).__name__}: {error}. {again}") from error

@@ -1,7 +1,8 @@
-"""Objects of buckets by their URLs: gs:// (Google Cloud Storage), s3:// (Amazon S3), and hf:// (the hub), to read.
+"""Objects of buckets by their URLs: gs:// (Google Cloud Storage), s3:// (Amazon S3), and hf:// (the Hugging Face hub).
 
-Writing an object is atomic on these stores: others see the old or the new one, whole. The clients find credentials, and
-the address of another server, where they always do, such as in the variables of the environment.
+Writing an object is atomic on these stores: others see the old or the new one, whole. On the hub all changes of a
+folder can be one such step: see `hub`. The clients find credentials, and the address of another server, where they
+always do, such as in the variables of the environment.
 """
 
 import contextlib
@@ -16,20 +17,42 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-READABLE = ("gs", "s3", "hf")
-WRITABLE = ("gs", "s3")
+READABLE = ("gs", "s3", "hf")  # and folders of these are written to
+WRITABLE = ("gs", "s3")  # files of their own are
 _URL = re.compile(r"(\w+)://[^/\s]+(/.*)?", re.DOTALL)
 _SMALL = 2**28  # bytes; a file up to this size is read before it is sent, because a run may be appending to it
 _PATIENCE = 120.0  # seconds in which a request is repeated
+_SHORT = 10.0  # seconds, of a request that need not succeed
 _LONGEST = 16.0  # seconds between two tries
 _SILENCE = 30.0  # seconds without a byte after which a request to gs:// counts as lost
 # Errors that another try does not change, and words in the messages of others.
 _FINAL = (
     FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError, ImportError, ValueError,
 )  # fmt: skip
-_REFUSED = ("Forbidden", "Anonymous caller", "NoCredentials", "Unable to locate credentials", "not valid")
+_REFUSED = (
+    "Forbidden", "Anonymous caller", "NoCredentials", "Unable to locate credentials", "not valid",
+    "OfflineModeIsEnabled",
+)  # fmt: skip
 
 T = TypeVar("T")
+
+
+class Periods(NamedTuple):
+    """How often a run writes to a store, in seconds."""
+
+    send: float  # between two times that its files are sent
+    apart: float  # at least between two such times, unless it ends
+    beat: float  # in which its lock is written again
+    lease: float  # in which a lock is not written again if its holder is dead
+    look: float  # between two looks at a lock whose holder may be dead
+
+
+# The hub allows about 128 commits an hour.
+PERIODS = {
+    "gs": Periods(send=30, apart=0, beat=10, lease=60, look=2),
+    "s3": Periods(send=30, apart=0, beat=10, lease=60, look=2),
+    "hf": Periods(send=300, apart=60, beat=60, lease=180, look=10),
+}
 
 
 class Object(NamedTuple):
@@ -44,6 +67,16 @@ def is_url(name: str) -> bool:
     return _URL.fullmatch(name) is not None
 
 
+def periods(url: str) -> Periods:
+    """Returns how often a run writes to the store of a URL."""
+    return PERIODS[url.partition("://")[0]]
+
+
+def is_atomic(url: str) -> bool:
+    """Returns whether all changes of a folder are one step there."""
+    return url.startswith("hf://")
+
+
 def check_url(what: str, name: str, allowed: Sequence[str]) -> None:
     """Checks the kind of a URL.
 
@@ -54,6 +87,15 @@ def check_url(what: str, name: str, allowed: Sequence[str]) -> None:
         kinds = ", ".join(f"{kind}://" for kind in allowed)
         hint = "; --push writes to the hub" if name.startswith("hf://") else ""
         raise ValueError(f"{what}={name}: must be a folder, or in a bucket with one of {kinds}{hint}")
+
+
+def check_folder(what: str, url: str, allowed: Sequence[str] = READABLE) -> None:
+    """Checks that a URL can be that of a folder to write to, before its store is asked; raises as `check_url`."""
+    check_url(what, url, allowed)
+    if url.startswith("hf://"):
+        from sgpo_jax.runtime import hub
+
+        hub.check(what, url)
 
 
 def patiently(action: Callable[[], T], url: str, seconds: float = _PATIENCE) -> T:
@@ -138,12 +180,54 @@ def delete(url: str) -> None:
         patiently(lambda: fs.rm_file(path), url)
 
 
+def change(
+    url: str,
+    files: Mapping[str, bytes | Path],
+    gone: Sequence[str] = (),
+    last: Callable[[], Mapping[str, bytes]] = dict,
+) -> None:
+    """Writes and deletes objects of a folder: in one step where the store has such steps, else one after another.
+
+    Args:
+      url: of the folder.
+      files: name below it -> content, or the file that has it.
+      gone: names of objects to delete, if they are there.
+      last: returns more files, and may raise to prevent the rest. The store refuses one step where something has been
+        written since.
+    """
+    if is_atomic(url):
+        fs, root = _at(url)
+        return patiently(lambda: fs.commit(root, files, gone, last), url)
+    for name, content in [*files.items(), *last().items()]:
+        write(f"{url}/{name}", content) if isinstance(content, bytes) else upload(content, f"{url}/{name}")
+    for name in gone:
+        delete(f"{url}/{name}")
+
+
+def squash(url: str) -> None:
+    """Frees the room of deleted objects in a store that keeps them in a history.
+
+    Raises:
+      OSError: it cannot.
+    """
+    if is_atomic(url):
+        fs, root = _at(url)
+        patiently(lambda: fs.squash(root), url, _SHORT)
+
+
+def content(file: Path) -> bytes | None:
+    """Returns what a file has now, to which a run may be appending; None for a large one, which is not read."""
+    size = file.stat().st_size
+    if size > _SMALL:
+        return None
+    with file.open("rb") as opened:
+        return opened.read(size)
+
+
 def upload(file: Path, url: str) -> None:
     """Writes a file to an object. A file that grows meanwhile is cut at the size that it had."""
-    size = file.stat().st_size
-    if size <= _SMALL:
-        with file.open("rb") as content:
-            return write(url, content.read(size))
+    if (read := content(file)) is not None:
+        return write(url, read)
     fs, path = _at(url)
     patiently(lambda: fs.put_file(str(file), path), url)
 
@@ -233,6 +317,10 @@ def _tag(info: Mapping[str, Any]) -> str:
 
 def _at(url: str) -> tuple[Any, str]:
     kind, _, path = url.partition("://")
+    if kind == "hf":
+        from sgpo_jax.runtime import hub  # its client takes a second to import
+
+        return hub.Files(), path.rstrip("/")
     try:
         return _filesystem(kind), path.rstrip("/")
     except ImportError as error:
@@ -244,8 +332,8 @@ def _filesystem(kind: str) -> Any:
     import fsspec  # it and the clients take a second to import
 
     settings = fsspec.config.conf.setdefault(kind, {})
-    if kind in WRITABLE:  # also for Orbax, whose arrays reach the bucket past the client: a cached listing lacks them
-        settings.setdefault("use_listings_cache", False)
+    # Also for Orbax, whose arrays reach the bucket past the client: a cached listing lacks them.
+    settings.setdefault("use_listings_cache", False)
     if kind == "gs":
         import aiohttp
 

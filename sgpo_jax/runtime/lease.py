@@ -1,12 +1,13 @@
 """A lock on a folder of a bucket, as a lease that its holder renews.
 
 The folder's `lock/` has numbered objects, and the one with the highest number holds the lock. The store creates an
-object only where there is none of its name (generation 0 on gs://, If-None-Match on s3://), so two processes never get
-one number. The holder writes its object again every `BEAT` seconds. Where nothing is written for `LEASE` seconds the
-holder is dead, and the next number is free. No clock of one machine is compared with that of another.
+object only where there is none of its name (generation 0 on gs://, If-None-Match on s3://, the parent of a commit on
+hf://), so two processes never get one number. The holder writes its object again and again, at hf:// in every commit.
+Where nothing is written for the time of a lease the holder is dead, and the next number is free. How often is in
+`buckets.PERIODS`. No clock of one machine is compared with that of another.
 
-What a store cannot promise: a process that stands still for longer than `LEASE`, with its machine, does not know that
-it has lost the lock. It ends at its next beat, before which it may still write.
+What a store cannot promise: a process that stands still for longer than a lease, with its machine, does not know that
+it has lost the lock. It ends at its next beat, before which it may still write. On hf:// it cannot: see `renewed`.
 """
 
 import contextlib
@@ -18,14 +19,33 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 from sgpo_jax.runtime import buckets, watchdog
 
-BEAT = 10.0  # seconds
-LEASE = 60.0  # seconds
-_LOOK = 2.0  # seconds between two looks at a lock that may be dead
+
+@dataclass
+class _Lease:
+    """A lock that this process holds."""
+
+    url: str
+    number: int
+    holder: dict[str, Any]  # its content
+    written: float = field(default_factory=time.monotonic)  # when it was last written, or tried to
+    writing: threading.Lock = field(default_factory=threading.Lock)
+
+    def renewed(self) -> dict[str, bytes]:
+        """Returns the lock as it is to be written next; ends the process if another one has taken the lock."""
+        if max(_numbers(self.url), default=0) > self.number:
+            _end(self.url)
+        with self.writing:
+            self.holder, self.written = {**self.holder, "beat": self.holder["beat"] + 1}, time.monotonic()
+            return {_name(self.number): _text(self.holder)}
+
+
+_held: dict[str, _Lease] = {}
 
 
 @contextlib.contextmanager
@@ -39,22 +59,32 @@ def hold(url: str) -> Iterator[None]:
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     mine = {"host": socket.gethostname(), "pid": os.getpid(), "since": now, "token": uuid.uuid4().hex, "beat": 0}
     with contextlib.suppress(FileExistsError):  # by another process, or by a try of this one whose answer got lost
-        buckets.create(_name(url, number), _text(mine))
+        buckets.create(f"{url}/{_name(number)}", _text(mine))
     newest, holder = _newest(url)
     if newest != number or holder.get("token") != mine["token"]:
         raise _refusal(url, holder)
-    stop = threading.Event()
-    beating = threading.Thread(target=_beat, args=(url, number, mine, stop), name=f"lock of {url}", daemon=True)
+    lease, stop = _Lease(url, number, mine), threading.Event()
+    beating = threading.Thread(target=_beat, args=(lease, stop), name=f"lock of {url}", daemon=True)
+    _held[url] = lease
     beating.start()
     try:
         yield
     finally:
         stop.set()
         beating.join()
-        buckets.write(_name(url, number), _text({**mine, "released": True}))
-        for earlier in _numbers(url):
-            if earlier < number:
-                buckets.delete(_name(url, earlier))
+        del _held[url]
+        released, earlier = _text({**mine, "released": True}), [n for n in _numbers(url) if n < number]
+        buckets.change(url, {_name(number): released}, [*map(_name, earlier)])
+
+
+def renewed(url: str) -> dict[str, bytes]:
+    """Returns what is written with the other files of a folder: its lock, if this process holds it.
+
+    If another process has taken the lock, this one ends. On hf:// it is called for every commit, after the commit on
+    which it is to be made was looked at. The hub refuses it where the lock was taken since. So a process that has lost
+    the lock changes nothing.
+    """
+    return _held[url].renewed() if url in _held else {}
 
 
 def seen(url: str) -> str:
@@ -68,10 +98,12 @@ def _free_number(url: str) -> int:
     number, holder = _newest(url)
     if not number or holder.get("released"):
         return number + 1
-    print(f"{url}: the lock of {_described(holder)} is there; waiting {LEASE:g} s for a sign of life", flush=True)
-    until = time.monotonic() + LEASE
+    periods = buckets.periods(url)
+    waiting = f"waiting {periods.lease:g} s for a sign of life"
+    print(f"{url}: the lock of {_described(holder)} is there; {waiting}", flush=True)
+    until = time.monotonic() + periods.lease
     while time.monotonic() < until:
-        time.sleep(min(_LOOK, LEASE / 4))
+        time.sleep(periods.look)
         newest, now = _newest(url)
         if now.get("released"):
             return newest + 1
@@ -80,19 +112,18 @@ def _free_number(url: str) -> int:
     return number + 1
 
 
-def _beat(url: str, number: int, mine: dict[str, Any], stop: threading.Event) -> None:
-    while not stop.wait(BEAT):
-        try:
-            newest, holder = _newest(url)
-            if newest > number:
-                break
-            mine = {**mine, "beat": mine["beat"] + 1}
-            buckets.write(_name(url, number), _text(mine))
-        except OSError:
-            continue  # the bucket cannot be reached; who holds the lock shows when it can
-    else:
-        return
-    reason = f"has lost the lock of {url} to {_described(holder)}: it gave no sign of life for {LEASE:g} s"
+def _beat(lease: _Lease, stop: threading.Event) -> None:
+    period = buckets.periods(lease.url).beat
+    while not stop.wait(max(lease.written + period - time.monotonic(), 0)):
+        lease.written = time.monotonic()
+        # The bucket may not be reached, or not be written to; who holds the lock shows when it can.
+        with contextlib.suppress(OSError, ValueError):
+            buckets.change(lease.url, {}, (), lease.renewed)
+
+
+def _end(url: str) -> None:
+    holder, period = _described(_newest(url)[1]), buckets.periods(url).lease
+    reason = f"has lost the lock of {url} to {holder}: it gave no sign of life for {period:g} s"
     print(f"sgpo_jax: this process {reason}", flush=True)
     watchdog.tell(reason)
     os._exit(1)
@@ -107,7 +138,7 @@ def _newest(url: str) -> tuple[int, dict[str, Any]]:
     if not numbers:
         return 0, {}
     try:
-        content = json.loads(buckets.read(_name(url, numbers[-1])))
+        content = json.loads(buckets.read(f"{url}/{_name(numbers[-1])}"))
     except FileNotFoundError:  # a later one has just taken its place
         return _newest(url)
     except ValueError:
@@ -119,8 +150,8 @@ def _numbers(url: str) -> list[int]:
     return sorted(int(name) for name in buckets.listing(f"{url}/lock") if re.fullmatch(r"\d{8}", name))
 
 
-def _name(url: str, number: int) -> str:
-    return f"{url}/lock/{number:08}"
+def _name(number: int) -> str:
+    return f"lock/{number:08}"
 
 
 def _text(content: dict[str, Any]) -> bytes:

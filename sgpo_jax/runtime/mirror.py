@@ -1,10 +1,10 @@
 """Local copies of folders in buckets, on which a command works as on any other folder.
 
-A command copies the folder when it begins, and sends what it has changed: at its end, and in a run also every `PERIOD`
-seconds and before every checkpoint. So the bucket always has the run as it was some seconds ago, and a run that is
-killed loses no row before its last checkpoint. Checkpoints are written to gs:// by Orbax itself, by all processes, and
-are not copied. On s3://, where Orbax cannot write, they are files like others, sent after the rest, their seals last; a
-checkpoint without a seal is not whole.
+A command copies the folder when it begins, and sends what it has changed: at its end, and in a run also every few
+seconds or minutes (`buckets.PERIODS`) and before every checkpoint. So the bucket always has the run as it was some time
+ago, and a run that is killed loses no row before its last checkpoint. Checkpoints are written to gs:// by Orbax itself,
+by all processes, and are not copied. Elsewhere they are files like others. On s3:// these are sent after the rest,
+their seals last; a checkpoint without a seal is not whole. On hf:// all is sent in one commit, with whole ones alone.
 """
 
 import contextlib
@@ -14,16 +14,18 @@ import re
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import jax
 from etils import epath
 
-from sgpo_jax.runtime import buckets, distributed
+from sgpo_jax.runtime import buckets, distributed, lease
 
-PERIOD = 30.0  # seconds between two times that a run sends its files
+_POLL = 1.0  # seconds between two looks at whether it is time to send
 _LAST = 600.0  # seconds in which the files are sent at the end
 _ARRAYS = "checkpoints"  # folders of this name hold checkpoints
 _SEAL = ".files.json"  # see `checksums`
@@ -42,6 +44,8 @@ class _Mirror:
         self.whole = whole
         self.direct = url.startswith("gs://") and not whole  # Orbax writes the checkpoints to the bucket
         self.failed = False
+        self._periods = buckets.periods(url)
+        self._due, self._soonest = 0.0, 0.0  # when, in monotonic time, the files are to be sent, and may be
         self._sent: dict[str, tuple[int, int]] = {}  # name -> size and time of the file that the bucket has
         self._tags: dict[str, str] = {}
         self._sending = threading.Lock()
@@ -67,8 +71,10 @@ class _Mirror:
 
     def drop_unfinished(self) -> None:
         """Deletes the checkpoints in the bucket that a process was sending when it was killed."""
+        if self.direct or buckets.is_atomic(self.url):
+            return
         found = buckets.listing(self.url)
-        for name in found if not self.direct else ():
+        for name in found:
             if not _is_whole(name, found):
                 buckets.delete(f"{self.url}/{name}")
 
@@ -80,14 +86,47 @@ class _Mirror:
         """
         with self._sending:
             now = dict(self._files())
-            changed = [name for name, state in now.items() if self._sent.get(name) != state]
-            for name in sorted(changed, key=lambda name: (_in_arrays(name), name.endswith(_SEAL), now[name][1])):
-                with contextlib.suppress(FileNotFoundError):  # it has just been removed
-                    buckets.upload(self.folder / name, f"{self.url}/{name}")
-                    self._sent[name] = now[name]
-            for name in sorted(self._sent.keys() - now.keys(), key=lambda name: name.count("/")):  # a seal goes first
-                buckets.delete(f"{self.url}/{name}")
-                del self._sent[name]
+            if buckets.is_atomic(self.url):
+                self._send_at_once(now)
+            else:
+                self._send(now)
+            self._due = time.monotonic() + self._periods.send
+            self._soonest = time.monotonic() + self._periods.apart
+
+    def push_soon(self) -> None:
+        """Does the same, unless it was done so lately that the store would count it as too often: then it is done soon.
+
+        Raises:
+          OSError: the bucket cannot be reached.
+        """
+        if time.monotonic() >= self._soonest:
+            self.push()
+        else:
+            self._due = min(self._due, self._soonest)
+
+    def _send(self, now: dict[str, tuple[int, int]]) -> None:
+        changed = [name for name, state in now.items() if self._sent.get(name) != state]
+        for name in sorted(changed, key=lambda name: (_in_arrays(name), name.endswith(_SEAL), now[name][1])):
+            with contextlib.suppress(FileNotFoundError):  # it has just been removed
+                buckets.upload(self.folder / name, f"{self.url}/{name}")
+                self._sent[name] = now[name]
+        for name in sorted(self._sent.keys() - now.keys(), key=lambda name: name.count("/")):  # a seal goes first
+            buckets.delete(f"{self.url}/{name}")
+            del self._sent[name]
+
+    def _send_at_once(self, now: dict[str, tuple[int, int]]) -> None:
+        """Sends all in one step, but no checkpoint that is being written, and keeps one that is being removed."""
+        now = {name: state for name, state in now.items() if _is_whole(name, now)}
+        gone = [name for name in self._sent.keys() - now.keys() if _seal_of(name) not in now]
+        files: dict[str, bytes | Path] = {}
+        for name in [name for name, state in now.items() if self._sent.get(name) != state]:
+            with contextlib.suppress(FileNotFoundError):  # it has just been removed
+                content = None if _in_arrays(name) else buckets.content(self.folder / name)
+                files[name] = self.folder / name if content is None else content
+        if files or gone:
+            buckets.change(self.url, files, gone, partial(lease.renewed, self.url))
+        self._sent = {name: state for name, state in self._sent.items() if name not in gone}
+        self._sent |= {name: now[name] for name in files}
 
     def push_last(self) -> None:
         """Sends what is left, or says where it stays."""
@@ -100,14 +139,17 @@ class _Mirror:
     def keep_pushing(self, stop: threading.Event) -> None:
         """Sends the files again and again; an error is printed once, until it works again."""
         silent = False
-        while not stop.wait(PERIOD):
+        self._due = time.monotonic() + self._periods.send
+        while not stop.wait(min(_POLL, self._periods.send)):
+            if time.monotonic() < self._due:
+                continue
             try:
                 self.push()
                 silent = False
             except Exception as error:
                 if not silent:
                     print(f"warning: {error}; the run goes on, and its files are sent later", flush=True)
-                silent = True
+                silent, self._due = True, time.monotonic() + self._periods.send
 
     def _files(self) -> Iterator[tuple[str, tuple[int, int]]]:
         for parent, folders, names in os.walk(self.folder):
@@ -195,6 +237,7 @@ def writing(folder: Path) -> Iterator[None]:
     assert mirror is not None
     mirror.pull()
     mirror.drop_unfinished()
+    _squash(mirror.url)
     thread = threading.Thread(target=mirror.keep_pushing, args=(stop,), name=mirror.url, daemon=True)
     thread.start()
     try:
@@ -203,16 +246,17 @@ def writing(folder: Path) -> Iterator[None]:
         stop.set()
         thread.join()
         mirror.push_last()
+        _squash(mirror.url)
 
 
 def push() -> None:
-    """Sends the changed files of all local copies.
+    """Sends the changed files of all local copies, at once or soon: see `buckets.Periods.apart`.
 
     Raises:
       OSError: a bucket cannot be reached.
     """
     for mirror in _mirrors.values():
-        mirror.push()
+        mirror.push_soon()
 
 
 @contextlib.contextmanager
@@ -234,6 +278,13 @@ def closing() -> Iterator[None]:
         _mirrors.clear()
 
 
+def _squash(url: str) -> None:
+    try:
+        buckets.squash(url)
+    except OSError as error:
+        print(f"warning: {error}; deleted checkpoints stay in the history, and count against the quota", flush=True)
+
+
 def _of(path: Path) -> _Mirror | None:
     return next((mirror for mirror in _mirrors.values() if Path(path).is_relative_to(mirror.folder)), None)
 
@@ -253,10 +304,15 @@ def _in_arrays(name: str) -> bool:
 
 def _is_whole(name: str, names: Iterable[str]) -> bool:
     """Returns False for a file of a checkpoint that has no seal among the names."""
-    parts = name.split("/")
+    seal = _seal_of(name)
+    return not seal or seal in names
+
+
+def _seal_of(name: str) -> str:
+    """Returns the name of the seal of the checkpoint that a file belongs to; "" if it belongs to none."""
     if not _in_arrays(name):
-        return True
+        return ""
+    parts = name.split("/")
     step = list(itertools.takewhile(lambda part: part != _ARRAYS, parts))
     step += parts[len(step) : len(step) + 2]
-    return not step[-1].isdigit() or "/".join(step) + _SEAL in names
-
+    return "/".join(step) + _SEAL if step[-1].isdigit() else ""

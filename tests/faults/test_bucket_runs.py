@@ -69,11 +69,11 @@ def test_rows_files_and_checkpoints_outlive_kills_and_faults(kind, small_run, un
     """Does the same as the last test below without a model, with more kills."""
     with SERVERS[kind]() as server:
         server.fails[:], server.apart = SILENCE * (kind == "gs") + FAULTS, APART
-        kills = [[1, "row", 0], [2, "saving", 0], [5, "row", 0]]
-        codes, said = small_run(f"{kind}://bucket/small", 1, kills, server.variables)
+        kills = [[1, "row", 0], [2, "sent" if kind == "hf" else "saving", 0], [5, "row", 0]]
+        codes, said = small_run(f"{server.root}/small", 1, kills, server.variables)
         assert codes == [[-signal.SIGKILL]] * 3 + [[0]], said
         assert not server.fails
-        assert_same(downloaded(f"{kind}://bucket/small", tmp_path), undisturbed[1])
+        assert_same(downloaded(f"{server.root}/small", tmp_path), undisturbed[1])
 
 
 @pytest.mark.slow

@@ -15,9 +15,12 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
+from urllib.parse import urlsplit
 
 import pytest
+from huggingface_hub import constants
 
+from helpers.hub_server import TOKEN, HubServer
 from helpers.local_server import LocalServer
 from sgpo_jax.runtime import buckets
 
@@ -31,6 +34,7 @@ import os
 os.execv(binary := str(_server._get_binary_path()), [binary, *sys.argv[1:]])
 """
 _S3 = "import sys; from moto.server import main; main(sys.argv[1:])"
+_ADDRESS = "{repo_id}/resolve/{revision}/{filename}"  # of a file of the hub
 _HOP = {"connection", "keep-alive", "transfer-encoding", "host", "content-length"}
 
 
@@ -41,8 +45,10 @@ class Server(LocalServer):
     server hears of the request, "lost" for one that breaks when the server has done what it should, or "mute" for one
     that stays open without an answer. Between two of them, `apart` requests are answered.
 
-    `variables` are those of the environment that make clients use the server.
+    `variables` are those of the environment that make clients use the server; `root` is the URL of its bucket.
     """
+
+    root = ""
 
     def __init__(self, port):
         self.port, self.fails, self.requests, self.down = port, [], [], False
@@ -188,6 +194,7 @@ def google():
         }  # fmt: skip
         with _variables(server.variables):
             forget_clients()
+            server.root = f"gs://{BUCKET}"
             yield server
             forget_clients()
 
@@ -206,8 +213,22 @@ def amazon():
         }  # fmt: skip
         with _variables(server.variables):
             forget_clients()
+            server.root = f"s3://{BUCKET}"
             yield server
             forget_clients()
+
+
+@contextmanager
+def hugging_face():
+    """Yields the proxy of a stand-in for the hub, which is its attribute `hub`."""
+    with HubServer() as hub, Server(urlsplit(hub.url).port) as server:
+        hub.url, server.hub, server.root = server.url, hub, "hf://me/bucket"
+        server.variables = {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+        with _variables(server.variables), pytest.MonkeyPatch.context() as patch:  # the client has read them already
+            patch.setattr(constants, "ENDPOINT", server.url)
+            patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{server.url}/{_ADDRESS}")
+            patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+            yield server
 
 
 def forget_clients():
@@ -218,4 +239,4 @@ def forget_clients():
             getattr(sys.modules[module], name).clear_instance_cache()
 
 
-SERVERS = {"gs": google, "s3": amazon}
+SERVERS = {"gs": google, "s3": amazon, "hf": hugging_face}

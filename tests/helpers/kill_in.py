@@ -27,7 +27,7 @@ import jax
 import jax._src.compiler
 
 from sgpo_jax.evaluation import sets
-from sgpo_jax.runtime import buckets, journal, lease
+from sgpo_jax.runtime import buckets, journal
 from sgpo_jax.training import checkpoint, rl, rollback, sft
 
 # phase -> (where a function is, its name)
@@ -138,7 +138,8 @@ def attempts(plan, output):
     return results
 
 
-lease.BEAT, lease.LEASE = 0.2, 1.0  # a killed process still holds the lock of a folder in a bucket
+for kind, periods in buckets.PERIODS.items():  # a killed process still holds the lock of a folder in a bucket
+    buckets.PERIODS[kind] = periods._replace(apart=0, beat=0.2, lease=1.0, look=0.2)
 warnings.simplefilter("ignore")  # jax warns of forks, but none of its threads is running yet
 plans = json.loads(Path(sys.argv[1]).read_text())
 for plan in plans:

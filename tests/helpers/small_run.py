@@ -6,6 +6,7 @@ have ended too. Every process is a fork of this one, so that the imports run onc
 
     row     SIGKILL before the step is saved
     saving  SIGKILL when its checkpoint is being written
+    sent    SIGKILL on the hub, when the files of its checkpoint are there, and their commit is not
     saved   SIGKILL after that
     robbed  another run takes the lock of the folder, as after a minute in which the machine stood still
 
@@ -25,22 +26,31 @@ import time
 import warnings
 from functools import partial
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
+from huggingface_hub import constants
 
 from sgpo_jax import cli, sharding
-from sgpo_jax.runtime import buckets, distributed, files, is_first, lease, lock, mirror, preemption
+from sgpo_jax.runtime import buckets, distributed, files, is_first, lock, mirror, preemption
 from sgpo_jax.runtime.metric_writer import Writer
 from sgpo_jax.training import stage
 from sgpo_jax.training.checkpoint import Checkpoints
 from sgpo_jax.training.state import TrainState
 
 STEPS = 6
+commit = huggingface_hub.HfApi.create_commit
 SIZE = 4  # numbers of the state, divisible by the number of devices
 
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_if_checkpoint(hub, name, operations, **more):
+    if any("/checkpoints/" in operation.path_in_repo for operation in operations):
+        die()
+    return commit(hub, name, operations, **more)
 
 
 def rob(workdir):
@@ -82,6 +92,8 @@ def run(workdir: str, processes: int, process: int, port: int, kill: tuple[int, 
                         writer.sync()
                         if kill == (step, "saving"):
                             threading.Timer(0.05, die).start()
+                        if kill == (step, "sent"):
+                            huggingface_hub.HfApi.create_commit = die_if_checkpoint
                         saved.save(step, state, float(step))
                         if kill == (step, "saved"):
                             saved.wait()
@@ -107,6 +119,10 @@ def forked(workdir: str, processes: int, process: int, port: int, kill: list | N
 
 def main(workdir: str, processes: int, variables: dict, kills: list) -> list[list[int]]:
     os.environ.update(variables)
+    if endpoint := variables.get("HF_ENDPOINT"):  # the client has read its environment when it was imported
+        address = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
+        constants.ENDPOINT, constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint, endpoint + address
+        constants.HF_HUB_DISABLE_XET = True
     for client in {"gs": ("gcsfs", "google.cloud.storage"), "s3": ("s3fs",)}.get(workdir.partition("://")[0], ()):
         importlib.import_module(client)  # once, not in every fork
     codes = []
@@ -120,7 +136,9 @@ def main(workdir: str, processes: int, variables: dict, kills: list) -> list[lis
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")  # jax warns of forks, but none of its threads is running yet
-    lease.BEAT, lease.LEASE = 0.1, 0.5
+    for kind, periods in buckets.PERIODS.items():
+        beat = 0.5 if kind == "hf" else 0.1
+        buckets.PERIODS[kind] = periods._replace(apart=0, beat=beat, lease=0.5, look=0.1)
     buckets._SILENCE, os.environ["TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS"] = 1.0, "1"
     for line in sys.stdin:
         print(json.dumps(main(**json.loads(line))), flush=True)

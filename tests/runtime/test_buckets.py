@@ -12,7 +12,6 @@ from sgpo_jax.runtime import buckets
 @pytest.fixture(scope="module", params=SERVERS)
 def server(request):
     with SERVERS[request.param]() as server:
-        server.root = f"{request.param}://bucket"
         yield server
 
 

@@ -24,9 +24,7 @@ def server():
 def clean(server, monkeypatch):
     for name in buckets.listing("gs://bucket"):
         buckets.delete(f"gs://bucket/{name}")
-    monkeypatch.setattr(lease, "BEAT", 0.1)
-    monkeypatch.setattr(lease, "LEASE", 1.0)
-    monkeypatch.setattr(lease, "_LOOK", 0.1)
+    monkeypatch.setitem(buckets.PERIODS, "gs", buckets.Periods(send=30, apart=0, beat=0.1, lease=1.0, look=0.1))
     yield
     mirror._mirrors.clear()
 
@@ -86,7 +84,7 @@ def test_checkpoints_that_are_files_are_sent_last_and_are_whole_with_their_seal(
 
 
 def test_a_run_sends_its_files_while_it_runs_and_outlives_an_outage(monkeypatch, capfd):
-    monkeypatch.setattr(mirror, "PERIOD", 0.1)
+    monkeypatch.setitem(buckets.PERIODS, "gs", buckets.PERIODS["gs"]._replace(send=0.1))
     folder = mirror.copy(URL)
 
     def appears(text):
@@ -235,7 +233,8 @@ def test_seals_of_a_bucket_and_of_a_disk(tmp_path):
 @pytest.mark.parametrize(
     ("call", "value", "message"),
     [
-        (cli.folder, "hf://me/run", "--workdir=hf://me/run: must be .* gs://, s3://; --push writes to the hub"),
+        (cli.new_folder, "hf://me/run", "--workdir=hf://me/run: must be .* gs://, s3://; --push writes to the hub"),
+        (cli.file, "hf://me/run/a.html", "--workdir=hf://me/run: must be .* gs://, s3://; --push writes to the hub"),
         (cli.folder, "https://bucket/run", "--workdir=https://bucket/run: must be a folder, or in a bucket"),
         (cli.folder, "gs://no-such-bucket/run", "--workdir=gs://no-such-bucket/run: must be in a bucket that can be"),
     ],
