@@ -438,8 +438,8 @@ FOLDERS = {
     "where nobody may write": ("/proc/run", r"^--workdir=/proc/run: must be a folder that can be written to \("),
     "a user who is none": ("~nosuchuser/run", r"^--workdir=~nosuchuser/run: there is no such home folder"),
     "a bucket of the hub": (
-        "hf://buckets/me/mine/run", r"^--workdir=hf://buckets/me/mine/run: must be hf://OWNER/NAME .* a bucket of the hub "
-        r"is s3://mine/run with AWS_ENDPOINT_URL=https://s3\.hf\.co/me",
+        "hf://buckets/me/mine/run", r"^--workdir=hf://buckets/me/mine/run: must be hf://OWNER/NAME .* a bucket of the "
+        r"hub is s3://mine/run with AWS_ENDPOINT_URL=https://s3\.hf\.co/me",
     ),
     "a space of the hub": ("hf://spaces/me/mine", r"^--workdir=hf://spaces/me/mine: must be hf://OWNER/NAME or hf://data"),
     "a revision": ("hf://me/mine@v1/run", r"^--workdir=hf://me/mine@v1/run: must be hf://OWNER/NAME or .*'me/mine@v1'"),
