@@ -21,7 +21,10 @@ COMMANDS = {
     "train": Command(
         "trains a model: warm-up, RL and evaluation. The same command resumes a run that was stopped.",
         _BEFORE + "train:main",
-        (Flag("workdir", "Folder for checkpoints, metrics and generations; resumes if it can.", required=True),),
+        (
+            Flag("workdir", "Folder for checkpoints, metrics and generations, also at gs://, s3:// or hf://OWNER/NAME; "
+                 "resumes if it can.", required=True),
+        ),
         fields=("",),
         examples=(
             "sgpo train --config=configs/quickstart.py --workdir=/tmp/quickstart",

@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 class Periods(NamedTuple):
-    """How often a run writes to a store, in seconds."""
+    """The periods in which a run writes to a store, in seconds."""
 
     send: float  # between two times that its files are sent
     apart: float  # at least between two such times, unless it ends

@@ -129,7 +129,7 @@ def test_a_commit_that_others_come_before_is_made_on_theirs_or_given_up(server):
             write_now(server, f"other/{number}")
         return {"looked": str(number).encode()}
 
-    buckets.change(URL, {"a": b"2"}, (), lambda: write_first(2))
+    hub.Files().commit("me/runs/first", {"a": b"2"}, (), lambda: write_first(2))
     assert content(server) == {"a": b"2", "looked": b"2"} and content(server, "other/").keys() == {"0", "1"}
     with pytest.raises(hub.Unavailable, match="others write there all the time"):
         hub.Files().commit("me/runs/first", {"a": b"3"}, (), lambda: write_first(100))
