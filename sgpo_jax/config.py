@@ -105,7 +105,7 @@ def base() -> ConfigDict:
     config.rl.slots = 0  # responses decoded at once, over all devices and both groups; 0 is all. No effect on responses
     config.rl.draft = 0  # most tokens of a response that are drafted for a pass; 0 is off. No effect on responses
     # Ways that split the weights in each stage of decoding, times mesh.tensor: ascending numbers from 1, one divisor of
-    # mesh.data * mesh.fsdp, and that product. A stage has a quarter of the slots of the one before.
+    # mesh.data * mesh.fsdp * mesh.context, and that product. A stage has a quarter of the slots of the one before.
     config.rl.decode_ways = (1,)
     config.rl.clip_low = 0.2  # Eq. 1
     config.rl.clip_high = 0.28  # Eq. 1
@@ -233,6 +233,7 @@ def base() -> ConfigDict:
     config.mesh = ConfigDict()  # sizes whose product is the number of devices; one may be -1
     config.mesh.data = 1  # copies of the parameters
     config.mesh.fsdp = -1  # ways to split the parameters and the rows of a batch
+    config.mesh.context = 1  # ways to split parameters and rows too, but in training the tokens of each row
     config.mesh.tensor = 1  # ways to split heads, MLP and vocabulary
     return config.lock()
 
@@ -294,8 +295,7 @@ def scratch(
     config.sft.max_response_tokens = config.rl.max_new_tokens = config.eval.max_new_tokens = response_tokens
     config.sft.micro_batch = config.rl.micro_batch = micro_batch
     config.eval.guided = True
-    config.eval.batch = 128
-    config.eval.temperature = 1.0
+    config.eval.batch, config.eval.temperature = 128, 1.0
     with config.unlocked():
         config.eval.sets.heldout = ConfigDict({"source": heldout, "samples": samples})
     return config

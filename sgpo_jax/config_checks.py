@@ -5,11 +5,13 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sgpo_jax.config import FREE, STAGES, TRACKERS, base
 from sgpo_jax.divergences import DIVERGENCES
 from sgpo_jax.methods import METHODS
+from sgpo_jax.sharding import BATCH, ROWS, axis_ways
 
 _TYPES: dict[type, tuple[Any, str]] = {
     bool: (bool, "True or False"),
@@ -276,36 +278,41 @@ def check_lab(config: ConfigDict) -> None:
     need("eval.sets", len(config.eval.sets) > 0, "one or more sets on which the lab compares methods")
 
 
-def check_mesh(config: ConfigDict, data_ways: int) -> None:
+def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
     """Checks that every batch can be split over the devices.
 
     Args:
       config: the config of a run.
-      data_ways: ways that the rows of a batch are split.
+      mesh: of the run.
 
     Raises:
-      ValueError: a size is not a multiple of data_ways.
+      ValueError: a size is not a multiple of the ways in which the mesh splits it.
     """
-    training = [stage for stage in ("sft", "rl") if stage in config.stages]
-    fields = [f"{stage}.{field}" for stage in training for field in ("batch", "micro_batch")]
-    if "rl" in training:
-        fields.append("rl.slots")
+    ways = axis_ways(mesh, BATCH)
+    fields: dict[str, tuple[str, ...]] = {}
+    if "sft" in config.stages:
+        fields |= {"sft.batch": ROWS, "sft.micro_batch": ROWS}
+    if "rl" in config.stages:
+        fields |= {"rl.batch": BATCH, "rl.micro_batch": ROWS, "rl.slots": BATCH}
     if "eval" in config.stages or config.rl.eval_every:
-        fields += ["eval.batch", "eval.slots"]
+        fields |= {"eval.batch": BATCH, "eval.slots": BATCH}
     for section in ("rl", "eval"):
-        ways = tuple(_get(config, f"{section}.decode_ways"))
-        inner = [count for count in ways if count not in (1, data_ways)]
-        ascending = bool(ways) and all(isinstance(n, int) for n in ways) and list(ways) == sorted(set(ways))
-        if not ascending or ways[0] < 1 or len(inner) > 1 or any(data_ways % count for count in ways):
+        counts = tuple(_get(config, f"{section}.decode_ways"))
+        inner = [count for count in counts if count not in (1, ways)]
+        ascending = bool(counts) and all(isinstance(n, int) for n in counts) and list(counts) == sorted(set(counts))
+        if not ascending or counts[0] < 1 or len(inner) > 1 or any(ways % count for count in counts):
             raise ValueError(
-                f"config.{section}.decode_ways={ways}: must ascend, from 1, one divisor of mesh.data * mesh.fsdp = "
-                f"{data_ways} between, and {data_ways}"
+                f"config.{section}.decode_ways={counts}: must ascend, from 1, one divisor of {_product(BATCH)} = "
+                f"{ways} between, and {ways}"
             )
-    for field in fields:
-        if _get(config, field) % data_ways:
-            raise ValueError(
-                f"config.{field}={_get(config, field)}: must be a multiple of mesh.data * mesh.fsdp = {data_ways}"
-            )
+    for field, axes in fields.items():
+        if _get(config, field) % (divisor := axis_ways(mesh, axes)):
+            product = _product(axes)
+            raise ValueError(f"config.{field}={_get(config, field)}: must be a multiple of {product} = {divisor}")
+
+
+def _product(axes: tuple[str, ...]) -> str:
+    return " * ".join(f"mesh.{axis}" for axis in axes)
 
 
 def _rules(config: ConfigDict) -> tuple[Callable, Callable, Callable, Callable, Callable]:

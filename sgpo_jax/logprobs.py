@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from sgpo_jax import divergences, output_head
 from sgpo_jax.output_head import Head
-from sgpo_jax.sharding import BATCH, fit_spec, platform, row_ways
+from sgpo_jax.sharding import BATCH, SHARDS, fit_spec, platform, row_ways
 
 # Positions per step on a device. An accelerator needs many to be kept busy (at V = 152k one float32 logits buffer is
 # 311 MB); a CPU is as fast with few.
@@ -338,7 +338,7 @@ def _zero_values(measure: Callable, inputs: Any, heads: Sequence[Head]) -> tuple
     return tuple(jnp.zeros(inputs[0].shape[:2], jnp.float32) for _ in values)
 
 
-_SPECS = {"h": P(None, BATCH, None), "n": P(None, BATCH), "v": P(None, "tensor"), "g": P("fsdp", "tensor")}
+_SPECS = {"h": P(None, BATCH, None), "n": P(None, BATCH), "v": P(None, "tensor"), "g": P(SHARDS, "tensor")}
 
 
 def _on_devices(

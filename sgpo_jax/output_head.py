@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sgpo_jax.sharding import exact_products, platform
+from sgpo_jax.sharding import SHARDS, exact_products, platform
 
 # Vocabulary entries of one matrix product on CPU. One product over the whole vocabulary, inside a loop, needs a second
 # copy of the head in memory, and takes 1.5 times as long for 128 positions.
@@ -112,7 +112,7 @@ def sum_over_positions(d_head: jax.Array) -> jax.Array:
     """Sums over the devices that have the same part of the vocabulary; each keeps its own rows of the sum."""
     if not inside_shard_map():
         return d_head
-    return jax.lax.psum_scatter(jax.lax.psum(d_head, "data"), "fsdp", scatter_dimension=0, tiled=True)
+    return jax.lax.psum_scatter(jax.lax.psum(d_head, "data"), SHARDS, scatter_dimension=0, tiled=True)
 
 
 def inside_shard_map() -> bool:

@@ -1,4 +1,4 @@
-"""Decides where arrays live: one mesh with axes data, fsdp and tensor, and rules from parameter path to PartitionSpec.
+"""Decides where arrays live: one mesh with axes data, fsdp, context and tensor, and rules for every parameter's path.
 
 The mesh uses Auto axes. The code places inputs, parameters and a few activations; the compiler derives the rest.
 """
@@ -16,28 +16,33 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")  # the axes that split the rows of a batch
+AXES = ("data", "fsdp", "context", "tensor")
+BATCH = ("data", "fsdp", "context")  # the axes that split the rows of a batch
+ROWS = ("data", "fsdp")  # the axes that split rows whose tokens are split over the context axis
+SHARDS = ("fsdp", "context")  # the axes that split a parameter, besides the tensor axis
+HEADS = ("tensor", "context")  # the axes that split heads where a device attends to whole rows
 
 # The first matching rule wins. Layer parameters carry a leading layer axis, which is never split.
 RULES: tuple[tuple[str, P], ...] = (
-    (r"embed/embedding$", P("tensor", "fsdp")),
-    (r"head/kernel$", P("fsdp", "tensor")),
-    (r"layers/(q|k|v|gate|up)/kernel(_scale)?$", P(None, "fsdp", "tensor")),
-    (r"layers/(o|down)/kernel(_scale)?$", P(None, "tensor", "fsdp")),
-    (r"layers/experts_(gate|up)/kernel$", P(None, "tensor", "fsdp", None)),
-    (r"layers/experts_down/kernel$", P(None, "tensor", None, "fsdp")),
+    (r"embed/embedding$", P("tensor", SHARDS)),
+    (r"head/kernel$", P(SHARDS, "tensor")),
+    (r"layers/(q|k|v|gate|up)/kernel(_scale)?$", P(None, SHARDS, "tensor")),
+    (r"layers/(o|down)/kernel(_scale)?$", P(None, "tensor", SHARDS)),
+    (r"layers/experts_(gate|up)/kernel$", P(None, "tensor", SHARDS, None)),
+    (r"layers/experts_down/kernel$", P(None, "tensor", None, SHARDS)),
     (r"layers/router/weight$", P()),
     (r"layers/(q|k|v)/bias$", P(None, "tensor")),
     (r"(^|/)\w*norm/scale$", P()),
 )
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list | None = None) -> Mesh:
+def make_mesh(
+    data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list | None = None, *, context: int = 1
+) -> Mesh:
     """Returns a mesh over the devices.
 
     Args:
-      data, fsdp, tensor: sizes of the axes; one of them may be -1, which takes the devices that remain.
+      data, fsdp, tensor, context: sizes of the axes; one of them may be -1, which takes the devices that remain.
       devices: all devices of JAX by default.
 
     Raises:
@@ -48,14 +53,14 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list | No
     except (RuntimeError, AssertionError) as error:
         chosen = os.environ.get("JAX_PLATFORMS", "")
         raise ValueError(f"JAX_PLATFORMS={chosen!r}: JAX finds no such devices here ({error})") from error
-    shape = mesh_shape((data, fsdp, tensor), len(devices))
+    shape = mesh_shape((data, fsdp, context, tensor), len(devices))
     # jax.make_mesh refuses shapes that divide an axis of the torus, such as 16 x 4 on 8 x 8 chips.
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def mesh_shape(sizes: tuple[int, int, int], num_devices: int) -> tuple[int, int, int]:
-    """Returns the sizes (data, fsdp, tensor) with a -1 replaced by the number of devices that remain.
+def mesh_shape(sizes: tuple[int, ...], num_devices: int) -> tuple[int, ...]:
+    """Returns the sizes of AXES with a -1 replaced by the number of devices that remain.
 
     Raises:
       ValueError: the sizes do not fit the number of devices.
@@ -67,23 +72,22 @@ def mesh_shape(sizes: tuple[int, int, int], num_devices: int) -> tuple[int, int,
     resolved = tuple(num_devices // known if size == -1 else size for size in sizes)
     if math.prod(resolved) != num_devices:
         raise ValueError(f"{wanted} needs a multiple or product of {known} devices; there are {num_devices}")
-    return resolved  # type: ignore[return-value]
+    return resolved
 
 
 def decoding_mesh(mesh: Mesh, ways: tuple[int, ...]) -> Mesh:
     """Returns the mesh whose axes split the weights of decoding, with the devices and the rows of `mesh`.
 
-    Its fsdp axis are neighbours along data and fsdp, as many as the stages of decoding ask for.
+    Its fsdp axis are neighbours along data, fsdp and context, as many as the stages of decoding ask for. Its context
+    axis is 1: a sampled row is one device's.
 
     Args:
       mesh: of the training.
-      ways: of each stage, see `weight_axes`; one of them may be other than 1 and data * fsdp.
+      ways: of each stage, see `weight_axes`; one of them may be other than 1 and data * fsdp * context.
     """
     rows = row_ways(mesh)
-    inner = [count for count in ways if 1 < count < rows]
-    if not inner:
-        return mesh
-    return Mesh(mesh.devices.reshape(rows // inner[0], inner[0], -1), AXES, axis_types=mesh.axis_types)
+    inner = [count for count in ways if 1 < count < rows] or [mesh.shape["fsdp"] * mesh.shape["context"]]
+    return Mesh(mesh.devices.reshape(rows // inner[0], inner[0], 1, -1), AXES, axis_types=mesh.axis_types)
 
 
 def weight_axes(ways: int) -> tuple[str, ...]:
@@ -100,13 +104,24 @@ def weight_axes(ways: int) -> tuple[str, ...]:
 def dividing(size: int, axes: tuple[str, ...]) -> tuple[str, ...]:
     """Returns the first of the axes, as many as divide a dimension of this size together."""
     mesh = jax.sharding.get_abstract_mesh()
-    counts = [n for n in range(len(axes) + 1) if mesh.empty or size % math.prod(mesh.shape[a] for a in axes[:n]) == 0]
+    counts = [n for n in range(len(axes) + 1) if size % axis_ways(mesh, axes[:n]) == 0]
     return axes[: counts[-1]]
 
 
 def row_ways(mesh: Mesh | AbstractMesh) -> int:
     """Returns the number of parts into which the mesh splits the rows of a batch."""
-    return math.prod(mesh.shape[axis] for axis in BATCH)
+    return axis_ways(mesh, BATCH)
+
+
+def axis_ways(mesh: Mesh | AbstractMesh, axes: Any) -> int:
+    """Returns the number of parts into which one or several axes of the mesh, or None, split; 1 for an empty mesh."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in names)
+
+
+def context_ways() -> int:
+    """Returns the number of parts into which the current mesh splits the tokens of a row in training."""
+    return axis_ways(jax.sharding.get_abstract_mesh(), "context")
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -145,13 +160,11 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
         spec = spec_for(name, leaf.shape)
         if name.endswith("/kernel_scale"):  # the mesh need not divide the tiles of the rows that it divides
             sizes = zip(spec, leaf.shape, strict=True)
-            spec = P(*(None if axis and size % mesh.shape[axis] else axis for axis, size in sizes))
-        for dim, axis in enumerate(spec):
-            if axis is not None and leaf.shape[dim] % mesh.shape[axis]:
-                raise ValueError(
-                    f"{name}: dimension {dim} of shape {leaf.shape} is not divisible by mesh axis "
-                    f"{axis!r} of size {mesh.shape[axis]}"
-                )
+            spec = P(*(None if size % axis_ways(mesh, axes) else axes for axes, size in sizes))
+        for dim, axes in enumerate(spec):
+            if leaf.shape[dim] % (ways := axis_ways(mesh, axes)):
+                names = " * ".join(f"mesh.{axis}" for axis in ([axes] if isinstance(axes, str) else axes))
+                raise ValueError(f"{name}: dimension {dim} of shape {leaf.shape} is not divisible by {names} = {ways}")
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
@@ -179,7 +192,7 @@ def place(tree: Any, shardings: Any) -> Any:
 
 
 def put_rows(tree: Any, mesh: Mesh) -> Any:
-    """Copies host arrays `[B, ...]` onto the mesh, rows split over data and fsdp.
+    """Copies host arrays `[B, ...]` onto the mesh, rows split over data, fsdp and context.
 
     Every process passes the same arrays.
     """
@@ -206,13 +219,9 @@ def constrain(x: jax.Array, *spec: Any) -> jax.Array:
 def fit_spec(shape: tuple[int, ...], spec: tuple[Any, ...]) -> tuple[Any, ...]:
     """Returns `spec` with None for the dimensions that their mesh axes do not divide; without a mesh, all are None."""
     mesh = jax.sharding.get_abstract_mesh()
-
-    def ways(axes):
-        return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
-
     if mesh.empty:
         return (None,) * len(spec)
-    return tuple(axes if size % ways(axes) == 0 else None for size, axes in zip(shape, spec, strict=False))
+    return tuple(axes if size % axis_ways(mesh, axes) == 0 else None for size, axes in zip(shape, spec, strict=False))
 
 
 def per_device(local: Callable, in_specs: Any, out_specs: Any) -> Callable:

@@ -8,13 +8,14 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 from helpers.configs import load
 from helpers.paths import ROOT
 from ml_collections import ConfigDict
 
 from sgpo_jax import config as configs
-from sgpo_jax import config_checks, losses
+from sgpo_jax import config_checks, losses, sharding
 from sgpo_jax.cli import COMMANDS as COMMANDS_OF
 from sgpo_jax.cli import start
 
@@ -252,6 +253,7 @@ CATALOGUE = [
     ("checkpoint.keep", 0, "at least 1"),
     ("mesh.data", 0, "-1 or at least 1"),
     ("mesh.tensor", -2, "-1 or at least 1"),
+    ("mesh.context", 0, "-1 or at least 1"),
 ]
 
 
@@ -406,29 +408,47 @@ def test_existing_files_and_names_elsewhere_pass(config, tmp_path):
 )
 def test_batches_must_divide_over_the_mesh(config, field, value, stages, every):
     config.stages, config.rl.eval_every = stages, every
-    config_checks.check_mesh(config, 4)
+    config_checks.check_mesh(config, mesh_of(4))
     assign(config, field, value)
     with pytest.raises(ValueError, match=rf"config\.{field}={value}: must be a multiple of .* = 4"):
-        config_checks.check_mesh(config, 4)
-    config_checks.check_mesh(config, 1)
+        config_checks.check_mesh(config, mesh_of(4))
+    config_checks.check_mesh(config, mesh_of(1))
     # A stage that does not run may have any batch.
     config.stages = tuple(stage for stage in configs.STAGES if not field.startswith(stage))
     config.rl.eval_every = 0
-    config_checks.check_mesh(config, 4)
+    config_checks.check_mesh(config, mesh_of(4))
+
+
+def mesh_of(fsdp, context=1):
+    return sharding.make_mesh(1, fsdp, 1, jax.devices()[: fsdp * context], context=context)
+
+
+@pytest.mark.parametrize(
+    "field", ["sft.batch", "sft.micro_batch", "rl.batch", "rl.micro_batch", "rl.slots", "eval.batch", "eval.slots"]
+)
+def test_packed_rows_divide_without_the_context_axis_and_sampled_ones_with_it(config, field):
+    packed = field.endswith("micro_batch") or field == "sft.batch"
+    axes, ways = (r"mesh\.data \* mesh\.fsdp", 2) if packed else (r"mesh\.data \* mesh\.fsdp \* mesh\.context", 4)
+    assign(config, field, 8 + ways)
+    config_checks.check_mesh(config, mesh_of(2, 2))
+    assign(config, field, 8 + ways // 2)
+    with pytest.raises(ValueError, match=rf"config\.{field}={8 + ways // 2}: must be a multiple of {axes} = {ways}$"):
+        config_checks.check_mesh(config, mesh_of(2, 2))
 
 
 @pytest.mark.parametrize("ways", [(1,), (2,), (8,), (1, 4), (2, 8), (1, 2, 8)])
 @pytest.mark.parametrize("section", ["rl", "eval"])
 def test_ways_of_decoding_are_divisors_of_the_rows(config, section, ways):
     config[section].decode_ways = ways
-    config_checks.check_mesh(config, 8)
+    config_checks.check_mesh(config, mesh_of(8))
+    config_checks.check_mesh(config, mesh_of(2, 4))
 
 
 @pytest.mark.parametrize("ways", [(), (0,), (-2,), (3,), (16,), (4, 1), (2, 2), (2, 4), (1, 2, 4, 8), (2.0,)])
 def test_other_ways_of_decoding_are_refused(config, ways):
     config.eval.decode_ways = ways
-    with pytest.raises(ValueError, match=r"config\.eval\.decode_ways=\(.*\): must ascend.*fsdp = 8 between, and 8"):
-        config_checks.check_mesh(config, 8)
+    with pytest.raises(ValueError, match=r"config\.eval\.decode_ways=\(.*\): must ascend.*context = 8 between, and 8"):
+        config_checks.check_mesh(config, mesh_of(8))
 
 
 # ---- the command line

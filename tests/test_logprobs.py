@@ -430,7 +430,7 @@ def test_positions_at_once_are_those_of_the_device():
     assert logprobs.default_chunk() == logprobs.CPU_CHUNK == 128
     assert logprobs.default_chunk(sharding.make_mesh(2, 2, 2)) == 4 * 128
     chips = np.array([SimpleNamespace(platform="tpu")] * 8).reshape(1, 4, 2)
-    mesh = SimpleNamespace(devices=chips, shape={"data": 1, "fsdp": 4, "tensor": 2})
+    mesh = SimpleNamespace(devices=chips, empty=False, shape=dict(data=1, fsdp=2, context=2, tensor=2))
     assert logprobs.default_chunk(mesh) == 4 * 512
 
 

@@ -136,21 +136,26 @@ def test_unmatched_parameter_is_an_error_that_names_it():
 
 def test_indivisible_parameter_is_an_error_that_names_it():
     mesh = sharding.make_mesh(1, 8, 1, devices=jax.devices()[:8])
-    with pytest.raises(ValueError, match=r"head/kernel: dimension 0 of shape \(12, 40\).*'fsdp' of size 8"):
+    with pytest.raises(ValueError, match=r"head/kernel: dimension 0 of shape \(12, 40\).*fsdp \* mesh.context = 8"):
         sharding.tree_shardings({"head": {"kernel": jnp.zeros((12, 40))}}, mesh)
 
 
 @pytest.mark.parametrize(
     ("sizes", "expected"),
-    [((1, -1, 1), (1, 8, 1)), ((2, -1, 2), (2, 2, 2)), ((-1, 4, 1), (2, 4, 1)), ((2, 2, 2), (2, 2, 2))],
+    [
+        ((1, -1, 1, 1), (1, 8, 1, 1)), ((2, -1, 1, 2), (2, 2, 1, 2)), ((-1, 2, 2, 1), (2, 2, 2, 1)),
+        ((1, 2, -1, 2), (1, 2, 2, 2)), ((2, 2, 1, 2), (2, 2, 1, 2)),
+    ],
 )
 def test_mesh_shape_fills_in_what_remains(sizes, expected):
     assert sharding.mesh_shape(sizes, 8) == expected
 
 
-@pytest.mark.parametrize("sizes", [(3, -1, 1), (2, 2, 1), (-1, -1, 1), (0, 8, 1), (16, 1, 1)])
+@pytest.mark.parametrize(
+    "sizes", [(3, -1, 1, 1), (2, 2, 1, 1), (-1, -1, 1, 1), (0, 8, 1, 1), (16, 1, 1, 1), (1, -1, 3, 1), (1, -1, 0, 1)]
+)
 def test_impossible_mesh_is_refused(sizes):
-    with pytest.raises(ValueError, match=f"mesh.data={sizes[0]}, mesh.fsdp={sizes[1]}"):
+    with pytest.raises(ValueError, match=f"mesh.data={sizes[0]}, mesh.fsdp={sizes[1]}, mesh.context={sizes[2]}"):
         sharding.mesh_shape(sizes, 8)
 
 

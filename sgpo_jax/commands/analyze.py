@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.text import Text
@@ -170,10 +171,11 @@ def response_kl(
         head = models.head(params, policy.config)
         return logprobs.token_kl(hidden(guided), hidden(unguided), head).reshape(tokens.shape)
 
-    ways, parts = sharding.row_ways(mesh), []
+    ways, parts = sharding.axis_ways(mesh, sharding.ROWS), []
     for start in range(0, len(tokens), ways):  # one response a device at a time, as long ones fill its memory
         arrays = jax.tree.map(lambda x, at=slice(start, start + ways): x[at], (guided, unguided, tokens, inside))
-        parts.append(sharding.fetch(kl(params, *sharding.put_rows(arrays, mesh))))
+        by_row = jax.tree.map(lambda _: P(sharding.ROWS), arrays)
+        parts.append(sharding.fetch(kl(params, *sharding.put(arrays, by_row, mesh))))
     return np.where(inside, np.concatenate(parts), 0.0)
 
 

@@ -45,7 +45,7 @@ def run(config: ConfigDict, checkpoint: str | None, out: str | None, paper_row: 
     reported = paper.row(paper_row) if paper_row else None
     rewards.check(config.rl.reward)
     mesh = sharding.make_mesh(**config.mesh)
-    config_checks.check_mesh(config, sharding.row_ways(mesh))
+    config_checks.check_mesh(config, mesh)
     workdir, trained_in, step = trained.find(config, "checkpoint", checkpoint) if checkpoint else (None, "", 0)
     if not (out or workdir):
         raise ValueError("--out: must be given with --model")

@@ -154,7 +154,7 @@ def main(config: ConfigDict, given: Any) -> None:
         to = cli.file("to", given.to)
     rewards.check(config.rl.reward)
     mesh = sharding.make_mesh(**config.mesh)
-    config_checks.check_mesh(config, sharding.row_ways(mesh))
+    config_checks.check_mesh(config, mesh)
 
     place = trained.find(config, "workdir", given.workdir) if given.workdir else None
     run, initial = stage.open_run(config, place[0] if place else Path(), mesh, seed)

@@ -11,6 +11,7 @@ M rows, J response tokens of a row in a chunk, C = M * J.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,7 +90,7 @@ def run(config: ConfigDict, workdir: Path, file: Path, step: int | None = None) 
     with jax.set_mesh(run.mesh):
         state = _state(run, skipped.stage, step, initial, tx)
         findings = _in_leaves("parameters", state.params) + _in_leaves("optimizer state", state.opt_state)
-        for group in _groups(config, skipped):
+        for group in _groups(config, skipped, run.mesh.shape["context"]):
             findings += _in_responses(run, skipped.ids, stage.weights(run, state.params), group)
         findings += _in_update(run, skipped, tx, state)
     if is_first():
@@ -106,13 +107,14 @@ def _state(
     return stage.first_state(params, run.policy, tx, run.mesh, stage.teaching(run.config, stage_name))
 
 
-def _groups(config: ConfigDict, skipped: skipped_batch.Skipped) -> list[_Group]:
+def _groups(config: ConfigDict, skipped: skipped_batch.Skipped, context: int) -> list[_Group]:
     if skipped.stage == "sft":
         packed, tokens = skipped.batch
         return [_Group("", {}, packed, tokens, np.zeros((len(skipped.ids), 1), np.float32), lambda logp, _: -logp)]
     batch: Batch = skipped.batch
     rl, objective = config.rl, Objective.from_config(config.rl)
-    packed = pack_batch(batch, Weighting.from_config(rl), rl.distillation, micro_batch=rl.micro_batch)
+    pack = partial(pack_batch, distillation=rl.distillation, micro_batch=rl.micro_batch, context=context)
+    packed = pack(batch, Weighting.from_config(rl))
 
     def values(group, **more):
         inside = np.arange(group.logp.shape[-1]) < group.lengths[..., None]
@@ -129,7 +131,7 @@ def _groups(config: ConfigDict, skipped: skipped_batch.Skipped) -> list[_Group]:
     if batch.guided is not None:
         # As if each guided response were a target, whatever its reward.
         all_targets = Weighting(guide="demonstration", target="mean", weight="fixed")
-        targets = pack_batch(batch, all_targets, rl.distillation, micro_batch=rl.micro_batch).targets
+        targets = pack(batch, all_targets).targets
         assert targets is not None  # there are guided responses
         tokens = packing.gather(batch.guided.tokens.reshape(batch.guided.rewards.size, -1), targets)
         guided = targets, tokens, np.zeros_like(batch.guided.rewards), likelihood
@@ -212,7 +214,10 @@ def _in_update(
         _, metrics = update(state, sft.put(skipped.batch, run.mesh), stage.base(run))
     else:
         rl = run.config.rl
-        packed = pack_batch(skipped.batch, Weighting.from_config(rl), rl.distillation, micro_batch=rl.micro_batch)
+        packed = pack_batch(
+            skipped.batch, Weighting.from_config(rl), rl.distillation, micro_batch=rl.micro_batch,
+            context=run.mesh.shape["context"],
+        )  # fmt: skip
         objective = Objective.from_config(rl)
         update = make_update(
             stage.forward(run), tx, objective, teaching=teaching, shardings=shardings, watch=watch

@@ -20,7 +20,7 @@ from sgpo_jax.training import final_eval, inputs, rl, sft, stage
 def run(config, workdir: Path) -> None:
     """Runs the stages of the config in order, each from where it stopped."""
     mesh = sharding.make_mesh(**config.mesh)
-    config_checks.check_mesh(config, sharding.row_ways(mesh))
+    config_checks.check_mesh(config, mesh)
     rewards.check(config.rl.reward)
     mirror.check_processes(workdir)
     with lock.hold(workdir) if is_first() else contextlib.nullcontext():

@@ -1,5 +1,6 @@
 """Language models: one decoder as functions of arrays, and its parameters read from and written to checkpoints."""
 
+from sgpo_jax.models.attention import check_heads
 from sgpo_jax.models.config import ModelConfig
 from sgpo_jax.models.decoder import (
     REMAT,
@@ -26,6 +27,7 @@ __all__ = [
     "RopeScaling",
     "YarnScaling",
     "apply",
+    "check_heads",
     "decode",
     "expert_load",
     "for_decoding",

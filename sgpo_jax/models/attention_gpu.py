@@ -6,7 +6,6 @@ Axis key: B batch, T tokens, S cache length, H query heads, K key/value heads, G
 of the cache, of which the first B are in use.
 """
 
-import math
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,8 @@ from jax.experimental.pallas import triton
 from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
 from jax.sharding import PartitionSpec as P
 
-from sgpo_jax.sharding import BATCH, exact_products, fit_spec, per_device
+from sgpo_jax.models.attention import divisible
+from sgpo_jax.sharding import BATCH, HEADS, ROWS, exact_products, fit_spec, per_device
 
 LEAST = 16  # rows and columns of the smallest matrix that Triton multiplies
 BLOCK, BLOCK_BYTES = 128, 2**15  # most queries, or keys, of a block, and most bytes
@@ -33,7 +33,7 @@ def attend(
 ) -> jax.Array:
     """Computes `attention.attend` with JAX's flash attention; `interpret` runs it anywhere."""
     batch, length, heads, size = query.shape
-    key, value = (_divisible(x, heads) for x in (key, value))
+    key, value = (divisible(x, heads) for x in (key, value))
     kv_heads = key.shape[2]
     block = min(BLOCK, power_of_two(length))
     padding = (0, 0), (0, -length % block), (0, 0), (0, max(LEAST - size, 0))
@@ -46,18 +46,10 @@ def attend(
         flash = partial(_flash, size**-0.5, interpret)
         return jax.vmap(flash, in_axes=(3, None, None, None), out_axes=3)(query, key, value, segments)
 
-    rows, tensor = fit_spec((batch, kv_heads), (BATCH, "tensor"))
-    by_head, by_group = P(rows, None, tensor, None), P(rows, None, tensor, None, None)
+    rows, heads_of = fit_spec((batch, kv_heads), (ROWS, HEADS))
+    by_head, by_group = P(rows, None, heads_of, None), P(rows, None, heads_of, None, None)
     run = per_device(local, (by_group, by_head, by_head, P(rows, None)), by_group)
     return run(query, key, value, segments)[:, :length, ..., :size].reshape(batch, length, heads * size)
-
-
-def _divisible(x: jax.Array, heads: int) -> jax.Array:
-    """Repeats the key heads of x `[B,T,K,N]` as often as the tensor axis needs to divide them, if H allows it."""
-    mesh = jax.sharding.get_abstract_mesh()
-    ways = 1 if mesh.empty else mesh.shape["tensor"]
-    repeats = ways // math.gcd(ways, x.shape[2])
-    return jnp.repeat(x, repeats, axis=2) if heads % (x.shape[2] * repeats) == 0 else x
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

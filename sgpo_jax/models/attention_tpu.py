@@ -14,7 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.sharding import PartitionSpec as P
 
 from sgpo_jax.models.attention import SAVED
-from sgpo_jax.sharding import BATCH, fit_spec, per_device
+from sgpo_jax.sharding import BATCH, HEADS, ROWS, fit_spec, per_device
 
 LANES = 128  # both kernels take lengths in multiples of this; paged attention takes such head sizes only
 SPLASH_BLOCK = 512  # queries and keys of a splash block
@@ -43,8 +43,8 @@ def attend(
         ids = splash_attention_kernel.SegmentIds(segments, segments)
         return jax.vmap(kernel)(query, key, value, ids)
 
-    rows, tensor = fit_spec((batch, key.shape[1]), (BATCH, "tensor"))
-    by_head, by_row = P(rows, tensor, None, None), P(rows, None)
+    rows, heads_of = fit_spec((batch, key.shape[1]), (ROWS, HEADS))
+    by_head, by_row = P(rows, heads_of, None, None), P(rows, None)
     out = per_device(local, (by_head, by_head, by_head, by_row), by_head)(query, key, value, segments)
     return out.swapaxes(1, 2)[:, :length].reshape(batch, length, heads * size)
 

@@ -18,7 +18,7 @@ from sgpo_jax.models.norms import make_norm
 from sgpo_jax.models.parameters import Weight, draw_with
 from sgpo_jax.models.products import dot_in_blocks
 from sgpo_jax.models.windows import attend, attend_cache
-from sgpo_jax.sharding import BATCH, constrain, dividing, exact_products, fit_spec, platform, spec_for
+from sgpo_jax.sharding import ROWS, constrain, context_ways, dividing, exact_products, fit_spec, platform, spec_for
 
 Cache = dict[str, jax.Array]
 
@@ -49,7 +49,7 @@ def rotate(x: jax.Array, angle: jax.Array, factor: Any = None) -> jax.Array:
 
 def other_rows(split: tuple[str, ...]) -> tuple[str, ...]:
     """Returns the axes that split rows where weights are split over the axes `split`."""
-    return tuple(axis for axis in BATCH if axis not in split)
+    return tuple(axis for axis in ROWS if axis not in split)
 
 
 class Block(nn.Module):
@@ -68,8 +68,8 @@ class Block(nn.Module):
         config, dtype, family = self.config, self.dtype, self.config.family
         x, keys, values = carry
         batch, length = x.shape[:2]
-        # In training the tensor axis splits the residual stream by token. A single decoded token is not divisible.
-        residual = (BATCH, "tensor", None)
+        # In training both axes split the residual stream by token. A single decoded token is not divisible.
+        residual, features = (ROWS, dividing(length, ("context", "tensor")), None), (ROWS, "context", "tensor")
 
         def dense(name, features, bias=False):
             _, *spec = spec_for(f"layers/{name}/kernel", (config.num_layers, 1, features))
@@ -116,18 +116,22 @@ class Block(nn.Module):
             return constrain(x, other_rows(self.split), None, dividing(size, self.split))
 
         def by_head(name, out):
-            out = constrain(spread(out, out.shape[-1]), BATCH, None, "tensor")
+            out = constrain(spread(out, out.shape[-1]), *features)
             if family.whole_qk_norm and name != "v":
                 out = norm(f"{name}_norm")(out)
             return out.reshape(batch, length, -1, config.head_dim)
 
+        def joined(x):
+            """Joins tokens that the tensor axis splits: else gradients of weights would gather the whole batch."""
+            return constrain(x, ROWS, "context", None) if context_ways() > 1 else x
+
         def before(name):
             """Returns what a part of the layer reads."""
-            return spread(norm(name)(x) if family.pre_norm else x)
+            return spread(joined(norm(name)(x) if family.pre_norm else x))
 
         def after(name, out):
             """Returns what a part of the layer adds to the residual stream."""
-            return norm(name)(constrain(out, *residual)) if family.post_norm else out
+            return norm(name)(constrain(joined(out), *residual)) if family.post_norm else joined(out)
 
         slides = config.sliding or (False,)
         sliding = slides[0] if len(set(slides)) == 1 else jnp.asarray(slides)[layer]
@@ -160,7 +164,7 @@ class Block(nn.Module):
             attention = attend_cache(
                 query[:, 0], keys, values, layer, reached, config.window, sliding, self.each
             )[:, None]
-        attention = checkpoint_name(constrain(attention, BATCH, None, "tensor"), SAVED)
+        attention = checkpoint_name(constrain(attention, *features), SAVED)
         attention = spread(attention, attention.shape[-1])
         (out,) = project(attention, o=config.hidden_size)
         x = constrain(x + after("attn_post_norm", out), *residual)
@@ -172,7 +176,7 @@ class Block(nn.Module):
             gate, up = project(h, gate=config.mlp_size, up=config.mlp_size)
             gated = ACTIVATIONS[family.activation](gate) * up
             # Without this, the partitioner gathers the MLP and all-reduces full-width weight gradients.
-            gated = constrain(gated, BATCH, None, "tensor") if len(self.split) == 1 else spread(gated, config.mlp_size)
+            gated = constrain(gated, *features) if len(self.split) == 1 else spread(gated, config.mlp_size)
             (out,) = project(gated, down=config.hidden_size)
         x = constrain(x + after("mlp_post_norm", out), *residual)
         return (x, keys, values), None
@@ -190,8 +194,8 @@ class Block(nn.Module):
         chosen, weights = experts.route(h, router, config.experts_per_token, config.normalize_experts)
         real = jnp.broadcast_to((segments != 0)[..., None], chosen.shape)
         self.sow("load", "tokens", jnp.zeros(count, jnp.int32).at[chosen].add(real.astype(jnp.int32)))
-        (rows,) = fit_spec((len(h),), (BATCH if len(self.split) == 1 else other_rows(self.split),))
-        return experts.mix(h, chosen, weights, experts.Kernels(*kernels), rows, dividing(count, self.split))
+        places = fit_spec(h.shape, (ROWS if len(self.split) == 1 else other_rows(self.split), "context"))
+        return experts.mix(h, chosen, weights, experts.Kernels(*kernels), places, dividing(count, self.split))
 
 
 class Decoder(nn.Module):
@@ -204,24 +208,28 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens, positions, mask, cache, stacks):
-        config = self.config
+        config, length = self.config, tokens.shape[1]
+        if cache is None and (ways := context_ways()) > 1:
+            tokens, positions, mask = (
+                constrain(jnp.pad(x, ((0, 0), (0, -length % ways))), ROWS, "context") for x in (tokens, positions, mask)
+            )
         draw = draw_with(self, nn.linear.default_embed_init)
         embed = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype, embedding_init=draw, name="embed")
         x = embed(constrain(tokens, other_rows(self.split), None)) if len(self.split) > 1 else embed(tokens)
         if config.family.scaled_embedding:
             x = x * jnp.asarray(config.hidden_size**0.5, x.dtype)
-        x = constrain(x, BATCH, None, None)
+        x = constrain(x, ROWS, "context", None)
 
         def angles(theta, scaling):
             frequencies = jnp.asarray(rotary.frequencies(theta, config.rotary_size, scaling))
-            return constrain(positions[..., None] * frequencies, BATCH, None, None)
+            return constrain(positions[..., None] * frequencies, ROWS, "context", None)
 
         angle = angles(config.rope_theta, config.rope_scaling)
         if config.sliding_rope_theta is not None:
             angle = angle, angles(config.sliding_rope_theta, None)
         keys, values = (None, None) if cache is None else (cache["key"], cache["value"])
         decoding = cache is not None and tokens.shape[1] == 1
-        lengths = constrain(cache["length"], BATCH) if decoding else None
+        lengths = constrain(cache["length"], ROWS) if decoding else None
         each = len(tokens) // len(lengths) if decoding else 1
         if each > 1:
             lengths = (lengths[:, None] + jnp.arange(each)).reshape(-1)
@@ -243,7 +251,7 @@ class Decoder(nn.Module):
         hidden = make_norm(config, self.dtype, "norm")(x)
         if not config.tie_embeddings and self.is_initializing():
             nn.Dense(config.vocab_size, use_bias=False, name="head")(hidden[:, :1])
-        return hidden, cache
+        return hidden if hidden.shape[1] == length else hidden[:, :length], cache
 
 
 @partial(jax.jit, static_argnames="config")

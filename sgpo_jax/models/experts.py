@@ -1,7 +1,7 @@
 """A mixture of experts: each token goes through the few experts that a router chooses, and none is dropped.
 
 Tokens are sorted by expert into blocks of one expert each, and a block is one product with the expert's matrix. On a
-mesh the experts are split over the tensor axis. Each device computes its own experts for the tokens of its rows, and
+mesh the experts are split over the tensor axis. Each device computes its own experts for the tokens that it has, and
 the sum over the axis joins them.
 
 Axis key: B batch, T tokens, N = B * T, K experts of a token, M = N * K, D hidden, F mlp, E experts of a device, C
@@ -46,15 +46,16 @@ def route(x: jax.Array, router: jax.Array, per_token: int, normalized: bool) -> 
 
 
 def mix(
-    x: jax.Array, chosen: jax.Array, weights: jax.Array, kernels: Kernels, rows: Any, axes: tuple[str, ...]
-) -> jax.Array:
+    x: jax.Array, chosen: jax.Array, weights: jax.Array, kernels: Kernels, places: tuple[Any, Any],
+    axes: tuple[str, ...],
+) -> jax.Array:  # fmt: skip
     """Computes the weighted sum of the chosen experts' outputs, `[B,T,D]`.
 
     Args:
       x: `[B,T,D]`.
       chosen, weights: of `route`.
       kernels: of all experts.
-      rows: axes of the mesh that split B.
+      places: axes of the mesh that split B, and those that split T.
       axes: axes of the mesh that split the experts.
     """
 
@@ -66,8 +67,8 @@ def mix(
         out = _mix_own(x, jnp.where((own >= 0) & (own < count), own, count), weights, kernels)
         return jax.lax.psum(out, axes) if split else out
 
-    by_row, by_expert = P(rows, None, None), P(axes or None, None, None)
-    run = per_device(local, (by_row, by_row, by_row, by_expert), by_row)
+    by_token, by_expert = P(*places, None), P(axes or None, None, None)
+    run = per_device(local, (by_token, by_token, by_token, by_expert), by_token)
     return run(x, chosen, weights.astype(x.dtype), kernels)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from sgpo_jax.models import attention
-from sgpo_jax.sharding import BATCH, fit_spec, per_device, platform
+from sgpo_jax.sharding import BATCH, HEADS, ROWS, constrain, context_ways, fit_spec, per_device, platform
 
 EITHER = "sliding_or_not"  # name of the scope of the choice, by which `plan` knows how many layers take which branch
 
@@ -30,14 +30,17 @@ def attend(
       window: W; None where no layer slides.
       sliding: whether this layer slides: True or False, or a traced `[]` bool.
     """
+    query, key, value = attention.whole_rows(query, key, value)
     if window is None or sliding is False or segments.shape[1] <= window:
-        return attention.attend(query, key, value, segments)
-    local: Any = attend_in_blocks
-    if platform() == "tpu":
-        from sgpo_jax.models import attention_tpu
+        out = attention.attend(query, key, value, segments)
+    else:
+        local: Any = attend_in_blocks
+        if platform() == "tpu":
+            from sgpo_jax.models import attention_tpu
 
-        local = attention_tpu.attend
-    return _one_of(sliding, partial(local, window=window), attention.attend, query, key, value, segments)
+            local = attention_tpu.attend
+        out = _one_of(sliding, partial(local, window=window), attention.attend, query, key, value, segments)
+    return out if context_ways() == 1 else constrain(out, ROWS, None, HEADS)
 
 
 def attend_cache(
@@ -67,8 +70,8 @@ def attend_in_blocks(query: jax.Array, key: jax.Array, value: jax.Array, segment
     """Computes the attention of a sliding layer: W queries see the keys of their block and of the block before."""
     batch, length, heads, size = query.shape
     kv_heads = key.shape[2]
-    rows, tensor = fit_spec((batch, kv_heads), (BATCH, "tensor"))
-    by_head, by_row = P(tensor, rows, None, None, None), P(rows, None)
+    rows, heads_of = fit_spec((batch, kv_heads), (ROWS, HEADS))
+    by_head, by_row = P(heads_of, rows, None, None, None), P(rows, None)
     padding = -length % window
     query = query.reshape(batch, length, kv_heads, heads // kv_heads, size)
     query, key, value = (jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))) for x in (query, key, value))
@@ -78,7 +81,7 @@ def attend_in_blocks(query: jax.Array, key: jax.Array, value: jax.Array, segment
         one_head = jax.checkpoint(partial(_attend_head, segments=segments, window=window))
         return jax.lax.map(lambda parts: one_head(*parts), (query, key[..., None, :], value[..., None, :]))
 
-    run = per_device(local, (by_head, P(tensor, rows, None, None), P(tensor, rows, None, None), by_row), by_head)
+    run = per_device(local, (by_head, P(heads_of, rows, None, None), P(heads_of, rows, None, None), by_row), by_head)
     out = run(jnp.moveaxis(query, 2, 0), jnp.moveaxis(key, 2, 0), jnp.moveaxis(value, 2, 0), segments)
     return jnp.moveaxis(out, 0, 2)[:, :length].reshape(batch, length, heads * size)
 

@@ -12,7 +12,7 @@ from sgpo_jax.plan import flops, hlo, hlo_cost, roofline, tpus
 from sgpo_jax.plan.hardware import GIB
 from sgpo_jax.plan.programs import Program, Setting
 from sgpo_jax.plan.roofline import Chip, Reached
-from sgpo_jax.sharding import row_ways
+from sgpo_jax.sharding import BATCH, ROWS, axis_ways
 
 Result = dict[str, Any]
 LARGEST = 6  # arrays that a result lists
@@ -153,13 +153,14 @@ def advice(measured: Sequence[tuple[Program, Result]], config: ConfigDict, mesh:
         config, mesh: of the run.
         heads: key and value heads of the model, which the tensor axis has to divide.
     """
-    ways, tensor = row_ways(mesh), mesh.shape["tensor"]
+    tensor = mesh.shape["tensor"]
     lines = []
     for program, result in measured:
         if result["fits"]:
             continue
         needed, limit = (result["hbm"][name] for name in ("needed", "limit"))
         changes, updates = [], program.setting.field.endswith("micro_batch")
+        ways = axis_ways(mesh, ROWS if updates else BATCH)
         if updates and config.model.remat != "full":
             changes.append("config.model.remat=full")
         if smaller := _smaller(program.setting, needed - limit, ways):

@@ -54,7 +54,8 @@ def make(
         mesh = sharding.make_mesh(**config.mesh, devices=devices) if fitting else None
     else:
         mesh = sharding.make_mesh(**config.mesh, devices=devices)
-        config_checks.check_mesh(config, sharding.row_ways(mesh))
+        config_checks.check_mesh(config, mesh)
+        models.check_heads(shape.num_heads, mesh)
         measured = []
         for program in programs(config, shape, mesh, assumed):
             print(f"compiling {program.name}", end=": ", flush=True)

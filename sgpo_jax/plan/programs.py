@@ -38,7 +38,7 @@ from sgpo_jax.rollout import Prompts, Sampling, generate
 from sgpo_jax.rollout.memory import cache_bytes, head_ways
 from sgpo_jax.rollout.schedule import Stage, schedule
 from sgpo_jax.runtime import buckets
-from sgpo_jax.sharding import BATCH, decoding_mesh, platform, row_ways
+from sgpo_jax.sharding import BATCH, HEADS, axis_ways, decoding_mesh, platform, row_ways
 from sgpo_jax.training import packing, rl, sft, stage, train_step
 from sgpo_jax.training.batch import Batch, Contexts, Group, pack_batch, specs
 from sgpo_jax.training.objective import Objective
@@ -141,8 +141,9 @@ def _sft_programs(setup: _Setup) -> list[Program]:
     rows = [{"id": name} for name in encoded]
     encoded["longest"] = ([0] * longest[0], [0] * longest[1])  # decides the shapes, but is in no batch
     packed, tokens = sft.encode_batch(
-        rows, encoded, batch=fields.batch, micro_batch=fields.micro_batch, chunk=logprobs.default_chunk(mesh)
-    )
+        rows, encoded, batch=fields.batch, micro_batch=fields.micro_batch, chunk=logprobs.default_chunk(mesh),
+        context=mesh.shape["context"],
+    )  # fmt: skip
     packed_specs = packing.specs(packed)
     batch = _shapes_on(mesh, (packed, tokens), (packed_specs, packed_specs.owner))
 
@@ -182,10 +183,9 @@ def _rl_programs(setup: _Setup) -> list[Program]:
     update: Any = train_step.make_update(
         forward, tx, Objective.from_config(fields), teaching=stage.teaching(config, "rl"), shardings=_shardings(state)
     )
-    chunk = logprobs.default_chunk(mesh)
     packed = pack_batch(
         made_up_batch(config, assumed), Weighting.from_config(fields), fields.distillation,
-        micro_batch=fields.micro_batch, chunk=chunk,
+        micro_batch=fields.micro_batch, chunk=logprobs.default_chunk(mesh), context=mesh.shape["context"],
     )  # fmt: skip
     batch = _shapes_on(mesh, packed, specs(packed))
     guided = None if packed.guided is None else packed.guided.packed
@@ -306,7 +306,7 @@ def _layer_inputs(field: str, packed: Packed, policy: Policy, mesh: Mesh) -> Set
     _, rows, length = packed.contexts[0].tokens.shape
     shape = policy.config
     size = shape.num_layers * length * shape.hidden_size * policy.dtype.itemsize
-    split = mesh.shape["tensor"] if length % mesh.shape["tensor"] == 0 else 1
+    split = mesh.shape["tensor"] if length % axis_ways(mesh, HEADS) == 0 else 1
     return Setting(field, rows, rows * size // (row_ways(mesh) * split))
 
 

@@ -100,12 +100,12 @@ def meshes(
         if len(devices) % tensor or shape.num_heads % tensor or shape.num_kv_heads % tensor or shape.experts % tensor:
             continue
         candidate = ConfigDict(config.to_dict())
-        candidate.mesh.update({"data": 1, "fsdp": len(devices) // tensor, "tensor": tensor})
+        candidate.mesh.update({"data": 1, "fsdp": len(devices) // tensor, "context": 1, "tensor": tensor})
         mesh = sharding.make_mesh(**candidate.mesh, devices=devices)
         for field in FIELDS:
             _set(candidate, field, candidate.mesh.fsdp)
         try:
-            config_checks.check_mesh(candidate, candidate.mesh.fsdp)
+            config_checks.check_mesh(candidate, mesh)
         except ValueError:  # the mesh does not divide a batch, and the search keeps the batches
             continue
         candidate.rl.decode_ways = candidate.eval.decode_ways = (decode_ways(candidate, mesh, shape, chip),)

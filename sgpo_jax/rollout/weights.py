@@ -6,11 +6,14 @@ from typing import Any
 import jax
 
 from sgpo_jax import models
-from sgpo_jax.sharding import BATCH, constrain, dividing, path_name, platform, spec_for
+from sgpo_jax.sharding import BATCH, SHARDS, constrain, dividing, path_name, platform, spec_for
 
 # Layouts between that of training and one that splits weights over more than the tensor axis. From each to the next the
 # moves are exchanges or gathers over one axis; at once, all devices would hold all.
-FROM_TRAINING = {"fsdp": BATCH, "tensor": ("tensor",)}, {"fsdp": ("data",), "tensor": ("tensor", "fsdp")}
+Layout = dict[Any, tuple[str, ...]]  # axes of a rule -> the axes that split in their place
+FROM_TRAINING: tuple[Layout, ...] = (
+    {SHARDS: BATCH, "tensor": ("tensor",)}, {SHARDS: ("data",), "tensor": ("tensor", "fsdp")},
+)  # fmt: skip
 
 
 def cast(params: Any, dtype: Any) -> Any:
@@ -22,12 +25,12 @@ def cast(params: Any, dtype: Any) -> Any:
         if platform() != "gpu":
             return leaf
         # Else the partitioner gathers first and casts then, with twice the memory.
-        return constrain(leaf, *(BATCH if axis == "fsdp" else axis for axis in spec_for(name, leaf.shape)))
+        return constrain(leaf, *(BATCH if axes == SHARDS else axes for axes in spec_for(name, leaf.shape)))
 
     return jax.tree_util.tree_map_with_path(cast_leaf, params)
 
 
-def split(params: Any, axes: tuple[str, ...], through: Sequence[dict[str, tuple[str, ...]]] = ()) -> Any:
+def split(params: Any, axes: tuple[str, ...], through: Sequence[Layout] = ()) -> Any:
     """Gathers matrices, and splits over these axes what the tensor axis splits in training.
 
     This happens once, before a stage of decoding: otherwise every token would gather them. Where the matrices are split
@@ -37,7 +40,7 @@ def split(params: Any, axes: tuple[str, ...], through: Sequence[dict[str, tuple[
     def split_leaf(path, leaf):
         spec = spec_for(path_name(path), leaf.shape)
         for step in [*(through if len(axes) > 1 else ()), {"tensor": axes}]:
-            by_dimension = [step.get(axis, ()) for axis in spec]
+            by_dimension = [step.get(some, ()) for some in spec]
             leaf = constrain(leaf, *(dividing(n, some) for n, some in zip(leaf.shape, by_dimension, strict=False)))
         return leaf
 

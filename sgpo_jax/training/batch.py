@@ -15,7 +15,6 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from sgpo_jax import logprobs, losses
-from sgpo_jax.sharding import BATCH
 from sgpo_jax.training import packing
 from sgpo_jax.training.objective import LIKELIHOODS
 from sgpo_jax.training.packing import Packed
@@ -88,6 +87,7 @@ def pack_batch(
     *,
     micro_batch: int,
     chunk: int | None = None,
+    context: int = 1,
 ) -> PackedBatch:
     """Packs a batch of rollouts.
 
@@ -97,6 +97,7 @@ def pack_batch(
       distillation: as in `Objective`; it decides whether targets are needed after the guided prompts too.
       micro_batch: M, rows of packed tokens whose activations are held at once.
       chunk: response tokens whose logits are held at once, over all devices; None: `logprobs.default_chunk`.
+      context: ways that the mesh splits the tokens of a row.
 
     Raises:
       ValueError: the distillation needs guided prompts, and there are none.
@@ -114,7 +115,9 @@ def pack_batch(
 
     def pack(owners, contexts, responses, lengths, most):
         rows = min(micro_batch, most)
-        return packing.pack(contexts, responses, owners, lengths=lengths, micro_batch=rows, most=most, chunk=chunk)
+        return packing.pack(
+            contexts, responses, owners, lengths=lengths, micro_batch=rows, most=most, chunk=chunk, context=context
+        )
 
     def pack_group(group, chosen, length, prompts=batch.prompts):
         owners = np.flatnonzero(chosen)
@@ -196,6 +199,6 @@ def specs(batch: PackedBatch) -> PackedBatch:
     def spec(field):
         if isinstance(field, Packed):
             return packing.specs(field)
-        return P(None, None, BATCH) if np.ndim(field) == 4 else P()
+        return packing.LISTED if np.ndim(field) == 4 else P()
 
     return jax.tree.map(spec, batch, is_leaf=lambda x: isinstance(x, Packed))

@@ -13,7 +13,7 @@ from sgpo_jax.report import page
 from sgpo_jax.runtime import compilation, is_first, preemption
 from sgpo_jax.runtime.metric_writer import Writer
 from sgpo_jax.runtime.profile import Profile
-from sgpo_jax.sharding import row_ways
+from sgpo_jax.sharding import ROWS, axis_ways
 from sgpo_jax.training import collapse, rollback, skipped_batch, stage
 from sgpo_jax.training.optimizer import updates_taken
 from sgpo_jax.training.state import TrainState
@@ -220,7 +220,7 @@ def advise_packing(run: Run, name: str, filled: float) -> None:
       filled: share of the computed rows that hold responses.
     """
     rows = run.config[name].micro_batch
-    if filled < 0.75 and rows > row_ways(run.mesh):
+    if filled < 0.75 and rows > axis_ways(run.mesh, ROWS):
         print(
             f"{name}.micro_batch={rows}: {filled:.0%} of the rows that an update computes hold responses; "
             "a smaller one leaves fewer empty",

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from sgpo_jax.sharding import BATCH
+from sgpo_jax.sharding import ROWS
 
 Array = Any  # numpy's on the host, where packing happens; JAX's in the update
 Tokens = Sequence[int] | np.ndarray
+LISTED = P(None, None, ROWS, "context")  # of arrays [K,S,M,J]
 
 
 class Rows(NamedTuple):
@@ -39,9 +40,9 @@ class Packed(NamedTuple):
 
 
 def specs(packed: Packed) -> Packed:
-    """Returns PartitionSpecs that split the rows of a micro-batch over devices and replicate the rest."""
-    rows, listed = P(None, BATCH), P(None, None, BATCH)
-    return Packed((Rows(rows, rows, rows, listed),) * len(packed.contexts), listed, listed, P(), P())
+    """Returns PartitionSpecs that split the rows of a micro-batch, and the list of a row's response tokens."""
+    rows = P(None, ROWS)
+    return Packed((Rows(rows, rows, rows, LISTED),) * len(packed.contexts), LISTED, LISTED, P(), P())
 
 
 def pack(
@@ -53,6 +54,7 @@ def pack(
     micro_batch: int,
     most: int,
     chunk: int,
+    context: int = 1,
 ) -> Packed:
     """Packs sequences into few rows, by first-fit decreasing.
 
@@ -63,7 +65,8 @@ def pack(
       lengths: for each context, L; every prompt with its response must fit.
       micro_batch: M, rows of a micro-batch.
       most: upper limit of the number of sequences in any batch; with M it fixes K.
-      chunk: upper limit of a micro-batch's response tokens in a chunk, M times J (at least M).
+      chunk: upper limit of a micro-batch's response tokens in a chunk, M times J (at least M times `context`).
+      context: ways that the mesh splits the tokens of a row; J is a multiple of it.
 
     Returns:
       The packed sequences.
@@ -80,7 +83,7 @@ def pack(
     micro_batches = -(-most // micro_batch)
     slots = min(lengths)  # upper limit of the response tokens in a row
     # The last chunk in use is rarely full. With four or more chunks, its empty part is small.
-    per_row = max(min(chunk // micro_batch, -(-slots // 4)), 1)
+    per_row = max(min(chunk // micro_batch, -(-slots // 4)) // context, 1) * context
     shape = micro_batches, micro_batch
     contexts = [Rows(*(np.zeros((*shape, length), np.int32) for _ in Rows._fields)) for length in lengths]
     owner, index = np.full((*shape, slots), -1, np.int32), np.zeros((*shape, slots), np.int32)

@@ -62,7 +62,10 @@ def train(run: Run, initial: Callable[[], Any], problems: Problems, sampling: Sa
     batches = [data.batches(rows, rl.batch, (run.config.seed + i) % 2**32) for i in range(2)]
     total = total_steps(rl, rows)
     weighting, objective = Weighting.from_config(rl), Objective.from_config(rl)
-    chunk = logprobs.default_chunk(run.mesh)
+    pack = partial(
+        pack_batch, weighting=weighting, distillation=rl.distillation, micro_batch=rl.micro_batch,
+        chunk=logprobs.default_chunk(run.mesh), context=run.mesh.shape["context"],
+    )  # fmt: skip
 
     with Loop(run, "rl", total, partial(_evaluate, run), rl.eval_every, rl.updates_per_batch) as loop:
         update = make_update(
@@ -79,7 +82,7 @@ def train(run: Run, initial: Callable[[], Any], problems: Problems, sampling: Sa
             if known is not None:
                 remember(known, position, sampled, problems.prompts)
             batch = make_batch(run, graded, problems.prompts, sampled.problems)
-            packed = pack_batch(batch, weighting, rl.distillation, micro_batch=rl.micro_batch, chunk=chunk)
+            packed = pack(batch)
             state, device_metrics = update(state, sharding.put(packed, specs(packed), run.mesh), loop.base)
             metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
             clock.lap("update")

@@ -36,8 +36,10 @@ def train(run: Run, initial: Callable[[], Any], demonstrations: Demonstrations) 
     batches = data.batches(training, sft.batch, run.config.seed)
     epoch = data.steps_per_epoch(training, sft.batch)
     total = sft.steps or sft.epochs * epoch
-    chunk = logprobs.default_chunk(mesh)
-    encode = partial(encode_batch, encoded=encoded, batch=sft.batch, micro_batch=sft.micro_batch, chunk=chunk)
+    encode = partial(
+        encode_batch, encoded=encoded, batch=sft.batch, micro_batch=sft.micro_batch,
+        chunk=logprobs.default_chunk(mesh), context=mesh.shape["context"],
+    )  # fmt: skip
     loss_of = make_losses(stage.forward(run))
 
     def validate(params, step):
@@ -59,8 +61,9 @@ def train(run: Run, initial: Callable[[], Any], demonstrations: Demonstrations) 
 
 
 def encode_batch(
-    rows: Sequence[dict], encoded: dict[str, Encoded], *, batch: int, micro_batch: int, chunk: int | None = None
-) -> tuple[Packed, np.ndarray]:
+    rows: Sequence[dict], encoded: dict[str, Encoded], *, batch: int, micro_batch: int, chunk: int | None = None,
+    context: int = 1,
+) -> tuple[Packed, np.ndarray]:  # fmt: skip
     """Packs the responses of some rows after their prompts, in shapes that are the same in the whole stage.
 
     Args:
@@ -69,6 +72,7 @@ def encode_batch(
       batch: rows of a full batch.
       micro_batch: M, rows of packed tokens whose activations are held at once.
       chunk: response tokens whose logits are held at once, over all devices; None: `logprobs.default_chunk`.
+      context: ways that the mesh splits the tokens of a row.
 
     Returns:
       (the packed sequences, response tokens `[K,S,M,J]`).
@@ -77,7 +81,7 @@ def encode_batch(
     longest = [max(map(len, part)) for part in zip(*encoded.values(), strict=True)]
     packed = packing.pack(
         [prompts], responses, range(len(rows)), lengths=[sum(longest)], micro_batch=min(micro_batch, batch), most=batch,
-        chunk=logprobs.default_chunk() if chunk is None else chunk,
+        chunk=logprobs.default_chunk() if chunk is None else chunk, context=context,
     )  # fmt: skip
     tokens, _ = tokenizers.pad_right(responses, longest[1], 0)
     return packed, packing.gather(tokens, packed)

@@ -70,8 +70,12 @@ def open_run(
 
     Returns:
       (run, `initial() -> params`, which reads or draws what training begins with: the model's parameters or adapters).
+
+    Raises:
+      ValueError: the mesh splits the tokens of rows, and does not divide the model's query heads.
     """
     policy, load = load_policy(config)
+    models.check_heads(policy.config.num_heads, mesh)
     run, key = Run(config, workdir, policy, mesh), jax.random.key(config.seed if seed is None else seed)
     if policy.lora is None:
         return run, partial(load, key)

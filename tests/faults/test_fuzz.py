@@ -72,7 +72,7 @@ def related(field: str, named: str) -> bool:
         {"data.train", "sft.train", "data.sft_share"},
         {"rl.guide", "rl.guided", "rl.distillation", "rl.advantage", "rl.weight"},
         {"eval.temperature", "eval.sets.heldout.samples", "eval.sets.heldout", "eval.sets"},
-        {"mesh.data", "mesh.fsdp", "mesh.tensor"},
+        {"mesh.data", "mesh.fsdp", "mesh.context", "mesh.tensor"},
         {"extract.temperature", "extract.candidates"},
         {"extract.budget_cost", "extract.strong.price_in", "extract.strong.price_out"},
         {"lab.seeds", "lab.tuning_seeds", "lab.rates"},

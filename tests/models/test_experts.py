@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sgpo_jax import models, sharding
 from sgpo_jax.models import experts
-from sgpo_jax.sharding import BATCH
+from sgpo_jax.sharding import ROWS
 
 D, F = 5, 7
 
@@ -30,9 +30,9 @@ def dense(x, router, gate, up, down, per_token, normalized):
     return jnp.einsum("bte,btef,efd->btd", weights, gated, down)
 
 
-def mixture(x, router, gate, up, down, per_token, normalized, rows=None, axes=()):
+def mixture(x, router, gate, up, down, per_token, normalized, places=(None, None), axes=()):
     chosen, weights = experts.route(x, router, per_token, normalized)
-    return experts.mix(x, chosen, weights, experts.Kernels(gate, up, down), rows, axes)
+    return experts.mix(x, chosen, weights, experts.Kernels(gate, up, down), places, axes)
 
 
 def assert_dense(arguments, per_token, normalized, **layout):
@@ -74,8 +74,8 @@ def test_experts_split_over_a_mesh(shape, count):
     """4 rows, which the last mesh does not divide."""
     mesh = sharding.make_mesh(*shape, jax.devices()[: np.prod(shape)])
     with jax.set_mesh(mesh):
-        (rows,) = sharding.fit_spec((4,), (BATCH,))
-        assert_dense(inputs(2, 4, 6, count), 2, True, rows=rows, axes=("tensor",))
+        places = sharding.fit_spec((4, 1), (ROWS, "context"))
+        assert_dense(inputs(2, 4, 6, count), 2, True, places=places, axes=("tensor",))
 
 
 def test_the_load_counts_the_real_tokens_of_each_expert():

@@ -74,10 +74,10 @@ def test_a_rule_names_kernels_and_one_that_names_none_is_refused():
 
 
 def test_factors_lie_on_a_mesh_as_their_kernel_does_with_the_rank_whole():
-    assert sharding.spec_for("params/layers/gate/lora_a", (2, 8, 3)) == P(None, "fsdp", None)
+    assert sharding.spec_for("params/layers/gate/lora_a", (2, 8, 3)) == P(None, sharding.SHARDS, None)
     assert sharding.spec_for("params/layers/gate/lora_b", (2, 3, 8)) == P(None, None, "tensor")
     assert sharding.spec_for("mu/layers/o/lora_a", (2, 8, 3)) == P(None, "tensor", None)
-    assert sharding.spec_for("mu/layers/o/lora_b", (2, 3, 8)) == P(None, None, "fsdp")
+    assert sharding.spec_for("mu/layers/o/lora_b", (2, 3, 8)) == P(None, None, sharding.SHARDS)
 
 
 def test_the_fingerprint_tells_every_bit_and_place_but_no_mesh(tiny, tiny_params):

@@ -134,12 +134,13 @@ def test_codes_and_scales_are_the_same_on_every_mesh_and_lie_as_their_kernel_doe
     assert lora.fingerprint(whole) == lora.fingerprint(split)
     assert lora.fingerprint(whole) != lora.fingerprint(quantised.quantise(params, "int8", one_device()))
     gate, down = (split["layers"][name] for name in ("gate", "down"))
-    assert gate["kernel"].sharding.spec == P(None, "fsdp", "tensor")
+    assert gate["kernel"].sharding.spec == P(None, sharding.SHARDS, "tensor")
     # Four ways do not divide the 2 tiles of 128 rows, and two not the 3 of 192.
     assert gate["kernel_scale"].sharding.spec == P(None, None, "tensor")
-    assert down["kernel_scale"].sharding.spec == P(None, None, "fsdp")
+    assert down["kernel_scale"].sharding.spec == P(None, None, sharding.SHARDS)
     mesh = sharding.make_mesh(1, 2, 4)
-    assert sharding.tree_shardings(split, mesh)["layers"]["gate"]["kernel_scale"].spec == P(None, "fsdp", "tensor")
+    scale = sharding.tree_shardings(split, mesh)["layers"]["gate"]["kernel_scale"]
+    assert scale.spec == P(None, sharding.SHARDS, "tensor")
 
 
 def test_without_the_library_the_field_is_named(monkeypatch):

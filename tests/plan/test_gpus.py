@@ -14,6 +14,7 @@ import pytest
 from helpers.paths import ROOT
 from jax.sharding import Mesh
 
+from sgpo_jax import sharding
 from sgpo_jax.plan import estimate, gpus, hardware, roofline, search, workload
 from sgpo_jax.plan.hlo_cost import Collective
 from sgpo_jax.plan.roofline import Chip, Reached, Seconds
@@ -89,7 +90,7 @@ class Device:
 
 def mesh_of(hosts, each, tensor):
     devices = [Device(i, i // each) for i in range(hosts * each)]
-    return Mesh(np.array(devices, object).reshape(1, -1, tensor), ("data", "fsdp", "tensor"))
+    return Mesh(np.array(devices, object).reshape(1, -1, 1, tensor), sharding.AXES)
 
 
 @pytest.mark.parametrize(

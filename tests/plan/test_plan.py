@@ -201,8 +201,8 @@ def test_a_program_has_the_mesh_that_it_runs_on(tiny):
     config, mesh = configs.paper("", tensor=2), sharding.make_mesh(1, 4, 2)
     config.rl.decode_ways = (2,)
     found = {p.name: dict(p.mesh.shape) for p in programs.programs(config, tiny, mesh, Assumed(64.0, 16))}
-    assert found["rollout"] == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert found["update"] == found["evaluation, 32 samples"] == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert found["rollout"] == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
+    assert found["update"] == found["evaluation, 32 samples"] == {"data": 1, "fsdp": 4, "context": 1, "tensor": 2}
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def with_eight(monkeypatch):
     [
         (
             {"mesh.data": 3},
-            r"mesh\.data=3, mesh\.fsdp=-1, mesh\.tensor=1 needs a multiple or product of 3 devices; there",
+            r"mesh\.data=3, mesh\.fsdp=-1, mesh\.context=1, mesh\.tensor=1 needs a multiple or product of 3 devices",
         ),
         ({"rl.micro_batch": 12}, r"config\.rl\.micro_batch=12: must be a multiple of mesh\.data \* mesh\.fsdp = 8"),
         ({"eval.draft": 4}, r"config\.eval\.draft=4: must be 0 in a plan"),
@@ -334,7 +334,7 @@ def test_the_search_takes_the_first_that_fits(tiny, capsys):
     sizes = {"sft.micro_batch": 0.5, "rl.micro_batch": 1.5, "rl.slots": 0.25, "eval.slots": 0.125}
     measure = made_up(limit, sizes, rest_gib)
     config, measured, tried = search.search(small_run(), tiny, jax.devices(), CHIPS_FAST, Assumed(4, 4), limit, measure)
-    assert dict(config.mesh) == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert dict(config.mesh) == {"data": 1, "fsdp": 4, "context": 1, "tensor": 2}
     # The largest with value * size + 4 <= 16, from what is tried: all of 8; half of 16; half of both groups' 96; and of
     # 256 so few that the evaluation with 32 responses in all, which needs 9 more, fits too.
     assert [config[section][name] for section, name in (field.split(".") for field in search.FIELDS)] == [8, 8, 48, 16]
@@ -353,7 +353,7 @@ def test_the_search_takes_the_first_that_fits(tiny, capsys):
     ]
     assert "rl.micro_batch=16: update needs 28.00 GiB" in capsys.readouterr().out
     assert search.flags(config).startswith(
-        "--config.mesh.data=1 --config.mesh.fsdp=4 --config.mesh.tensor=2 --config.sft"
+        "--config.mesh.data=1 --config.mesh.fsdp=4 --config.mesh.context=1 --config.mesh.tensor=2 --config.sft"
     )
 
 
