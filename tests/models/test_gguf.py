@@ -164,7 +164,7 @@ def test_what_is_not_understood_is_named(tmp_path):
             gguf.load(path)
 
     tensors = random_tensors()
-    refused("general.architecture of .* is 'falcon'; supported: 'llama'", tensors, architecture="falcon")
+    refused("general.architecture of .* is 'falcon'; supported: 'llama' or 'gemma3'", tensors, architecture="falcon")
     refused("llama.rope.scaling.type is 'yarn'", tensors, rope_scaling_type=gguf_package.RopeScalingType.YARN)
     refused("value_length is 16", tensors, value_length=16)
     extra = {"blk.1.ffn_gate_inp.weight": np.zeros((4, HIDDEN), np.float32)}
@@ -224,8 +224,10 @@ def test_damaged_file_is_named(tmp_path, size):
 
 
 def test_other_tokenizers_are_refused(tmp_path):
-    path = write(tmp_path / "m.gguf", random_tensors(), tokenizer_model="llama", tokenizer_pre="default")
-    with pytest.raises(ValueError, match=r"\('llama', 'default'\); supported: \('gpt2', 'smollm'\)"):
+    path = write(tmp_path / "m.gguf", random_tensors(), tokenizer_model="gpt2", tokenizer_pre="qwen2")
+    with pytest.raises(
+        ValueError, match=r"\('gpt2', 'qwen2'\); supported: \('gpt2', 'smollm'\) or \('llama', 'default'\)"
+    ):
         gguf.tokenizer(path)
     with pytest.raises(ValueError, match="no metadata field tokenizer.ggml.model"):
         gguf.tokenizer(write(tmp_path / "none.gguf", random_tensors()))
