@@ -104,6 +104,7 @@ def base() -> ConfigDict:
     config.rl.reward = ""  # "" is the verifier, else "module:function" with function(row, response) -> 0..1
     config.rl.slots = 0  # responses decoded at once, over all devices and both groups; 0 is all. No effect on responses
     config.rl.draft = 0  # most tokens of a response that are drafted for a pass; 0 is off. No effect on responses
+    config.rl.rollout_weights = ""  # type of the layers' kernels in sampling: "" is model.dtype; "int8" halves them
     # Ways that split the weights in each stage of decoding, times mesh.tensor: ascending numbers from 1, one divisor of
     # mesh.data * mesh.fsdp * mesh.context, and that product. A stage has a quarter of the slots of the one before.
     config.rl.decode_ways = (1,)
@@ -172,8 +173,7 @@ def base() -> ConfigDict:
     config.monitor.least_guidance = -0.3  # reward of the guided group minus that of the autonomous one
     config.monitor.most_forgotten = 0.5  # fall of the guided group's reward since the first window
     config.monitor.most_lost = 0.5  # fall of the share of problems with a correct autonomous response, pass@G1
-    # At a collapse: "warn"; "stop" after saving a checkpoint; "rollback" to a checkpoint from before the window, and
-    # continue on other batches.
+    # At a collapse: "warn"; "stop" after a checkpoint; "rollback" to one from before the window, with other batches.
     config.monitor.action = "warn"
     config.monitor.most_rollbacks = 3  # rollbacks after which the next collapse stops the run
 

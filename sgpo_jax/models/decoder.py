@@ -76,7 +76,9 @@ class Block(nn.Module):
             beside = {} if self.is_initializing() else self.get_variable("params", name)
 
             def dot(x, kernel, *_, **__):
-                if "kernel_scale" in beside:
+                if keys is not None and "kernel_scale" in beside:
+                    product = quantised.column_product(x, beside["kernel"], beside["kernel_scale"])
+                elif "kernel_scale" in beside:
                     codes = {leaf: beside[leaf] for leaf in ("kernel", "kernel_scale")}
                     product = quantised.product(x, codes, tuple(spec))
                 elif keys is not None:  # sampling takes the fastest product, and has its own layout of the weights

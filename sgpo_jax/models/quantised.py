@@ -1,8 +1,10 @@
-"""Frozen kernels in 8 or 4 bits under adapters, as in QLoRA (arXiv 2305.14314); qwix quantises and dequantises.
+"""Kernels in 8 or 4 bits: frozen ones under adapters, as in QLoRA (arXiv 2305.14314), and those of a rollout.
+
+qwix quantises and dequantises.
 
 The kernels of the layers, one matrix each (not those of experts), become codes, and `kernel_scale` stands beside them:
 a scale for each tile of a column, of at most 64 of its rows. The kernel that they stand for is the bfloat16 number
-nearest code times scale. All other parameters are bfloat16.
+nearest code times scale. All other parameters are bfloat16. In a rollout a whole column is a tile, see `by_column`.
 
 Axis key: L layers, D features into a kernel, F out of it, S tiles of a column, R rows of a tile.
 """
@@ -18,25 +20,24 @@ from jax.sharding import Mesh
 
 from sgpo_jax import sharding
 from sgpo_jax.models.products import dot_in_blocks
-from sgpo_jax.sharding import constrain, exact_products
+from sgpo_jax.sharding import constrain, exact_products, spec_for
 
 CODES = {"int8": jnp.int8, "nf4": jnp.uint4}  # base_dtype -> type of its codes
 TILE = 64  # most rows of a tile, as in QLoRA; a tile divides the rows
 Leaves = dict[str, jax.Array]  # of a kernel: {"kernel"}, or {"kernel", "kernel_scale"}, and others beside them
 
 
-def import_qwix() -> ModuleType:
+def import_qwix(rule: str = "config.lora.base_dtype: must be 'float32' or 'bfloat16'") -> ModuleType:
     """Imports qwix.
 
     Raises:
-      ValueError: it is not installed.
+      ValueError: it is not installed; the message begins with `rule`, which holds then.
     """
     try:
         import qwix
     except ImportError as error:
         raise ValueError(
-            "config.lora.base_dtype: must be 'float32' or 'bfloat16' without the extra 'quantised', which the others "
-            f"need: pip install 'sgpo_jax[quantised]' ({error})"
+            f"{rule} without the extra 'quantised', which the others need: pip install 'sgpo_jax[quantised]' ({error})"
         ) from error
     return qwix
 
@@ -69,6 +70,28 @@ def shapes(params: dict[str, Any], kind: str) -> dict[str, Any]:
     return _with_codes(params, lambda _, kernel: jax.eval_shape(partial(_quantise_layers, kind), kernel))
 
 
+def by_column(params: dict[str, Any]) -> dict[str, Any]:
+    """Returns parameters with int8 codes `[L,D,F]` for each kernel, and a scale for each column `[L,1,F]`; traceable.
+
+    The scale is that of the whole column, however its rows are split over devices. `column_product` multiplies by them.
+    """
+
+    def quantise_kernel(name, kernel):
+        leaves = _quantise_layers("int8", kernel, kernel.shape[1])
+        # Else the partitioner may move the kernel first and quantise then.
+        return {leaf: constrain(x, *spec_for(f"layers/{name}/{leaf}", x.shape)) for leaf, x in leaves.items()}
+
+    return _with_codes(params, quantise_kernel)
+
+
+def column_product(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
+    """Multiplies x `[...,D]` by codes `[D,F]` of `by_column`, and the sums by the columns' scales `[1,F]`.
+
+    Whole numbers up to 128 are exact in bfloat16, so the product reads one byte for each weight and rounds none.
+    """
+    return x @ codes.astype(x.dtype) * scale[0].astype(x.dtype)
+
+
 def _with_codes(params: dict[str, Any], quantise_kernel: Callable[[str, Any], Leaves]) -> dict[str, Any]:
     layers = {}
     for name, leaves in params["layers"].items():
@@ -77,9 +100,9 @@ def _with_codes(params: dict[str, Any], quantise_kernel: Callable[[str, Any], Le
     return params | {"layers": layers}
 
 
-def _quantise_layers(kind: str, kernel: jax.Array) -> Leaves:
+def _quantise_layers(kind: str, kernel: jax.Array, most: int = TILE) -> Leaves:
     rows = kernel.shape[1]
-    tile = max(size for size in range(1, TILE + 1) if rows % size == 0)
+    tile = max(size for size in range(1, most + 1) if rows % size == 0)
 
     def quantise_tile(values):  # [R]
         quantised = import_qwix().quantize(values, kind)

@@ -205,6 +205,13 @@ def _other_entries(computation: Computation, op: Op, count: int) -> float:
     return max(stacks, default=0) * (1 - 1 / count)
 
 
+def _is_alias(module: Module, op: Op) -> bool:
+    """Returns whether an operation gives the array that it takes another tiling where it lies, as for codes of int8."""
+    if op.kind != "fusion" or "output_to_operand_aliasing={{}: (0, {})}" not in op.attributes:
+        return False
+    return {inner.kind for inner in module.computations[op.called("calls")[0]].ops.values()} == {"parameter", "copy"}
+
+
 def _is_product(op: Op) -> bool:
     """Returns whether an operation is a matrix product of NVIDIA's library, which also returns its scratch memory."""
     return op.kind == "custom-call" and 'custom_call_target="__cublas' in op.attributes
@@ -243,7 +250,7 @@ def _usage(module: Module, name: str) -> list[float]:
             first = bool(op.operands) and op.operands[0] == value.name
             if op.kind in _SLICING and first:
                 total += op.arrays[0].bytes
-            elif op.kind in ("bitcast", "reshape") and not op.root:
+            elif (op.kind in ("bitcast", "reshape") or _is_alias(module, op)) and not op.root:
                 total += used(op)
             elif op.kind == "fusion":
                 inner = _usage(module, op.called("calls")[0])

@@ -35,9 +35,12 @@ def sampling(run: Run, section: str, responses: int, prompts: int) -> Sampling:
       prompts: of all kinds, which are prefilled at once.
 
     Raises:
-      ValueError: the slots that the config asks for do not fit, or not even one of each device does.
+      ValueError: the slots that the config asks for do not fit, or not even one of each device does; or kernels in 8
+        bits are asked for, and qwix is not installed.
     """
     chosen = Sampling.from_config(run.config[section])
+    if chosen.weights:
+        quantised.import_qwix(f"config.{section}.rollout_weights={chosen.weights!r}: must be ''")
     limit = _limit(run.mesh)
     if limit is None:
         return chosen
@@ -47,7 +50,7 @@ def sampling(run: Run, section: str, responses: int, prompts: int) -> Sampling:
     slot, prefilled = size(shards, longest + chosen.max_new_tokens), size(prompts, longest)
     held = _held_bytes(run.config)
     shape, dtype, adapters = run.policy.config, run.policy.dtype, run.policy.lora
-    resident = _resident(shape, dtype, held, chosen.decode_ways, run.mesh, adapters, run.config.lora.base_dtype)
+    resident = _resident(shape, dtype, held, chosen, run.mesh, adapters, run.config.lora.base_dtype)
     room = limit - resident - prefilled
     most = fitting_slots(responses, room - round(RESERVE * limit), slot, shards)
     field, sizes = f"config.{section}.slots", f"of {room / GIB:.1f} GiB that are left on a device"
@@ -97,7 +100,7 @@ def _resident(
     config: models.ModelConfig,
     dtype: Any,
     held: int,
-    decode_ways: tuple[int, ...],
+    sampling: Sampling,
     mesh: Mesh,
     adapters: Lora | None,
     base_dtype: str,
@@ -109,7 +112,7 @@ def _resident(
     Args:
       config, dtype, mesh: of the run.
       held: see `_held_bytes`.
-      decode_ways: see `Sampling`.
+      sampling: says how the weights are split, and the type of kernels.
       adapters: their shape; None without.
       base_dtype: type of the base; unused without adapters.
     """
@@ -124,7 +127,10 @@ def _resident(
         return sum(jax.tree.leaves(parts)) // 8
 
     whole = sum(x.size for x in jax.tree.leaves(params))
-    decoding = sum(whole // (mesh.shape["tensor"] * ways) for ways in decode_ways) * np.dtype(dtype).itemsize
+    copy = whole * np.dtype(dtype).itemsize
+    if sampling.weights:  # the scales are a thousandth of the codes
+        copy -= sum(map(math.prod, lora.kernels(config).values())) * (np.dtype(dtype).itemsize - 1)
+    decoding = sum(copy // (mesh.shape["tensor"] * ways) for ways in sampling.decode_ways)
     if adapters is None:
         return on_device(params, 8 * (4 + held)) + decoding
     merged = {"layers": {name: {"kernel": params["layers"][name]["kernel"]}

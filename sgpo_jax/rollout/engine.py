@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sgpo_jax import models, output_head
+from sgpo_jax.models import quantised
 from sgpo_jax.rollout import drafts, weights
 from sgpo_jax.rollout.cache import constrain_cache, copy_row, insert
 from sgpo_jax.rollout.sampling import Sampling, sample
@@ -126,7 +127,8 @@ def generate(
     responses = problem_count // shards * per_problem
     width = min(slots // shards or responses, responses)
     splits = [weight_axes(ways) for ways in sampling.decode_ways]
-    params = weights.split(weights.cast(params, dtype), splits[0], weights.FROM_TRAINING)
+    params = weights.cast(quantised.by_column(params) if sampling.weights else params, dtype)
+    params = weights.split(params, splits[0], weights.FROM_TRAINING)
     stops = jnp.asarray(model.stop_ids, jnp.int32)
 
     def by_shard(values):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from sgpo_jax import models
 from sgpo_jax.sharding import BATCH, SHARDS, constrain, dividing, path_name, platform, spec_for
@@ -17,11 +18,12 @@ FROM_TRAINING: tuple[Layout, ...] = (
 
 
 def cast(params: Any, dtype: Any) -> Any:
-    """Casts matrices to the dtype of the products; norms and biases keep theirs."""
+    """Casts matrices to the dtype of the products; norms and biases keep theirs, and so do codes and scales."""
 
     def cast_leaf(path, leaf):
         name = path_name(path)
-        leaf = leaf.astype(dtype) if name.endswith(("kernel", "embedding")) else leaf
+        matrix = name.endswith(("kernel", "embedding")) and leaf.dtype != jnp.int8
+        leaf = leaf.astype(dtype) if matrix else leaf
         if platform() != "gpu":
             return leaf
         # Else the partitioner gathers first and casts then, with twice the memory.

@@ -249,6 +249,25 @@ def test_a_loop_reads_each_slice_once_and_writes_in_place():
     }  # fmt: skip
 
 
+def test_a_slice_of_what_has_another_tiling_where_it_lies_is_still_a_slice():
+    # As the compiler writes it for a stack of int8 that a product reads.
+    copy = """%tiles (a: bf16[3,1024,1024]) -> bf16[3,1024,1024] {
+  %a = bf16[3,1024,1024]{2,1,0:T(16,128)(2,1)} parameter(0)
+  ROOT %e = bf16[3,1024,1024]{2,1,0:T(8,128)(2,1)} copy(%a)
+}
+
+%slice_fusion"""
+    tiled = """%q = bf16[3,1024,1024]{2,1,0:T(8,128)(2,1)} fusion(%s), kind=kLoop, ALIAS, calls=%tiles
+  ROOT %d = bf16[1,1024,1024]{2,1,0:T(8,128)(2,1)} dynamic-slice(%q, """
+    text = LAYERS_LOOP.replace("%slice_fusion", copy, 1)
+    text = text.replace("ROOT %d = bf16[1,1024,1024]{2,1,0:T(8,128)(2,1)} dynamic-slice(%s, ", tiled)
+    scopes = Scopes("all", reads=(("kernel", 0.0),))
+    row = 2 * 2 * 1024
+    for alias, stacked in (("output_to_operand_aliasing={{}: (0, {})}", 1), ("op=1", 3)):
+        moved = hlo_cost.hbm_bytes(hlo.parse(text.replace("ALIAS", alias)), scopes)
+        assert moved == {"all": 3 * (stacked * WEIGHT + row)}, "a copy that is made reads the whole stack"
+
+
 def test_a_kernel_may_read_less_than_it_is_given():
     moved = hlo_cost.hbm_bytes(hlo.parse(LAYERS_LOOP), Scopes("all", reads=(("kernel", 100.0),)))
     assert moved == {"all": 3 * (WEIGHT + 2 * 2 * 1024 + 100)}

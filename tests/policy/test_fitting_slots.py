@@ -1,5 +1,6 @@
 """Slots that fit into the memory of described devices; sizes counted by hand."""
 
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -12,6 +13,7 @@ from sgpo_jax import policy, sharding
 from sgpo_jax.models import presets
 from sgpo_jax.models.lora import Lora
 from sgpo_jax.policy import memory
+from sgpo_jax.rollout import Sampling
 from sgpo_jax.rollout.memory import cache_bytes, fitting_slots
 
 SHAPE = presets.shape("Qwen/Qwen2.5-1.5B-Instruct")
@@ -36,12 +38,13 @@ def test_slots_that_fit(responses, room, slots):
 
 @pytest.fixture
 def sampling(monkeypatch):
-    """(slots, GiB of a device or None, decode_ways) -> the sampling of 512 responses to 128 prompts on 8 devices."""
+    """(slots, GiB of a device or None, decode_ways, weights) -> sampling; 512 responses to 128 prompts, 8 devices."""
 
-    def sampling(slots, gib, ways=(1,)):
+    def sampling(slots, gib, ways=(1,), weights=""):
         monkeypatch.setattr(memory, "_limit", lambda mesh: gib and int(gib * GIB))
         fields = {"max_new_tokens": 16384, "temperature": 1.0, "top_p": 0.95, "top_k": 0, "slots": slots}
-        fields |= {"decode_ways": ways, "draft": 0, "teacher": "live", "reference_kl": 0.0, "teacher_dtype": "float32"}
+        fields |= {"decode_ways": ways, "draft": 0, "rollout_weights": weights}
+        fields |= {"teacher": "live", "reference_kl": 0.0, "teacher_dtype": "float32"}
         config = ConfigDict(
             {"rl": fields, "data": {"max_prompt_tokens": 1024}, "optimizer": {"mu_dtype": "float32"}, "stages": ("rl",),
              "lora": {"base_dtype": "bfloat16"}}
@@ -69,6 +72,22 @@ def test_weights_that_are_split_further_leave_more_room(sampling):
     assert sampling(0, 20, (1, 4)).slots == 4 * 58, "both copies: 0.36 GiB more"
 
 
+def test_kernels_in_8_bits_leave_more_room(sampling):
+    pytest.importorskip("qwix", reason="the quantised extra is not installed")
+    # 1.31e9 of the copy's weights in halves take a byte less: 0.61 GiB, which is 2 slots of each device, and 0.15 GiB.
+    assert sampling(0, 20, weights="int8").slots == 4 * 62
+    # In eighths the copy takes 0.15 GiB less.
+    assert [sampling(0, 20.05, (4,), weights).slots for weights in ("", "int8")] == [4 * 64, 4 * 65]
+
+
+def test_kernels_in_8_bits_need_the_library(sampling, monkeypatch):
+    monkeypatch.setitem(sys.modules, "qwix", None)
+    for gib in (20, None):
+        with pytest.raises(ValueError, match=r"config.rl.rollout_weights='int8': must be '' without the extra 'quant"):
+            sampling(0, gib, weights="int8")
+    assert sampling(0, None).weights == ""
+
+
 def test_slots_that_do_not_fit_are_refused(sampling):
     with pytest.raises(ValueError, match=r"config.rl.slots=512: the caches take 29.7 of 16.0 GiB .*; 240 slots fit"):
         sampling(512, 20)
@@ -79,7 +98,8 @@ def test_slots_that_do_not_fit_are_refused(sampling):
 def test_adapters_have_a_base_and_merged_kernels_beside_them():
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     every, kernels, adapters = 1_543_714_304, 28 * 1536 * 1536, 28 * 16 * (1536 + 1536)
-    found = memory._resident(SHAPE, jnp.dtype(jnp.bfloat16), 8, (1,), mesh, Lora(16, 32.0, "q", False), "bfloat16")
+    adapted = Lora(16, 32.0, "q", False)
+    found = memory._resident(SHAPE, jnp.dtype(jnp.bfloat16), 8, Sampling(1), mesh, adapted, "bfloat16")
     assert found == 2 * every + 2 * kernels + 12 * adapters + 2 * every, "base, merged, adapters, for the products"
 
 
@@ -89,7 +109,8 @@ def test_a_quantised_base_has_codes_scales_and_all_its_kernels_merged(base_dtype
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     every, adapters = 1_543_714_304, 28 * 16 * (1536 + 1536)
     kernels = 28 * (2 * 1536 * (1536 + 256) + 3 * 1536 * 8960)
-    found = memory._resident(SHAPE, jnp.dtype(jnp.bfloat16), 8, (1,), mesh, Lora(16, 32.0, "q", False), base_dtype)
+    adapted = Lora(16, 32.0, "q", False)
+    found = memory._resident(SHAPE, jnp.dtype(jnp.bfloat16), 8, Sampling(1), mesh, adapted, base_dtype)
     base = 2 * (every - kernels) + kernels * bits // 8 + 4 * kernels // 64
     assert found == base + 2 * kernels + 12 * adapters + 2 * every
 
