@@ -25,6 +25,7 @@ WORLD = {
 # While the runs are at work: what becomes of requests that fit, some way apart.
 FAULTS = [("PO|PU", 503), ("GET", 429), ("PO|PU", "cut"), ("GET", "cut"), ("PO|PU", "lost"), ("DELETE", 503)]
 SILENCE = [("GET .*prefix", "mute"), ("POST .*=media&", "mute"), ("GET .*tensorstore=", "mute")]  # two of TensorStore
+COMMITS = [("POST .*/commit/", "lost"), ("POST .*/commit/", 429)]  # in which the hub also deletes
 APART = 20  # requests
 HOST = socket.gethostname()
 
@@ -68,7 +69,8 @@ def undisturbed(small_run, tmp_path_factory):
 def test_rows_files_and_checkpoints_outlive_kills_and_faults(kind, small_run, undisturbed, tmp_path):
     """Does the same as the last test below without a model, with more kills."""
     with SERVERS[kind]() as server:
-        server.fails[:], server.apart = SILENCE * (kind == "gs") + FAULTS, APART
+        faults = {"gs": SILENCE + FAULTS, "s3": FAULTS, "hf": FAULTS[:-1] + COMMITS}[kind]
+        server.fails[:], server.apart = faults, APART
         kills = [[1, "row", 0], [2, "sent" if kind == "hf" else "saving", 0], [5, "row", 0]]
         codes, said = small_run(f"{server.root}/small", 1, kills, server.variables)
         assert codes == [[-signal.SIGKILL]] * 3 + [[0]], said

@@ -177,6 +177,38 @@ class NoLock:
         pass
 
 
+def test_threads_of_one_process_do_not_come_before_each_other(server, monkeypatch):
+    buckets.write(f"{URL}/a", b"1")
+    statuses, change = [], server.hub._change
+
+    def record(place, lines):
+        answer = change(place, lines)
+        statuses.append(answer[0])
+        return answer
+
+    monkeypatch.setattr(server.hub, "_change", record)
+    together = threading.Barrier(2)
+
+    def write(name):
+        together.wait()
+        hub.Files().commit("me/runs/first", {}, (), lambda: time.sleep(0.1) or {name: b""})
+
+    threads = [threading.Thread(target=write, args=(name,)) for name in "bc"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert statuses == [200, 200] and content(server).keys() == {"a", "b", "c"}
+
+
+def test_several_processes_are_refused(server, monkeypatch):
+    folder = mirror.copy(URL)
+    mirror.check_processes(folder)
+    monkeypatch.setattr(mirror.jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=f"^--workdir={URL}: several processes cannot write a checkpoint there"):
+        mirror.check_processes(folder)
+
+
 @pytest.mark.parametrize(
     ("status", "error", "message"),
     [
