@@ -167,7 +167,9 @@ class Checkpoints:
         self.wait()
 
     def wait(self) -> None:
-        """Waits until every save has been written, with its checksums, and a bucket has all files of the run.
+        """Waits until every save has been written, with its checksums, and sends a bucket all files of the run.
+
+        The hub gets them later where it has just got others: see `mirror.push`.
 
         Raises:
           OSError: a save failed, and `stop_on_error` is set.

@@ -76,12 +76,12 @@ def test_a_change_is_one_commit_of_a_private_repository_and_leaves_other_folders
 
 def test_what_others_write_is_seen_at_once(server, tmp_path):
     buckets.write(f"{URL}/a", b"one")
-    before = buckets.listing(URL)
+    before, first = buckets.listing(URL), server.hub.history[PLACE][-1][0]
     huggingface_hub.HfApi().upload_file(
         path_or_fileobj=b"another", path_in_repo="first/a", repo_id="me/runs", commit_message="by hand"
     )
     assert buckets.listing(URL)["a"].size == 7 and buckets.listing(URL)["a"].tag != before["a"].tag
-    assert buckets.read(f"{URL}/a") == b"another"
+    assert buckets.read(f"{URL}/a") == b"another" and buckets.read(f"{OTHERS}@{first}/first/a") == b"one"
     buckets.download(URL, {"a": tmp_path / "a"})
     assert (tmp_path / "a").read_bytes() == b"another"
 
