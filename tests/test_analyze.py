@@ -65,6 +65,10 @@ def test_kl_is_that_of_each_context_alone_whatever_the_padding(policy, mesh):
     with jax.set_mesh(mesh):
         found = analyze.response_kl(loaded, params, *sides, tokens, lengths, mesh)
     assert found.shape == (16, 6)
+    split = sharding.make_mesh(data=2, fsdp=2, context=2)
+    with jax.set_mesh(split):
+        parts = analyze.response_kl(loaded, params, *sides, tokens, lengths, split)
+    np.testing.assert_allclose(parts, found, atol=1e-5)
 
     @jax.jit
     def all_logits(ids):

@@ -160,12 +160,16 @@ def test_impossible_mesh_is_refused(sizes):
 
 
 @pytest.mark.parametrize(
-    ("shape", "ways"), [((1, 8, 1), (2,)), ((2, 2, 2), (2, 4)), ((4, 1, 2), (1, 2, 4)), ((1, 4, 2), (1,))]
-)
-def test_a_wider_split_of_weights_moves_none(shape, ways):
-    mesh = sharding.make_mesh(*shape)
+    ("shape", "context", "ways"),
+    [
+        ((1, 8, 1), 1, (2,)), ((2, 2, 2), 1, (2, 4)), ((4, 1, 2), 1, (1, 2, 4)), ((1, 4, 2), 1, (1,)),
+        ((1, 2, 2), 2, (2, 4)), ((2, 1, 2), 2, (1,)), ((1, 2, 1), 4, (4, 8)),
+    ],
+)  # fmt: skip
+def test_a_wider_split_of_weights_moves_none(shape, context, ways):
+    mesh = sharding.make_mesh(*shape, context=context)
     decoding = sharding.decoding_mesh(mesh, ways)
-    assert (decoding.devices.ravel() == mesh.devices.ravel()).all()
+    assert (decoding.devices.ravel() == mesh.devices.ravel()).all() and decoding.shape["context"] == 1
     with jax.set_mesh(decoding):
         specs = [P(sharding.weight_axes(count)) for count in (1, *ways)]
     held = [NamedSharding(decoding, spec).devices_indices_map((64,)) for spec in specs]

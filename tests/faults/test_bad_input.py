@@ -426,6 +426,11 @@ def too_many_devices(place):
     sharding.make_mesh(data=len(jax.devices()) + 1)
 
 
+def split_heads(place):
+    config = config_of(**TINY)
+    stage.open_run(config, place, sharding.make_mesh(1, 1, 2, context=4))
+
+
 def ask_for_folder(name, place):
     (place / "file").write_text("x")
     cli.folder("workdir", name.format(place=place))
@@ -466,6 +471,10 @@ CASES = (
     | {
         "checkpoint: none": (export_nothing, r"workdir='.*run': there is no checkpoint of stage 'rl'"),
         "mesh: more than there are devices": (too_many_devices, r"mesh\.data=9, .* needs .* 9 devices; there are 8"),
+        "mesh: more parts than heads": (
+            split_heads,
+            r"config\.mesh\.context=4: must divide, times mesh\.tensor=2, the model's 2 query heads",
+        ),
     }
 )
 

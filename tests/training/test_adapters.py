@@ -148,11 +148,14 @@ def single_device(tiny):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "kind"), [((1, 4, 2), ""), ((1, 1, 8), ""), ((2, 2, 2), "nf4")], ids=str)
-def test_every_mesh_trains_adapters_like_one_device(shape, kind, single_device, tiny):
+@pytest.mark.parametrize(
+    ("shape", "context", "kind"),
+    [((1, 4, 2), 1, ""), ((1, 1, 8), 1, ""), ((2, 2, 2), 1, "nf4"), ((1, 2, 2), 2, "nf4")], ids=str,
+)  # fmt: skip
+def test_every_mesh_trains_adapters_like_one_device(shape, context, kind, single_device, tiny):
     if kind:
         pytest.importorskip("qwix", reason="the quantised extra is not installed")
-    losses, adapters, merged = trained(sharding.make_mesh(*shape), tiny, kind=kind)
+    losses, adapters, merged = trained(sharding.make_mesh(*shape, context=context), tiny, kind=kind)
     expected = single_device(kind)
     np.testing.assert_allclose(losses, expected[0], atol=1e-4)
     assert_trees_close(adapters, expected[1], 1e-4)

@@ -22,15 +22,18 @@ def sequences(sizes, seed=0):
     return tuple([rng.integers(1, 60, size[part]).astype(np.int32) for size in sizes] for part in range(3))
 
 
-def packed(sizes, micro_batch=2, chunk=6, most=14, lengths=(14, 17), seed=0):
+def packed(sizes, micro_batch=2, chunk=6, most=14, lengths=(14, 17), seed=0, context=1):
     *prompts, responses = sequences(sizes, seed)
     owners = np.arange(len(sizes))[::-1] + 1
-    return packing.pack(prompts, responses, owners, lengths=lengths, micro_batch=micro_batch, most=most, chunk=chunk)
+    return packing.pack(
+        prompts, responses, owners, lengths=lengths, micro_batch=micro_batch, most=most, chunk=chunk, context=context
+    )
 
 
-@given(SIZES, st.integers(1, 4), st.integers(1, 40))
-def test_every_response_token_is_listed_once_and_found_in_its_context(sizes, micro_batch, chunk):
-    pack = packed(sizes, micro_batch, chunk)
+@given(SIZES, st.integers(1, 4), st.integers(1, 40), st.integers(1, 3))
+def test_every_response_token_is_listed_once_and_found_in_its_context(sizes, micro_batch, chunk, ways):
+    pack = packed(sizes, micro_batch, chunk, context=ways)
+    assert pack.owner.shape[3] % ways == 0 and micro_batch * pack.owner.shape[3] <= max(chunk, micro_batch * ways)
     *prompts, responses = sequences(sizes)
     owners = np.arange(len(sizes))[::-1] + 1
     listed = np.argwhere(pack.owner >= 0)
