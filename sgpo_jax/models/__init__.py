@@ -1,6 +1,6 @@
 """Language models: one decoder as functions of arrays, and its parameters read from and written to checkpoints."""
 
-from sgpo_jax.models.attention import check_heads
+from sgpo_jax.models.attention_heads import check_heads
 from sgpo_jax.models.config import ModelConfig
 from sgpo_jax.models.decoder import (
     REMAT,

@@ -3,27 +3,17 @@
 TPUs and GPUs run Pallas kernels of JAX under `shard_map`, which hold no array [T,T]. Each platform's are in a module
 that is imported where they run. Plain products serve everything else, and every cache that a kernel does not take.
 
-Where the context axis of the mesh splits the tokens of a row, an all-to-all gives each device the whole row of some of
-its heads, and another one takes their outputs back to the tokens: arXiv 2309.14509.
-
 Axis key: B batch, T tokens, S cache length, H query heads, K key/value heads, N head size, L layers.
 """
 
-import math
 from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from sgpo_jax.sharding import HEADS, ROWS, axis_ways, constrain, context_ways, platform
-
-PARTS = 4  # a CPU reads the cache in this many parts and skips those that no row has reached
-
-SAVED = "attention"  # checkpoint name of the outputs, which rematerialization can save
-
-FILL = -1e30  # finite, so that a padding query, which sees no key, gives no NaN
+from sgpo_jax.models.attention_plain import attend_cache_partial, attend_cache_plain, attend_plain
+from sgpo_jax.sharding import platform
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
@@ -40,41 +30,6 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Arr
     """
     kernels = _kernels()
     return (kernels.attend if kernels else attend_plain)(query, key, value, segments)
-
-
-def check_heads(heads: int, mesh: Mesh) -> None:
-    """Checks that a mesh whose context axis splits the tokens of rows divides the query heads of a model.
-
-    Raises:
-      ValueError: it does not.
-    """
-    context, tensor = mesh.shape["context"], mesh.shape["tensor"]
-    if context > 1 and heads % (context * tensor):
-        raise ValueError(
-            f"config.mesh.context={context}: must divide, times mesh.tensor={tensor}, the model's {heads} query heads"
-        )
-
-
-def whole_rows(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, ...]:
-    """Splits heads over the tensor and the context axis instead of tokens over the latter, if there is one.
-
-    Args:
-      query: `[B,T,H,N]`.
-      key, value: `[B,T,K,N]`. Their heads are repeated where the axes do not divide them.
-    """
-    if context_ways() == 1:
-        return query, key, value
-    by_token = (divisible(x, query.shape[2]) for x in (query, key, value))
-    # Without the first layout, the partitioner exchanges what it computes them from, in float32.
-    by_token = (constrain(x, ROWS, "context", "tensor", None) for x in by_token)
-    return tuple(constrain(x, ROWS, None, HEADS, None) for x in by_token)
-
-
-def divisible(x: jax.Array, heads: int) -> jax.Array:
-    """Repeats the key heads of x `[B,T,K,N]` as often as the mesh needs to divide them, if H allows it."""
-    ways = axis_ways(jax.sharding.get_abstract_mesh(), HEADS)
-    repeats = ways // math.gcd(ways, x.shape[2])
-    return jnp.repeat(x, repeats, axis=2) if heads % (x.shape[2] * repeats) == 0 else x
 
 
 def attend_cache(
@@ -152,50 +107,3 @@ def _kernels() -> ModuleType | None:
 
         return attention_gpu
     return None
-
-
-def attend_plain(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
-    """Computes `attend` with plain products, which hold all scores `[B,H,T,T]` at once."""
-    batch, length, heads, size = query.shape
-    query = query.reshape(batch, length, key.shape[2], heads // key.shape[2], size)
-    scores = jnp.einsum("btkgn,bskn->bkgts", query, key, preferred_element_type=jnp.float32)
-    scores = jnp.where(_visible(segments)[:, None, None], scores * size**-0.5, FILL)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgts,bskn->btkgn", weights, value).reshape(batch, length, heads * size)
-
-
-def attend_cache_plain(
-    query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any, lengths: jax.Array
-) -> jax.Array:
-    """Computes `attend_cache` for a token of each row with plain products, which read every slot.
-
-    `lengths` may be `[B,H/K]`: the query heads of a key head then see different numbers of tokens.
-    """
-    batch, heads, size = query.shape
-    key, value = keys[:, layer], values[:, layer]
-    query = query.reshape(batch, len(key), heads // len(key), size)
-    scores = jnp.einsum("bkgn,kbsn->kbgs", query, key, preferred_element_type=jnp.float32)
-    visible = jnp.arange(key.shape[2]) < jnp.expand_dims(lengths, (*range(lengths.ndim, 3),))
-    weights = jax.nn.softmax(jnp.where(visible, scores * size**-0.5, FILL), axis=-1).astype(value.dtype)
-    return jnp.einsum("kbgs,kbsn->bkgn", weights, value).reshape(batch, heads * size)
-
-
-def attend_cache_partial(
-    query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any, lengths: jax.Array
-) -> jax.Array:
-    """Computes `attend_cache_plain` over the parts of the cache that the longest row has reached."""
-    edges = sorted({-(-keys.shape[3] * (part + 1) // PARTS) for part in range(PARTS)})
-
-    def read(slots):
-        return lambda: attend_cache_plain(query, keys[:, :, :, :slots], values[:, :, :, :slots], layer, lengths)
-
-    return jax.lax.switch(jnp.searchsorted(jnp.array(edges[:-1]), lengths.max()), [read(edge) for edge in edges])
-
-
-def _visible(segments: jax.Array) -> jax.Array:
-    """Returns which keys each query sees, `[B,T,T]` bool, from the segments `[B,T]`.
-
-    Causality goes by the slot in the row, which is right for packed sequences too.
-    """
-    order = jnp.arange(segments.shape[1])
-    return (order <= order[:, None]) & (segments[:, None, :] == segments[:, :, None]) & (segments[:, None, :] != 0)

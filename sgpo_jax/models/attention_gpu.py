@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton
 from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
 from jax.sharding import PartitionSpec as P
 
-from sgpo_jax.models.attention import divisible
+from sgpo_jax.models.attention_heads import divisible
 from sgpo_jax.sharding import BATCH, HEADS, ROWS, exact_products, fit_spec, per_device
 
 LEAST = 16  # rows and columns of the smallest matrix that Triton multiplies

@@ -13,7 +13,7 @@ from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention as p
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import PartitionSpec as P
 
-from sgpo_jax.models.attention import SAVED
+from sgpo_jax.models.attention_plain import SAVED
 from sgpo_jax.sharding import BATCH, HEADS, ROWS, fit_spec, per_device
 
 LANES = 128  # both kernels take lengths in multiples of this; paged attention takes such head sizes only

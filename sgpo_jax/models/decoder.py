@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from sgpo_jax.models import experts, quantised, rotary
-from sgpo_jax.models.attention import SAVED, append, cache_shape
+from sgpo_jax.models.attention import append, cache_shape
+from sgpo_jax.models.attention_plain import SAVED
 from sgpo_jax.models.config import ModelConfig
 from sgpo_jax.models.norms import make_norm
 from sgpo_jax.models.parameters import Weight, draw_with

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from sgpo_jax.models import attention
+from sgpo_jax.models.attention_heads import whole_rows
+from sgpo_jax.models.attention_plain import FILL
 from sgpo_jax.sharding import BATCH, HEADS, ROWS, constrain, context_ways, fit_spec, per_device, platform
 
 EITHER = "sliding_or_not"  # name of the scope of the choice, by which `plan` knows how many layers take which branch
@@ -30,7 +32,7 @@ def attend(
       window: W; None where no layer slides.
       sliding: whether this layer slides: True or False, or a traced `[]` bool.
     """
-    query, key, value = attention.whole_rows(query, key, value)
+    query, key, value = whole_rows(query, key, value)
     if window is None or sliding is False or segments.shape[1] <= window:
         out = attention.attend(query, key, value, segments)
     else:
@@ -101,7 +103,7 @@ def _attend_head(query: jax.Array, key: jax.Array, value: jax.Array, segments: j
     visible = (place <= at) & (place > at - window) & (theirs == own) & (theirs != 0)  # [B,C,W,2W]
     key, value = (with_the_one_before(x)[..., 0, :] for x in (key, value))
     scores = jnp.einsum("bctgn,bcsn->bcgts", blocks(query), key, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, :, None], scores * query.shape[-1] ** -0.5, attention.FILL)
+    scores = jnp.where(visible[:, :, None], scores * query.shape[-1] ** -0.5, FILL)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bcgts,bcsn->bctgn", weights, value).reshape(query.shape)
 
@@ -128,7 +130,7 @@ def attend_cache_end(
         grouped = query.reshape(len(query), len(keys), -1, width)
         scores = jnp.einsum("bkgn,bksn->bkgs", grouped, last(keys), preferred_element_type=jnp.float32)
         visible = jnp.arange(window) < (ends - starts)[:, None, None, None]
-        weights = jax.nn.softmax(jnp.where(visible, scores * size**-0.5, attention.FILL), axis=-1).astype(values.dtype)
+        weights = jax.nn.softmax(jnp.where(visible, scores * size**-0.5, FILL), axis=-1).astype(values.dtype)
         return jnp.einsum("bkgs,bksn->bkgn", weights, last(values)).reshape(query.shape)
 
     rows, tensor = fit_spec((batch, kv_heads), (BATCH, "tensor"))

@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from sgpo_jax import output_head, sharding
 from sgpo_jax.models import attention, attention_gpu, attention_tpu
+from sgpo_jax.models.attention_plain import attend_cache_partial, attend_cache_plain, attend_plain
 
 RNG = np.random.default_rng(0)
 BFLOAT16 = 0.02  # the paged kernel rounds its operands, of size 1 to 4, to bfloat16; another token or layer is off by 1
@@ -43,7 +44,7 @@ def reference(query, key, value, segments):
 
 def test_plain_attention_is_causal_within_segments():
     query, key, value, segments = inputs(2, 13, 6, 2, 8)
-    got = np.asarray(attention.attend_plain(query, key, value, segments))
+    got = np.asarray(attend_plain(query, key, value, segments))
     real = segments != 0
     np.testing.assert_allclose(got[real], reference(query, key, value, segments)[real], atol=1e-5)
     assert np.isfinite(got).all()
@@ -66,7 +67,7 @@ def outcome(attend, arguments, dtype=np.float32):
 
 def assert_same_outcome(attend, arguments, value=2e-5, gradient=2e-4, **more):
     out, gradients = outcome(attend, arguments, **more)
-    expected, expected_gradients = outcome(attention.attend_plain, arguments)
+    expected, expected_gradients = outcome(attend_plain, arguments)
     np.testing.assert_allclose(out, expected, atol=value)
     for got, wanted in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(got, wanted, atol=gradient)
@@ -118,7 +119,7 @@ def test_paged_attention_reads_the_tokens_of_its_layer_and_row(heads, kv_heads):
     lengths = np.array([1, 130, 256], np.int32)
     with pltpu.force_tpu_interpret_mode():
         got = jax.jit(attention_tpu.attend_cache)(query, keys, values, 1, lengths)
-    np.testing.assert_allclose(got, attention.attend_cache_plain(query, keys, values, 1, lengths), atol=BFLOAT16)
+    np.testing.assert_allclose(got, attend_cache_plain(query, keys, values, 1, lengths), atol=BFLOAT16)
     row = reference(
         np.repeat(query[1][None, None], 130, axis=1), *(x[:, 1, 1, :130].swapaxes(0, 1)[None] for x in (keys, values)),
         np.ones((1, 130), np.int32),
@@ -132,7 +133,7 @@ def test_paged_attention_reads_the_tokens_of_its_layer_and_row(heads, kv_heads):
 def test_the_kernel_of_gpus_reads_the_tokens_of_its_layer_and_row(heads, kv_heads, size, slots):
     query, keys, values = cached(4, slots, heads, kv_heads, size)
     lengths = np.array([1, slots // 2 + 1, slots + 3], np.int32)
-    expected = attention.attend_cache_plain(query[:3], keys[:, :, :3], values[:, :, :3], 1, lengths)
+    expected = attend_cache_plain(query[:3], keys[:, :, :3], values[:, :, :3], 1, lengths)
     # The cache is as wide as the kernel needs, and has a row more than there are queries.
     wide = attention_gpu.cache_shape(slots, size)
     assert wide == (slots, max(16, 2 ** (size - 1).bit_length()))
@@ -152,14 +153,14 @@ def test_several_new_tokens_of_a_row_see_the_cache_up_to_themselves(monkeypatch,
     query = RNG.normal(size=(2 * each, 4, size)).astype(np.float32)
     lengths = np.array([5, 6, 7, 127, 128, 129], np.int32)  # the last one is past the end
     expected = [
-        attention.attend_cache_plain(query[[i]], keys[:, :, [i // each]], values[:, :, [i // each]], 1, lengths[[i]])[0]
+        attend_cache_plain(query[[i]], keys[:, :, [i // each]], values[:, :, [i // each]], 1, lengths[[i]])[0]
         for i in range(2 * each)
     ]
     if how in ("gpu", "tpu"):
         monkeypatch.setattr(attention, "platform", lambda: how)
         monkeypatch.setattr(attention_gpu, "attend_cache", gpu_cache)
     elif how == "plain":
-        monkeypatch.setattr(attention, "attend_cache_partial", attention.attend_cache_plain)
+        monkeypatch.setattr(attention, "attend_cache_partial", attend_cache_plain)
     # A function of its own, or the first platform's program would serve all.
     with pltpu.force_tpu_interpret_mode() if how == "tpu" else contextlib.nullcontext():
         got = jax.jit(lambda *arrays: attention.attend_cache(*arrays, 1, lengths, each))(query, keys, values)
@@ -183,11 +184,11 @@ def test_a_cache_of_gpus_is_whole_pages(slots, length):
 @pytest.mark.parametrize("slots", [1, 3, 8, 90])
 def test_a_cpu_reads_the_part_of_the_cache_that_a_row_has_reached(slots):
     query, keys, values = cached(2, slots, 4, 2, 8)
-    read = jax.jit(attention.attend_cache_partial)
+    read = jax.jit(attend_cache_partial)
     quarters = np.ceil(np.arange(1, 5) * slots / 4)
     for longest in range(1, slots + 2):
         lengths = np.array([1, longest], np.int32)
-        expected = attention.attend_cache_plain(query, keys, values, 1, lengths)
+        expected = attend_cache_plain(query, keys, values, 1, lengths)
         np.testing.assert_allclose(read(query, keys, values, 1, lengths), expected, rtol=1e-6, atol=1e-6)
         # It would spread from a slot that is read, whatever its weight.
         unread = np.arange(slots)[:, None] >= quarters[quarters >= min(longest, slots)].min()
@@ -204,8 +205,8 @@ def test_kernels_on_a_mesh_that_splits_rows_and_heads():
         packed = jax.jit(splash)(*arguments)
         decoded = jax.jit(attention_tpu.attend_cache)(query, keys, values, 2, lengths)
     real = arguments[-1] != 0
-    np.testing.assert_allclose(np.asarray(packed)[real], attention.attend_plain(*arguments)[real], atol=2e-5)
-    np.testing.assert_allclose(decoded, attention.attend_cache_plain(query, keys, values, 2, lengths), atol=BFLOAT16)
+    np.testing.assert_allclose(np.asarray(packed)[real], attend_plain(*arguments)[real], atol=2e-5)
+    np.testing.assert_allclose(decoded, attend_cache_plain(query, keys, values, 2, lengths), atol=BFLOAT16)
 
 
 @pytest.mark.parametrize(("tensor", "heads", "kv_heads"), [(2, 4, 2), (4, 12, 2), (2, 9, 3)])
@@ -215,7 +216,7 @@ def test_kernels_of_gpus_on_a_mesh(tensor, heads, kv_heads):
     arguments = inputs(2, 40, heads, kv_heads, 16)
     query, keys, values = cached(4, 64, heads, kv_heads, 16)
     lengths = np.array([3, 64, 50, 1], np.int32)
-    expected = attention.attend_cache_plain(query, keys, values, 2, lengths)
+    expected = attend_cache_plain(query, keys, values, 2, lengths)
     with jax.set_mesh(mesh):
         assert_same_outcome(flash, arguments)
         np.testing.assert_allclose(jax.jit(gpu_cache)(query, keys, values, 2, lengths), expected, atol=1e-5)
