@@ -177,8 +177,10 @@ def test_a_wider_split_of_weights_moves_none(shape, context, ways):
         parts = [set(range(64)[indices[device][0]]) for indices in held]
         assert [len(part) for part in parts] == [64 // (shape[2] * count) for count in (1, *ways)]
         assert all(wider <= narrower for narrower, wider in zip(parts, parts[1:], strict=False))
-    rows = [NamedSharding(m, P(sharding.BATCH)).devices_indices_map((64,)) for m in (mesh, decoding)]
-    assert rows[0] == rows[1]
+    kept = [sharding.BATCH] + [sharding.SHARDS] * all(count in (1, sharding.row_ways(mesh)) for count in ways)
+    for axes in kept:
+        held = [NamedSharding(m, P(axes)).devices_indices_map((64,)) for m in (mesh, decoding)]
+        assert held[0] == held[1]
 
 
 def test_as_many_axes_as_divide():

@@ -428,7 +428,7 @@ def too_many_devices(place):
 
 def split_heads(place):
     config = config_of(**TINY)
-    stage.open_run(config, place, sharding.make_mesh(1, 1, 2, context=4))
+    stage.open_run(config, place, sharding.make_mesh(1, 2, 2, context=2))
 
 
 def ask_for_folder(name, place):
@@ -473,7 +473,7 @@ CASES = (
         "mesh: more than there are devices": (too_many_devices, r"mesh\.data=9, .* needs .* 9 devices; there are 8"),
         "mesh: more parts than heads": (
             split_heads,
-            r"config\.mesh\.context=4: must divide, times mesh\.tensor=2, the model's 2 query heads",
+            r"config\.mesh\.context=2: must divide, times mesh\.tensor=2, the model's 2 query heads",
         ),
     }
 )
