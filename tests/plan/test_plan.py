@@ -412,9 +412,12 @@ def test_updates_are_planned_with_the_runs_chunks(tiny):
     sft_batch, rl_batch = (next(p for p in every if p.name == name).trace.args[1] for name in ("SFT update", "update"))
     assert sft_batch[1].shape == (1, 4, 128, 6)
     assert rl_batch.autonomous_tokens.shape == (8, 4, 128, 6)
-    # Rows of two whole devices, whose tokens are split over four others each, hold as much.
-    split = programs.programs(small_run(**sizes), tiny, sharding.make_mesh(1, 2, 1, context=4), Assumed(4, 4))
-    assert [(p.name, p.setting) for p in split] == [(p.name, p.setting) for p in every]
+
+
+def test_a_device_holds_as_much_of_split_rows_as_of_whole_ones(tiny):
+    meshes = sharding.make_mesh(1, 4, 2), sharding.make_mesh(1, 2, 2, context=2)
+    whole, split = (programs.programs(small_run(), tiny, mesh, Assumed(4, 4)) for mesh in meshes)
+    assert [(p.name, p.setting) for p in split] == [(p.name, p.setting) for p in whole]
 
 
 @pytest.mark.parametrize("guide", ["strategy", "self"])

@@ -38,7 +38,7 @@ CONFIGS = {
     "dense": DENSE,
     "sliding": replace(DENSE, architecture="Olmo3ForCausalLM", window=3, sliding=(True, False), sliding_rope_theta=1e3),
     "experts": replace(
-        DENSE, architecture="Qwen3MoeForCausalLM", experts=4, experts_per_token=2, normalize_experts=True
+        DENSE, architecture="Qwen3MoeForCausalLM", experts=6, experts_per_token=3, normalize_experts=True
     ),
 }
 ROW = 15  # tokens of a row, which no context axis divides
@@ -154,12 +154,16 @@ def chips(request, monkeypatch):
     jax.config.update("jax_enable_compilation_cache", enabled)
 
 
-@pytest.mark.parametrize("chips", ["cpu", pytest.param("v5e:2x2", marks=pytest.mark.slow)], indirect=True)
-def test_no_device_holds_all_tokens_of_a_row_but_for_its_heads(chips):
+@pytest.mark.parametrize(
+    ("name", "chips"),
+    [("dense", "cpu"), ("experts", "cpu"), pytest.param("dense", "v5e:2x2", marks=pytest.mark.slow)],
+    indirect=["chips"],
+)
+def test_no_device_holds_all_tokens_of_a_row_but_for_its_heads(name, chips):
     """Of four heads each of four devices has one."""
     length, size = 1280, 128
     config = replace(
-        DENSE, vocab_size=896, hidden_size=384, num_heads=4, head_dim=size, mlp_size=704, max_positions=2048
+        CONFIGS[name], vocab_size=896, hidden_size=384, num_heads=4, head_dim=size, mlp_size=704, max_positions=2048
     )
     text = compiled_gradient(config, length, chips)
     lines = [line for line in text.splitlines() if "/layers/" in line]
