@@ -68,6 +68,33 @@ def test_the_plans_of_adapters_are_of_their_preset_and_in_their_table(model, nam
     assert "| " + " | ".join(cells) + " |" in (ROOT / "docs/lora.md").read_text()
 
 
+LONG = sorted((ROOT / "benchmarks/plans").glob("*_32k_*.json"))
+
+
+@pytest.mark.parametrize("path", LONG, ids=lambda path: path.stem)
+def test_the_plans_of_long_responses_are_in_their_table_with_their_command(path):
+    stored = json.loads(path.read_text())
+    assert stored["fits"] and stored["mesh"]["context"] > 1
+    config = runpy.run_path(str(ROOT / "configs/qwen7b.py"))["get_config"]()
+    usual, fields = configs.flat(configs.to_dict(without_files(config))), planned_fields(stored)
+    assert fields["rl.max_new_tokens"] == 32768
+    command = next(line for line in PAGE.splitlines() if path.name in line)
+    flags = {part.partition("=")[0]: part.partition("=")[2].strip('"') for part in command.split() if "--" in part}
+    changes = {f"--config.{name}": value for name, value in fields.items() if value != usual[name]}
+    shown = {name: f"({value[0]},)" if isinstance(value, list) else str(value) for name, value in changes.items()}
+    assert {name: flags[name] for name in flags if name.startswith("--config.")} == shown
+    assert flags["--topology"] == stored["topology"]
+    sizes = (stored["programs"][name]["hbm"]["needed"] / GIB for name in ("SFT update", "update", "rollout"))
+    hours = (stored["hours"][stage] for stage in ("sft", "rl", "eval"))
+    cells = [
+        stored["topology"], " x ".join(str(stored["mesh"][axis]) for axis in ("fsdp", "context", "tensor")),
+        f"{', '.join(f'{size:.1f}' for size in sizes)} of {stored['programs']['update']['hbm']['limit'] / GIB:.4g}",
+        ", ".join(f"{bounds['least']:.1f} to {bounds['most']:.1f}" for bounds in hours),
+        " to ".join(f"{value:,.0f}" for value in stored["dollars"].values()),
+    ]  # fmt: skip
+    assert "| " + " | ".join(cells) + " |" in PAGE.splitlines()
+
+
 def test_the_table_of_memory_has_every_plan():
     """Of adapters too."""
     expected = set()
@@ -76,7 +103,9 @@ def test_the_table_of_memory_has_every_plan():
         rank, programs = planned_fields(stored)["lora.rank"], stored["programs"]
         gib = [programs["update"]["hbm"]["needed"], programs["rollout"]["hbm"]["needed"]]
         cells = [
-            MODELS[path.stem.split("_")[0]], f"adapters, r = {rank}" if rank else "all parameters", stored["topology"],
+            MODELS[path.stem.split("_")[0]],
+            (f"adapters, r = {rank}" if rank else "all parameters") + ", responses of 32K" * ("32k" in path.stem),
+            stored["topology"],
             *(f"{number / GIB:.1f}" for number in gib), f"{programs['update']['hbm']['limit'] / GIB:.4g}",
         ]  # fmt: skip
         expected.add("| " + " | ".join(cells) + " |")
