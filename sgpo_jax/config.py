@@ -104,7 +104,7 @@ def base() -> ConfigDict:
     config.rl.reward = ""  # "" is the verifier, else "module:function" with function(row, response) -> 0..1
     config.rl.slots = 0  # responses decoded at once, over all devices and both groups; 0 is all. No effect on responses
     config.rl.draft = 0  # most tokens of a response that are drafted for a pass; 0 is off. No effect on responses
-    config.rl.rollout_weights = ""  # type of the layers' kernels in sampling: "" is model.dtype; "int8" halves them
+    config.rl.rollout_weights = ""  # type of kernels in sampling: "" is model.dtype; "int8" also needs rl.importance
     # Ways that split the weights in each stage of decoding, times mesh.tensor: ascending numbers from 1, one divisor of
     # mesh.data * mesh.fsdp * mesh.context, and that product. A stage has a quarter of the slots of the one before.
     config.rl.decode_ways = (1,)

@@ -20,18 +20,21 @@ from jax.sharding import Mesh
 
 from sgpo_jax import sharding
 from sgpo_jax.models.products import dot_in_blocks
-from sgpo_jax.sharding import constrain, exact_products, spec_for
+from sgpo_jax.sharding import constrain, exact_products
 
 CODES = {"int8": jnp.int8, "nf4": jnp.uint4}  # base_dtype -> type of its codes
 TILE = 64  # most rows of a tile, as in QLoRA; a tile divides the rows
+# What holds without qwix, for the two fields that need it.
+BASE_RULE = "config.lora.base_dtype: must be 'float32' or 'bfloat16'"
+ROLLOUT_RULE = "config.rl.rollout_weights: must be ''"
 Leaves = dict[str, jax.Array]  # of a kernel: {"kernel"}, or {"kernel", "kernel_scale"}, and others beside them
 
 
-def import_qwix(rule: str = "config.lora.base_dtype: must be 'float32' or 'bfloat16'") -> ModuleType:
+def import_qwix(rule: str = BASE_RULE) -> ModuleType:
     """Imports qwix.
 
     Raises:
-      ValueError: it is not installed; the message begins with `rule`, which holds then.
+      ValueError: it is not installed; the message begins with `rule`.
     """
     try:
         import qwix
@@ -75,13 +78,8 @@ def by_column(params: dict[str, Any]) -> dict[str, Any]:
 
     The scale is that of the whole column, however its rows are split over devices. `column_product` multiplies by them.
     """
-
-    def quantise_kernel(name, kernel):
-        leaves = _quantise_layers("int8", kernel, kernel.shape[1])
-        # Else the partitioner may move the kernel first and quantise then.
-        return {leaf: constrain(x, *spec_for(f"layers/{name}/{leaf}", x.shape)) for leaf, x in leaves.items()}
-
-    return _with_codes(params, quantise_kernel)
+    import_qwix(ROLLOUT_RULE)
+    return _with_codes(params, lambda _, kernel: _quantise_layers("int8", kernel, kernel.shape[1]))
 
 
 def column_product(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:

@@ -40,7 +40,7 @@ def sampling(run: Run, section: str, responses: int, prompts: int) -> Sampling:
     """
     chosen = Sampling.from_config(run.config[section])
     if chosen.weights:
-        quantised.import_qwix(f"config.{section}.rollout_weights={chosen.weights!r}: must be ''")
+        quantised.import_qwix(quantised.ROLLOUT_RULE)
     limit = _limit(run.mesh)
     if limit is None:
         return chosen

@@ -147,3 +147,5 @@ def test_without_the_library_the_field_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
     with pytest.raises(ValueError, match=r"config.lora.base_dtype: must be .* pip install 'sgpo_jax\[quantised\]'"):
         quantised.import_qwix()
+    with pytest.raises(ValueError, match=r"config.rl.rollout_weights: must be '' without the extra 'quantised'"):
+        quantised.by_column({"layers": {}})

@@ -83,7 +83,7 @@ def test_kernels_in_8_bits_leave_more_room(sampling):
 def test_kernels_in_8_bits_need_the_library(sampling, monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
     for gib in (20, None):
-        with pytest.raises(ValueError, match=r"config.rl.rollout_weights='int8': must be '' without the extra 'quant"):
+        with pytest.raises(ValueError, match=r"config.rl.rollout_weights: must be '' without the extra 'quantised'"):
             sampling(0, gib, weights="int8")
     assert sampling(0, None).weights == ""
 

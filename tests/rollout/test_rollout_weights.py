@@ -1,13 +1,17 @@
 """Rollouts with kernels in 8 bits: their codes and scales, the model that samples, and meshes that do not change it."""
 
+import importlib.util
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.paths import ROOT
 from helpers.small_models import CONFIGS, random_params
-from jax.sharding import PartitionSpec as P
 
 from sgpo_jax import policy, sharding
 from sgpo_jax.models import quantised
@@ -59,6 +63,12 @@ def test_codes_are_the_nearest_of_their_column(family):
     assert found["embed"] is params["embed"], "embedding and head keep their type"
 
 
+def test_a_column_of_many_rows_has_one_scale():
+    kernel = np.random.default_rng(0).normal(size=(2, 192, 3)).astype(np.float32)
+    found = quantised.by_column({"layers": {"down": {"kernel": kernel}}})["layers"]["down"]
+    np.testing.assert_allclose(found["kernel_scale"], np.abs(kernel).max(axis=1, keepdims=True) / 127.5, rtol=1e-6)
+
+
 def test_the_product_of_bfloat16_has_exact_codes():
     """Row by row the product is 128 times 1 less 127, which a rounding of the codes to 7 bits would change."""
     codes, scale = jnp.array([[-128, 127], [127, -126]], jnp.int8), jnp.array([[1.0, 0.5]])
@@ -105,8 +115,35 @@ def test_codes_and_scales_do_not_depend_on_the_mesh_and_codes_are_what_moves(tin
     with jax.set_mesh(mesh):
         placed = policy.place(tiny_params, mesh)
         split = jax.jit(quantised.by_column)(placed)
-        text = jax.jit(ready).lower(placed).compile().as_text()
+        compiled = jax.jit(ready).lower(placed).compile()
     jax.tree.map(np.testing.assert_array_equal, split, whole)
-    assert split["layers"]["down"]["kernel"].sharding.spec == P(None, "tensor", "fsdp")
-    moved = set(re.findall(r"= (\w+)\[2,(?!1,)\d+,\d+\]\S* all-(?:gather|to-all)\(", text))
+    types = {sharding.path_name(path): leaf.dtype for path, leaf in jax.tree.leaves_with_path(compiled.out_info)}
+    assert types["layers/down/kernel"] == jnp.int8 and types["layers/down/kernel_scale"] == jnp.float32
+    assert types["embed/embedding"] == types["head/kernel"] == jnp.bfloat16
+    moved = set(re.findall(r"= (\w+)\[2,(?!1,)\d+,\d+\]\S* all-(?:gather|to-all)\(", compiled.as_text()))
     assert moved == {"s8"}, "kernels of all layers move as codes"
+
+
+ON_A_TPU = """
+import jax, jax.numpy as jnp
+jax.config.update("jax_platforms", "cpu")
+from sgpo_jax.models import quantised
+from sgpo_jax.plan import hardware
+
+place = jax.sharding.SingleDeviceSharding(hardware.topology("v5e:2x2")[1][0])
+sizes = {"x": ((8, 1024), jnp.bfloat16), "codes": ((3, 1024, 1024), jnp.int8), "scale": ((3, 1, 1024), jnp.float32)}
+arrays = [jax.ShapeDtypeStruct(*size, sharding=place) for size in sizes.values()]
+layers = lambda x, *stack: jax.lax.scan(lambda x, layer: (quantised.column_product(x, *layer), None), x, stack)[0]
+print(jax.jit(layers).lower(*arrays).compile().as_text())
+"""
+
+
+def test_a_product_on_a_tpu_reads_codes_and_makes_no_other_kernel_of_them():
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs libtpu: pip install -e '.[tpu]'")
+    done = subprocess.run(
+        [sys.executable, "-c", ON_A_TPU], cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    kernels = set(re.findall(r"(\w+)\[(?:3,|1,)?1024,1024\]", done.stdout))
+    assert kernels == {"s8"} and " convolution(" in done.stdout
