@@ -42,7 +42,7 @@ _ROPE_FACTORS = "rope_freqs.weight"
 
 @dataclass(frozen=True, kw_only=True)
 class _Layout:
-    """What llama.cpp's converter does to the models of one architecture."""
+    """The changes that llama.cpp's converter makes to the models of one architecture."""
 
     architecture: str  # a key of FAMILIES
     stems: Mapping[str, str]  # beside _STEMS

@@ -31,7 +31,7 @@ from sgpo_jax.training.weighting import Weighting
 
 @dataclass(frozen=True)
 class Sampler:
-    """What every step samples with, besides the parameters."""
+    """The settings and prompts with which every step samples, besides the parameters."""
 
     run: Run
     problems: Problems
