@@ -225,6 +225,18 @@ def test_kernels_of_gpus_on_a_mesh(tensor, heads, kv_heads):
     np.testing.assert_array_equal(got, attention.append(keys, new, 1, lengths - 1))
 
 
+@pytest.mark.parametrize("kernel", [splash, flash])
+def test_kernels_have_whole_rows_where_the_context_axis_splits_tokens(kernel):
+    """Four devices, each with one of four query heads, and so one of two key heads."""
+    arguments = inputs(2, 128, 4, 2, 128)
+
+    def attend(query, key, value, segments):
+        return kernel(*attention.whole_rows(query, key, value), segments)
+
+    with jax.set_mesh(sharding.make_mesh(1, 1, 2, jax.devices()[:4], context=2)):
+        assert_same_outcome(attend, arguments)
+
+
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_the_platform_of_the_mesh_chooses(monkeypatch, platform):
     called = []
