@@ -114,7 +114,7 @@ def test_what_cannot_be_split_is_refused_before_anything_is_read():
         shape = param_mapping.layout(CONFIG)[name].shape
         return sharded_io.StoredTensor(shape, np.dtype(np.float32), lambda: pytest.fail("too late"))
 
-    with pytest.raises(ValueError, match=r"embedding: dimension 0 of shape \(72, 16\).* 'tensor' of size 5"):
+    with pytest.raises(ValueError, match=r"embedding: dimension 0 of shape \(72, 16\).* by mesh\.tensor = 5"):
         huggingface.assemble(CONFIG, param_mapping.layout(CONFIG), find, mesh=mesh_of((1, 1, 5)))
 
 

@@ -130,7 +130,9 @@ def trained(mesh, config, steps=2, kind=""):
         forward = Forward(config, scale=chosen.scale)
         update = make_update(forward, tx, Objective(delta=1.7), teaching=teaching, shardings=shardings)
         for step in range(steps):
-            packed = pack_batch(make_batch(step), Weighting(), micro_batch=8, chunk=16)
+            packed = pack_batch(
+                make_batch(step), Weighting(), micro_batch=8, chunk=16, context=mesh.shape["context"]
+            )
             state, metrics = update(state, sharding.put(packed, specs(packed), mesh), base)
             losses.append(float(metrics["loss"]))
         merged = lora.merge(base, state.params, chosen.scale)
