@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from sgpo_jax import output_head, sharding
-from sgpo_jax.models import attention, attention_gpu, attention_tpu
+from sgpo_jax.models import attention, attention_gpu, attention_heads, attention_tpu
 from sgpo_jax.models.attention_plain import attend_cache_partial, attend_cache_plain, attend_plain
 
 RNG = np.random.default_rng(0)
@@ -231,7 +231,7 @@ def test_kernels_have_whole_rows_where_the_context_axis_splits_tokens(kernel):
     arguments = inputs(2, 128, 4, 2, 128)
 
     def attend(query, key, value, segments):
-        return kernel(*attention.whole_rows(query, key, value), segments)
+        return kernel(*attention_heads.whole_rows(query, key, value), segments)
 
     with jax.set_mesh(sharding.make_mesh(1, 1, 2, jax.devices()[:4], context=2)):
         assert_same_outcome(attend, arguments)
