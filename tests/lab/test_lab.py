@@ -263,7 +263,7 @@ def test_methods_begin_with_the_warm_up_of_their_world_and_seed(config, tmp_path
     config.lab.update({"rates": (1.0,), "worlds": ("base",), "methods": ("grpo", "sgpo"), "seeds": (0, 1)})
     begun = {}
 
-    def train(run, initial):
+    def train(run, initial, *_):
         seed, guided = run.config.seed, run.config.rl.guided
         begun[seed, guided] = jax.device_get(initial())
         warm_up = dataclasses.replace(run, workdir=tmp_path / f"base/sft@1/seed{seed}")
