@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import gguf_files
 from helpers.paths import ROOT
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
@@ -337,10 +338,7 @@ def write_gguf(path, **metadata):
          writer.add_uint32)(name, value)  # fmt: skip
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_tensor("token_embd.weight", np.zeros((40, 32), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    gguf_files.close(writer)
 
 
 def load_gguf(metadata, place):

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from helpers import gguf_files
 from helpers.paths import SHARED
 
 from sgpo_jax.models import RopeScaling, gguf, huggingface
@@ -67,10 +68,7 @@ def write(path, tensors, architecture="llama", kind="F32", keys=None, **metadata
             writer.add_tensor(name, gguf_package.quantize(tensor, quantised), raw_dtype=quantised)
         else:
             writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    gguf_files.close(writer)
     return path
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from helpers import gguf_files
 from helpers.small_models import assert_same
 from safetensors.numpy import load_file
 
@@ -55,10 +56,7 @@ def write(path, tensors, changes=None, tokenizer=None):
             add.get(type(value), writer.add_float32)(name, value)
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    gguf_files.close(writer)
     return path
 
 
