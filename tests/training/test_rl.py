@@ -68,7 +68,7 @@ def test_a_step_samples_from_rounded_kernels_and_an_evaluation_does_not(tiny):
     config = settings(rollout_weights="int8", importance="token")
     ours = policy.Policy(tiny, None, (1,), 63, np.dtype(np.float32), "")
     run = policy.Run(config, None, ours, sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
-    assert rl.sampling(run).weights == "int8"
+    assert rl.step_sampling(run).weights == "int8"
     assert memory.sampling(run, "eval", 4, 2).weights == ""
 
 
