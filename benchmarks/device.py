@@ -34,7 +34,6 @@ from sgpo_jax.runtime import tables
 GIB = 2**30
 # Seconds of each part.
 LIMITS = {"parity": 100, "rollout": 120, "update": 70, "lora": 70, "quickstart": 60, "generate": 35, "torch": 25}
-RANK = 64  # of the adapters
 MOST_ERROR = {"float32": 2e-4, "bfloat16": 3e-2}  # of the largest value; TF32 products would be about 1e-3
 QUICK = (
     "sft.steps=40", "sft.validate_every=40", "rl.steps=4", "checkpoint.every=40", "eval.batch=64",
@@ -52,6 +51,7 @@ def main() -> None:
         shape=("qwen1p5b", workload.SHAPE_HELP), problems=(8, "problems of the RL step"),
         prompt=(1024, "tokens of a prompt"), longest=(4096, "tokens of a response"),
         micro_batch=(4, "rows of the update whose activations are in memory at once"),
+        rank=(64, "of the adapters"), remat=("full", "what the update computes again in the backward pass"),
         minutes=(8.0, "limit of all parts together"), slack=(1.0, "factor on the limit of each part"),
         parts=(",".join(LIMITS), "which parts, separated by commas"),
         part=("", "the one part that this process runs; for the script itself"),
@@ -430,12 +430,12 @@ def lora_update(flags: Any) -> dict[str, Any]:
 
     from sgpo_jax.models import lora
 
-    figures, (config, _, mesh, _), (adapters, base) = _timed_update(flags, RANK)
+    figures, (config, _, mesh, _), (adapters, base) = _timed_update(flags, flags.rank)
     with jax.set_mesh(mesh):
         for _ in range(2):
             started = time.perf_counter()
             jax.block_until_ready(lora.merge(base, adapters, lora.Lora.from_config(config.lora).scale))
-    return figures | {"rank": RANK, "seconds to merge": time.perf_counter() - started}
+    return figures | {"rank": flags.rank, "seconds to merge": time.perf_counter() - started}
 
 
 def _timed_update(flags: Any, rank: int) -> tuple[dict[str, Any], tuple, tuple[Any, Any]]:
@@ -443,7 +443,7 @@ def _timed_update(flags: Any, rank: int) -> tuple[dict[str, Any], tuple, tuple[A
     import jax
 
     config, shape, mesh, assumed = setup = _setup(flags)
-    config.lora.rank = rank
+    config.lora.rank, config.model.remat = rank, flags.remat
     program, compiled, (state, batch, base) = _update(config, shape, mesh, assumed)
     with jax.set_mesh(mesh):
         state, _ = jax.block_until_ready(compiled(state, batch, base))

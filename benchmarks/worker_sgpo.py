@@ -19,7 +19,7 @@ from common import timed
 from sgpo_jax import divergences, logprobs, models, rollout
 from sgpo_jax.losses import kl_divergence
 from sgpo_jax.models import config as model_config
-from sgpo_jax.models import huggingface
+from sgpo_jax.models import huggingface, lora
 from sgpo_jax.runtime import environment, memory
 from sgpo_jax.training.batch import Batch, Contexts, Group, pack_batch
 from sgpo_jax.training.forward import Forward
@@ -152,15 +152,29 @@ def prepare_update(task: dict[str, Any]) -> tuple[Callable[[int], Any], Any]:
     config = model_config.from_hf(shape.hf_config())
     optimizer = adamw(schedule(1e-6, 1000), b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.01, clip_norm=1.0)
     packed = pack_batch(batch(shape, data, task), Weighting(), micro_batch=task["micro_batch"] or data.lengths.size)
-    shapes = jax.eval_shape(lambda: init_state(models.init(jax.random.key(0), config), optimizer))
-    compiled = make_update(Forward(config, remat=task["remat"]), optimizer, Objective()).lower(shapes, packed).compile()
+    rank = task.get("rank", 0)
+
+    def trained_and_base(params):
+        """Returns the parameters and no base; or adapters and the parameters, which stay as they are, as their base."""
+        if not rank:
+            return params, None
+        every_kernel = lora.Lora(rank, alpha=float(rank), targets=".*", rslora=False)
+        return lora.init(jax.random.key(0), config, every_kernel), params
+
+    def start(params):
+        trained, base = trained_and_base(params)
+        return init_state(trained, optimizer), base
+
+    shapes, base = jax.eval_shape(lambda: start(models.init(jax.random.key(0), config)))
+    update = make_update(Forward(config, remat=task["remat"]), optimizer, Objective())
+    compiled = update.lower(shapes, packed, base).compile()
     state = None
 
     def call(_):
-        nonlocal state
+        nonlocal state, base
         if state is None:
-            state = init_state(load(task["model"])[0], optimizer)
-        state, metrics = compiled(state, packed)
+            state, base = start(load(task["model"])[0])
+        state, metrics = compiled(state, packed, base)
         return float(metrics["loss"])
 
     return call, compiled

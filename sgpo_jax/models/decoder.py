@@ -17,7 +17,7 @@ from sgpo_jax.models.attention_plain import SAVED
 from sgpo_jax.models.config import ModelConfig
 from sgpo_jax.models.norms import make_norm
 from sgpo_jax.models.parameters import Weight, draw_with
-from sgpo_jax.models.products import dot_in_blocks
+from sgpo_jax.models.products import dot_in_blocks, low_rank
 from sgpo_jax.models.windows import attend, attend_cache
 from sgpo_jax.sharding import ROWS, constrain, context_ways, dividing, exact_products, fit_spec, platform, spec_for
 
@@ -92,7 +92,7 @@ class Block(nn.Module):
                     return product
                 a, b = beside["lora_a"], beside["lora_scale"] * beside["lora_b"]  # see `lora.attach`
                 a, b = constrain(a, spec[0], None), constrain(b, None, spec[1])
-                return product + x @ a.astype(dtype) @ b.astype(dtype)
+                return product + low_rank(x, a.astype(dtype), b.astype(dtype))
 
             return nn.Dense(
                 features, use_bias=bias, dtype=dtype, dot_general=dot, name=name,
