@@ -8,7 +8,6 @@ shard, R slots of a shard, P prompt length, T new tokens, V vocabulary. In a cac
 length, N head size.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,15 +18,14 @@ import numpy as np
 from sgpo_jax import models, output_head
 from sgpo_jax.models import quantised
 from sgpo_jax.rollout import drafts, weights
-from sgpo_jax.rollout.cache import constrain_cache, copy_row, insert
+from sgpo_jax.rollout.cache import constrain_cache, insert
 from sgpo_jax.rollout.sampling import Sampling, sample
-from sgpo_jax.sharding import BATCH, constrain, dividing, platform, row_ways, weight_axes
+from sgpo_jax.rollout.stages import Slots, decode_all
+from sgpo_jax.sharding import BATCH, constrain, dividing, platform, weight_axes
 
 Array = Any  # JAX's, or numpy's on the host
 
 STOP, LENGTH = 0, 1  # finish reasons: ended by a stop token, or cut at the limit
-NARROW = 4  # when the queue is empty, the last responses continue in 1/4 of the slots, later in 1/4 of these, and so on
-LEAST = 8, 2  # fewest slots of a shard after narrowing: the first time, which takes memory for a copy, and later
 
 
 class LanguageModel(NamedTuple):
@@ -69,15 +67,6 @@ class Steps(NamedTuple):
     slots: Array  # [] int32, slot-steps: passes through the model, summed over slots
     passes: Array  # [B,G] int32, passes of each response; as many as tokens if no draft was right
     drafted: Array  # [B,G] int32, tokens that were drafted
-
-
-class _Slots(NamedTuple):
-    """The state of the slots."""
-
-    response: jax.Array  # [W,R] index of the slot's response in its shard; Q if the slot is free
-    sampled: jax.Array  # [W,R] tokens of the response so far
-    token: jax.Array  # [W,R] token to feed next; at first the last one of the prompt
-    cache: models.Cache  # of W * R rows, with room for P - 1 + T tokens
 
 
 @partial(jax.jit, static_argnames=("model", "sampling", "group", "shards"))
@@ -182,7 +171,7 @@ def generate(
         stopped = jnp.isin(token, stops)
         out = _record(out, slots, token, logp, stopped)
         ended = stopped | (slots.sampled + 1 == max_new_tokens)
-        slots = _Slots(jnp.where(ended, responses, slots.response), slots.sampled + 1, token, cache)
+        slots = Slots(jnp.where(ended, responses, slots.response), slots.sampled + 1, token, cache)
         return queued, slots, out, steps + slots.response.size
 
     def verify(params, head, split, most, state):
@@ -204,7 +193,7 @@ def generate(
         out, steps = _record_several(out, steps, slots, token, logp, kept, stopped, drafted)
         last = jnp.take_along_axis(token, kept[..., None] - 1, axis=-1)[..., 0]
         ended = stopped | (kept == left)
-        slots = _Slots(jnp.where(ended, responses, slots.response), slots.sampled + kept, last, cache)
+        slots = Slots(jnp.where(ended, responses, slots.response), slots.sampled + kept, last, cache)
         return queued, slots, out, steps
 
     def texts(out, slots):
@@ -229,7 +218,7 @@ def generate(
         response = jnp.where(refilled, response, slots.response)
         cache = insert(slots.cache, prefilled, refilled, prompt_index(response))
         token = jnp.where(refilled, take_prompt(last_tokens, response), slots.token)
-        slots = _Slots(response, jnp.where(refilled, 0, slots.sampled), token, cache)
+        slots = Slots(response, jnp.where(refilled, 0, slots.sampled), token, cache)
         return queued + refilled.sum(axis=1), slots, out, steps
 
     cache = constrain_cache(models.init_cache(config, shards * width, length - 1 + max_new_tokens, dtype))
@@ -252,7 +241,7 @@ def generate(
         prompt_texts = by_shard(jnp.where(prompts.mask, prompts.tokens, drafts.NONE))
         befores = take_prompt(drafts.before(prompt_texts), every)
     steps = Steps(jnp.int32(0), out.lengths, out.lengths) if sampling.draft else jnp.int32(0)
-    state = jnp.zeros(shards, jnp.int32), _Slots(idle, idle * 0, idle * 0, cache), out, steps
+    state = jnp.zeros(shards, jnp.int32), Slots(idle, idle * 0, idle * 0, cache), out, steps
     decodes = []
     for i, split in enumerate(splits):
         params = weights.split(params, split) if i else params
@@ -264,51 +253,10 @@ def generate(
             return partial(decode, *by)
         return partial(verify, *by, drafts.most_drafted(sampling.draft, stage_width, width))
 
-    state = _decode_all(state, responses, refill, step)
+    state = decode_all(state, responses, refill, step)
     return jax.tree.map(
         lambda x: x.reshape(problem_count, per_problem, *x.shape[2:]) if x.ndim else x, state[2:]
     )
-
-
-def narrowed(slots: int, all_slots: int) -> int:
-    """Returns the number of slots of a shard in the stage after `slots`; 0 if `slots` is the last stage."""
-    narrower = slots // NARROW
-    return narrower if narrower >= LEAST[slots < all_slots] else 0
-
-
-def _decode_all(state: Any, responses: int, refill: Callable, decode: Callable[[int, int], Callable]) -> Any:
-    """Decodes until every response has ended; once the queue is empty, in fewer and fewer slots.
-
-    `decode` returns the step of a stage, from its number and its width.
-    """
-
-    all_slots = width = state[1].response.shape[1]
-
-    def busy(state, narrower):
-        active = (state[1].response < responses).sum(axis=1)
-        return jnp.any(state[0] < responses) | jnp.any(active > narrower)
-
-    def refill_due(state):
-        return jnp.any((state[0] < responses)[:, None] & (state[1].response == responses))
-
-    def refill_and_decode(state):
-        def no_refill_due(state):
-            return busy(state, narrowed(all_slots, all_slots)) & ~refill_due(state)
-
-        state = refill(state)
-        with jax.named_scope(f"decode_{all_slots}"):
-            return jax.lax.while_loop(no_refill_due, decode(0, all_slots), state)
-
-    step, stage = refill_and_decode, 0
-    while width:
-        narrower = narrowed(width, all_slots)
-        with jax.named_scope("refill" if step is refill_and_decode else f"decode_{width}"):
-            state = jax.lax.while_loop(partial(busy, narrower=narrower), step, state)
-        if narrower:
-            state = state[0], _active_first(state[1], responses, narrower), *state[2:]
-        stage, width = stage + 1, narrower
-        step = decode(stage, width)
-    return state
 
 
 def _fold(key: jax.Array, *ids: jax.Array) -> jax.Array:
@@ -317,7 +265,7 @@ def _fold(key: jax.Array, *ids: jax.Array) -> jax.Array:
     return key
 
 
-def _record(out: Rollout, slots: _Slots, token: jax.Array, logp: jax.Array, stopped: jax.Array) -> Rollout:
+def _record(out: Rollout, slots: Slots, token: jax.Array, logp: jax.Array, stopped: jax.Array) -> Rollout:
     """Writes each slot's token into its response; the index of a free slot is out of range, so its token is dropped."""
 
     def record(out, response, count, token, logp, stopped):
@@ -333,7 +281,7 @@ def _record(out: Rollout, slots: _Slots, token: jax.Array, logp: jax.Array, stop
 
 
 def _record_several(
-    out: Rollout, steps: Steps, slots: _Slots, token: Any, logp: Any, kept: Any, stopped: Any, drafted: Any
+    out: Rollout, steps: Steps, slots: Slots, token: Any, logp: Any, kept: Any, stopped: Any, drafted: Any
 ) -> tuple[Rollout, Steps]:
     """Writes the first `kept` `[W,R]` of each slot's tokens `[W,R,J]` into its response, and counts the pass."""
 
@@ -360,34 +308,3 @@ def _left_aligned(prompts: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.A
     positions = jnp.broadcast_to(jnp.arange(mask.shape[1]), mask.shape)
     tokens = jnp.take_along_axis(prompts, (positions - lengths) % mask.shape[1], axis=1)
     return tokens, positions, positions < lengths
-
-
-def _active_first(slots: _Slots, responses: int, width: int) -> _Slots:
-    """Returns `width` slots of each shard; all responses that have not ended are among them.
-
-    On GPUs with a shard each, their caches move to the first rows of the cache, which keeps its size: a quarter of it
-    would not fit beside it. Elsewhere the cache becomes narrower.
-    """
-    chosen = jnp.argsort(slots.response == responses, axis=1, stable=True)[:, :width]
-    shards, rows = slots.response.shape
-
-    def pick(values, axis):
-        shape = values.shape
-        values = values.reshape(*shape[:axis], shards, rows, *shape[axis + 1 :])
-        picked = jax.vmap(lambda x, i: jnp.take(x, i, axis=axis), in_axes=(axis, 0), out_axes=axis)(values, chosen)
-        return picked.reshape(*shape[:axis], -1, *shape[axis + 1 :])
-
-    def move(i, caches):
-        # No row is read after it is written: the i-th of the chosen ones is the i-th or a later one.
-        row = jnp.full(shards, i, jnp.int32)
-        return tuple(copy_row(cache, cache, row, chosen[:, i]) for cache in caches)
-
-    both = slots.cache["key"], slots.cache["value"]
-    mesh = jax.sharding.get_abstract_mesh()
-    if platform() == "gpu" and shards == (1 if mesh.empty else row_ways(mesh)):
-        keys, values = jax.lax.fori_loop(0, width, move, both)
-    else:
-        keys, values = (pick(cache, 2) for cache in both)
-    cache = {"key": keys, "value": values, "length": pick(slots.cache["length"], 0)}
-    response, sampled, token = (jnp.take_along_axis(field, chosen, axis=1) for field in slots[:3])
-    return _Slots(response, sampled, token, constrain_cache(cache))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sgpo_jax.rollout.engine import narrowed
+from sgpo_jax.rollout.stages import narrowed
 
 
 class Stage(NamedTuple):

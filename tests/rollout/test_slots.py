@@ -10,10 +10,10 @@ import pytest
 from sgpo_jax import policy, sharding
 from sgpo_jax.models import attention, attention_gpu
 from sgpo_jax.policy import generation
-from sgpo_jax.rollout import STOP, LanguageModel, Problems, Prompts, Rollout, Sampling, engine, generate
+from sgpo_jax.rollout import STOP, LanguageModel, Problems, Prompts, Rollout, Sampling, engine, generate, stages
 from sgpo_jax.rollout.cache import insert
-from sgpo_jax.rollout.engine import narrowed
 from sgpo_jax.rollout.schedule import schedule
+from sgpo_jax.rollout.stages import narrowed
 
 COUNT, GROUP, NEW, LENGTH, PAD = 24, 2, 24, 7, 63
 STOPS = tuple(range(1, 9))  # an eighth of the vocabulary, so that responses end at all lengths
@@ -167,11 +167,11 @@ def test_groups_sampled_at_once_are_those_sampled_alone(sampled_alone, tiny, tin
 @pytest.mark.parametrize(("shards", "ways"), [(1, (1, 1, 1)), (2, (1, 2, 1))])
 def test_the_kernels_of_gpus_give_the_same_responses(monkeypatch, at_once, tiny, tiny_params, shards, ways):
     """Refilled and narrowed, where the cache keeps the rows that the last responses no longer use."""
-    for module in (attention, engine):
+    for module in (attention, engine, stages):
         monkeypatch.setattr(module, "platform", lambda: "gpu")
     for name in ("attend", "attend_cache"):
         monkeypatch.setattr(attention_gpu, name, partial(getattr(attention_gpu, name), interpret=True))
-    monkeypatch.setattr(engine, "LEAST", (4, 2))
+    monkeypatch.setattr(stages, "LEAST", (4, 2))
     model, ids = LanguageModel(tiny, STOPS, PAD), np.arange(COUNT, dtype=np.uint32) * 7
     mesh = sharding.make_mesh(*ways, devices=jax.devices()[:shards])
 

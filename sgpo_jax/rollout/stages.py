@@ -1,0 +1,99 @@
+"""The slots of a rollout, and the stages in which they decode: fewer and fewer once the queue is empty.
+
+Axis key: W shards of the rows, Q responses of a shard, R slots of a shard, P prompt length, T new tokens.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sgpo_jax import models
+from sgpo_jax.rollout.cache import constrain_cache, copy_row
+from sgpo_jax.sharding import platform, row_ways
+
+NARROW = 4  # when the queue is empty, the last responses continue in 1/4 of the slots, later in 1/4 of these, and so on
+LEAST = 8, 2  # fewest slots of a shard after narrowing: the first time, which takes memory for a copy, and later
+
+
+class Slots(NamedTuple):
+    """The state of the slots."""
+
+    response: jax.Array  # [W,R] index of the slot's response in its shard; Q if the slot is free
+    sampled: jax.Array  # [W,R] tokens of the response so far
+    token: jax.Array  # [W,R] token to feed next; at first the last one of the prompt
+    cache: models.Cache  # of W * R rows, with room for P - 1 + T tokens
+
+
+def narrowed(slots: int, all_slots: int) -> int:
+    """Returns the number of slots of a shard in the stage after `slots`; 0 if `slots` is the last stage."""
+    narrower = slots // NARROW
+    return narrower if narrower >= LEAST[slots < all_slots] else 0
+
+
+def decode_all(state: Any, responses: int, refill: Callable, decode: Callable[[int, int], Callable]) -> Any:
+    """Decodes until every response has ended; once the queue is empty, in fewer and fewer slots.
+
+    `decode` returns the step of a stage, from its number and its width.
+    """
+
+    all_slots = width = state[1].response.shape[1]
+
+    def busy(state, narrower):
+        active = (state[1].response < responses).sum(axis=1)
+        return jnp.any(state[0] < responses) | jnp.any(active > narrower)
+
+    def refill_due(state):
+        return jnp.any((state[0] < responses)[:, None] & (state[1].response == responses))
+
+    def refill_and_decode(state):
+        def no_refill_due(state):
+            return busy(state, narrowed(all_slots, all_slots)) & ~refill_due(state)
+
+        state = refill(state)
+        with jax.named_scope(f"decode_{all_slots}"):
+            return jax.lax.while_loop(no_refill_due, decode(0, all_slots), state)
+
+    step, stage = refill_and_decode, 0
+    while width:
+        narrower = narrowed(width, all_slots)
+        with jax.named_scope("refill" if step is refill_and_decode else f"decode_{width}"):
+            state = jax.lax.while_loop(partial(busy, narrower=narrower), step, state)
+        if narrower:
+            state = state[0], _active_first(state[1], responses, narrower), *state[2:]
+        stage, width = stage + 1, narrower
+        step = decode(stage, width)
+    return state
+
+
+def _active_first(slots: Slots, responses: int, width: int) -> Slots:
+    """Returns `width` slots of each shard; all responses that have not ended are among them.
+
+    On GPUs with a shard each, their caches move to the first rows of the cache, which keeps its size: a quarter of it
+    would not fit beside it. Elsewhere the cache becomes narrower.
+    """
+    chosen = jnp.argsort(slots.response == responses, axis=1, stable=True)[:, :width]
+    shards, rows = slots.response.shape
+
+    def pick(values, axis):
+        shape = values.shape
+        values = values.reshape(*shape[:axis], shards, rows, *shape[axis + 1 :])
+        picked = jax.vmap(lambda x, i: jnp.take(x, i, axis=axis), in_axes=(axis, 0), out_axes=axis)(values, chosen)
+        return picked.reshape(*shape[:axis], -1, *shape[axis + 1 :])
+
+    def move(i, caches):
+        # No row is read after it is written: the i-th of the chosen ones is the i-th or a later one.
+        row = jnp.full(shards, i, jnp.int32)
+        return tuple(copy_row(cache, cache, row, chosen[:, i]) for cache in caches)
+
+    both = slots.cache["key"], slots.cache["value"]
+    mesh = jax.sharding.get_abstract_mesh()
+    if platform() == "gpu" and shards == (1 if mesh.empty else row_ways(mesh)):
+        keys, values = jax.lax.fori_loop(0, width, move, both)
+    else:
+        keys, values = (pick(cache, 2) for cache in both)
+    cache = {"key": keys, "value": values, "length": pick(slots.cache["length"], 0)}
+    response, sampled, token = (jnp.take_along_axis(field, chosen, axis=1) for field in slots[:3])
+    return Slots(response, sampled, token, constrain_cache(cache))
