@@ -192,11 +192,11 @@ def place(tree: Any, shardings: Any) -> Any:
 
 
 def put_rows(tree: Any, mesh: Mesh) -> Any:
-    """Copies host arrays `[B, ...]` onto the mesh, rows split over data, fsdp and context.
+    """Copies host arrays `[B, ...]` onto the mesh, rows split over data, fsdp and context; a number is on all devices.
 
     Every process passes the same arrays.
     """
-    return put(tree, jax.tree.map(lambda _: P(BATCH), tree), mesh)
+    return put(tree, jax.tree.map(lambda x: P(BATCH) if np.ndim(x) else P(), tree), mesh)
 
 
 def fetch(tree: Any) -> Any:

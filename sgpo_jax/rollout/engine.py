@@ -25,7 +25,8 @@ from sgpo_jax.sharding import BATCH, constrain, dividing, platform, weight_axes
 
 Array = Any  # JAX's, or numpy's on the host
 
-STOP, LENGTH = 0, 1  # finish reasons: ended by a stop token, or cut at the limit
+# Finish reasons: ended by a stop token, cut at the limit, or none, because the rollout ended before the response.
+STOP, LENGTH, RUNNING = 0, 1, 2
 
 
 class LanguageModel(NamedTuple):
@@ -44,28 +45,41 @@ class Prompts(NamedTuple):
     mask: Array  # [B,P] bool, True on real tokens
 
 
-class Problems(NamedTuple):
-    """The problems of prompts, and what may be known about their responses, which changes none of them."""
-
-    ids: Array  # [B] integers that tell the prompts of one key apart
-    expected: Array | None = None  # [B] float32, tokens of a response; with fewer slots, the longest are begun first
-    earlier: Array | None = None  # [B/C,S] int32, texts about each problem to draft from, drafts.NONE between them
-
-
 class Rollout(NamedTuple):
     """The responses, G to each prompt. With prompts of C kinds, G is the sum over the kinds, and B counts problems."""
 
     tokens: Array  # [B,G,T] int32, the stop token included, padded after it
     logp: Array  # [B,G,T] float32, log-probability of each token at temperature 1 without filters, nats; then 0
     lengths: Array  # [B,G] int32, tokens in each response, the stop token included
-    finish: Array  # [B,G] int32, STOP or LENGTH
+    finish: Array  # [B,G] int32, STOP or LENGTH; RUNNING only where the rollout need not wait for all: see `Begun`
+
+
+class Begun(NamedTuple):
+    """What earlier rollouts have sampled of the responses, and when this one ends.
+
+    A known token stays with its log-probability, whatever the policy now says. The drafts of a pass are then known
+    tokens, so that a response goes on after a few passes.
+    """
+
+    rollout: Rollout  # [B/C,G], the responses so far, RUNNING where they go on
+    due: Array  # [B/C] bool, problems whose responses have to end
+    enough: Array  # [] int32, the rollout ends when all responses to so many problems have ended, and to those due
+
+
+class Problems(NamedTuple):
+    """The problems of prompts, and what may be known about their responses, which changes none of them."""
+
+    ids: Array  # [B] integers that tell the prompts of one key apart
+    expected: Array | None = None  # [B] float32, tokens of a response; with fewer slots, the longest are begun first
+    earlier: Array | None = None  # [B/C,S] int32, texts about each problem to draft from, drafts.NONE between them
+    begun: Begun | None = None  # responses that go on; None begins all of them
 
 
 class Steps(NamedTuple):
-    """The work of a rollout with drafts. All but one of a pass's tokens were drafted."""
+    """The work of a rollout with drafts. All but one of a pass's tokens were drafted, or known."""
 
     slots: Array  # [] int32, slot-steps: passes through the model, summed over slots
-    passes: Array  # [B,G] int32, passes of each response; as many as tokens if no draft was right
+    passes: Array  # [B,G] int32, passes that sampled a token of a response; as many as tokens if no draft was right
     drafted: Array  # [B,G] int32, tokens that were drafted
 
 
@@ -89,8 +103,8 @@ def generate(
     Args:
       params, model: the policy.
       prompts: `[B,P]` prompts.
-      key: PRNG key, or `[C]` one for each kind. The caller folds in the seed, the step and the purpose, and never
-        uses a key twice.
+      key: PRNG key, or `[C]` one for each kind, or `[B]` one for each prompt. The caller folds in the seed, the step
+        and the purpose, and never uses a key twice.
       problems: `[B]` integers that tell the prompts of one key apart, or these and more.
       sampling: T, the filters, and the number of slots, which must be a multiple of `shards`.
       group: G, responses to each prompt; or C numbers, if the prompts of C kinds take turns.
@@ -102,7 +116,8 @@ def generate(
       With drafts, `Steps` stand in their place.
 
     Raises:
-      ValueError: `shards` or the kinds of prompts do not divide the prompts, or `shards` does not divide the slots.
+      ValueError: `shards` or the kinds of prompts do not divide the prompts, or `shards` does not divide the slots; or
+        there are begun responses, but no drafts.
     """
     count, length = prompts.tokens.shape
     config, dtype, slots, max_new_tokens = model.config, model.dtype, sampling.slots, sampling.max_new_tokens
@@ -112,6 +127,9 @@ def generate(
         raise ValueError(f"shards={shards}: must divide the {count} prompts and slots={slots}")
     if count // shards % len(groups):
         raise ValueError(f"group={group}: must have a length that divides the {count // shards} prompts of a shard")
+    begun = known.begun
+    if begun is not None and not sampling.draft:
+        raise ValueError("draft=0: must be above 0 for responses that are begun, whose tokens are fed as drafts")
     problem_count, per_problem = count // len(groups), sum(groups)  # a problem is one prompt of each kind
     responses = problem_count // shards * per_problem
     width = min(slots // shards or responses, responses)
@@ -133,7 +151,8 @@ def generate(
     # Kind and sample of each response to a problem.
     kinds = jnp.repeat(jnp.arange(len(groups)), np.array(groups), total_repeat_length=per_problem)
     samples = jnp.concatenate([jnp.arange(size) for size in groups])
-    keys = jnp.broadcast_to(key, len(groups))
+    one_each = key.ndim and len(key) > len(groups)  # a key for each prompt
+    keys = by_shard(key) if one_each else jnp.broadcast_to(key, len(groups))
 
     def prompt_index(response):
         first = response // per_problem * len(groups)
@@ -142,6 +161,9 @@ def generate(
     def take_prompt(values, response):
         index = prompt_index(response)
         return jnp.take_along_axis(values, index.reshape(*index.shape, *(1,) * (values.ndim - 2)), axis=1)
+
+    def keys_of(response):
+        return take_prompt(keys, response) if one_each else keys[kinds][response % per_problem]
 
     def draw(params, head, split, slots, fed):
         """Feeds tokens `[W,R]`, or several of each slot `[W,R,J]`; returns those that follow, their logp, the cache."""
@@ -153,7 +175,7 @@ def generate(
         # Each device computes the logits of its part of the vocabulary, and then samples its part of the rows.
         logits = constrain(logits, rows, dividing(config.vocab_size, split))
         logits = constrain(logits, dividing(len(logits), (*BATCH, "tensor")), None)
-        slot_keys, slot_samples = (values[slots.response % per_problem] for values in (keys[kinds], samples))
+        slot_keys, slot_samples = keys_of(slots.response), samples[slots.response % per_problem]
         ids = slot_keys, take_prompt(problem_ids, slots.response), slot_samples, slots.sampled
         if fed.ndim == 3:
             ids = [jnp.broadcast_to(x[..., None], fed.shape) for x in ids]
@@ -179,9 +201,15 @@ def generate(
         queued, slots, out, steps = state
         left = max_new_tokens - slots.sampled
         guesses, drafted = drafts.propose(*texts(out, slots), most)
+        if begun is not None:
+            recalled, *stored = _recall(out, known_lengths, slots, most + 1)
+            guesses = jnp.where(recalled[..., :-1], stored[0][..., :-1], guesses)
+            drafted = jnp.where(recalled[..., 0], recalled[..., :-1].sum(axis=-1), drafted)
         drafted = jnp.where(slots.response < responses, jnp.minimum(drafted, left - 1), 0)
         fed = jnp.concatenate([slots.token[..., None], jnp.maximum(guesses, 0)], axis=-1)
         token, logp, cache = draw(params, head, split, slots, fed)
+        if begun is not None:
+            token, logp = (jnp.where(recalled, *pair) for pair in zip(stored, (token, logp), strict=True))
         kept, stopped = drafts.accept(token, guesses, drafted, stops, left)
         # What follows a wrong draft leaves the cache: nothing reads it before it is overwritten.
         grown = jnp.where(slots.response < responses, kept, 0)
@@ -190,7 +218,12 @@ def generate(
             for i in range(most + 1):
                 watched = jnp.where(i < kept, slots.response, responses)
                 jax.debug.callback(sampling.watch, watched, slots.sampled + i, token[..., i])
-        out, steps = _record_several(out, steps, slots, token, logp, kept, stopped, drafted)
+        out, passes = _record_several(out, slots, token, logp, kept, stopped), 1
+        if begun is not None:
+            out = out._replace(lengths=jnp.maximum(out.lengths, known_lengths))
+            passes = ~jnp.take_along_axis(recalled, kept[..., None] - 1, axis=-1)[..., 0]  # the last token is new
+            drafted = jnp.where(recalled[..., 0], 0, drafted)
+        steps = _count(steps, slots, passes, drafted)
         last = jnp.take_along_axis(token, kept[..., None] - 1, axis=-1)[..., 0]
         ended = stopped | (kept == left)
         slots = Slots(jnp.where(ended, responses, slots.response), slots.sampled + kept, last, cache)
@@ -233,15 +266,22 @@ def generate(
         jnp.zeros((shards, responses), jnp.int32),
         jnp.full((shards, responses), LENGTH, jnp.int32),
     )
+    steps = Steps(jnp.int32(0), out.lengths, out.lengths) if sampling.draft else jnp.int32(0)
     every = jnp.broadcast_to(jnp.arange(responses), (shards, responses))
-    queue = None
+    queue, queued = None, jnp.zeros(shards, jnp.int32)
     if known.expected is not None:
-        queue = jnp.argsort(-take_prompt(by_shard(known.expected), every), axis=1, stable=True)
+        queue = -take_prompt(by_shard(known.expected), every)
+    if begun is not None:
+        out = jax.tree.map(lambda x: x.reshape(shards, responses, *x.shape[2:]), begun.rollout)
+        known_lengths, done = out.lengths, _ended(out, max_new_tokens)
+        # What has ended stands first, and was taken before.
+        queue, queued = jnp.where(done, -jnp.inf, 0.0 if queue is None else queue), done.sum(axis=1)
+    if queue is not None:
+        queue = jnp.argsort(queue, axis=1, stable=True)
     if sampling.draft:
         prompt_texts = by_shard(jnp.where(prompts.mask, prompts.tokens, drafts.NONE))
         befores = take_prompt(drafts.before(prompt_texts), every)
-    steps = Steps(jnp.int32(0), out.lengths, out.lengths) if sampling.draft else jnp.int32(0)
-    state = jnp.zeros(shards, jnp.int32), Slots(idle, idle * 0, idle * 0, cache), out, steps
+    state = queued, Slots(idle, idle * 0, idle * 0, cache), out, steps
     decodes = []
     for i, split in enumerate(splits):
         params = weights.split(params, split) if i else params
@@ -253,10 +293,15 @@ def generate(
             return partial(decode, *by)
         return partial(verify, *by, drafts.most_drafted(sampling.draft, stage_width, width))
 
-    state = decode_all(state, responses, refill, step)
-    return jax.tree.map(
-        lambda x: x.reshape(problem_count, per_problem, *x.shape[2:]) if x.ndim else x, state[2:]
-    )
+    def reached(state):
+        assert begun is not None
+        complete = _ended(state[2], max_new_tokens).reshape(problem_count, per_problem).all(axis=1)
+        return (complete.sum() >= begun.enough) & (complete | ~begun.due).all()
+
+    out, steps = decode_all(state, responses, refill, step, None if begun is None else reached)[2:]
+    if begun is not None:
+        out = out._replace(finish=jnp.where(_ended(out, max_new_tokens), out.finish, RUNNING))
+    return jax.tree.map(lambda x: x.reshape(problem_count, per_problem, *x.shape[2:]) if x.ndim else x, (out, steps))
 
 
 def _fold(key: jax.Array, *ids: jax.Array) -> jax.Array:
@@ -280,26 +325,49 @@ def _record(out: Rollout, slots: Slots, token: jax.Array, logp: jax.Array, stopp
     return jax.vmap(record)(out, slots.response, slots.sampled, token, logp, stopped)
 
 
-def _record_several(
-    out: Rollout, steps: Steps, slots: Slots, token: Any, logp: Any, kept: Any, stopped: Any, drafted: Any
-) -> tuple[Rollout, Steps]:
-    """Writes the first `kept` `[W,R]` of each slot's tokens `[W,R,J]` into its response, and counts the pass."""
+def _record_several(out: Rollout, slots: Slots, token: Any, logp: Any, kept: Any, stopped: Any) -> Rollout:
+    """Writes the first `kept` `[W,R]` of each slot's tokens `[W,R,J]` into its response."""
 
-    def record(out, counted, slot, drawn):
-        (passes, drafts), (response, count), (token, logp, kept, stopped, drafted) = counted, slot, drawn
+    def record(out, response, count, token, logp, kept, stopped):
         index = jnp.arange(token.shape[1])
-        rows, places = jnp.where(index < kept[:, None], response[:, None], len(passes)), count[:, None] + index
-        out = Rollout(
+        rows, places = jnp.where(index < kept[:, None], response[:, None], len(out.lengths)), count[:, None] + index
+        return Rollout(
             out.tokens.at[rows, places].set(token, mode="drop"),
             out.logp.at[rows, places].set(logp, mode="drop"),
             out.lengths.at[response].set(count + kept, mode="drop"),
             out.finish.at[response].set(jnp.where(stopped, STOP, LENGTH), mode="drop"),
         )
-        return out, (passes.at[response].add(1, mode="drop"), drafts.at[response].add(drafted, mode="drop"))
 
-    drawn = token, logp, kept, stopped, drafted
-    out, counted = jax.vmap(record)(out, tuple(steps[1:]), slots[:2], drawn)
-    return out, Steps(steps.slots + slots.response.size, *counted)
+    return jax.vmap(record)(out, *slots[:2], token, logp, kept, stopped)
+
+
+def _count(steps: Steps, slots: Slots, passes: Any, drafted: jax.Array) -> Steps:
+    """Adds a pass of all slots: 1, or `[W,R]` whether it sampled a token, and the drafted tokens `[W,R]`."""
+
+    def add(total, response, counted):
+        return total.at[response].add(counted, mode="drop")
+
+    totals = [jax.vmap(add, in_axes=(0, 0, 0 if jnp.ndim(new) else None))(total, slots.response, new)
+              for total, new in ((steps.passes, passes), (steps.drafted, drafted))]  # fmt: skip
+    return Steps(steps.slots + slots.response.size, *totals)
+
+
+def _recall(out: Rollout, lengths: jax.Array, slots: Slots, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns which of the next `count` tokens of each slot are known `[W,R,J]`, these tokens, and their logp.
+
+    `lengths` `[W,Q]` are the known tokens of each response.
+    """
+    responses, limit = out.tokens.shape[1:]
+    places = slots.sampled[..., None] + jnp.arange(count)
+    shard, response = jnp.arange(len(places))[:, None, None], jnp.minimum(slots.response, responses - 1)[..., None]
+    recalled = (places < lengths[shard, response]) & (slots.response < responses)[..., None]
+    at = shard, response, jnp.minimum(places, limit - 1)
+    return recalled, out.tokens[at], out.logp[at]
+
+
+def _ended(out: Rollout, limit: int) -> jax.Array:
+    """Returns `[W,Q]`, whether a response has ended."""
+    return (out.finish == STOP) | (out.lengths == limit)
 
 
 def _left_aligned(prompts: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

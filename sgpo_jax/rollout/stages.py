@@ -33,17 +33,32 @@ def narrowed(slots: int, all_slots: int) -> int:
     return narrower if narrower >= LEAST[slots < all_slots] else 0
 
 
-def decode_all(state: Any, responses: int, refill: Callable, decode: Callable[[int, int], Callable]) -> Any:
+def decode_all(
+    state: Any,
+    responses: int,
+    refill: Callable,
+    decode: Callable[[int, int], Callable],
+    reached: Callable[[Any], jax.Array] | None = None,
+) -> Any:
     """Decodes until every response has ended; once the queue is empty, in fewer and fewer slots.
 
-    `decode` returns the step of a stage, from its number and its width.
+    Args:
+      state: queued responses of each shard `[W]`, slots, and more.
+      responses: Q.
+      refill: puts queued responses into free slots.
+      decode: returns the step of a stage, from its number and its width.
+      reached: whether decoding ends before every response has ended; None: it does not.
+
+    Returns:
+      The state at the end.
     """
 
     all_slots = width = state[1].response.shape[1]
 
     def busy(state, narrower):
         active = (state[1].response < responses).sum(axis=1)
-        return jnp.any(state[0] < responses) | jnp.any(active > narrower)
+        going = jnp.any(state[0] < responses) | jnp.any(active > narrower)
+        return going if reached is None else going & ~reached(state)
 
     def refill_due(state):
         return jnp.any((state[0] < responses)[:, None] & (state[1].response == responses))
