@@ -7,7 +7,7 @@ depends on seed, set, step, problem and sample alone, so it does not matter how 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,73 +47,105 @@ class Settings:
         return benchmark.CONTEXTS[self.guided]
 
 
+class Chosen(NamedTuple):
+    """A set that is evaluated."""
+
+    rows: Sequence[dict]  # M problems
+    settings: Settings
+    path: Path  # JSONL file for every generation with its verdict; the settings stand beside it, in .settings.json
+
+
 def evaluate(
-    policy: Policy,
-    params: Any,
-    rows: Sequence[dict],
-    mesh: Mesh,
-    settings: Settings,
-    path: Path,
-    restart: bool = False,
-) -> dict[str, Any]:
-    """Samples K responses to each problem and grades them, except for the problems that `path` already has.
+    policy: Policy, params: Any, chosen: Sequence[Chosen], mesh: Mesh, restart: bool = False
+) -> list[dict[str, Any]]:
+    """Samples K responses to each problem and grades them, except for the problems that the files already have.
+
+    Sets of one K are sampled together: a batch goes on with the next set where a set ends, so only the last batch of
+    all is filled up, and so few wait for their longest response. It changes no response.
 
     Args:
       policy, params: what is evaluated.
-      rows: M problems.
+      chosen: the sets. Their files grow by a batch of problems at a time.
       mesh: where it runs.
-      settings: the set, K, the sampling.
-      path: JSONL file for every generation with its verdict; it grows by a batch of problems at a time. The settings
-        stand beside it, in a file that ends in .settings.json.
-      restart: begin anew when `path` was made with other settings.
+      restart: begin a file anew that was made with other settings.
 
     Returns:
-      The metrics of `summarize` over all problems. If some are unsolvable as stated, "solvable" has the metrics of the
-      others.
+      For each set, the metrics of `summarize` over all problems. If some are unsolvable as stated, "solvable" has the
+      metrics of the others.
 
     Raises:
-      ValueError: `path` was made with other settings, and `restart` is not set; or the processes have read different
+      ValueError: a file was made with other settings, and `restart` is not set; or the processes have read different
         problems.
     """
-    sampling, problems = settings.sampling, generations.digest(rows)
+    numbers = [_finished(policy, *each, restart) for each in chosen]
+    together: dict[tuple, list[int]] = {}
+    for i, (_, settings, _) in enumerate(chosen):
+        together.setdefault((settings.samples, settings.sampling, settings.batch), []).append(i)
+    for members in together.values():
+        _sample(policy, params, [chosen[i] for i in members], [numbers[i] for i in members], mesh)
+    results = []
+    for (rows, *_), graded in zip(chosen, numbers, strict=True):
+        solvable = np.array([unsolvable.reason(row["problem"]) is None for row in rows])
+        result = summarize(graded)
+        results.append(result if solvable.all() else result | {"solvable": summarize(graded[solvable])})
+    return results
+
+
+def _finished(policy: Policy, rows: Sequence[dict], settings: Settings, path: Path, restart: bool) -> np.ndarray:
+    """Returns `[M,K,5]` `generations.NUMBERS` of the problems that the file has, NaN for the others."""
+    problems = generations.digest(rows)
     record = {
         "model": settings.model, "set": settings.name, "seed": settings.seed, "step": settings.step,
         "guided": settings.guided, "samples": settings.samples, "reward": settings.reward,
         "instruction": policy.instruction, "dtype": jnp.dtype(policy.dtype).name,
-        **{name: value for name, value in asdict(sampling).items() if name not in SPEED},
+        **{name: value for name, value in asdict(settings.sampling).items() if name not in SPEED},
         **({"system": policy.system} if policy.system else {}), "problems": problems,
     }  # fmt: skip
     distributed.agree({f"the content of the problems of {settings.name}": problems})
     finished = distributed.first(lambda: generations.resume(path, record, rows, settings.samples, restart).tolist())
-    numbers = np.array(finished, np.float32)
-    left = np.any(np.isnan(numbers), axis=(1, 2))
+    return np.array(finished, np.float32)
 
-    prompts = encode_prompts(policy, rows, settings.guided)
-    length = max(map(len, prompts))
-    key = noise_key(settings.seed, f"{settings.name}/{settings.context}", settings.step)
-    done = len(rows) - int(left.sum())
-    progress = Progress(f"evaluating {settings.name}", len(rows), done, enabled=distributed.is_first())
-    for start in range(0, len(rows), settings.batch):
-        part = slice(start, min(start + settings.batch, len(rows)))
-        if not left[part].any():
+
+def _sample(
+    policy: Policy, params: Any, chosen: Sequence[Chosen], numbers: Sequence[np.ndarray], mesh: Mesh
+) -> None:
+    """Samples and grades what is left of sets that have K and the sampling in common; fills in their `numbers`."""
+    samples, sampling, size = (getattr(chosen[0].settings, name) for name in ("samples", "sampling", "batch"))
+    prompts = [encode_prompts(policy, rows, settings.guided) for rows, settings, _ in chosen]
+    keys = [
+        noise_key(settings.seed, f"{settings.name}/{settings.context}", settings.step) for _, settings, _ in chosen
+    ]
+    length = max(len(tokens) for each in prompts for tokens in each)
+    problems = [(i, row) for i, (rows, *_) in enumerate(chosen) for row in range(len(rows))]
+    left = {(i, row) for i, row in problems if np.isnan(numbers[i][row]).any()}
+    what = ", ".join(dict.fromkeys(settings.name for _, settings, _ in chosen))
+    done = len(problems) - len(left)
+    progress = Progress(f"evaluating {what}", len(problems), done, enabled=distributed.is_first())
+    for start in range(0, len(problems), size):
+        batch = problems[start : start + size]
+        if left.isdisjoint(batch):
             continue
         preemption.check()
         # The last batch is filled up, so that every batch has one shape.
-        ids = np.minimum(np.arange(start, start + settings.batch), len(rows) - 1)
-        padded = pad_prompts(policy, [prompts[i] for i in ids], length)
-        rollout, _ = respond(policy, params, padded, ids, key, mesh, sampling, settings.samples)
-        rollout = Rollout(*(field[: part.stop - start] for field in rollout))
-        lines = generations.lines_of(rows[part], grade(policy, rollout, rows[part], settings.reward), settings.step)
-        unfinished = [(i, group) for i, group in enumerate(lines, part.start) if left[i]]
-        for i, group in unfinished:
-            numbers[i] = [generations.numbers_of(line) for line in group]
-        if distributed.is_first():
-            append_text(path, jsonl(line for _, group in unfinished for line in group))
-        done += len(unfinished)
-        progress.show(done, {"accuracy": float(np.nanmean(numbers[..., 0]))})
-    solvable = np.array([unsolvable.reason(row["problem"]) is None for row in rows])
-    result = summarize(numbers)
-    return result if solvable.all() else result | {"solvable": summarize(numbers[solvable])}
+        filled = batch + [batch[-1]] * (size - len(batch))
+        padded = pad_prompts(policy, [prompts[i][row] for i, row in filled], length)
+        noise = jnp.stack([keys[i] for i, _ in filled])
+        ids = np.array([row for _, row in filled])
+        rollout, _ = respond(policy, params, padded, ids, noise, mesh, sampling, samples)
+        rollout = Rollout(*(field[: len(batch)] for field in rollout))
+        rows = [chosen[i].rows[row] for i, row in batch]
+        graded = grade(policy, rollout, rows, chosen[0].settings.reward)
+        lines = generations.lines_of(rows, graded, chosen[0].settings.step)
+        new = [(problem, group) for problem, group in zip(batch, lines, strict=True) if problem in left]
+        for (i, row), group in new:
+            numbers[i][row] = [generations.numbers_of(line) for line in group]
+        for i, (_, _, path) in enumerate(chosen):
+            content = jsonl(line for (owner, _), group in new if owner == i for line in group)
+            if content and distributed.is_first():
+                append_text(path, content)
+        left -= set(batch)
+        rewards_so_far = np.concatenate([each[..., 0].ravel() for each in numbers])
+        progress.show(len(problems) - len(left), {"accuracy": float(np.nanmean(rewards_so_far))})
 
 
 def summarize(numbers: np.ndarray) -> dict[str, Any]:
@@ -194,18 +226,21 @@ def evaluate_sets(
       out.
     """
     config, fields = run.config, run.config.eval
-    results = {}
-    for name, chosen in fields.sets.items():
-        rows = _rows(chosen.source, guided)
-        if not rows:
-            continue
-        settings = Settings(
-            name, config.seed, step, guided, chosen.samples, _sampling(run, chosen.samples), fields.batch,
-            config.rl.reward, model or config.model.source,
-        )  # fmt: skip
-        path = folder / f"{name}_{settings.context}_{step:06d}.jsonl"
-        first = rows[: limit or fields.limit or None]
-        result = evaluate(run.policy, params, first, run.mesh, settings, path, restart)
-        run.trackers.lines(f"{folder.parent.name}/{folder.name}/{name}_{settings.context}", step, path)
-        results[name] = result | {"available": len(rows)}
-    return results
+    names, chosen, available = [], [], []
+    for name, about in fields.sets.items():
+        rows = _rows(about.source, guided)
+        if rows:
+            settings = Settings(
+                name, config.seed, step, guided, about.samples, _sampling(run, about.samples), fields.batch,
+                config.rl.reward, model or config.model.source,
+            )  # fmt: skip
+            path = folder / f"{name}_{settings.context}_{step:06d}.jsonl"
+            names.append(name)
+            chosen.append(Chosen(rows[: limit or fields.limit or None], settings, path))
+            available.append(len(rows))
+    results = evaluate(run.policy, params, chosen, run.mesh, restart)
+    for _, settings, path in chosen:
+        run.trackers.lines(f"{folder.parent.name}/{folder.name}/{settings.name}_{settings.context}", step, path)
+    return {
+        name: result | {"available": count} for name, result, count in zip(names, results, available, strict=True)
+    }

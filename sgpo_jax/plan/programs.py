@@ -249,7 +249,8 @@ def _generation(
     shards, prompt_count = row_ways(mesh), fields.batch * len(groups)
     rows, whole = NamedSharding(mesh, P(BATCH)), NamedSharding(mesh, P())
     prompts = [jax.ShapeDtypeStruct((prompt_count, longest), kind, sharding=rows) for kind in (jnp.int32, jnp.bool)]
-    key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), len(groups)))
+    keys = len(groups) if section == "rl" else prompt_count  # an evaluation's problems may be those of several sets
+    key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), keys))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
     ids, sampling = jax.ShapeDtypeStruct((prompt_count,), jnp.uint32, sharding=rows), Sampling.from_config(fields)
     trace = partial(

@@ -51,11 +51,10 @@ def calls(config: ConfigDict, assumed: Assumed) -> Calls:
     # Before and after RL, and again with strategies where the config asks for it. During RL without strategies.
     times = (1 + ("rl" in stages)) * (1 + fields.guided) * ("eval" in stages)
     times += math.ceil(rl_steps / rl.eval_every) if rl.eval_every else 0
-    evaluations: dict[int, int] = {}
+    problems: dict[int, int] = {}  # sets of as many samples are sampled together
     for name, eval_set in fields.sets.items():
-        batches = math.ceil(SETS.get(name, assumed.eval_problems) / fields.batch)
-        evaluations[eval_set.samples] = evaluations.get(eval_set.samples, 0) + times * batches
-    evaluations = {samples: count for samples, count in evaluations.items() if count}
+        problems[eval_set.samples] = problems.get(eval_set.samples, 0) + SETS.get(name, assumed.eval_problems)
+    evaluations = {samples: times * math.ceil(count / fields.batch) for samples, count in problems.items() if times}
     return Calls(sft_steps, validations, rl_steps, own, evaluations)
 
 

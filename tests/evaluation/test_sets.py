@@ -63,7 +63,8 @@ def test_evaluate_reports_what_the_generations_say(small, tmp_path):
 
     def run(batch, step=0, guided=False):
         settings = sets.Settings("set", 0, step, guided, 3, rollout.Sampling(6), batch)
-        return sets.evaluate(*small, rows, mesh, settings, tmp_path / f"{batch}_{step}_{guided}.jsonl")
+        path = tmp_path / f"{batch}_{step}_{guided}.jsonl"
+        return sets.evaluate(*small, [sets.Chosen(rows, settings, path)], mesh)[0]
 
     result = run(2)
     lines = read_jsonl(tmp_path / "2_0_False.jsonl")
@@ -92,7 +93,8 @@ def evaluate_five(small, path, rows=None, restart=False, **changed):
     sampling = {name: changed.pop(name) for name in ("temperature", "top_p", "slots") if name in changed}
     changed["sampling"] = dataclasses.replace(SETTINGS.sampling, **sampling)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    return sets.evaluate(*small, rows, mesh, dataclasses.replace(SETTINGS, **changed), path, restart)
+    chosen = sets.Chosen(rows, dataclasses.replace(SETTINGS, **changed), path)
+    return sets.evaluate(*small, [chosen], mesh, restart)[0]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.45, 0.7, 0.9, 1.0])
@@ -144,6 +146,35 @@ def test_a_file_made_with_other_settings_is_refused_or_made_anew(small, tmp_path
     assert path.read_bytes() != content
     assert evaluate_five(small, path, restart=True) == first
     assert path.read_bytes() == content
+
+
+def test_sets_of_as_many_samples_are_sampled_together(small, tmp_path, monkeypatch):
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    sizes = {"first": (3, 3), "other": (5, 2), "second": (4, 3)}  # problems and samples
+    chosen = [
+        sets.Chosen(data.load(f"arithmetic:eval,count={count},seed={i}"),
+                    dataclasses.replace(SETTINGS, name=name, samples=samples), tmp_path / f"{name}.jsonl")
+        for i, (name, (count, samples)) in enumerate(sizes.items())
+    ]  # fmt: skip
+    calls = []
+    original = sets.respond
+    monkeypatch.setattr(sets, "respond", lambda *a, **k: calls.append((a[3].tolist(), a[7])) or original(*a, **k))
+    results = sets.evaluate(*small, chosen, mesh)
+    # Batches of 2: the third problem of the first set and the first one of the second share one.
+    assert calls == [([0, 1], 3), ([2, 0], 3), ([1, 2], 3), ([3, 3], 3), ([0, 1], 2), ([2, 3], 2), ([4, 4], 2)]
+    together = [each.path.read_bytes() for each in chosen]
+    for each, result, content in zip(chosen, results, together, strict=True):
+        alone = each._replace(path=tmp_path / "alone.jsonl")
+        assert sets.evaluate(*small, [alone], mesh, restart=True) == [result]
+        assert alone.path.read_bytes() == content
+    # A batch of two sets, of which one problem is there already, leaves this one as it is.
+    lines = together[2].splitlines(keepends=True)
+    chosen[2].path.write_bytes(b"".join(lines[3:]))
+    calls.clear()
+    sets.evaluate(*small, chosen, mesh)
+    assert calls == [([2, 0], 3)]
+    assert chosen[2].path.read_bytes() == b"".join(lines[3:] + lines[:3])
+    assert chosen[0].path.read_bytes() == together[0]
 
 
 def test_what_is_unsolvable_as_stated_is_counted_both_ways(small, tmp_path, monkeypatch):
