@@ -5,7 +5,7 @@
 It reads data/train.jsonl (id, problem, answer, solution, strategy) and data/{math500,amc23,olympiadbench,aime24}.jsonl
 (id, problem, answer). To read other files: --config.data.train=... and --config.eval.sets.MATH500.source=...
 `:h100x8` or `:h100x32` after the file's name makes it fit 8 or 32 H100 (docs/gpus.md). `:lora` trains adapters, on one
-H100, or with --config.mesh.tensor=4 on v5e:2x4 (docs/lora.md).
+H100, or with --config.mesh.tensor=4 on v5e:2x4 or v6e:2x2 (docs/lora.md).
 """
 
 from ml_collections import ConfigDict
