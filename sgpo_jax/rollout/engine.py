@@ -55,10 +55,10 @@ class Rollout(NamedTuple):
 
 
 class Begun(NamedTuple):
-    """What earlier rollouts have sampled of the responses, and when this one ends.
+    """The responses that earlier rollouts have begun, and when this one ends.
 
-    A known token stays with its log-probability, whatever the policy now says. The drafts of a pass are then known
-    tokens, so that a response goes on after a few passes.
+    A known token and its log-probability stay, whatever the policy now says. The known tokens of a response are fed as
+    drafts, which are right, so that it goes on after a few passes.
     """
 
     rollout: Rollout  # [B/C,G], the responses so far, RUNNING where they go on
@@ -268,19 +268,20 @@ def generate(
     )
     steps = Steps(jnp.int32(0), out.lengths, out.lengths) if sampling.draft else jnp.int32(0)
     every = jnp.broadcast_to(jnp.arange(responses), (shards, responses))
-    queue, queued = None, jnp.zeros(shards, jnp.int32)
+    queue = None
     if known.expected is not None:
         queue = -take_prompt(by_shard(known.expected), every)
     if begun is not None:
         out = jax.tree.map(lambda x: x.reshape(shards, responses, *x.shape[2:]), begun.rollout)
         known_lengths, done = out.lengths, _ended(out, max_new_tokens)
-        # What has ended stands first, and was taken before.
-        queue, queued = jnp.where(done, -jnp.inf, 0.0 if queue is None else queue), done.sum(axis=1)
+        # What has ended stands first, and counts as taken.
+        queue = jnp.where(done, -jnp.inf, 0.0 if queue is None else queue)
     if queue is not None:
         queue = jnp.argsort(queue, axis=1, stable=True)
     if sampling.draft:
         prompt_texts = by_shard(jnp.where(prompts.mask, prompts.tokens, drafts.NONE))
         befores = take_prompt(drafts.before(prompt_texts), every)
+    queued = jnp.zeros(shards, jnp.int32) if begun is None else done.sum(axis=1)
     state = queued, Slots(idle, idle * 0, idle * 0, cache), out, steps
     decodes = []
     for i, split in enumerate(splits):
@@ -358,11 +359,14 @@ def _recall(out: Rollout, lengths: jax.Array, slots: Slots, count: int) -> tuple
     `lengths` `[W,Q]` are the known tokens of each response.
     """
     responses, limit = out.tokens.shape[1:]
-    places = slots.sampled[..., None] + jnp.arange(count)
-    shard, response = jnp.arange(len(places))[:, None, None], jnp.minimum(slots.response, responses - 1)[..., None]
-    recalled = (places < lengths[shard, response]) & (slots.response < responses)[..., None]
-    at = shard, response, jnp.minimum(places, limit - 1)
-    return recalled, out.tokens[at], out.logp[at]
+    places, index = slots.sampled[..., None] + jnp.arange(count), jnp.minimum(slots.response, responses - 1)
+
+    def look_up(tokens, logp, lengths, response, places):
+        at = response[:, None], jnp.minimum(places, limit - 1)
+        return places < lengths[at[0]], tokens[at], logp[at]
+
+    known, *stored = jax.vmap(look_up)(out.tokens, out.logp, lengths, index, places)
+    return known & (slots.response < responses)[..., None], *stored
 
 
 def _ended(out: Rollout, limit: int) -> jax.Array:

@@ -139,6 +139,9 @@ def test_a_rollout_ends_at_the_pass_that_completes_enough_problems(run, whole):
         assert_same(rollout, cut(whole, done[enough - 1]))
         assert complete(rollout).sum() >= enough and steps.slots <= done[enough - 1] * COUNT * GROUP
         np.testing.assert_array_equal(steps.passes, rollout.lengths)
+    known = cut(whole, whole.lengths - 1)  # most are not fed to their ends before the first problem is complete
+    rollout, _ = run(until(known, 1))
+    assert_same(rollout, cut(whole, np.where(whole.lengths <= done[0], NEW, known.lengths)))
     rollout, steps = run(until(FRESH, 0))
     assert (rollout.lengths == 0).all() and steps.slots == 0
     rollout, steps = run(until(whole, COUNT))
@@ -152,6 +155,15 @@ def test_known_tokens_are_fed_several_at_a_time(run, whole):
     least = -(-whole.lengths // 4)
     assert least.sum() <= steps.slots <= least.sum() + 2 * least.max()
     assert (steps.passes == 1).all() and (steps.drafted == 0)[whole.lengths % 4 != 1].all()
+    ended = np.arange(COUNT)[:, None] % 2 == 0  # takes no slot
+    _, steps = run(until(cut(whole, whole.lengths - ~ended), COUNT), slots=2)
+    assert steps.slots <= least[1::2].sum() + 2 * least.max()
+    # Also where the texts would draft fewer: here the last match is before the last token.
+    lengths = np.full((COUNT, GROUP), 20, np.int32)
+    known = np.where(np.arange(NEW) < 20, np.int32(9), PAD)[None, None].repeat(COUNT, 0).repeat(GROUP, 1)
+    _, steps = run(until(FRESH._replace(tokens=known, lengths=lengths), COUNT), slots=2)
+    again = steps.slots - steps.passes.sum()
+    assert 5 * COUNT * GROUP <= again <= 5 * COUNT * GROUP + NEW
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4, 2)])
