@@ -45,7 +45,8 @@ class Earlier:
         self._folder, self._size, self._keep = folder, size, keep
         files = sorted(folder.glob("*.npz"))
         # With folders of their own, only the first process may find files. Then no process uses any.
-        same = len({*distributed.gather(tuple((file.name, file.stat().st_size) for file in files))}) == 1
+        found = " ".join(f"{file.name}:{file.stat().st_size}" for file in files)
+        same = len({*distributed.gather(found)}) == 1
         self._steps = {int(file.stem): _read(file, size) for file in files} if same else {}
 
     def known(self, position: int, ids: Sequence[str], kinds: int) -> Known:

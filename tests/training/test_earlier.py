@@ -1,5 +1,7 @@
 """Responses of earlier epochs: found again by problem, from the steps before alone, also after a resume."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from sgpo_jax import sharding
 from sgpo_jax.commands import train
 from sgpo_jax.rollout import Rollout
 from sgpo_jax.rollout.drafts import NONE
+from sgpo_jax.runtime import distributed
 from sgpo_jax.training.earlier import Earlier, text_of
 
 
@@ -44,6 +47,14 @@ def test_the_last_step_before_a_position_counts(tmp_path):
     store.add(3, ["d"], [rollout([[1]]), rollout([[1]])], [[[1]], [[1]]])
     assert [file.name for file in sorted(tmp_path.iterdir())] == ["00000002.npz", "00000003.npz"]
     assert store.known(4, ["a"], 2).expected.tolist() == [[0, 0]]
+
+
+def test_processes_that_do_not_see_the_same_files_use_none(tmp_path, monkeypatch):
+    Earlier(tmp_path, size=6, keep=3).add(0, ["a"], [rollout([[1], [2]])], [[[50]]])
+    for others, expected in ((lambda mine: [mine, mine], 1.0), (lambda mine: [mine, ""], 0.0)):
+        # What comes from the other processes has been JSON.
+        monkeypatch.setattr(distributed, "gather", lambda mine, of=others: json.loads(json.dumps(of(mine))))
+        assert Earlier(tmp_path, size=6, keep=3).known(1, ["a"], 1).expected.tolist() == [[expected]]
 
 
 @pytest.mark.parametrize("how", ["cut", "empty", "another", "text"])
