@@ -136,6 +136,19 @@ def first(make: Callable[[], T]) -> T:
     return gather(make() if is_first() else None)[0]
 
 
+def first_bytes(make: Callable[[], bytes]) -> bytes:
+    """Calls `make()` in the first process only and returns its bytes in every process. They may be many."""
+    if jax.process_count() == 1:
+        return make()
+    content = make() if is_first() else b""
+    size = gather(len(content))[0]
+    if not size:
+        return b""
+    shared = multihost_utils.broadcast_one_to_all(np.frombuffer(content.ljust(size), np.uint8))
+    watchdog.met()
+    return np.asarray(shared, np.uint8).tobytes()
+
+
 def split(work: Callable[[Sequence[Any]], list[T]], items: Sequence[Any]) -> list[T]:
     """Returns `work(items)`, one result per item; each process works on its share, and all get the whole list."""
     count = jax.process_count()

@@ -22,6 +22,9 @@ def share_work(process):
     asked = []
     assert distributed.first(lambda: asked.append(process) or f"{process} was asked") == "0 was asked"
     assert asked == [0] * (process == 0)
+    for content in (b"", bytes(range(256)) * 100 + b"end"):
+        assert distributed.first_bytes(lambda content=content: asked.append(process) or content) == content
+    assert asked == [0, 0, 0] * (process == 0)
     for letters in ("", "a", "ab", "abcdefg"):
         by_whom = distributed.split(lambda part: [[letter, process] for letter in part], letters)
         assert by_whom == [[letter, i % len(values)] for i, letter in enumerate(letters)]
