@@ -61,8 +61,7 @@ def base() -> ConfigDict:
     config.data.decontaminate = True  # leave out problems that share 13 words in a row with eval.sets; False only lists
     config.data.sft_share = 1 / 3  # share of the problems used for the warm-up; Sec. 4.1
     config.data.instruction = "default"  # last line of every prompt; "default" is prompts.INSTRUCTION
-    # Text of the system's turn before every prompt; "" writes none, and a chat template may then put in its own.
-    config.data.system = ""
+    config.data.system = ""  # text of the system's turn before a prompt; "": none, or what the chat template puts in
     config.data.max_prompt_tokens = 1024  # tokens; longer prompts are left out and counted
 
     config.optimizer = ConfigDict()  # AdamW
@@ -104,6 +103,8 @@ def base() -> ConfigDict:
     config.rl.reward = ""  # "" is the verifier, else "module:function" with function(row, response) -> 0..1
     config.rl.slots = 0  # responses decoded at once, over all devices and both groups; 0 is all. No effect on responses
     config.rl.draft = 0  # most tokens of a response that are drafted for a pass; 0 is off. No effect on responses
+    config.rl.carry_over = 0.0  # problems that go on in the next step, off-policy: share of rl.batch; docs/models.md
+    config.rl.carry_most = 2  # steps in which a problem goes on at most; for rl.carry_over
     config.rl.rollout_weights = ""  # type of kernels in sampling: "" is model.dtype; "int8" also needs rl.importance
     # Ways that split the weights in each stage of decoding, times mesh.tensor: ascending numbers from 1, one divisor of
     # mesh.data * mesh.fsdp * mesh.context, and that product. A stage has a quarter of the slots of the one before.
@@ -150,8 +151,7 @@ def base() -> ConfigDict:
     config.rl.importance_rule = "truncate"  # weights above the cap become the cap; or "mask": they become 0
     config.rl.overlong_buffer = 0  # tokens before max_new_tokens over which a penalty of length grows; 0 is none; DAPO
     config.rl.overlong_penalty = 1.0  # subtracted from the reward of a response at the limit; DAPO
-    # Rounds in which problems whose autonomous responses all have one reward are replaced by others; DAPO.
-    config.rl.resample = 0
+    config.rl.resample = 0  # rounds that replace problems whose autonomous responses all have one reward; DAPO
     config.rl.mask_cut = False  # responses that are cut at max_new_tokens have advantage 0; DAPO
     config.rl.guided_grpo = 0.0  # coefficient of the policy loss of the guided responses, after their guided prompts
     config.rl.reference_kl = 0.0  # coefficient of KL(policy || policy that RL began with)

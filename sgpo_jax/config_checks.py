@@ -104,7 +104,7 @@ def check(config: ConfigDict) -> None:
         enough = config.monitor.action != "rollback" or config.checkpoint.keep > later
         need("checkpoint.keep", enough, f"at least {later + 1} when monitor.action is 'rollback'")
         need("data.sft_share", config.data.sft_share < 1 or bool(config.sft.train), "below 1: RL needs problems too")
-        whole(1, "rl.updates_per_batch", "rl.max_new_tokens", "rl.self_tries")
+        whole(1, "rl.updates_per_batch", "rl.max_new_tokens", "rl.self_tries", "rl.carry_most")
         whole(0, "rl.guided")
         _check_method(need, within, positive, choice, config.rl)
         # The advantage of a group of one is always 0.
@@ -112,6 +112,14 @@ def check(config: ConfigDict) -> None:
         whole(0, "rl.top_k", "rl.slots", "rl.draft", "rl.eval_every")
         positive("rl.temperature", "rl.gamma")
         need("rl.alpha0", 0 <= config.rl.alpha0 < float("inf"), "a finite number, at least 0")
+        within(0.0, 1.0, "rl.carry_over")
+        rl, off = config.rl, not config.rl.carry_over  # whether a step waits for all responses
+        need("rl.carry_over", off or round(rl.carry_over * rl.batch) > 0, f"0, or a problem of rl.batch = {rl.batch}")
+        need("rl.draft", off or rl.draft > 0, "above 0 with rl.carry_over, which feeds known tokens as drafts")
+        need("rl.importance", off or rl.importance != "none", "'token' or 'sequence' with rl.carry_over: is off-policy")
+        need("rl.resample", off or not rl.resample, "0 with rl.carry_over")
+        stays = config.monitor.action != "rollback"
+        need("monitor.action", off or stays, "'warn' or 'stop' with rl.carry_over: a collapsed policy's responses stay")
         within(0.0, 1.0, "rl.clip_low")
         need("rl.delta", config.rl.delta > 0, "above 0 (float('inf') masks no token)")
         within(0.0, float("inf"), "rl.clip_high", "rl.alpha_max")
@@ -296,7 +304,7 @@ def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
     if "sft" in config.stages:
         fields |= {"sft.batch": ROWS, "sft.micro_batch": ROWS}
     if "rl" in config.stages:
-        fields |= {"rl.batch": BATCH, "rl.micro_batch": ROWS, "rl.slots": BATCH}
+        fields |= {"rl.batch": BATCH, "rl.micro_batch": ROWS, "rl.slots": BATCH, "rl.carry_over": BATCH}
     if "eval" in config.stages or config.rl.eval_every:
         fields |= {"eval.batch": BATCH, "eval.slots": BATCH}
     for section in ("rl", "eval"):
@@ -309,9 +317,10 @@ def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
                 f"{ways} between, and {ways}"
             )
     for field, axes in fields.items():
-        if _get(config, field) % (divisor := axis_ways(mesh, axes)):
-            product = _product(axes)
-            raise ValueError(f"config.{field}={_get(config, field)}: must be a multiple of {product} = {divisor}")
+        value, of = _get(config, field), config.rl.batch if field == "rl.carry_over" else 1  # it is a share of rl.batch
+        if round(value * of) % (divisor := axis_ways(mesh, axes)):
+            times = "" if of == 1 else f", times rl.batch = {of},"
+            raise ValueError(f"config.{field}={value}: must be{times} a multiple of {_product(axes)} = {divisor}")
 
 
 def _product(axes: tuple[str, ...]) -> str:

@@ -246,6 +246,11 @@ CATALOGUE = [
     ("eval.slots", -1, "at least 0"),
     ("rl.draft", -1, "at least 0"),
     ("eval.draft", -1, "at least 0"),
+    ("rl.carry_over", -0.1, "between 0.0 and 1.0"),
+    ("rl.carry_over", 1.1, "between 0.0 and 1.0"),
+    ("rl.carry_over", math.nan, "between 0.0 and 1.0"),
+    ("rl.carry_over", 1e-9, "0, or a problem of rl.batch = "),
+    ("rl.carry_most", 0, "at least 1"),
     ("eval.top_p", 0.0, "above 0 and at most 1"),
     ("eval.batch", 0, "at least 1"),
     ("eval.temperature", 0.0, None),
@@ -277,6 +282,9 @@ def test_impossible_values_are_refused(config, field, value, allowed):
         refused(config, field, value, allowed)
 
 
+CARRIED = {"rl.carry_over": 0.5, "rl.draft": 4, "rl.importance": "token"}
+
+
 @pytest.mark.parametrize(
     ("changes", "field", "value", "allowed"),
     [
@@ -288,6 +296,10 @@ def test_impossible_values_are_refused(config, field, value, allowed):
         ({"rl.guided": 0, "rl.guided_grpo": 1.0}, "rl.guided_grpo", 1.0, "0 where no guided responses are sampled"),
         ({"rl.guided": 0, "rl.reference_kl": 1.0}, "rl.reference_kl", 1.0, "0 where no guided responses are sampled"),
         ({"sft.train": "", "data.sft_share": 1.0}, "data.sft_share", 1.0, "below 1: RL needs problems too"),
+        ({"rl.carry_over": 0.5, "rl.importance": "token"}, "rl.draft", 0, "above 0 with rl.carry_over"),
+        ({"rl.carry_over": 0.5, "rl.draft": 4}, "rl.importance", "none", "'token' or 'sequence' with rl.carry_over"),
+        (CARRIED | {"rl.resample": 1}, "rl.resample", 1, "0 with rl.carry_over"),
+        (CARRIED | {"monitor.action": "rollback"}, "monitor.action", "rollback", "'warn' or 'stop' with rl.carry_over"),
     ],
 )
 def test_impossible_combinations_are_refused(config, changes, field, value, allowed):
@@ -419,6 +431,16 @@ def test_batches_must_divide_over_the_mesh(config, field, value, stages, every):
     config.stages = tuple(stage for stage in configs.STAGES if not field.startswith(stage))
     config.rl.eval_every = 0
     config_checks.check_mesh(config, mesh_of(4))
+
+
+def test_problems_that_go_on_must_divide_over_the_mesh(config):
+    config.rl.batch = 32
+    for share, ways in ((0.25, 8), (0.5, 8), (0.26, 8), (0.125, 4)):
+        config.rl.carry_over = share
+        config_checks.check_mesh(config, mesh_of(ways))
+    refused = r"config\.rl\.carry_over=0\.125: must be, times rl\.batch = 32, a multiple of .*context = 8$"
+    with pytest.raises(ValueError, match=refused):
+        config_checks.check_mesh(config, mesh_of(2, 4))
 
 
 def mesh_of(fsdp, context=1):

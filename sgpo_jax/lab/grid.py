@@ -14,11 +14,11 @@ from sgpo_jax import config_checks, data, methods
 
 # Fields that are newer than the stored results. At their defaults they are left out of a digest, which stays the same.
 _NEWER = (
-    "data.system", "eval.limit", "eval.decode_ways", "rl.decode_ways", "eval.draft", "rl.draft",
-    "rl.token_rule", "rl.delta_quantile", "rl.teacher", "rl.teacher_rate", "rl.teacher_dtype", "rl.teacher_window",
-    "rl.teacher_margin", "rl.surrogate", "rl.importance", "rl.importance_cap", "rl.importance_rule",
-    "rl.overlong_buffer", "rl.overlong_penalty", "rl.mask_cut", "rl.resample", "rl.guided_grpo", "rl.reference_kl",
-    "rl.reference_kl_kind", "rl.reference_kl_on", "rl.rollout_weights", "monitor.least_guidance",
+    "data.system", "eval.limit", "eval.decode_ways", "rl.decode_ways", "eval.draft", "rl.draft", "rl.carry_over",
+    "rl.carry_most", "rl.token_rule", "rl.delta_quantile", "rl.teacher", "rl.teacher_rate", "rl.teacher_dtype",
+    "rl.teacher_window", "rl.teacher_margin", "rl.surrogate", "rl.importance", "rl.importance_cap",
+    "rl.importance_rule", "rl.overlong_buffer", "rl.overlong_penalty", "rl.mask_cut", "rl.resample", "rl.guided_grpo",
+    "rl.reference_kl", "rl.reference_kl_kind", "rl.reference_kl_on", "rl.rollout_weights", "monitor.least_guidance",
     "monitor.most_forgotten", "monitor.most_lost", "mesh.context",
 )  # fmt: skip
 

@@ -23,7 +23,7 @@ class Kind(NamedTuple):
     """One kind of prompts to B problems, and the responses to sample to each."""
 
     prompts: Sequence[list[int]]  # B, token ids
-    key: jax.Array  # of the noise; the prompts are told apart by their index
+    key: jax.Array  # of the noise; or `[B]`, one for each prompt
     group: int  # G
     expected: np.ndarray | None = None  # [B] float32, see `rollout.Problems`; of all kinds or of none
 
@@ -37,7 +37,7 @@ class Graded(NamedTuple):
     rewards: np.ndarray  # [B,G] float32; always 0 for a response cut at the limit
 
 
-def noise_key(seed: int, purpose: str, step: int) -> jax.Array:
+def noise_key(seed: int, purpose: str, step: int | jax.Array) -> jax.Array:
     """Returns the key of all noise of a step for one purpose: "autonomous", "guided" or an evaluation's name."""
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
     return jax.random.fold_in(key, step)
@@ -122,7 +122,7 @@ def respond_in_groups(
     mesh: Mesh,
     sampling: Sampling,
     length: int,
-    earlier: np.ndarray | None = None,
+    known: Problems | None = None,
 ) -> tuple[list[Rollout], int | Steps]:
     """Samples responses to several kinds of prompts at once, so that the last ones of a kind do not decode alone.
 
@@ -130,7 +130,8 @@ def respond_in_groups(
       policy, params, mesh, sampling: as in `respond`.
       kinds: prompts to the same B problems.
       length: P, tokens to which all prompts are padded.
-      earlier: `[B,S]` texts to draft from, see `rollout.Problems`.
+      known: ids of the B problems, and what else is known but the expected lengths, which are those of the kinds; None:
+        the ids are the places.
 
     Returns:
       (for each kind its rollout `[B,G]`, slot-steps or `Steps` of all kinds together).
@@ -138,8 +139,10 @@ def respond_in_groups(
     interleaved = [tokens for problem in zip(*(kind.prompts for kind in kinds), strict=True) for tokens in problem]
     lengths = [kind.expected for kind in kinds if kind.expected is not None]
     expected = np.stack(lengths, axis=1).reshape(-1) if lengths else None
-    problems = Problems(np.repeat(np.arange(len(kinds[0].prompts)), len(kinds)), expected, earlier)
-    keys, groups = jnp.stack([kind.key for kind in kinds]), tuple(kind.group for kind in kinds)
+    known = Problems(np.arange(len(kinds[0].prompts))) if known is None else known
+    problems = known._replace(ids=np.repeat(known.ids, len(kinds)), expected=expected)
+    keys = jnp.stack([kind.key for kind in kinds], axis=-1).reshape(-1)
+    groups = tuple(kind.group for kind in kinds)
     padded = pad_prompts(policy, interleaved, length)
     rollout, steps = respond(policy, params, padded, problems, keys, mesh, sampling, groups)
     split = (np.split(field, np.cumsum(groups)[:-1], axis=1) for field in rollout)

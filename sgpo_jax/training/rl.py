@@ -8,9 +8,11 @@ Axis key: B problems, G responses of a group, T response tokens.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -19,8 +21,9 @@ from sgpo_jax.evaluation import evaluate_sets
 from sgpo_jax.policy import Run, memory
 from sgpo_jax.policy.generation import Graded, Kind, demonstrate, encode_prompts, grade, noise_key, respond_in_groups
 from sgpo_jax.rollout import STOP, Rollout, Sampling, Steps
+from sgpo_jax.rollout import Problems as Known
 from sgpo_jax.runtime.profile import phase
-from sgpo_jax.training import earlier, packing
+from sgpo_jax.training import carried, earlier, packing
 from sgpo_jax.training.batch import Batch, Contexts, Group, pack_batch, specs
 from sgpo_jax.training.inputs import Problems, Tokens, longest, longest_sibling_prompt, total_steps
 from sgpo_jax.training.loop import Clock, Loop
@@ -37,6 +40,7 @@ class Sampler:
     problems: Problems
     sampling: Sampling
     known: earlier.Earlier | None = None  # responses of earlier epochs, which change none of later ones
+    in_flight: carried.Carried | None = None  # problems that go on in the next step; None: none does
 
 
 class Sampled(NamedTuple):
@@ -46,6 +50,7 @@ class Sampled(NamedTuple):
     graded: dict[str, Graded]  # group -> responses
     tokens: int  # sampled for it, those of replaced problems included
     slot_steps: int | Steps  # the same; `Steps` with drafts
+    staleness: Mapping[str, float] = MappingProxyType({})  # metrics of tokens that earlier steps sampled
 
 
 def train(run: Run, initial: Callable[[], Any], problems: Problems, sampling: Sampling) -> None:
@@ -74,7 +79,7 @@ def train(run: Run, initial: Callable[[], Any], problems: Problems, sampling: Sa
         update = phase("update")(update)
         state = loop.start(initial)
         known = make_earlier(run, rows, sampling) if loop.first < total else None
-        sampler = Sampler(run, problems, sampling, known)
+        sampler = Sampler(run, problems, sampling, known, make_carried(run, total))
         for step in loop.steps():
             clock, position = Clock(), loop.position(step)
             sampled = sample_and_grade(sampler, loop.weights(state), batches, position, clock)
@@ -104,7 +109,8 @@ def step_sampling(run: Run) -> Sampling:
       ValueError: its slots do not fit into the memory of the devices; see `policy.memory.sampling`.
     """
     rl, sizes = run.config.rl, sampled_groups(run.config.rl)
-    return memory.sampling(run, "rl", rl.batch * sum(sizes.values()), rl.batch * len(sizes))
+    problems = rl.batch + carried.extra(rl)
+    return memory.sampling(run, "rl", problems * sum(sizes.values()), problems * len(sizes))
 
 
 def make_earlier(run: Run, rows: Sequence[dict], sampling: Sampling) -> earlier.Earlier | None:
@@ -116,6 +122,16 @@ def make_earlier(run: Run, rows: Sequence[dict], sampling: Sampling) -> earlier.
     # A run that resumes at the oldest checkpoint finds the epoch before it.
     keep = 2 * data.steps_per_epoch(rows, rl.batch) + (saved.keep + 1) * saved.every
     return earlier.Earlier(run.workdir / "rl" / "earlier", size, keep)
+
+
+def make_carried(run: Run, total: int) -> carried.Carried | None:
+    """Returns the problems that go on in the next step of `total`; None where a step waits for all of its own."""
+    rl, saved = run.config.rl, run.config.checkpoint
+    if not carried.extra(rl):
+        return None
+    # A run that resumes at the oldest checkpoint finds the step before it.
+    keep, pad = (saved.keep + 1) * saved.every, run.policy.pad_id
+    return carried.Carried(run.workdir / "rl" / "carried", rl, sampled_groups(rl), total, pad, keep)
 
 
 def remember(known: earlier.Earlier, position: int, sampled: Sampled, prompts: Mapping[str, Tokens]) -> None:
@@ -139,22 +155,38 @@ def sample_and_grade(
     policy, rl = sampler.run.policy, sampler.run.config.rl
     rounds = rl.resample
 
-    def sample(rows, number=0):
-        sampled, steps = sample_groups(sampler, params, rows, position, number)
+    def graded(rows, sampled):
         groups = sampled
         if rl.guided and "guided" not in sampled:
             solutions = [sampler.problems.solutions[row["id"]] for row in rows]
             groups = sampled | {"guided": demonstrate(policy, solutions, rl.max_new_tokens)}
         clock.lap("rollout")
-        graded = {name: grade(policy, rollout, rows, rl.reward) for name, rollout in groups.items()}
+        verdicts = {name: grade(policy, rollout, rows, rl.reward) for name, rollout in groups.items()}
         clock.lap("reward")
-        return Sampled(rows, graded, int(sum(rollout.lengths.sum() for rollout in sampled.values())), steps)
+        return verdicts
 
+    def sample(rows, number=0):
+        sampled, steps = sample_groups(sampler, params, rows, position, number)
+        return Sampled(rows, graded(rows, sampled), token_count(sampled), steps)
+
+    if sampler.in_flight is not None:
+        flight = sampler.in_flight.begin(position, sharding.row_ways(sampler.run.mesh))
+        rows = carried.rows_of(flight, batches[0], rl.batch)
+        rollouts, steps = sample_groups(sampler, params, rows, position, flight=flight)
+        trained, staleness = sampler.in_flight.end(position, flight, rollouts)
+        rows, sampled = [rows[i] for i in trained], carried.take(rollouts, trained)
+        tokens = token_count(rollouts) - token_count(flight.rollouts)
+        return Sampled(rows, graded(rows, sampled), tokens, steps, staleness)
     sampled = sample(batches[0][position])
     for number in range(1, rounds + 1):
         if not has_spread(sampled).all():
             sampled = fill(sampled, sample(batches[1][position * rounds + number - 1], number))
     return sampled
+
+
+def token_count(rollouts: Mapping[str, Rollout]) -> int:
+    """Returns the tokens of all groups."""
+    return int(sum(rollout.lengths.sum() for rollout in rollouts.values()))
 
 
 def fill(sampled: Sampled, other: Sampled) -> Sampled:
@@ -198,7 +230,12 @@ def has_spread(sampled: Sampled) -> np.ndarray:
 
 @phase("rollout")
 def sample_groups(
-    sampler: Sampler, params: Any, rows: Sequence[dict], position: int, number: int = 0
+    sampler: Sampler,
+    params: Any,
+    rows: Sequence[dict],
+    position: int,
+    number: int = 0,
+    flight: carried.Flight | None = None,
 ) -> tuple[dict[str, Rollout], int | Steps]:
     """Samples every group of a step at once.
 
@@ -207,6 +244,7 @@ def sample_groups(
       rows: B problems.
       position: the step's place among the batches, which together with the run's seed fixes the noise.
       number: of the round, for problems that replace others; it has noise of its own.
+      flight: the problems, where some go on and some need not end: each has the noise of its own batch.
 
     Returns:
       (group of `sampled_groups` -> its rollout `[B,G]`, slot-steps of all groups, or `Steps`).
@@ -218,10 +256,16 @@ def sample_groups(
     purposes = [f"{name}, round {number}" if number else name for name in sizes]
     keys = [noise_key(config.seed, purpose, position) for purpose in purposes]
     found = known.known(position, [row["id"] for row in rows], len(sizes)) if known else None
-    expected = [None] * len(sizes) if found is None else found.expected.T
-    kinds = [Kind(*fields) for fields in zip(tokens, keys, sizes.values(), expected, strict=True)]
-    texts = None if found is None else found.texts
-    rollouts, steps = respond_in_groups(run.policy, params, kinds, run.mesh, sampler.sampling, length, texts)
+    expected = None if found is None else found.expected
+    about = Known(np.arange(len(rows)), None, None if found is None else found.texts)
+    if flight is not None:
+        batch, ids = np.divmod(flight.numbers, config.rl.batch)
+        keys = [jax.vmap(partial(noise_key, config.seed, purpose))(jnp.asarray(batch)) for purpose in purposes]
+        expected = carried.in_line(flight, position, expected, config.rl.max_new_tokens)
+        about = about._replace(ids=ids, begun=carried.begun(flight, position, config.rl))
+    by_kind = [None] * len(sizes) if expected is None else expected.T
+    kinds = [Kind(*fields) for fields in zip(tokens, keys, sizes.values(), by_kind, strict=True)]
+    rollouts, steps = respond_in_groups(run.policy, params, kinds, run.mesh, sampler.sampling, length, about)
     return dict(zip(sizes, rollouts, strict=True)), steps
 
 
@@ -304,7 +348,7 @@ def _speed(clock: Clock, sampled: Sampled) -> dict[str, float]:
     tokens, steps, drafting = sampled.tokens, sampled.slot_steps, dict[str, float]()
     if isinstance(steps, Steps):
         passes, responses = int(steps.passes.sum()), steps.passes.size
-        used = passes / steps.slots
+        used = passes / max(steps.slots, 1)
         counts = {"drafted": int(steps.drafted.sum()), "accepted": tokens - passes, "passes": passes}
         drafting = {name: count / responses for name, count in counts.items()}
     else:
@@ -316,4 +360,5 @@ def _speed(clock: Clock, sampled: Sampled) -> dict[str, float]:
         "seconds_step": clock.total,
         "slots_used": float(used),
         **drafting,
+        **sampled.staleness,
     }

@@ -12,9 +12,11 @@ import sys
 import zlib
 from collections import Counter
 
+import jax
+import numpy as np
 import pytest
 from helpers.chat_server import WORDS, ChatServer, completion, helpful, problems, stage_of, strategy
-from helpers.runs import ROOT, TIMES, assert_same_run, command, environment
+from helpers.runs import ROOT, TIMES, assert_same_run, command, environment, parameters, rows
 
 from sgpo_jax.runtime.files import read_jsonl
 
@@ -101,6 +103,22 @@ def test_a_run_killed_in_every_phase_ends_as_without(tmp_path):
         assert len(results) > 1, f"no run comes to {kills[count]}"
         shutil.rmtree(workdir)  # it ended before it came to the next one: begin anew
     assert cut, "one of them in the middle of writing"
+
+
+@pytest.mark.slow
+def test_a_run_whose_responses_go_on_ends_as_without_kills(tmp_path):
+    """They come after checkpoints: what goes on after the later steps is there already, and is written anew."""
+    kills = [["rollout", 2, 0.02], ["grading", 9, 0.001], ["RL update", 2, 0.001], ["checkpoint", 1, 0.0]]
+    fields = {"stages": "('rl',)", "rl__eval_every": 0, "rl__learning_rate": 1e-2, "rl__draft": 4, "rl__slots": 4,
+              "rl__carry_over": 0.5, "rl__importance": "token"}  # fmt: skip
+    plans = [plan_of(tmp_path / name, "sgpo_jax.main", command(tmp_path / name, **fields)[3:], of)
+             for name, of in (("undisturbed", []), ("run", kills))]  # fmt: skip
+    _, killed = attempts(tmp_path, *plans)
+    assert [code for code, *_ in killed] == [-9] * len(kills) + [0]
+    undisturbed, found = (rows(tmp_path / name, "rl") for name in ("undisturbed", "run"))
+    assert undisturbed == found and len(found) == 8 and max(row["token_age_max"] for row in found) >= 1
+    states = [parameters(tmp_path / name, "rl", 8) for name in ("undisturbed", "run")]
+    jax.tree.map(np.testing.assert_array_equal, *states)
 
 
 def extra():

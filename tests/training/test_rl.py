@@ -92,7 +92,7 @@ def test_problems_without_spread_are_replaced_by_others_with_it():
     batch = sampled("abcd", [[1, 1], [1, 0], [0, 0], [0, 0]])
     other = sampled("wbxy", [[0, 0], [0, 1], [1, 0], [0, 1]])  # b is in the batch, w is of no use
     found = rl.fill(batch, other)
-    assert [row["id"] for row in found.problems] == ["x", "b", "y", "d"] and found[2:] == (10, 14)
+    assert [row["id"] for row in found.problems] == ["x", "b", "y", "d"] and found[2:4] == (10, 14)
     for graded in found.graded.values():
         assert graded.rewards.tolist() == [[1, 0], [1, 0], [0, 1], [0, 0]]
         expected = [[int(x) for x in row] for row in graded.texts]
