@@ -48,6 +48,13 @@ def world(
     }
 
 
+def corrected(carry_over: float) -> dict:
+    """Returns the changes for four-methods with importance weights, and fewer slots than responses."""
+    changes = world(competing=4, preference=0.4, steps=120)
+    changes["rl"] |= {"importance": "token", "draft": 4, "slots": 64, "carry_over": carry_over}
+    return changes
+
+
 def _worded(preference: float, size: str, noise: float, steps: int, known: float, wording: str) -> dict:
     """Returns the changes for a world with words of its own: its vocabulary is that of its rows."""
     size, longest = f"{size},wording={wording}", 40
@@ -108,6 +115,9 @@ def get_config() -> ConfigDict:
                 "mentions": world(competing=4, preference=0.4, steps=120, wording="mention"),
                 "foreign-expert": world(competing=4, preference=0.4, steps=120, wording="foreign"),
                 "half-known": world(competing=4, preference=0.3, steps=120, known=0.5, noise=0.3),
+                # four-methods, with steps that wait for their longest responses, and with steps that do not.
+                "waits": corrected(carry_over=0.0),
+                "goes-on": corrected(carry_over=1.0),
             }
         )
         config.lab.fast = ConfigDict(
