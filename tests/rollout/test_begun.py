@@ -54,7 +54,7 @@ def run(tiny, tiny_params, prompts):
         chosen = dataclasses.replace(Sampling(NEW, 0.5, draft=draft), **changes)
         mesh, placed = on(shape)
         placed = placed if params is None else policy.place(params, mesh)
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(sharding.decoding_mesh(mesh, chosen.decode_ways)):
             batch, problems = sharding.put_rows((tuple(prompts), Problems(IDS, expected, begun=begun)), mesh)
             found = generate(
                 placed, LanguageModel(tiny, STOPS, PAD), Prompts(*batch), key, problems, sampling=chosen, group=GROUP,
@@ -95,14 +95,14 @@ def assert_same(rollout, expected):
 
 
 @pytest.mark.parametrize(
-    ("shape", "slots"),
-    [((1, 1, 1), 0), ((1, 1, 1), 8), ((2, 2, 2), 8), ((1, 8, 1), 0)],
+    ("shape", "slots", "ways"),
+    [((1, 1, 1), 0, (1,)), ((1, 1, 1), 8, (1,)), ((2, 2, 2), 8, (1,)), ((1, 8, 1), 0, (1,)), ((1, 4, 2), 0, (1, 4))],
 )
-def test_a_stopped_rollout_goes_on_as_if_it_had_not_stopped(run, whole, shape, slots):
+def test_a_stopped_rollout_goes_on_as_if_it_had_not_stopped(run, whole, shape, slots, ways):
     rollout = FRESH
     for enough in (6, 15, COUNT):
         before = rollout
-        rollout, _ = run(until(before, enough), shape=shape, slots=slots)
+        rollout, _ = run(until(before, enough), shape=shape, slots=slots, decode_ways=ways)
         assert complete(rollout).sum() >= enough
         assert_same(rollout, cut(whole, rollout.lengths))
         known = np.arange(NEW) < before.lengths[..., None]
