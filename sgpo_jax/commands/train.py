@@ -22,7 +22,7 @@ def run(config, workdir: Path) -> None:
     mesh = sharding.make_mesh(**config.mesh)
     config_checks.check_mesh(config, mesh)
     rewards.check(config.rl.reward)
-    mirror.check_processes(workdir)
+    mirror.share(workdir)
     with lock.hold(workdir) if is_first() else contextlib.nullcontext():
         if is_first():
             # A run that was refused over its rows or its model has left a config too, which binds nobody.

@@ -322,13 +322,14 @@ def _at(url: str) -> tuple[Any, str]:
 
         return hub.Files(), path.rstrip("/")
     try:
-        return _filesystem(kind), path.rstrip("/")
+        return client(kind), path.rstrip("/")
     except ImportError as error:
         raise ValueError(f"{url}: needs the extra 'buckets': pip install 'sgpo_jax[buckets]' ({error})") from error
 
 
 @functools.cache
-def _filesystem(kind: str) -> Any:
+def client(kind: str) -> Any:
+    """Returns the client of a store, gs or s3, from which Orbax has its own."""
     import fsspec  # it and the clients take a second to import
 
     settings = fsspec.config.conf.setdefault(kind, {})
@@ -339,4 +340,7 @@ def _filesystem(kind: str) -> Any:
 
         # By default gcsfs waits for an answer for ever, and all processes of the run with it.
         settings.setdefault("requests_timeout", aiohttp.ClientTimeout(sock_connect=_SILENCE, sock_read=_SILENCE))
+    else:
+        # By default s3fs gives up after four seconds, and Orbax with it. These tries take half a minute, as gcsfs's do.
+        settings.setdefault("config_kwargs", {"retries": {"mode": "standard", "max_attempts": 8}})
     return fsspec.filesystem(kind)

@@ -3,8 +3,9 @@
 A command copies the folder when it begins, and sends what it has changed: at its end, and in a run also every few
 seconds or minutes (`buckets.PERIODS`) and before every checkpoint. So the bucket always has the run as it was some time
 ago, and a run that is killed loses no row before its last checkpoint. Checkpoints are written to gs:// by Orbax itself,
-by all processes, and are not copied. Elsewhere they are files like others. On s3:// these are sent after the rest,
-their seals last; a checkpoint without a seal is not whole. On hf:// all is sent in one commit, with whole ones alone.
+by all processes, and are not copied; to s3:// too, if there are several processes. Elsewhere they are files like
+others. On s3:// these are sent after the rest, Orbax's mark of success and the seal last; a checkpoint that has neither
+is not whole. On hf:// all is sent in one commit, with whole ones alone.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterator
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -29,6 +30,7 @@ _POLL = 1.0  # seconds between two looks at whether it is time to send
 _LAST = 600.0  # seconds in which the files are sent at the end
 _ARRAYS = "checkpoints"  # folders of this name hold checkpoints
 _SEAL = ".files.json"  # see `checksums`
+_MARK = "commit_success.txt"  # Orbax's own, which it writes last
 _OWN = re.compile(r"lock(/.*)?|\.probe\..*")  # objects that are no files of a run
 _LOCAL = (".partial", ".orbax-checkpoint-tmp")  # names of files that are not finished have this
 _CACHES = ("compiled",)  # folders that stay here
@@ -42,7 +44,7 @@ class _Mirror:
         self.folder = Path(tempfile.mkdtemp(prefix="sgpo_")) / url.rpartition("/")[2]
         self.folder.mkdir()
         self.whole = whole
-        self.direct = url.startswith("gs://") and not whole  # Orbax writes the checkpoints to the bucket
+        self.direct = url.startswith("gs://") and not whole  # Orbax writes the checkpoints to the bucket; see `share`
         self.failed = False
         self._periods = buckets.periods(url)
         self._due, self._soonest = 0.0, 0.0  # when, in monotonic time, the files are to be sent, and may be
@@ -106,11 +108,11 @@ class _Mirror:
 
     def _send(self, now: dict[str, tuple[int, int]]) -> None:
         changed = [name for name, state in now.items() if self._sent.get(name) != state]
-        for name in sorted(changed, key=lambda name: (_in_arrays(name), name.endswith(_SEAL), now[name][1])):
+        for name in sorted(changed, key=lambda name: (_in_arrays(name), _vouches(name), now[name][1])):
             with contextlib.suppress(FileNotFoundError):  # it has just been removed
                 buckets.upload(self.folder / name, f"{self.url}/{name}")
                 self._sent[name] = now[name]
-        for name in sorted(self._sent.keys() - now.keys(), key=lambda name: name.count("/")):  # a seal goes first
+        for name in sorted(self._sent.keys() - now.keys(), key=_vouches, reverse=True):
             buckets.delete(f"{self.url}/{name}")
             del self._sent[name]
 
@@ -213,18 +215,25 @@ def arrays(folder: Path) -> Path:
     return folder
 
 
-def check_processes(folder: Path) -> None:
-    """Checks that the processes of a run can write their checkpoints to a folder together.
+def share(folder: Path) -> None:
+    """Makes the processes of a run write their checkpoints to a folder together, each its own part.
 
     Raises:
       ValueError: they cannot.
+      OSError: the bucket cannot be reached.
     """
     mirror = _of(folder)
-    if mirror and not mirror.direct and jax.process_count() > 1:
+    if mirror is None or mirror.direct or jax.process_count() == 1:
+        return
+    if not mirror.url.startswith("s3://"):
         raise ValueError(
-            f"--workdir={mirror.url}: several processes cannot write a checkpoint there, because Orbax writes to gs:// "
-            "or to files; must be at gs://, or a folder that all processes share"
+            f"--workdir={mirror.url}: several processes cannot write a checkpoint there; must be at gs:// or s3://, or "
+            "a folder that all processes share"
         )
+    from sgpo_jax.runtime import s3_arrays  # it imports Orbax
+
+    s3_arrays.allow(mirror.url)
+    mirror.direct = True
 
 
 @contextlib.contextmanager
@@ -302,10 +311,15 @@ def _in_arrays(name: str) -> bool:
     return _ARRAYS in name.split("/")[:-1]
 
 
-def _is_whole(name: str, names: Iterable[str]) -> bool:
-    """Returns False for a file of a checkpoint that has no seal among the names."""
+def _vouches(name: str) -> int:
+    """Returns 2 for a seal, 1 for Orbax's mark, 0 for other files. The last are sent first and deleted last."""
+    return 2 if name.endswith(_SEAL) else int(name.endswith(f"/{_MARK}"))
+
+
+def _is_whole(name: str, names: Container[str]) -> bool:
+    """Returns False for a file of a checkpoint of which the names have neither the seal nor Orbax's mark."""
     seal = _seal_of(name)
-    return not seal or seal in names
+    return not seal or seal in names or f"{seal.removesuffix(_SEAL)}/{_MARK}" in names
 
 
 def _seal_of(name: str) -> str:

@@ -21,6 +21,8 @@ FORMAT = 1  # version of the checkpoint format; any other version is refused
 # Largest piece of an array, in bytes, that is written and read as one. The default is a device's part of the array: if
 # many devices restore what one device saved, each of them would read the whole array.
 _PIECE = 2**24
+# At s3:// Orbax's mark of success makes a checkpoint whole, as it does at gs:// by default.
+_AT_S3 = ocp.options.AtomicityOptions(ocp.options.AtomicityMode.COMMIT_FILE)
 
 
 class Damaged(ValueError):
@@ -104,6 +106,7 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(preserved),
             best_fn=lambda metrics: metrics[best],
             single_host_load_and_broadcast=True,
+            atomicity_options=_AT_S3 if str(self._folder).startswith("s3://") else None,
         )
         try:
             self._manager = ocp.CheckpointManager(self._folder, options=options)

@@ -29,6 +29,7 @@ FAULTS = [
     ("P(OS|U)T(?!.*upload_id)", "lost"), ("DELETE", 503),
 ]  # fmt: skip
 SILENCE = [("GET .*prefix", "mute"), ("POST .*=media&", "mute"), ("GET .*tensorstore=", "mute")]  # two of TensorStore
+S3_SILENCE = [("PUT .*/ocdbt.process_1/", "mute"), ("GET .*/manifest.ocdbt", "mute")]  # of TensorStore
 COMMITS = [("POST .*/commit/", "lost"), ("POST .*/commit/", 429)]  # in which the hub also deletes
 APART = 20  # requests
 HOST = socket.gethostname()
@@ -83,18 +84,20 @@ def test_rows_files_and_checkpoints_outlive_kills_and_faults(kind, small_run, un
 
 
 @pytest.mark.slow
-def test_two_processes_at_gs_outlive_kills_faults_and_the_loss_of_the_lock(small_run, undisturbed, tmp_path):
+@pytest.mark.parametrize(("kind", "silence"), [("gs", SILENCE), ("s3", S3_SILENCE)])
+def test_two_processes_outlive_kills_faults_and_the_loss_of_the_lock(kind, silence, small_run, undisturbed, tmp_path):
     """Either process is killed, while a checkpoint is written and between two; then another run takes the lock."""
     kills = [[1, "row", 1], [2, "saving", 1], [4, "saving", 0], [5, "robbed", 0]]
-    with SERVERS["gs"]() as server:
-        codes, said = small_run("gs://bucket/well", 2, [], server.variables)
+    with SERVERS[kind]() as server:
+        well, ill = f"{server.root}/well", f"{server.root}/ill"
+        codes, said = small_run(well, 2, [], server.variables)
         assert codes == [[0, 0]], said
-        assert_same(downloaded("gs://bucket/well", tmp_path / "well"), undisturbed[2])
-        server.fails[:], server.apart = SILENCE + FAULTS, APART
-        codes, said = small_run("gs://bucket/ill", 2, kills, server.variables)
+        assert_same(downloaded(well, tmp_path / "well"), undisturbed[2])
+        server.fails[:], server.apart = silence + FAULTS, APART
+        codes, said = small_run(ill, 2, kills, server.variables)
         assert not server.fails
-        assert_same(downloaded("gs://bucket/ill", tmp_path / "ill"), undisturbed[2])
-    assert said.count(f"sgpo_jax: process 0 of 2, on host {HOST}, has lost the lock of gs://bucket/ill to ") == 1, said
+        assert_same(downloaded(ill, tmp_path / "ill"), undisturbed[2])
+    assert said.count(f"sgpo_jax: process 0 of 2, on host {HOST}, has lost the lock of {ill} to ") == 1, said
     killed, left = -signal.SIGKILL, (1, -signal.SIGABRT)  # jaxlib may notice that the first process is dead, and abort
     assert [codes[i][dead] for i, dead in enumerate((1, 1, 0))] == [killed] * 3, codes
     assert codes[0][0] == codes[1][0] == 1 and codes[2][1] in left and codes[3:] == [[1, 1], [0, 0]], (codes, said)

@@ -18,6 +18,7 @@ from http.server import BaseHTTPRequestHandler
 from urllib.parse import urlsplit
 
 import pytest
+from etils.epath import backend
 from huggingface_hub import constants
 
 from helpers.hub_server import TOKEN, HubServer
@@ -233,7 +234,8 @@ def hugging_face():
 
 def forget_clients():
     """Makes the next request of this process ask the environment for its server: fsspec keeps clients without it."""
-    buckets._filesystem.cache_clear()
+    buckets.client.cache_clear()
+    backend.fsspec_backend._get_filesystem.cache_clear()
     for module, name in (("gcsfs", "GCSFileSystem"), ("s3fs", "S3FileSystem")):
         if module in sys.modules:
             getattr(sys.modules[module], name).clear_instance_cache()

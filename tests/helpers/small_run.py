@@ -62,6 +62,7 @@ def run(workdir: str, processes: int, process: int, port: int, kill: tuple[int, 
     folder = cli.folder("workdir", workdir)
     if processes > 1:
         distributed.start(f"127.0.0.1:{port}", processes, process)
+    mirror.share(folder)
     mesh = sharding.make_mesh()
     split, whole = (jax.sharding.NamedSharding(mesh, jax.P(*axes)) for axes in (["fsdp"], []))
     shardings = TrainState(whole, {"a": split}, (), whole)

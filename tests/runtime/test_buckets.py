@@ -114,7 +114,7 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(monkeypatch, tmp_path):
         def find(self, path, detail):
             return {f"{path}/../../evil": {"type": "file", "size": 1, "ETag": "x"}}
 
-    monkeypatch.setattr(buckets, "_filesystem", lambda kind: Store())
+    monkeypatch.setattr(buckets, "client", lambda kind: Store())
     with pytest.raises(ValueError, match="s3://bucket/data: holds an object named 'bucket/data/../../evil'; must have"):
         buckets.fetch("s3://bucket/data")
 

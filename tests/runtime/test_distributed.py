@@ -232,12 +232,35 @@ def test_two_processes_in_a_bucket_end_as_on_a_disk(undisturbed, tmp_path):
         preempted, _ = interrupt(url, "rl", 2, 1, signal.SIGTERM)
         assert [code for code, _, _ in preempted] == [0, 0] and SAVED.search(preempted[0][1]), preempted
         finished(url, 2, 2)
-        found = buckets.listing(url)
-        buckets.download(url, {name: tmp_path / name for name in found if not name.startswith("lock/")})
-    assert results(tmp_path) == results(undisturbed) and files(tmp_path) == files(undisturbed) - {"lock"}
+        download(url, tmp_path)
+    assert_same(tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+def test_two_processes_at_s3_go_on_with_what_was_begun_on_a_disk(undisturbed, tmp_path):
+    """They read the warm-up's checkpoint in the bucket, and each writes its part of those of RL there."""
+    url = "s3://bucket/runs/two"
+    begun = shutil.copytree(undisturbed, tmp_path / "begun", ignore=shutil.ignore_patterns("rl", "rl.jsonl", "eval"))
+    with SERVERS["s3"]() as server:
+        buckets.change(url, {str(path.relative_to(begun)): path for path in begun.rglob("*") if path.is_file()})
+        server.requests.clear()
+        finished(url, 2, 2)
+        sent = [line for line in server.requests if line.startswith("PUT")]
+        assert all(any(f"/ocdbt.process_{i}/" in line for line in sent) for i in (0, 1)), "each its own part"
+        download(url, tmp_path / "run")
+    assert_same(tmp_path / "run", undisturbed)
+
+
+def download(url, folder):
+    buckets.download(url, {name: folder / name for name in buckets.listing(url) if not name.startswith("lock")})
+
+
+def assert_same(copy, undisturbed):
+    """Checks that a run that was copied from a bucket ended bit for bit as one on a disk."""
+    assert results(copy) == results(undisturbed) and files(copy) == files(undisturbed) - {"lock"}
     for stage, total in STEPS.items():
-        assert rows(tmp_path, stage) == rows(undisturbed, stage)
-        for a, b in zip(*(jax.tree.leaves(state(w, stage, total)) for w in (tmp_path, undisturbed)), strict=True):
+        assert rows(copy, stage) == rows(undisturbed, stage)
+        for a, b in zip(*(jax.tree.leaves(state(w, stage, total)) for w in (copy, undisturbed)), strict=True):
             np.testing.assert_array_equal(a, b)
 
 

@@ -203,10 +203,10 @@ def test_threads_of_one_process_do_not_come_before_each_other(server, monkeypatc
 
 def test_several_processes_are_refused(server, monkeypatch):
     folder = mirror.copy(URL)
-    mirror.check_processes(folder)
+    mirror.share(folder)
     monkeypatch.setattr(mirror.jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match=f"^--workdir={URL}: several processes cannot write a checkpoint there"):
-        mirror.check_processes(folder)
+        mirror.share(folder)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import threading
 import time
 
@@ -64,23 +65,33 @@ def test_what_a_command_changes_is_sent_and_what_it_removes_is_deleted(sent):
     assert buckets.read(f"{URL}/eval/a.jsonl") == b"longer than before"
 
 
-def test_checkpoints_that_are_files_are_sent_last_and_are_whole_with_their_seal(sent):
+def test_checkpoints_that_are_files_are_sent_last_and_are_whole_with_their_mark_or_seal(sent, monkeypatch):
     folder = mirror.copy(URL, whole=True)
     step = folder / "rl/checkpoints/2"
     step.mkdir(parents=True)
+    (step / "commit_success.txt").write_text("by Orbax")
     (step / "array").write_text("numbers")
     checksums.write(step)
     time.sleep(0.02)
     (folder / "rl.jsonl").write_text("a row that is later than the checkpoint\n")
     mirror.push()
-    assert sent == ["rl.jsonl", "rl/checkpoints/2/array", "rl/checkpoints/2.files.json"]
+    parts = ["rl/checkpoints/2/array", "rl/checkpoints/2/commit_success.txt", "rl/checkpoints/2.files.json"]
+    assert sent == ["rl.jsonl", *parts]
+    buckets.write(f"{URL}/rl/checkpoints/3/array", b"of a process that was killed after the mark")
+    buckets.write(f"{URL}/rl/checkpoints/3/commit_success.txt", b"by Orbax")
     buckets.write(f"{URL}/rl/checkpoints/4/array", b"of a process that was killed before the seal")
     mirror._mirrors.clear()
     again = mirror.copy(URL, whole=True)
-    assert [path.name for path in sorted((again / "rl/checkpoints").iterdir())] == ["2", "2.files.json"]
+    assert [path.name for path in sorted((again / "rl/checkpoints").iterdir())] == ["2", "2.files.json", "3"]
     assert checksums.damage(again / "rl/checkpoints/2", quick=False) is None
     with mirror.writing(again):
         assert "rl/checkpoints/4/array" not in names()
+    deleted, delete = [], buckets.delete
+    monkeypatch.setattr(buckets, "delete", lambda url: deleted.append(url.removeprefix(f"{URL}/")) or delete(url))
+    shutil.rmtree(again / "rl/checkpoints/2")
+    (again / "rl/checkpoints/2.files.json").unlink()
+    mirror.push()
+    assert deleted == parts[::-1]
 
 
 def test_a_run_sends_its_files_while_it_runs_and_outlives_an_outage(monkeypatch, capfd):
