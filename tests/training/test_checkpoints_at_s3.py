@@ -71,7 +71,13 @@ def test_one_process_goes_on_where_several_stopped_and_the_other_way(server, mon
 
 def test_another_release_of_orbax_is_refused_by_name(server, monkeypatch):
     folder = mirror.copy(URL)
-    for other in (lambda directory: {"driver": "ocdbt", "base": directory}, lambda place: {}):
+    known = {"driver": "gcs", "bucket": "bucket", "path": "run/a"}
+    there = {"driver": "gcs", "url": "gs://bucket/run/a"}
+
+    def another(directory, name="", use_ocdbt=True):
+        return {"base": there} if use_ocdbt else there
+
+    for other in (another, lambda place: {"base": known}, lambda directory, **more: {}):
         monkeypatch.setattr(tensorstore_utils, "build_kvstore_tspec", other)
         message = rf"^--workdir={URL}: orbax-checkpoint [\d.]+ names the place of an array in another way than 0\.12\.8"
         with pytest.raises(ValueError, match=message):
