@@ -60,8 +60,10 @@ def collect(sets: Iterable[str], folders: Mapping[str, Path]) -> list[tuple[str,
         files = {}
         for when, folder in folders.items():
             for context in CONTEXTS:
-                if generations := sorted(folder.glob(f"{name}_{context}_*.jsonl")):
-                    files[f"{when}, {context}"] = generations[-1]
+                # A set whose turn has not come yet has an empty file.
+                found = sorted(file for file in folder.glob(f"{name}_{context}_*.jsonl") if file.stat().st_size)
+                if found:
+                    files[f"{when}, {context}"] = found[-1]
         if unguided := [column for column in files if column.endswith(f", {CONTEXTS[False]}")]:
             collected.append((name, side_by_side(files, unguided[-1], before=unguided[0]), unguided[-1]))
     return collected

@@ -152,6 +152,7 @@ def test_before_the_evaluation_the_page_has_what_is_there(tmp_path):
         path.unlink()
     write_jsonl(run / "rl/generations/heldout_unguided_000002.jsonl", generations(("correct",), 2))
     write_jsonl(run / "rl/generations/heldout_unguided_000004.jsonl", generations(("wrong",), 4))
+    write_jsonl(run / "rl/generations/heldout_unguided_000006.jsonl", [])  # its turn has not come
     found = Page(page.write_run(run, "RL step 6 of 9", running=True))
     text = words(found)
     assert "running: RL step 6 of 9" in text and "reward, unguided 29.2 → 29.2" in text
