@@ -29,6 +29,7 @@ from sgpo_jax.training import inputs, rl, sft, stage
 
 # A row has the mean of these metrics over the steps of training.
 _MEANS = ("reward_auto", "reward_guided", "alpha", "token_kl", "kl_clip_share", "entropy", "response_length")
+_ROW = "row.json"  # in the folder of a cell that has ended
 # Runs cells; yields each one that finishes with its row, or with its error.
 RunCells = Callable[[Sequence[Cell]], Iterable[tuple[Cell, dict[str, Any] | Exception]]]
 
@@ -65,7 +66,7 @@ def run_cell(config: ConfigDict, cell: Cell, workdir: Path) -> dict[str, Any]:
             if cell.method == "sft":
                 sft.train(run, initial, inputs.demonstrations(run))
             elif not has_warmed_up(config, workdir, cell.warm_up):
-                raise ValueError(f"{warm_up.workdir} has no checkpoint of the warm-up that {cell} begins with")
+                raise ValueError(f"{warm_up.workdir} has no finished warm-up, with which {cell} begins")
             else:
                 problems = inputs.with_own_strategies(run, inputs.problems(run), warmed_up)
                 rl.train(run, warmed_up, problems, rl.step_sampling(run))
@@ -76,12 +77,15 @@ def run_cell(config: ConfigDict, cell: Cell, workdir: Path) -> dict[str, Any]:
         result |= _accuracies(run, stage.weights(run, params), step or 0, failed="failed" in result)
     if step is not None:
         result |= _training_means(folder / "rl.jsonl")
-    return {**cell._asdict(), "config": digest(config), **result, "seconds": round(time.perf_counter() - started, 1)}
+    row = {**cell._asdict(), "config": digest(config), **result, "seconds": round(time.perf_counter() - started, 1)}
+    files.write_text(folder / _ROW, files.jsonl([row]))
+    return row
 
 
 def has_warmed_up(config: ConfigDict, workdir: Path, warm_up: Cell) -> bool:
-    """Returns True if the checkpoint of a warm-up is in the folder of the lab."""
-    return stage.find_step(config, workdir / str(warm_up), "sft", "best") is not None
+    """Returns True if a warm-up has ended in the folder of the lab, and its checkpoint is there."""
+    folder = workdir / str(warm_up)
+    return (folder / _ROW).is_file() and stage.find_step(config, folder, "sft", "best") is not None
 
 
 def _accuracies(run: Run, params: Any, step: int, failed: bool) -> dict[str, Any]:

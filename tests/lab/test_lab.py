@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from helpers.paths import ROOT
 from sgpo_jax import lab, methods
 from sgpo_jax.config import ConfigDict
 from sgpo_jax.lab import summary, workers
+from sgpo_jax.runtime import preemption
 from sgpo_jax.runtime.files import read_jsonl
 
 
@@ -278,7 +280,7 @@ def test_methods_begin_with_the_warm_up_of_their_world_and_seed(config, tmp_path
 
 
 @pytest.mark.slow
-def test_a_warm_up_that_left_only_its_row_is_run_again(config, tmp_path):
+def test_a_warm_up_that_left_only_its_row_is_run_again(config, tmp_path, monkeypatch):
     """Rows are copied to another folder, without the folders of the runs, and a method is added."""
     config.lab.update({"worlds": ("base",), "methods": ("sft",), "seeds": (0,), "rates": (1.0,)})
     lab.run(config, tmp_path / "first")
@@ -295,8 +297,20 @@ def test_a_warm_up_that_left_only_its_row_is_run_again(config, tmp_path):
     assert found[0] == found[1] and len(found[0]) == 2
     assert (tmp_path / "second" / "base" / "sft@1" / "seed0" / "sft" / "checkpoints").is_dir()
 
+    # The same, where the warm-up that is run again is stopped, and has a checkpoint of its first step.
+    (tmp_path / "third").mkdir()
+    (tmp_path / "third" / "results.jsonl").write_text(rows)
+    stopped = tmp_path / "third/base/sft@1/seed0"
+    with monkeypatch.context() as patched:
+        patched.setattr(preemption, "requested", lambda: signal.SIGTERM * (stopped / "sft.jsonl").is_file())
+        with pytest.raises(ValueError, match="stopped by SIGTERM"):
+            lab.run(config, tmp_path / "third")
+    assert [path.name for path in (stopped / "sft/checkpoints").iterdir() if path.is_dir()] == ["1"]
+    lab.run(config, tmp_path / "third")
+    assert timeless(tmp_path / "third/results.jsonl")[-1] == timeless(tmp_path / "first/results.jsonl")[-1]
+
     cell = lab.Cell("base", "sgpo", 1.0, 5)
-    with pytest.raises(ValueError, match=r"base/sft@1/seed5 has no checkpoint of the warm-up that base/sgpo@1/seed5"):
+    with pytest.raises(ValueError, match=r"base/sft@1/seed5 has no finished warm-up, with which base/sgpo@1/seed5"):
         lab.run_cell(lab.cell_config(config, cell), cell, tmp_path / "first")
 
 
