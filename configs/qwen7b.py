@@ -5,7 +5,7 @@
 It reads data/train.jsonl (id, problem, answer, solution, strategy) and data/{math500,amc23,olympiadbench,aime24}.jsonl
 (id, problem, answer). To read other files: --config.data.train=... and --config.eval.sets.MATH500.source=...
 `:h100x8` or `:h100x32` after the file's name makes it fit 8 or 32 H100 (docs/gpus.md). `:lora` trains adapters, on one
-H100, or with --config.mesh.tensor=4 on v5e:2x4 or v6e:2x2 (docs/lora.md).
+H100, or with --config.mesh.tensor=4 --config.rl.slots=24 on v5e:2x4 or v6e:2x2 (docs/lora.md).
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +21,7 @@ CARDS = {
     "lora": {
         "lora.rank": 64, "lora.alpha": 128.0, "lora.base_dtype": "bfloat16", "mesh.tensor": 1,
         "sft.batch": 16, "sft.micro_batch": 2, "sft.learning_rate": 1e-4,
-        "rl.batch": 16, "rl.micro_batch": 2, "rl.slots": 24, "rl.learning_rate": 1e-5,
+        "rl.batch": 16, "rl.micro_batch": 2, "rl.slots": 20, "rl.learning_rate": 1e-5,
         "eval.batch": 16, "eval.slots": 12,
     },
 }  # fmt: skip

@@ -47,8 +47,9 @@ def test_a_plan_is_of_the_preset_in_the_config(model, cards):
 @pytest.mark.parametrize(
     ("model", "name", "chips", "changes"),
     [
-        ("qwen7b", "h100x1", "h100:1", {}), ("qwen7b", "v5e_2x4", "v5e:2x4", {"mesh.tensor": 4}),
-        ("qwen7b", "v6e_2x2", "v6e:2x2", {"mesh.tensor": 4}), ("qwen1p5b", "rtx4090x1", "rtx4090:1", {}),
+        ("qwen7b", "h100x1", "h100:1", {}), ("qwen1p5b", "rtx4090x1", "rtx4090:1", {}),
+        ("qwen7b", "v5e_2x4", "v5e:2x4", {"mesh.tensor": 4, "rl.slots": 24}),
+        ("qwen7b", "v6e_2x2", "v6e:2x2", {"mesh.tensor": 4, "rl.slots": 24}),
     ],
 )  # fmt: skip
 def test_the_plans_of_adapters_are_of_their_preset_and_in_their_table(model, name, chips, changes):
