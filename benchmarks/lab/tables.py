@@ -169,6 +169,20 @@ def guided_side() -> Table:
     return [[*header, "guided, before", "after anchored", "after anchored_guided"], *lines]
 
 
+def anchored_elsewhere() -> Table:
+    """Makes the table of both forms where the base solves a quarter of the problems or more: five seeds at rate 2."""
+    rows, lines = grid_rows() + read("anchored"), []
+    for world in ("base", "two-stages"):
+        accuracies = [percent(rows, world, name) for name in ("grpo", "anchored", "anchored_guided")]
+        pairs = [compared(rows, world, name, "grpo") for name in ("anchored", "anchored_guided")]
+        cells = [" ".join(pair).removesuffix(" not distinguishable") for pair in pairs]
+        names = "sft", "grpo", "sgpo", "anchored", "anchored_guided"
+        lines.append([world, *accuracies, *cells, *(mean(rows, world, name, "accuracy_guided") for name in names)])
+    header = ["world", "GRPO", "anchored", "anchored_guided", "anchored - GRPO", "anchored_guided - GRPO"]
+    after = (f"after {name}" for name in ("GRPO", "SGPO", "anchored", "anchored_guided"))
+    return [[*header, "guided, before", *after], *lines]
+
+
 def distances() -> Table:
     """Makes the table of SGPO with the forward KL and with SDPO's two distances."""
     rows = [row for row in read("results", "more_seeds") if row["seed"] in TEN and row["rate"] == 2.0]
@@ -255,6 +269,7 @@ def tables() -> dict[str, Table]:
         "The base world": grid(), "The paper's claims": claims_table(), "With ten seeds": claims_of_ten_seeds(),
         "Worlds": worlds(), "Differences in worlds": differences(), "Hard worlds with ten seeds": hard_worlds(),
         "Anchored": anchored(), "Anchored on both sides": guided_side(),
+        "Anchored where the base is good": anchored_elsewhere(),
         "SDPO's distances": distances(), "Strategies that the student writes": self_written(),
         "Their rates": accuracies_by_rate("self_written", "self-written", dict(trained)),
         "Logic": logic(), "Its rates": accuracies_by_rate("logic", "base", dict(list(AFTER_WARM_UP.items())[1:])),
