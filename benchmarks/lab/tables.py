@@ -183,6 +183,17 @@ def anchored_elsewhere() -> Table:
     return [[*header, "guided, before", *after], *lines]
 
 
+def parts() -> Table:
+    """Makes the table of each part of `anchored` alone: three seeds at rate 2, accuracy and guided accuracy after."""
+    rows = [row for row in anchored_rows() + read("parts") if row["seed"] in (0, 1, 2)]
+    methods = "grpo", "sgpo", "frozen_teacher", "scaled_kl", "anchored"
+    lines = []
+    for world in HARD:
+        pairs = [[mean(rows, world, name, metric) for metric in ("accuracy", "accuracy_guided")] for name in methods]
+        lines.append([world, *(" / ".join(pair) for pair in pairs)])
+    return [["world", "GRPO", "SGPO", "frozen_teacher", "scaled_kl", "both: anchored"], *lines]
+
+
 def distances() -> Table:
     """Makes the table of SGPO with the forward KL and with SDPO's two distances."""
     rows = [row for row in read("results", "more_seeds") if row["seed"] in TEN and row["rate"] == 2.0]
@@ -269,7 +280,7 @@ def tables() -> dict[str, Table]:
         "The base world": grid(), "The paper's claims": claims_table(), "With ten seeds": claims_of_ten_seeds(),
         "Worlds": worlds(), "Differences in worlds": differences(), "Hard worlds with ten seeds": hard_worlds(),
         "Anchored": anchored(), "Anchored on both sides": guided_side(),
-        "Anchored where the base is good": anchored_elsewhere(),
+        "Anchored where the base is good": anchored_elsewhere(), "Its parts": parts(),
         "SDPO's distances": distances(), "Strategies that the student writes": self_written(),
         "Their rates": accuracies_by_rate("self_written", "self-written", dict(trained)),
         "Logic": logic(), "Its rates": accuracies_by_rate("logic", "base", dict(list(AFTER_WARM_UP.items())[1:])),
