@@ -194,6 +194,22 @@ def parts() -> Table:
     return [["world", "GRPO", "SGPO", "frozen_teacher", "scaled_kl", "both: anchored"], *lines]
 
 
+def new_worlds() -> Table:
+    """Makes the table of the worlds of the second edition: three seeds at rate 2, which was tuned for none."""
+    rows, lines = read("new_worlds"), []
+    methods = "grpo", "sgpo", "direct_sft", "anchored", "anchored_guided"
+    for world in dict.fromkeys(row["world"] for row in rows):
+        accuracies = [percent(rows, world, name) for name in methods]
+        others = ("anchored", "grpo"), ("anchored", "direct_sft"), ("anchored_guided", "grpo")
+        pairs = [" ".join(compared(rows, world, *pair)).removesuffix(" not distinguishable") for pair in others]
+        names = "sft", "sgpo", "anchored", "anchored_guided"
+        guided = [mean(rows, world, name, "accuracy_guided") for name in names]
+        lines.append([world, mean(rows, world, "sft"), *accuracies, *pairs, *guided])
+    header = ["world", "before", "GRPO", "SGPO", "direct SFT", "anchored", "anchored_guided", "anchored - GRPO"]
+    after = (f"after {name}" for name in ("SGPO", "anchored", "anchored_guided"))
+    return [[*header, "anchored - direct SFT", "anchored_guided - GRPO", "guided, before", *after], *lines]
+
+
 def distances() -> Table:
     """Makes the table of SGPO with the forward KL and with SDPO's two distances."""
     rows = [row for row in read("results", "more_seeds") if row["seed"] in TEN and row["rate"] == 2.0]
@@ -281,6 +297,7 @@ def tables() -> dict[str, Table]:
         "Worlds": worlds(), "Differences in worlds": differences(), "Hard worlds with ten seeds": hard_worlds(),
         "Anchored": anchored(), "Anchored on both sides": guided_side(),
         "Anchored where the base is good": anchored_elsewhere(), "Its parts": parts(),
+        "New worlds": new_worlds(),
         "SDPO's distances": distances(), "Strategies that the student writes": self_written(),
         "Their rates": accuracies_by_rate("self_written", "self-written", dict(trained)),
         "Logic": logic(), "Its rates": accuracies_by_rate("logic", "base", dict(list(AFTER_WARM_UP.items())[1:])),

@@ -52,8 +52,8 @@ def _run_missing(
 ) -> None:
     """Runs the cells that have no row yet, all warm-ups before the others, and calls `add` with each row.
 
-    Rows can be there without their folders. A warm-up is run again where a cell is to begin with it and it has not ended
-    in this folder.
+    Rows can be there without their folders. A warm-up is run again where a cell is to begin with it and it has not
+    ended in this folder.
     """
     others = [cell for cell in cells if cell.method != "sft" and cell not in results]
     gone = {cell.warm_up for cell in others if not has_warmed_up(results.config, workdir, cell.warm_up)}
