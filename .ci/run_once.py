@@ -14,8 +14,8 @@ PASSED = Path(os.environ["CI_PASSED"])
 COMPLETE = os.environ.get("CI_COMPLETE") == "1"
 # From the longest on, as measured.
 LONG = (
-    "test_distributed", "test_run", "test_kills", "test_plan", "test_methods", "test_train_step", "test_sharding",
-    "test_lab", "test_engine", "test_processes", "test_weights", "test_gpu_compiler",
+    "test_distributed", "test_bucket_runs", "test_run", "test_kills", "test_plan", "test_methods", "test_train_step",
+    "test_sharding", "test_lab", "test_engine", "test_processes", "test_weights", "test_gpu_compiler",
 )  # fmt: skip
 
 not_run: list[str] = []

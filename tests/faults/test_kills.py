@@ -108,7 +108,7 @@ def test_a_run_killed_in_every_phase_ends_as_without(tmp_path):
 @pytest.mark.slow
 def test_a_run_whose_responses_go_on_ends_as_without_kills(tmp_path):
     """They come after checkpoints: what goes on after the later steps is there already, and is written anew."""
-    kills = [["rollout", 2, 0.02], ["grading", 9, 0.001], ["RL update", 2, 0.001], ["checkpoint", 1, 0.0]]
+    kills = [["rollout", 2, 0.02], ["checkpoint", 1, 0.0]]
     fields = {"stages": "('rl',)", "rl__eval_every": 0, "rl__learning_rate": 1e-2, "rl__draft": 4, "rl__slots": 4,
               "rl__carry_over": 0.5, "rl__importance": "token"}  # fmt: skip
     plans = [plan_of(tmp_path / name, "sgpo_jax.main", command(tmp_path / name, **fields)[3:], of)
