@@ -80,7 +80,8 @@ def evaluate(
     numbers = [_finished(policy, *each, restart) for each in chosen]
     together: dict[tuple, list[int]] = {}
     for i, (_, settings, _) in enumerate(chosen):
-        together.setdefault((settings.samples, settings.sampling, settings.batch), []).append(i)
+        common = settings.samples, settings.sampling, settings.batch, settings.reward, settings.step
+        together.setdefault(common, []).append(i)
     for members in together.values():
         _sample(policy, params, [chosen[i] for i in members], [numbers[i] for i in members], mesh)
     results = []
@@ -109,7 +110,7 @@ def _finished(policy: Policy, rows: Sequence[dict], settings: Settings, path: Pa
 def _sample(
     policy: Policy, params: Any, chosen: Sequence[Chosen], numbers: Sequence[np.ndarray], mesh: Mesh
 ) -> None:
-    """Samples and grades what is left of sets that have K and the sampling in common; fills in their `numbers`."""
+    """Samples and grades what is left of sets that are sampled and graded alike; fills in their `numbers`."""
     samples, sampling, size = (getattr(chosen[0].settings, name) for name in ("samples", "sampling", "batch"))
     prompts = [encode_prompts(policy, rows, settings.guided) for rows, settings, _ in chosen]
     keys = [

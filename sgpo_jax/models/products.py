@@ -1,4 +1,4 @@
-"""Matrix products on CPUs, summed as exactly as elsewhere."""
+"""Matrix products that are written for XLA's CPU compiler: one for its sums, one for the copies that it would make."""
 
 import jax
 import jax.numpy as jnp

@@ -150,18 +150,19 @@ def test_a_file_made_with_other_settings_is_refused_or_made_anew(small, tmp_path
 
 def test_sets_of_as_many_samples_are_sampled_together(small, tmp_path, monkeypatch):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    sizes = {"first": (3, 3), "other": (5, 2), "second": (4, 3)}  # problems and samples
+    sizes = {"first": (3, 3, 3), "other": (5, 2, 3), "second": (4, 3, 3), "later": (1, 3, 4)}  # problems, samples, step
     chosen = [
         sets.Chosen(data.load(f"arithmetic:eval,count={count},seed={i}"),
-                    dataclasses.replace(SETTINGS, name=name, samples=samples), tmp_path / f"{name}.jsonl")
-        for i, (name, (count, samples)) in enumerate(sizes.items())
+                    dataclasses.replace(SETTINGS, name=name, samples=samples, step=step), tmp_path / f"{name}.jsonl")
+        for i, (name, (count, samples, step)) in enumerate(sizes.items())
     ]  # fmt: skip
     calls = []
     original = sets.respond
     monkeypatch.setattr(sets, "respond", lambda *a, **k: calls.append((a[3].tolist(), a[7])) or original(*a, **k))
     results = sets.evaluate(*small, chosen, mesh)
     # Batches of 2: the third problem of the first set and the first one of the second share one.
-    assert calls == [([0, 1], 3), ([2, 0], 3), ([1, 2], 3), ([3, 3], 3), ([0, 1], 2), ([2, 3], 2), ([4, 4], 2)]
+    of_three, of_two = [[0, 1], [2, 0], [1, 2], [3, 3]], [[0, 1], [2, 3], [4, 4]]
+    assert calls == [*((ids, 3) for ids in of_three), *((ids, 2) for ids in of_two), ([0, 0], 3)]
     together = [each.path.read_bytes() for each in chosen]
     for each, result, content in zip(chosen, results, together, strict=True):
         alone = each._replace(path=tmp_path / "alone.jsonl")
