@@ -312,7 +312,7 @@ def _in_arrays(name: str) -> bool:
 
 
 def _vouches(name: str) -> int:
-    """Returns 2 for a seal, 1 for Orbax's mark, 0 for other files. The last are sent first and deleted last."""
+    """Returns 2 for a seal, 1 for Orbax's mark, 0 for other files. A lower number is sent first and deleted last."""
     return 2 if name.endswith(_SEAL) else int(name.endswith(f"/{_MARK}"))
 
 
