@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import transformers
+from helpers.forks import Fork
 from helpers.hub_server import TOKEN, HubServer
 from helpers.paths import ROOT
 from helpers.runs import assert_same_run, command, environment, parameters, rows, run
@@ -59,9 +60,7 @@ def test_another_seed_and_another_reward_give_another_run(undisturbed, tmp_path)
 
 def stop(workdir, stage, step, how):
     """Starts a run, sends it a signal after `step` rows of a stage, and returns its exit code and output."""
-    process = subprocess.Popen(
-        command(workdir), env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+    process = Fork("sgpo_jax.main", command(workdir)[3:], environment())
     path, deadline = workdir / f"{stage}.jsonl", time.monotonic() + 300
     try:
         while not (path.is_file() and len(path.read_text().splitlines()) >= step):
@@ -105,11 +104,9 @@ def test_a_run_on_eight_devices_agrees_with_one(undisturbed, tmp_path):
 def test_the_evaluate_command_measures_what_the_run_measured(undisturbed, tmp_path):
     workdir, _ = undisturbed
     flags = [flag for flag in command(workdir)[3:] if not flag.startswith("--workdir")]
-    done = subprocess.run(
-        [sys.executable, "-m", "sgpo_jax.evaluate", *flags, f"--checkpoint={workdir}", f"--out={tmp_path}"],
-        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    evaluated = Fork("sgpo_jax.evaluate", [*flags, f"--checkpoint={workdir}", f"--out={tmp_path}"], environment())
+    _, errors = evaluated.communicate(timeout=300)
+    assert evaluated.returncode == 0, errors[-3000:]
     ours = json.loads((tmp_path / "results.json").read_text())
     for kind in ("unguided", "guided"):
         theirs = json.loads((workdir / "eval" / f"after_{kind}.json").read_text())
@@ -151,9 +148,8 @@ def test_the_trained_model_is_exported_for_transformers(undisturbed, tmp_path):
 
 def test_another_config_in_the_same_workdir_is_refused(undisturbed):
     workdir, _ = undisturbed
-    done = subprocess.run(
-        command(workdir, seed=3), env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 1
-    assert f"config.seed=3: the run in {workdir} has 0" in done.stderr and "Traceback" not in done.stderr
+    refused = Fork("sgpo_jax.main", command(workdir, seed=3)[3:], environment())
+    _, errors = refused.communicate(timeout=300)
+    assert refused.returncode == 1
+    assert f"config.seed=3: the run in {workdir} has 0" in errors and "Traceback" not in errors
     assert json.loads((workdir / "config.json").read_text())["seed"] == 0, "a refused run changes nothing"

@@ -19,7 +19,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sgpo_jax import config as configs
-from sgpo_jax.report import examples, figures, reasoning_steps, titles
+from sgpo_jax.report import examples, reasoning_steps, titles
 from sgpo_jax.runtime.files import jsonl, read_jsonl, write_text
 from sgpo_jax.stats import benchmark, claims
 
@@ -42,6 +42,8 @@ def write_run(workdir: Path, status: str = "", running: bool = False, to: Path |
     Raises:
       ValueError: there is no run in `workdir`, or one of its files is broken.
     """
+    from sgpo_jax.report import figures  # matplotlib takes a fifth of the start of a run, and not every process draws
+
     config = read_config(workdir)
     rl, sft = read_rows(workdir / "rl.jsonl"), read_rows(workdir / "sft.jsonl")
     results = read_results(workdir)
@@ -83,6 +85,8 @@ def write_lab(
     Raises:
       ValueError: there is no lab in `workdir`, or one of its files is broken.
     """
+    from sgpo_jax.report import figures
+
     config = read_config(workdir)
     home_rows = [row for row in rows if row["world"] == home] or [row for row in tuning if row["world"] == home]
     shown = [name for name in dict.fromkeys(row["method"] for row in home_rows) if name != "sft"]

@@ -12,7 +12,6 @@ from sgpo_jax import config as configs
 from sgpo_jax import policy as policies
 from sgpo_jax.evaluation import evaluate_sets
 from sgpo_jax.policy import Run
-from sgpo_jax.report import figures
 from sgpo_jax.runtime import distributed, is_first, mirror, read_jsonl, tables, write_text
 from sgpo_jax.stats import benchmark
 from sgpo_jax.stats.benchmark import gain
@@ -101,6 +100,8 @@ def _show(run: Run, folder: Path, results: dict[str, Any]) -> None:
         _show_answers(folder, name)
     rows = read_jsonl(workdir / "rl.jsonl") if (workdir / "rl.jsonl").is_file() else []
     if after and rows:
+        from sgpo_jax.report import figures  # it imports matplotlib, which takes long
+
         first = next(iter(before["unguided"]))
         old_bars, new_bars = (
             {kind: (sets[first]["accuracy"], *sets[first]["intervals"]["accuracy"]) for kind, sets in when.items()}

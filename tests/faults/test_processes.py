@@ -5,15 +5,13 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
-from helpers.paths import ROOT
+from helpers.forks import Fork
 
 from sgpo_jax import config as configs
 from sgpo_jax.cli.processes import join
@@ -32,8 +30,7 @@ def free_port():
 def run(count, how, slurm=False, **more):
     """Returns [(exit code, stdout, stderr)] of all processes, and the seconds from the first end to the last."""
     port = free_port()
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("XLA", "JAX", "SLURM"))}
-    environment = kept | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("XLA", "SLURM"))}
     processes = []
     for i in range(count):
         flags = [f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process={i}"]
@@ -43,14 +40,8 @@ def run(count, how, slurm=False, **more):
                 "SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": str(count),
                 "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "JAX_COORDINATOR_PORT": str(port),
             }  # fmt: skip
-        flags += more.get(f"flags{i}", [])
-        program = [sys.executable, str(ROOT / "tests/helpers/processes.py"), "--config=configs/quickstart.py"]
-        processes.append(
-            subprocess.Popen(
-                [*program, f"--how={how}", "--config.grace=0.5", *flags],
-                cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            )
-        )  # fmt: skip
+        flags += ["--config=configs/quickstart.py", f"--how={how}", "--config.grace=0.5", *more.get(f"flags{i}", [])]
+        processes.append(Fork("helpers.processes", flags, environment))
     ended = {}
     deadline = time.monotonic() + 180
     while len(ended) < count - (how == "frozen") and time.monotonic() < deadline:

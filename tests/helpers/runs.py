@@ -1,7 +1,6 @@
 """Whole runs of a tiny world as subprocesses, and the comparison of two runs."""
 
 import os
-import subprocess
 import sys
 
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from helpers import xla_flags
+from helpers.forks import Fork
 from helpers.paths import ROOT
 from sgpo_jax.runtime.files import read_jsonl
 
@@ -19,7 +19,7 @@ TINY = {
     "sft.batch": 16, "sft.micro_batch": 8, "sft.steps": 8, "sft.validate_every": 4, "sft.validation_share": 0.1,
     "rl.batch": 4, "rl.micro_batch": 4, "rl.autonomous": 4, "rl.guided": 2, "rl.steps": 8, "rl.max_new_tokens": 6,
     "rl.eval_every": 4, "eval.batch": 8, "eval.max_new_tokens": 6, "checkpoint.every": 3,
-    "eval.sets.heldout.source": "arithmetic:eval,count=12", "eval.sets.heldout.samples": 2,
+    "eval.sets.heldout.source": "arithmetic:eval,count=12", "eval.sets.heldout.samples": 2, "report_seconds": 0,
 }  # fmt: skip
 
 
@@ -35,11 +35,11 @@ def environment(devices=1):
 
 
 def run(workdir, devices=1, **overrides):
-    done = subprocess.run(
-        command(workdir, **overrides), env=environment(devices), cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    _, _, module, *arguments = command(workdir, **overrides)
+    process = Fork(module, arguments, environment(devices))
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors[-3000:]
+    return output
 
 
 def rows(workdir, stage):

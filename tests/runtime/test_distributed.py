@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 from helpers import xla_flags
 from helpers.bucket_servers import SERVERS
+from helpers.forks import Fork
 from helpers.paths import ROOT
 
 from sgpo_jax.models import huggingface
@@ -24,6 +25,7 @@ from sgpo_jax.runtime.files import read_jsonl
 
 TIMES = ("seconds", "tokens_per_second")
 STEPS = {"sft": 3, "rl": 5}
+AFTER_WARM_UP = ("rl", "rl.jsonl", "eval")  # of a run's folder
 # Every group has right and wrong answers by a reward that a model without skill can earn.
 TINY = {
     "model.hidden": 16, "model.heads": 2, "model.mlp": 32, "model.layers": 1, "model.remat": "none",
@@ -35,40 +37,21 @@ TINY = {
     "eval.sets.heldout.source": "arithmetic:eval,count=12", "eval.sets.heldout.samples": 4,
     "checkpoint.every": 1, "checkpoint.keep": 3, "report_seconds": 0,
 }  # fmt: skip
-OTHERS = """
-from pathlib import Path
-from sgpo_jax import cli
-from sgpo_jax.cli.processes import join
-from sgpo_jax.commands import analyze, evaluate, export
-
-def main(config, flag_values):
-    join(config, flag_values)
-    workdir = Path(flag_values.workdir)
-    evaluate.run(config, str(workdir), str(workdir / "out"), "", 0)
-    export.run(config, workdir, "rl", workdir / "model", "float32")
-    analyze.run(config, workdir, 3)
-
-flags = (cli.Flag("workdir", "", required=True),)
-cli.start("others", cli.Command("", "__main__:main", flags, processes=True))
-"""
 # A stop during an evaluation comes before its step is written.
 SAVED = re.compile(r"stopped by SIGTERM; (saved at step \d+|the finished work is saved); the same command resumes\s*$")
 
 
-def start(workdir, processes, devices, program=("-m", "sgpo_jax.main")):
-    """Starts the processes of a run or of another program, with this number of devices each."""
+def start(workdir, processes, devices, module="sgpo_jax.main"):
+    """Starts the processes of a run or of another module, with this number of devices each."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    environment = os.environ | {"XLA_FLAGS": xla_flags.quick(devices), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *program, f"--config={ROOT / 'configs/quickstart.py'}"]
-    command += [f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in TINY.items())]
+    environment = os.environ | {"XLA_FLAGS": xla_flags.quick(devices)}
+    flags = [f"--config={ROOT / 'configs/quickstart.py'}", f"--workdir={workdir}"]
+    flags += [f"--config.{name}={value}" for name, value in TINY.items()]
 
     def one(i):
         several = [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process={i}"]
-        return subprocess.Popen(
-            [*command, *several * (processes > 1)],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        return Fork(module, [*flags, *several * (processes > 1)], environment)
 
     return [one(i) for i in range(processes)]
 
@@ -190,7 +173,7 @@ def test_two_processes_do_what_one_does(undisturbed, tmp_path):
 @pytest.mark.slow
 def test_four_processes_do_what_two_do(undisturbed, tmp_path):
     """Four go on where two have finished the warm-up."""
-    workdir = shutil.copytree(undisturbed, tmp_path / "run", ignore=shutil.ignore_patterns("rl", "rl.jsonl", "eval"))
+    workdir = shutil.copytree(undisturbed, tmp_path / "run", ignore=shutil.ignore_patterns(*AFTER_WARM_UP))
     finished(workdir, 4, 1)
     assert_agree(undisturbed, workdir)
     assert json.loads((workdir / "environment.json").read_text())[-1]["processes"] == 4
@@ -226,9 +209,10 @@ def test_killed_preempted_and_damaged_it_ends_bit_for_bit_as_undisturbed(undistu
 
 @pytest.mark.slow
 def test_two_processes_in_a_bucket_end_as_on_a_disk(undisturbed, tmp_path):
-    """A whole run, stopped in the middle of RL and started again, with checkpoints that each writes a part of."""
+    """It goes on with the warm-up, is stopped in RL and started again; each process writes its part of checkpoints."""
     url = "gs://bucket/runs/two"
     with SERVERS["gs"]():
+        upload_warm_up(undisturbed, url)
         preempted, _ = interrupt(url, "rl", 2, 1, signal.SIGTERM)
         assert [code for code, _, _ in preempted] == [0, 0] and SAVED.search(preempted[0][1]), preempted
         finished(url, 2, 2)
@@ -240,15 +224,20 @@ def test_two_processes_in_a_bucket_end_as_on_a_disk(undisturbed, tmp_path):
 def test_two_processes_at_s3_go_on_with_what_was_begun_on_a_disk(undisturbed, tmp_path):
     """They read the warm-up's checkpoint in the bucket, and each writes its part of those of RL there."""
     url = "s3://bucket/runs/two"
-    begun = shutil.copytree(undisturbed, tmp_path / "begun", ignore=shutil.ignore_patterns("rl", "rl.jsonl", "eval"))
     with SERVERS["s3"]() as server:
-        buckets.change(url, {str(path.relative_to(begun)): path for path in begun.rglob("*") if path.is_file()})
+        upload_warm_up(undisturbed, url)
         server.requests.clear()
         finished(url, 2, 2)
         sent = [line for line in server.requests if line.startswith("PUT")]
         assert all(any(f"/ocdbt.process_{i}/" in line for line in sent) for i in (0, 1)), "each its own part"
         download(url, tmp_path / "run")
     assert_same(tmp_path / "run", undisturbed)
+
+
+def upload_warm_up(workdir, url):
+    files = [path for path in workdir.rglob("*") if path.is_file()]
+    names = {str(path.relative_to(workdir)): path for path in files}
+    buckets.change(url, {name: path for name, path in names.items() if name.split("/")[0] not in AFTER_WARM_UP})
 
 
 def download(url, folder):
@@ -267,7 +256,7 @@ def assert_same(copy, undisturbed):
 @pytest.mark.slow
 def test_the_other_commands_in_two_processes_do_what_the_run_did(undisturbed, tmp_path):
     workdir = shutil.copytree(undisturbed, tmp_path / "run")
-    finished(workdir, 2, 2, program=("-c", OTHERS))
+    finished(workdir, 2, 2, module="helpers.other_commands")
     after = json.loads((workdir / "eval/after_unguided.json").read_text())
     assert json.loads((workdir / "out/results.json").read_text())["results"]["unguided"] == after["results"]
     exported, _ = huggingface.load(workdir / "model")
