@@ -45,6 +45,7 @@ class _Mirror:
         self.folder.mkdir()
         self.whole = whole
         self.direct = url.startswith("gs://") and not whole  # Orbax writes the checkpoints to the bucket; see `share`
+        self.of_first = False  # the first process alone has the files of checkpoints; see `share`
         self.failed = False
         self._periods = buckets.periods(url)
         self._due, self._soonest = 0.0, 0.0  # when, in monotonic time, the files are to be sent, and may be
@@ -210,13 +211,22 @@ def arrays(folder: Path) -> Path:
         return folder
     if mirror.direct:
         return cast(Path, epath.Path(shown(folder)))
-    if not folder.exists():
+    if not folder.exists() and not (mirror.of_first and distributed.index()):
         mirror.pull(str(folder.relative_to(mirror.folder)))
     return folder
 
 
+def is_of_first(folder: Path) -> bool:
+    """Returns whether the first process alone has the files of a folder of checkpoints."""
+    mirror = _of(folder)
+    return mirror is not None and mirror.of_first
+
+
 def share(folder: Path) -> None:
-    """Makes the processes of a run write their checkpoints to a folder together, each its own part.
+    """Makes the processes of a run write their checkpoints to a folder together.
+
+    Each writes its own part to gs:// and s3://. To hf:// the first one writes all of it, because only commits write
+    there.
 
     Raises:
       ValueError: they cannot.
@@ -225,11 +235,9 @@ def share(folder: Path) -> None:
     mirror = _of(folder)
     if mirror is None or mirror.direct or jax.process_count() == 1:
         return
-    if not mirror.url.startswith("s3://"):
-        raise ValueError(
-            f"--workdir={mirror.url}: several processes cannot write a checkpoint there; must be at gs:// or s3://, or "
-            "a folder that all processes share"
-        )
+    if buckets.is_atomic(mirror.url):
+        mirror.of_first = True
+        return
     from sgpo_jax.runtime import s3_arrays  # it imports Orbax
 
     s3_arrays.allow(mirror.url)

@@ -15,6 +15,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from sgpo_jax.runtime import buckets, checksums, distributed, mirror
 from sgpo_jax.stats import is_score
+from sgpo_jax.training import gathered
 from sgpo_jax.training.state import TrainState
 
 FORMAT = 1  # version of the checkpoint format; any other version is refused
@@ -108,8 +109,9 @@ class Checkpoints:
             single_host_load_and_broadcast=True,
             atomicity_options=_AT_S3 if str(self._folder).startswith("s3://") else None,
         )
+        make = gathered.Manager if mirror.is_of_first(folder) else ocp.CheckpointManager
         try:
-            self._manager = ocp.CheckpointManager(self._folder, options=options)
+            self._manager = make(self._folder, options=options)
         except ValueError as error:  # the manager reads the metrics of all checkpoints
             raise Damaged(f"a checkpoint in {self._folder} is damaged: {_short(error)}") from error
 
@@ -128,6 +130,9 @@ class Checkpoints:
 
     def all_steps(self) -> list[int]:
         """Returns the steps of all checkpoints in ascending order."""
+        return distributed.first(self._steps)
+
+    def _steps(self) -> list[int]:
         return sorted(map(int, self._manager.all_steps()))  # with several processes the manager returns numpy integers
 
     def best_step(self) -> int | None:
@@ -135,10 +140,10 @@ class Checkpoints:
         return distributed.first(self._best_step)
 
     def _best_step(self) -> int | None:
-        steps = self.all_steps()
+        steps = self._steps()
         scores = [score_in(self._manager.metrics(step), self._best) for step in steps]
         best = better(scores, self._higher_is_better)
-        return self.latest_step() if best is None else steps[scores.index(best)]
+        return max(steps, default=None) if best is None else steps[scores.index(best)]
 
     def save(self, step: int, state: TrainState, score: float | None = None) -> None:
         """Saves the state after `step`; `score` is its value of the metric `best`.
@@ -189,7 +194,7 @@ class Checkpoints:
             self._failed(error)
 
     def _failed(self, error: Exception) -> None:
-        last = self.latest_step()
+        last = max(self._steps(), default=None)  # the other processes may not have failed
         remaining = "there is none yet" if last is None else f"the last good one is {self._folder / str(last)}"
         message = f"a checkpoint could not be saved ({_short(error)}); {remaining}"
         if self._stop_on_error:
