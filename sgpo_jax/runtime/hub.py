@@ -175,6 +175,8 @@ class Files:
                     there = _names(place, parent) if gone else ()
                     deleted = [path for path in map(place.below, gone) if path in there]
                     changes = [*first, *additions(last()), *map(huggingface_hub.CommitOperationDelete, deleted)]
+                    if not changes:
+                        return
                     try:
                         hub.create_commit(name, changes, commit_message=_TITLE, repo_type=kind, parent_commit=parent)
                         return

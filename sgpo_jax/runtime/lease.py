@@ -55,6 +55,7 @@ def hold(url: str) -> Iterator[None]:
     Raises:
       ValueError: another process holds the lock; the message names its host and pid.
     """
+    buckets.delete(f"{url}/lock")  # of a run that was copied from a disk; on the hub no folder could have its name
     number = _free_number(url)
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     mine = {"host": socket.gethostname(), "pid": os.getpid(), "since": now, "token": uuid.uuid4().hex, "beat": 0}

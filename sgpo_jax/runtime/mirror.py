@@ -4,8 +4,8 @@ A command copies the folder when it begins, and sends what it has changed: at it
 seconds or minutes (`buckets.PERIODS`) and before every checkpoint. So the bucket always has the run as it was some time
 ago, and a run that is killed loses no row before its last checkpoint. Checkpoints are written to gs:// by Orbax itself,
 by all processes, and are not copied; to s3:// too, if there are several processes. Elsewhere they are files like
-others. On s3:// these are sent after the rest, Orbax's mark of success and the seal last; a checkpoint that has neither
-is not whole. On hf:// all is sent in one commit, with whole ones alone.
+others, at hf:// of the first process alone. On s3:// these are sent after the rest, Orbax's mark of success and the
+seal last; a checkpoint that has neither is not whole. On hf:// all is sent in one commit, with whole ones alone.
 """
 
 import contextlib

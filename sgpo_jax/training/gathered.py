@@ -119,8 +119,8 @@ class Manager:
 
 def gather(array: jax.Array) -> np.ndarray | None:
     """Returns a whole array in host memory of the first process, and None in the others, which all call this."""
-    if array.is_fully_replicated:
-        return np.asarray(array.addressable_data(0)) if distributed.is_first() else None
+    if array.is_fully_replicated:  # copied, because the next update may write to the same memory
+        return np.array(array.addressable_data(0)) if distributed.is_first() else None
     whole = np.zeros(array.shape, array.dtype)
     for shard in array.addressable_shards:
         if shard.replica_id == 0:  # else another device has the same part, maybe of another process
@@ -165,8 +165,7 @@ def _join(whole: np.ndarray, only_first: bool = False) -> None:
     content = whole.reshape(-1).view(np.uint8)
     for start in range(0, content.size, _PIECE):
         piece = content[start : start + _PIECE]
-        # Few different sizes, because each one is compiled; it is divided by the devices.
-        words = math.ceil((1 << (piece.size - 1).bit_length()) / _WORD.itemsize / count) * count
+        words = math.ceil(piece.size / _WORD.itemsize / count) * count
         padded = np.zeros((1, words), _WORD)
         padded.view(np.uint8)[0, : piece.size] = piece
         sent = jax.make_array_from_process_local_data(

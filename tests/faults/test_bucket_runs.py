@@ -84,16 +84,17 @@ def test_rows_files_and_checkpoints_outlive_kills_and_faults(kind, small_run, un
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "silence"), [("gs", SILENCE), ("s3", S3_SILENCE)])
-def test_two_processes_outlive_kills_faults_and_the_loss_of_the_lock(kind, silence, small_run, undisturbed, tmp_path):
+@pytest.mark.parametrize("kind", SERVERS)
+def test_two_processes_outlive_kills_faults_and_the_loss_of_the_lock(kind, small_run, undisturbed, tmp_path):
     """Either process is killed, while a checkpoint is written and between two; then another run takes the lock."""
-    kills = [[1, "row", 1], [2, "saving", 1], [4, "saving", 0], [5, "robbed", 0]]
+    kills = [[1, "row", 1], [2, "saving", 1], [4, "sent" if kind == "hf" else "saving", 0], [5, "robbed", 0]]
+    faults = {"gs": SILENCE + FAULTS, "s3": S3_SILENCE + FAULTS, "hf": FAULTS[:-1] + COMMITS}[kind]
     with SERVERS[kind]() as server:
         well, ill = f"{server.root}/well", f"{server.root}/ill"
         codes, said = small_run(well, 2, [], server.variables)
         assert codes == [[0, 0]], said
         assert_same(downloaded(well, tmp_path / "well"), undisturbed[2])
-        server.fails[:], server.apart = silence + FAULTS, APART
+        server.fails[:], server.apart = faults, APART
         codes, said = small_run(ill, 2, kills, server.variables)
         assert not server.fails
         assert_same(downloaded(ill, tmp_path / "ill"), undisturbed[2])
@@ -117,6 +118,15 @@ def downloaded(url, folder):
     copy = folder / "copy"
     buckets.download(url, {name: copy / name for name in buckets.listing(url) if not name.startswith("lock/")})
     return copy
+
+
+@pytest.mark.slow
+def test_a_run_on_the_hub_goes_on_with_another_number_of_processes(small_run, undisturbed, tmp_path):
+    with SERVERS["hf"]() as server:
+        url, kills = f"{server.root}/small", [[2, "saved", 0], [5, "row", 0]]
+        codes, said = small_run(url, [2, 1, 2], kills, server.variables)
+        assert [codes[0][0], *codes[1:]] == [-signal.SIGKILL, [-signal.SIGKILL], [0, 0]], (codes, said)
+        assert_same(downloaded(url, tmp_path), undisturbed[2])
 
 
 @pytest.mark.slow

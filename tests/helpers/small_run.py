@@ -2,7 +2,7 @@
 
 Each line of the standard input is a JSON object: workdir, processes, variables of the environment, and kills, a list of
 [step, moment, process]. At each of these moments the process ends, and the run begins anew once its other processes
-have ended too. Every process is a fork of this one, so that the imports run once. The moments:
+have ended too. `processes` is the number of them, or a list with that of each start. Every process is a fork of this one, so that the imports run once. The moments:
 
     row     SIGKILL before the step is saved
     saving  SIGKILL when its checkpoint is being written
@@ -118,7 +118,7 @@ def forked(workdir: str, processes: int, process: int, port: int, kill: list | N
         os._exit(1)
 
 
-def main(workdir: str, processes: int, variables: dict, kills: list) -> list[list[int]]:
+def main(workdir: str, processes: int | list[int], variables: dict, kills: list) -> list[list[int]]:
     os.environ.update(variables)
     if endpoint := variables.get("HF_ENDPOINT"):  # the client has read its environment when it was imported
         address = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
@@ -127,10 +127,11 @@ def main(workdir: str, processes: int, variables: dict, kills: list) -> list[lis
     for client in {"gs": ("gcsfs", "google.cloud.storage"), "s3": ("s3fs",)}.get(workdir.partition("://")[0], ()):
         importlib.import_module(client)  # once, not in every fork
     codes = []
-    for kill in [*kills, None]:
+    counts = processes if isinstance(processes, list) else [processes] * (len(kills) + 1)
+    for count, kill in zip(counts, [*kills, None], strict=True):
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
-        children = [forked(workdir, processes, i, port, kill) for i in range(processes)]
+        children = [forked(workdir, count, i, port, kill) for i in range(count)]
         codes.append([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
     return codes
 
