@@ -2,7 +2,7 @@
 
 An array goes from process to process in pieces: a sum over the processes of bytes that one of them has and that are
 zero elsewhere. So a device needs room for a part of a piece, however large the array is. The first host needs memory
-for a whole state, every other one for its largest array.
+for a whole state, every other one for its largest array, besides the parts of its own devices.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ _WORD = np.dtype(np.uint32)  # as which bytes are sent
 
 
 class Manager:
-    """What `Checkpoints` needs of Orbax's manager, for files that only the first process has.
+    """Orbax's manager, as far as `Checkpoints` needs it, of files that only the first process has.
 
     Every process calls `save` and `restore`, in the same order. The other methods do nothing in all but the first.
 

@@ -2,7 +2,8 @@
 
 Each line of the standard input is a JSON object: workdir, processes, variables of the environment, and kills, a list of
 [step, moment, process]. At each of these moments the process ends, and the run begins anew once its other processes
-have ended too. `processes` is the number of them, or a list with that of each start. Every process is a fork of this one, so that the imports run once. The moments:
+have ended too. `processes` is the number of them, or a list with that of each start. Every process is a fork of this
+one, so that the imports run once. The moments:
 
     row     SIGKILL before the step is saved
     saving  SIGKILL when its checkpoint is being written

@@ -207,19 +207,17 @@ def test_a_run_that_was_copied_from_a_disk_with_its_lock_is_locked(server):
         assert content(server).keys() == {"lock/00000001", "rl.jsonl"}
 
 
-def test_the_first_of_several_processes_alone_has_checkpoints(server, monkeypatch):
+@pytest.mark.parametrize(("process", "count"), [(0, 1), (0, 2), (1, 2)])
+def test_the_first_of_several_processes_alone_has_checkpoints(server, monkeypatch, process, count):
     """Another one has the other files of the run, as they were when it began."""
     buckets.change(URL, {"config.json": b"{}", "rl/checkpoints/1/a": b"1", "rl/checkpoints/1.files.json": b"{}"})
-    for process, count in ((0, 1), (0, 2), (1, 2)):
-        with monkeypatch.context() as patch:
-            patch.setattr(mirror.jax, "process_count", lambda: count)
-            patch.setattr(mirror.distributed, "index", lambda: process)
-            folder = mirror.copy(URL)
-            mirror.share(folder)
-            place = mirror.arrays(folder / "rl/checkpoints")
-            assert place == folder / "rl/checkpoints" and (place / "1/a").exists() == (process == 0)
-            assert (folder / "config.json").exists() and mirror.is_of_first(place) == (count == 2)
-        mirror._mirrors.clear()
+    monkeypatch.setattr(mirror.jax, "process_count", lambda: count)
+    monkeypatch.setattr(mirror.distributed, "index", lambda: process)
+    folder = mirror.copy(URL)
+    mirror.share(folder)
+    place = mirror.arrays(folder / "rl/checkpoints")
+    assert place == folder / "rl/checkpoints" and (place / "1/a").exists() == (process == 0)
+    assert (folder / "config.json").exists() and mirror.is_of_first(place) == (count == 2)
 
 
 @pytest.mark.parametrize(

@@ -63,11 +63,12 @@ def test_all_processes_and_the_first_alone_read_each_others_checkpoints(monkeypa
 def test_a_state_of_another_shape_or_seed_is_refused(monkeypatch, tmp_path):
     with opened(tmp_path, monkeypatch) as saved:
         saved.save(1, state(1))
-        with pytest.raises(ValueError, match=r"checkpoints?.*/1 has another model .*kernel.* has shape \(8, 16\) instead"):
+        with pytest.raises(ValueError, match=r"/1 has another model .*kernel.* has shape \(8, 16\) instead"):
             saved.restore_latest(state(0, width=8))
         with pytest.raises(ValueError, match="has another model or optimizer"):
             saved.restore_latest(state(0).replace(params={"other": jnp.zeros(3)}))
-    with opened(tmp_path, monkeypatch, seed=1) as saved, pytest.raises(ValueError, match="^seed=1: the checkpoint .*has 0"):
+    message = "^seed=1: the checkpoint .* has 0"
+    with opened(tmp_path, monkeypatch, seed=1) as saved, pytest.raises(ValueError, match=message):
         saved.restore_latest(state(0))
 
 
