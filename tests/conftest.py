@@ -13,6 +13,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Threads of XLA's pool, by default one for each core. A device that waits for others in a collective holds one, and
 # some collectives run at the same time: with too few threads all wait for ever.
 os.environ["NPROC"] = "32"
+# Of numpy's and torch's own threads. Those of several processes would spin on the same cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import jax

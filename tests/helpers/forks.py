@@ -12,6 +12,7 @@ import traceback
 from tempfile import NamedTemporaryFile
 
 from helpers.paths import ROOT
+from helpers.variables import adopt
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["sgpo_jax.commands.train"])
@@ -22,7 +23,7 @@ def _main(module, arguments, environment, files):
     for number, name in enumerate(files, start=1):
         os.dup2(os.open(name, os.O_WRONLY), number)
     os.environ.clear()
-    os.environ.update(environment)
+    adopt(environment)
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     sys.argv = [module, *arguments]

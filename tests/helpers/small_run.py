@@ -30,7 +30,6 @@ from functools import partial
 import huggingface_hub
 import jax
 import jax.numpy as jnp
-from huggingface_hub import constants
 
 from sgpo_jax import cli, sharding
 from sgpo_jax.runtime import buckets, distributed, files, is_first, lock, mirror, preemption
@@ -38,6 +37,7 @@ from sgpo_jax.runtime.metric_writer import Writer
 from sgpo_jax.training import stage
 from sgpo_jax.training.checkpoint import Checkpoints
 from sgpo_jax.training.state import TrainState
+from tests.helpers.variables import adopt
 
 STEPS = 6
 commit = huggingface_hub.HfApi.create_commit
@@ -120,11 +120,7 @@ def forked(workdir: str, processes: int, process: int, port: int, kill: list | N
 
 
 def main(workdir: str, processes: int | list[int], variables: dict, kills: list) -> list[list[int]]:
-    os.environ.update(variables)
-    if endpoint := variables.get("HF_ENDPOINT"):  # the client has read its environment when it was imported
-        address = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
-        constants.ENDPOINT, constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint, endpoint + address
-        constants.HF_HUB_DISABLE_XET = True
+    adopt(variables)
     for client in {"gs": ("gcsfs", "google.cloud.storage"), "s3": ("s3fs",)}.get(workdir.partition("://")[0], ()):
         importlib.import_module(client)  # once, not in every fork
     codes = []
