@@ -67,7 +67,7 @@ def load(
         config = read_config(folder)
     with ExitStack() as stack:
         handles = {}
-        for file, listed in _weight_files(folder).items():
+        for file, listed in weight_files(folder).items():
             handle = stack.enter_context(_open(folder / file))
             stored = set(handle.keys())
             if listed is not None and listed != stored:
@@ -262,8 +262,12 @@ def _on_mesh(path: str, leaf: Any) -> jax.Array:
     return leaf
 
 
-def _weight_files(folder: Path) -> dict[str, set[str] | None]:
-    """Returns the safetensors files of a folder, each with the tensors that the index lists in it, if there is one."""
+def weight_files(folder: Path) -> dict[str, set[str] | None]:
+    """Returns the safetensors files of a folder, each with the tensors that the index lists in it, if there is one.
+
+    Raises:
+        ValueError: there are none, or the index is broken.
+    """
     if (folder / _WHOLE).exists():
         return {_WHOLE: None}
     if not (folder / _INDEX).exists():
