@@ -9,6 +9,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from helpers import xla_flags
 from helpers.paths import ROOT
 
 from sgpo_jax import cli
@@ -76,8 +77,9 @@ COMMANDS = {
 
 
 def environment(**more):
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI", "XLA"))}
-    return kept | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"} | more
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI")}
+    ours = {"XLA_FLAGS": xla_flags.quick(1), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return kept | ours | more
 
 
 @pytest.fixture(scope="module")
