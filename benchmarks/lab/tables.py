@@ -210,6 +210,18 @@ def new_worlds() -> Table:
     return [[*header, "anchored - direct SFT", "anchored_guided - GRPO", "guided, before", *after], *lines]
 
 
+def carried() -> Table:
+    """Makes the table of steps that wait for their longest responses and of steps that do not (rl.carry_over=1)."""
+    rows, lines = read("carried"), []
+    for method in "grpo", "anchored":
+        pairs = [claims.by_seed(rows, world, method) for world in ("waits", "goes-on")]
+        difference = claims.interval([pairs[1][seed] - pairs[0][seed] for seed in pairs[0]])
+        cells = [percent(rows, world, method) for world in ("waits", "goes-on")]
+        guided = [mean(rows, world, method, "accuracy_guided") for world in ("waits", "goes-on")]
+        lines.append([method, *cells, claims.signed(difference), *guided])
+    return [["method", "waits", "goes on", "goes on - waits", "guided: waits", "guided: goes on"], *lines]
+
+
 def distances() -> Table:
     """Makes the table of SGPO with the forward KL and with SDPO's two distances."""
     rows = [row for row in read("results", "more_seeds") if row["seed"] in TEN and row["rate"] == 2.0]
@@ -297,7 +309,7 @@ def tables() -> dict[str, Table]:
         "Worlds": worlds(), "Differences in worlds": differences(), "Hard worlds with ten seeds": hard_worlds(),
         "Anchored": anchored(), "Anchored on both sides": guided_side(),
         "Anchored where the base is good": anchored_elsewhere(), "Its parts": parts(),
-        "New worlds": new_worlds(),
+        "New worlds": new_worlds(), "Steps that do not wait": carried(),
         "SDPO's distances": distances(), "Strategies that the student writes": self_written(),
         "Their rates": accuracies_by_rate("self_written", "self-written", dict(trained)),
         "Logic": logic(), "Its rates": accuracies_by_rate("logic", "base", dict(list(AFTER_WARM_UP.items())[1:])),
