@@ -43,8 +43,7 @@ def base() -> ConfigDict:
     config.model.heads = 4  # attention heads; from scratch only
     config.model.mlp = 256  # width of the MLP; from scratch only
     config.model.dtype = "bfloat16"  # type of activations and matrix products; parameters are always float32
-    # What a layer recomputes in the backward pass: "full" everything, "attention" all except attention, "dots" all
-    # except products with weights, "none" nothing.
+    # The backward pass recomputes "full" layers, all but "attention", all but products with weights: "dots", or "none".
     config.model.remat = "full"
 
     config.lora = ConfigDict()  # adapters, y = x W + s (x A) B, which alone are trained: arXiv 2106.09685; docs/lora.md
@@ -106,6 +105,7 @@ def base() -> ConfigDict:
     config.rl.carry_over = 0.0  # problems that go on in the next step, off-policy: share of rl.batch; docs/models.md
     config.rl.carry_most = 2  # steps in which a problem goes on at most; for rl.carry_over
     config.rl.rollout_weights = ""  # type of kernels in sampling: "" is model.dtype; "int8" also needs rl.importance
+    config.rl.rollout_cache = ""  # type of keys and values in sampling: as above; not on TPUs
     # Ways that split the weights in each stage of decoding, times mesh.tensor: ascending numbers from 1, one divisor of
     # mesh.data * mesh.fsdp * mesh.context, and that product. A stage has a quarter of the slots of the one before.
     config.rl.decode_ways = (1,)

@@ -179,9 +179,10 @@ def _check_method(need: Callable, within: Callable, positive: Callable, choice: 
     choice("rl.surrogate", "clipped", "sequence", "cispo")
     choice("rl.importance", "none", "token", "sequence")
     choice("rl.importance_rule", "truncate", "mask")
-    choice("rl.rollout_weights", "", "int8")
-    weighed = rl.importance != "none" or not rl.rollout_weights
-    need("rl.rollout_weights", weighed, "'' with rl.importance='none': the sampler's rounding would go uncorrected")
+    for name in ("rollout_weights", "rollout_cache"):
+        choice(f"rl.{name}", "", "int8")
+        weighed = rl.importance != "none" or not rl[name]
+        need(f"rl.{name}", weighed, "'' with rl.importance='none': the sampler's rounding would go uncorrected")
     positive("rl.importance_cap")
     need("rl.resample", rl.resample >= 0, "at least 0")
     fits = 0 <= rl.overlong_buffer <= rl.max_new_tokens

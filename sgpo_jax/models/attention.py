@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sgpo_jax.models.attention_plain import attend_cache_partial, attend_cache_plain, attend_plain
+from sgpo_jax.models.cache_codes import Stored, encode
 from sgpo_jax.sharding import platform
 
 
@@ -33,13 +34,13 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Arr
 
 
 def attend_cache(
-    query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any, lengths: jax.Array, each: int = 1
+    query: jax.Array, keys: Stored, values: Stored, layer: Any, lengths: jax.Array, each: int = 1
 ) -> jax.Array:
     """Computes the attention of the new tokens of each row to the tokens in its cache, up to themselves.
 
     Args:
       query: `[B*J,H,N]`, the J new tokens of a row one after the other.
-      keys, values: `[K,L,B,S,N]`, S and N by `cache_shape`.
+      keys, values: `[K,L,B,S,N]` or codes of that shape, S and N by `cache_shape`.
       layer: `[]` int32, index of the layer.
       lengths: `[B*J]` int32, tokens of its row's cache that a new one sees, at least 1; more than S means S.
       each: J.
@@ -57,23 +58,37 @@ def attend_cache(
         return implementation(query, keys, values, layer, lengths)
     # Tokens of a row read one cache: they become further query heads of its key heads.
     count, heads, size = query.shape
-    group, shape = heads // len(keys), (count // each, each, len(keys), heads // len(keys), size)
+    kv_heads = keys.shape[0]
+    group, shape = heads // kv_heads, (count // each, each, kv_heads, heads // kv_heads, size)
     merged = query.reshape(shape).swapaxes(1, 2).reshape(count // each, each * heads, size)
     seen = jnp.repeat(lengths.reshape(-1, each), group, axis=1)
     out = implementation(merged, keys, values, layer, seen)
-    return out.reshape(count // each, len(keys), each, group * size).swapaxes(1, 2).reshape(count, heads * size)
+    return out.reshape(count // each, kv_heads, each, group * size).swapaxes(1, 2).reshape(count, heads * size)
 
 
-def append(cache: jax.Array, new: jax.Array, layer: Any, slots: jax.Array, each: int = 1) -> jax.Array:
+def fill(cache: Stored, new: jax.Array, layer: Any) -> Stored:
+    """Returns an empty `cache` `[K,L,B,S,N]` with `new` `[B,T,K,N]` in its first T slots."""
+
+    def write(part, new):
+        return jax.lax.dynamic_update_slice(part, new.transpose(2, 0, 1, 3)[:, None], (0, layer, 0, 0, 0))
+
+    return jax.tree.map(write, cache, encode(new, cache))
+
+
+def append(cache: Stored, new: jax.Array, layer: Any, slots: jax.Array, each: int = 1) -> Stored:
     """Returns `cache` `[K,L,B,S,N]` with `new` `[B*J,K,N]`, J = `each` of a row, written to the slots `[B*J]`.
 
     What has a slot past the end of the cache is not written. On GPUs the cache may have more rows than B: here and in
     `attend_cache` the first ones of each device are meant.
     """
+    return jax.tree.map(lambda part, new: _append(part, new, layer, slots, each), cache, encode(new, cache))
+
+
+def _append(cache: jax.Array, new: jax.Array, layer: Any, slots: jax.Array, each: int) -> jax.Array:
     if each > 1:
         for i in range(each):
             one, slot = (x.reshape(-1, each, *x.shape[1:])[:, i] for x in (new, slots))
-            cache = append(cache, one, layer, slot)
+            cache = _append(cache, one, layer, slot, 1)
         return cache
     if platform() == "gpu":
         from sgpo_jax.models import attention_gpu

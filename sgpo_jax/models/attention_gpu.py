@@ -17,6 +17,7 @@ from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
 from jax.sharding import PartitionSpec as P
 
 from sgpo_jax.models.attention_heads import divisible
+from sgpo_jax.models.cache_codes import Stored, operand, scaled
 from sgpo_jax.sharding import BATCH, HEADS, ROWS, exact_products, fit_spec, per_device
 
 LEAST = 16  # rows and columns of the smallest matrix that Triton multiplies
@@ -88,7 +89,7 @@ def cache_shape(slots: int, size: int) -> tuple[int, int]:
     return -(-slots // PAGE) * PAGE, power_of_two(size)
 
 
-def takes(cache: jax.Array) -> bool:
+def takes(cache: Stored) -> bool:
     """Returns whether `attend_cache` takes a cache `[K,L,R,S,N]`."""
     return cache.shape[-2:] == cache_shape(*cache.shape[-2:])
 
@@ -118,8 +119,8 @@ def append(cache: jax.Array, new: jax.Array, layer: Any, slots: jax.Array) -> ja
 
 def attend_cache(
     query: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
+    keys: Stored,
+    values: Stored,
     layer: Any,
     lengths: jax.Array,
     each: int = 1,
@@ -142,10 +143,11 @@ def attend_cache(
         out = pl.BlockSpec((None, None, None, *by_head.block_shape[2:]), lambda *program: (*program, 0, 0))
         sums = pl.BlockSpec(out.block_shape[:-1], lambda *program: (*program, 0))
         shapes = [jax.ShapeDtypeStruct((rows, kv_heads, parts, group, *n), jnp.float32) for n in ((width,), (), ())]
+        whole = jax.tree.map(lambda _: pl.BlockSpec(), (keys, values, layer, lengths))
         stages = min(max(AHEAD // (2 * PAGE * width * keys.dtype.itemsize), 1), 3)
         kernel = pl.pallas_call(
             partial(_decode_kernel, group, each, size**-0.5), shapes, grid=(rows, kv_heads, parts),
-            in_specs=[by_head, *[pl.BlockSpec()] * 4], out_specs=[out, sums, sums], interpret=interpret,
+            in_specs=[by_head, *whole], out_specs=[out, sums, sums], interpret=interpret,
             compiler_params=triton.CompilerParams(num_warps=4, num_stages=stages), name="decode_attention",
         )  # fmt: skip
         with exact_products(query.dtype):
@@ -173,11 +175,13 @@ def _decode_kernel(group, each, scale, query, keys, values, layer, lengths, out,
         result, highest, weight = carry
         start = pl.multiple_of(first + i * PAGE, PAGE)
         at = (head, layer[0], row // each, pl.ds(start, PAGE), slice(None))
-        scores = triton.dot(q, keys[at], trans_b=True) * scale
+        key = jax.tree.map(lambda ref: ref[at], keys)
+        scores = scaled(triton.dot(q, operand(key, q.dtype), trans_b=True), key) * scale
         scores = jnp.where(start + jnp.arange(PAGE) < end, scores, FILL)
         higher = jnp.maximum(highest, scores.max(axis=1))
         shrink, exponentials = jnp.exp(highest - higher), jnp.exp(scores - higher[:, None])
-        result = result * shrink[:, None] + triton.dot(exponentials.astype(values.dtype), values[at])
+        result, value = result * shrink[:, None], jax.tree.map(lambda ref: ref[at], values)
+        result = result + triton.dot(scaled(exponentials, value).astype(q.dtype), operand(value, q.dtype))
         return result, higher, weight * shrink + exponentials.sum(axis=1)
 
     zeros = jnp.zeros(query.shape[0], jnp.float32)

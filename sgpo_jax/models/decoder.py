@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from sgpo_jax.models import experts, quantised, rotary
-from sgpo_jax.models.attention import append, cache_shape
+from sgpo_jax.models.attention import append, cache_shape, fill
 from sgpo_jax.models.attention_plain import SAVED
+from sgpo_jax.models.cache_codes import empty
 from sgpo_jax.models.config import ModelConfig
 from sgpo_jax.models.norms import make_norm
 from sgpo_jax.models.parameters import Weight, draw_with
@@ -21,7 +22,7 @@ from sgpo_jax.models.products import dot_in_blocks, low_rank
 from sgpo_jax.models.windows import attend, attend_cache
 from sgpo_jax.sharding import ROWS, constrain, context_ways, dividing, exact_products, fit_spec, platform, spec_for
 
-Cache = dict[str, jax.Array]
+Cache = dict[str, Any]  # see `init_cache`
 
 ACTIVATIONS: dict[str, Any] = {"silu": nn.silu, "gelu_pytorch_tanh": nn.gelu}
 
@@ -155,10 +156,7 @@ class Block(nn.Module):
             attention = attend(query, key, value, segments, config.window, sliding)
             if keys is not None:
                 # The scan carries the cache and writes it in place: stacking the layers' outputs would copy it.
-                keys, values = (
-                    jax.lax.dynamic_update_slice(cache, new.transpose(2, 0, 1, 3)[:, None], (0, layer, 0, 0, 0))
-                    for cache, new in ((keys, key), (values, value))
-                )
+                keys, values = (fill(cache, new, layer) for cache, new in ((keys, key), (values, value)))
         else:
             keys, values = (
                 append(cache, new[:, 0], layer, lengths, self.each) for cache, new in ((keys, key), (values, value))
@@ -390,9 +388,9 @@ def head_weight(params: dict[str, Any], config: ModelConfig) -> jax.Array:
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any = jnp.float32) -> Cache:
-    """Returns an empty cache for `slots` tokens a row: key and value `[K,L,B,S,N]`, and `[B]` tokens in each row."""
+    """Returns an empty cache for `slots` tokens a row: key and value `[K,L,B,S,N]`, `Codes` if int8; length `[B]`."""
     shape = (config.num_kv_heads, config.num_layers, batch, *cache_shape(slots, config.head_dim))
-    return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype), "length": jnp.zeros(batch, jnp.int32)}
+    return {"key": empty(shape, dtype), "value": empty(shape, dtype), "length": jnp.zeros(batch, jnp.int32)}
 
 
 def positions_of(mask: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from sgpo_jax.models import attention
 from sgpo_jax.models.attention_heads import whole_rows
 from sgpo_jax.models.attention_plain import FILL
+from sgpo_jax.models.cache_codes import Stored, operand, scaled
 from sgpo_jax.sharding import BATCH, HEADS, ROWS, constrain, context_ways, fit_spec, per_device, platform
 
 EITHER = "sliding_or_not"  # name of the scope of the choice, by which `plan` knows how many layers take which branch
@@ -46,7 +47,7 @@ def attend(
 
 
 def attend_cache(
-    query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any, lengths: jax.Array, window: int | None,
+    query: jax.Array, keys: Stored, values: Stored, layer: Any, lengths: jax.Array, window: int | None,
     sliding: Any, each: int = 1,
 ) -> jax.Array:  # fmt: skip
     """Computes `attention.attend_cache`, and in a layer that slides only over the last `window` tokens of a row.
@@ -109,7 +110,7 @@ def _attend_head(query: jax.Array, key: jax.Array, value: jax.Array, segments: j
 
 
 def attend_cache_end(
-    query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any, lengths: jax.Array, window: int, each: int = 1
+    query: jax.Array, keys: Stored, values: Stored, layer: Any, lengths: jax.Array, window: int, each: int = 1
 ) -> jax.Array:
     """Computes the attention of a new token to the last `window` tokens in its cache, which it copies out."""
     batch, heads, size = query.shape
@@ -123,15 +124,17 @@ def attend_cache_end(
         def last(cache):  # [K,L,R,S,N] -> [B,K,W,N]; the cache may have more rows than B
             def read(row, start):
                 origin = jnp.int32(0), layer, row, start, jnp.int32(0)
-                return jax.lax.dynamic_slice(cache, origin, (len(cache), 1, 1, window, width))[:, 0, 0]
+                return jax.lax.dynamic_slice(cache, origin, (len(cache), 1, 1, window, cache.shape[-1]))[:, 0, 0]
 
             return jax.vmap(read)(jnp.arange(len(query), dtype=jnp.int32) // each, starts)
 
-        grouped = query.reshape(len(query), len(keys), -1, width)
-        scores = jnp.einsum("bkgn,bksn->bkgs", grouped, last(keys), preferred_element_type=jnp.float32)
+        grouped, key = query.reshape(len(query), keys.shape[0], -1, width), jax.tree.map(last, keys)
+        scores = jnp.einsum("bkgn,bksn->bkgs", grouped, operand(key, query.dtype), preferred_element_type=jnp.float32)
         visible = jnp.arange(window) < (ends - starts)[:, None, None, None]
-        weights = jax.nn.softmax(jnp.where(visible, scores * size**-0.5, FILL), axis=-1).astype(values.dtype)
-        return jnp.einsum("bkgs,bksn->bkgn", weights, last(values)).reshape(query.shape)
+        weights = jax.nn.softmax(jnp.where(visible, scaled(scores, key) * size**-0.5, FILL), axis=-1)
+        value = jax.tree.map(last, values)
+        weights = scaled(weights, value).astype(query.dtype)
+        return jnp.einsum("bkgs,bksn->bkgn", weights, operand(value, query.dtype)).reshape(query.shape)
 
     rows, tensor = fit_spec((batch, kv_heads), (BATCH, "tensor"))
     by_head, cache = P(rows, tensor, None), P(tensor, None, rows, None, None)

@@ -36,7 +36,7 @@ def sampling(run: Run, section: str, responses: int, prompts: int) -> Sampling:
 
     Raises:
       ValueError: the slots that the config asks for do not fit, or not even one of each device does; or kernels in 8
-        bits are asked for, and qwix is not installed.
+        bits are asked for, and qwix is not installed; or a cache in 8 bits on TPUs.
     """
     chosen = Sampling.from_config(run.config[section])
     if chosen.weights:
@@ -45,7 +45,7 @@ def sampling(run: Run, section: str, responses: int, prompts: int) -> Sampling:
     if limit is None:
         return chosen
     shards = sharding.row_ways(run.mesh)
-    size = partial(cache_bytes, run.policy.config, dtype=run.policy.dtype, mesh=run.mesh)
+    size = partial(cache_bytes, run.policy.config, dtype=chosen.cache or run.policy.dtype, mesh=run.mesh)
     longest = run.config.data.max_prompt_tokens - 1
     slot, prefilled = size(shards, longest + chosen.max_new_tokens), size(prompts, longest)
     held = _held_bytes(run.config)

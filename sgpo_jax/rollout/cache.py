@@ -21,7 +21,7 @@ def insert(cache: models.Cache, prompts: models.Cache, refilled: jax.Array, prom
         chosen, due = (jnp.take_along_axis(x, slot[:, None], axis=1)[:, 0] for x in (prompt, refilled))
         slot = jnp.where(due, slot, refilled.shape[1])
         sources = prompts["key"], prompts["value"]
-        return tuple(copy_row(slots, source, slot, chosen) for slots, source in zip(caches, sources, strict=True))
+        return jax.tree.map(lambda slots, source: copy_row(slots, source, slot, chosen), caches, sources)
 
     # One slot of each shard at a time, because most slots keep their response.
     count = refilled.sum(axis=1).max()
@@ -64,4 +64,5 @@ def copy_row(target: jax.Array, source: jax.Array, row: jax.Array, source_row: j
 def constrain_cache(cache: models.Cache) -> models.Cache:
     """Splits heads over the tensor axis, and rows over the other axes."""
     layout = ("tensor", None, BATCH, None, None)
-    return {**cache, **{name: constrain(cache[name], *layout) for name in ("key", "value")}}
+    both = {name: cache[name] for name in ("key", "value")}
+    return {**cache, **jax.tree.map(lambda x: constrain(x, *layout), both)}

@@ -35,7 +35,7 @@ class LanguageModel(NamedTuple):
     config: models.ModelConfig
     stop_ids: tuple[int, ...]  # token ids that end a response
     pad_id: int  # fills a response after its end
-    dtype: Any = jnp.float32  # of weights, activations and the cache while decoding
+    dtype: Any = jnp.float32  # of weights, activations and the cache while decoding, where `Sampling` has no other
 
 
 class Prompts(NamedTuple):
@@ -142,7 +142,8 @@ def generate(
         return values.reshape(shards, count // shards, *values.shape[1:])
 
     last_tokens, problem_ids = by_shard(prompts.tokens[:, -1]), by_shard(known.ids)
-    empty = constrain_cache(models.init_cache(config, count, length - 1, dtype))
+    stored = sampling.cache or dtype
+    empty = constrain_cache(models.init_cache(config, count, length - 1, stored))
     # Prefill all tokens but the last, which is the first one to be decoded.
     all_but_last = _left_aligned(prompts.tokens[:, :-1], prompts.mask[:, :-1])
     prefilled = models.apply(params, config, *all_but_last, empty, dtype=dtype)[1] if length > 1 else empty
@@ -254,11 +255,12 @@ def generate(
         slots = Slots(response, jnp.where(refilled, 0, slots.sampled), token, cache)
         return queued + refilled.sum(axis=1), slots, out, steps
 
-    cache = constrain_cache(models.init_cache(config, shards * width, length - 1 + max_new_tokens, dtype))
+    cache = constrain_cache(models.init_cache(config, shards * width, length - 1 + max_new_tokens, stored))
     if platform() == "gpu" and length > 1:
         # A zero that is known after the prefill: the cache takes no memory beside the activations of the prefill.
-        last = prefilled["key"][0, -1, 0, 0, 0]
-        cache |= {name: cache[name] + jnp.nan_to_num(last - last) for name in ("key", "value")}
+        last = jax.tree.leaves(prefilled["key"])[-1][0, -1, 0, 0, 0]  # a float, for of whole numbers it is known before
+        both = {name: cache[name] for name in ("key", "value")}
+        cache |= jax.tree.map(lambda x: x + jnp.nan_to_num(last - last).astype(x.dtype), both)
     idle = jnp.full((shards, width), responses, jnp.int32)
     out = Rollout(
         jnp.full((shards, responses, max_new_tokens), model.pad_id, jnp.int32),

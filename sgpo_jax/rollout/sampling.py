@@ -33,16 +33,18 @@ class Sampling:
     decode_ways: tuple[int, ...] = (1,)
     draft: int = 0  # most tokens of a slot that a pass verifies beside the one that is due; changes no response
     weights: str = ""  # "int8": the kernels of the layers in 8 bits, see `quantised.by_column`; "" is the model's type
+    cache: str = ""  # "int8": keys and values in 8 bits, see `cache_codes`; "" is the model's type
     # Is called on the host at every decoding step with `[W,R]` arrays, for W shards of R slots: the index of the slot's
     # response in its shard (their number for an idle slot), the tokens that it had, and its new one. In any order.
     watch: Callable[[Any, Any, Any], None] | None = None
 
     @classmethod
     def from_config(cls, fields: ConfigDict) -> "Sampling":
-        """Reads the settings from the section `rl` or `eval` of a config; `eval` has no types of weights."""
+        """Reads the settings from the section `rl` or `eval` of a config; `eval` has no types."""
         names = ("max_new_tokens", "temperature", "top_p", "top_k", "slots", "draft")
         chosen = {name: fields[name] for name in names}
-        return cls(**chosen, decode_ways=tuple(fields.decode_ways), weights=fields.get("rollout_weights", ""))
+        types = {name: fields.get(f"rollout_{name}", "") for name in ("weights", "cache")}
+        return cls(**chosen, decode_ways=tuple(fields.decode_ways), **types)
 
 
 def sample(logits: jax.Array, uniform: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:

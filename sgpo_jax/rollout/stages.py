@@ -101,14 +101,14 @@ def _active_first(slots: Slots, responses: int, width: int) -> Slots:
     def move(i, caches):
         # No row is read after it is written: the i-th of the chosen ones is the i-th or a later one.
         row = jnp.full(shards, i, jnp.int32)
-        return tuple(copy_row(cache, cache, row, chosen[:, i]) for cache in caches)
+        return jax.tree.map(lambda cache: copy_row(cache, cache, row, chosen[:, i]), caches)
 
     both = slots.cache["key"], slots.cache["value"]
     mesh = jax.sharding.get_abstract_mesh()
     if platform() == "gpu" and shards == (1 if mesh.empty else row_ways(mesh)):
         keys, values = jax.lax.fori_loop(0, width, move, both)
     else:
-        keys, values = (pick(cache, 2) for cache in both)
+        keys, values = jax.tree.map(lambda cache: pick(cache, 2), both)
     cache = {"key": keys, "value": values, "length": pick(slots.cache["length"], 0)}
     response, sampled, token = (jnp.take_along_axis(field, chosen, axis=1) for field in slots[:3])
     return Slots(response, sampled, token, constrain_cache(cache))
