@@ -47,6 +47,11 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Stored:
     return Codes(jnp.zeros(shape, dtype), jnp.zeros((*shape[:-1], 1), jnp.float32))
 
 
+def token_bytes(size: int, dtype: Any) -> int:
+    """Returns the bytes of a token's key or value of one head of `size`, in a cache of a type."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda: empty((size,), dtype))))
+
+
 def encode(new: jax.Array, like: Stored) -> Stored:
     """Returns `new` `[...,N]` as a cache such as `like` stores it.
 

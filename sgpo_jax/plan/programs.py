@@ -29,6 +29,7 @@ from sgpo_jax.models import (
     presets,
     windows,
 )
+from sgpo_jax.models.cache_codes import token_bytes
 from sgpo_jax.models.lora import Lora
 from sgpo_jax.plan import workload
 from sgpo_jax.plan.phases import Scopes
@@ -262,14 +263,15 @@ def _generation(
     waiting, slots = responses.reshape(shards, -1), min(fields.slots or count, count)
     stages = schedule(waiting, np.full_like(waiting, assumed.prompt_tokens), slots // shards)
     length = longest - 1 + fields.max_new_tokens
-    cache = cache_bytes(policy.config, slots, length, policy.dtype, mesh)
+    dtype = jnp.dtype(sampling.cache or policy.dtype)
+    cache = cache_bytes(policy.config, slots, length, dtype, mesh)
     setting, split = Setting(f"{section}.slots", slots, cache), head_ways(policy.config, mesh)
     with jax.set_mesh(mesh):
         cache_slots, width = attention.cache_shape(length, policy.config.head_dim)
         kernels = attention_gpu if platform() == "gpu" else attention_tpu
     heads = policy.config.num_kv_heads // split
     at_once = [kernels.tokens_at_once(decoding.width, heads, cache_slots) for decoding in stages]
-    scopes = _decoding(stages, count // shards, at_once, 2 * heads * width * policy.dtype.itemsize)
+    scopes = _decoding(stages, count // shards, at_once, 2 * heads * token_bytes(width, dtype))
     scopes = scopes._replace(entries=(("layer_product", policy.config.num_layers),), branches=_branches(policy.config))
     return Program(
         name, section, decoding_mesh(mesh, sampling.decode_ways), trace, scopes, resident,
