@@ -207,6 +207,8 @@ CATALOGUE = [
     ("rl.importance_cap", 0.0, "a finite number above 0"),
     ("rl.rollout_weights", "nf4", "'' or 'int8'"),
     ("rl.rollout_weights", "int8", "'' with rl.importance='none'"),
+    ("rl.rollout_cache", "bfloat16", "'' or 'int8'"),
+    ("rl.rollout_cache", "int8", "'' with rl.importance='none'"),
     ("rl.overlong_buffer", 10_000, "between 0 and rl.max_new_tokens = "),
     ("rl.overlong_penalty", -1.0, "between 0.0 and inf"),
     ("rl.resample", -1, "at least 0"),

@@ -205,6 +205,21 @@ def test_a_program_has_the_mesh_that_it_runs_on(tiny):
     assert found["update"] == found["evaluation, 32 samples"] == {"data": 1, "fsdp": 4, "context": 1, "tensor": 2}
 
 
+def test_a_cache_in_8_bits_is_planned_with_its_scales(tiny):
+    """With heads of 8 a key takes 8 bytes and 4 for its scale, in place of 16. An evaluation has none."""
+    config, mesh = small_run(**{"stages": ("rl", "eval"), "rl.importance": "token"}), sharding.make_mesh(1, 4, 2)
+    found = {}
+    for kind in ("", "int8"):
+        config.rl.rollout_cache = kind
+        by_name = {p.name: p for p in programs.programs(config, tiny, mesh, Assumed(8.0, 4))}
+        found[kind] = [by_name[name] for name in ("rollout", "evaluation, 32 samples")]
+    (numbers, exact), (codes, same) = found.values()
+    assert codes.setting.bytes / numbers.setting.bytes == pytest.approx(12 / 16, rel=1e-3)  # and the lengths of rows
+    (_, read), (_, less) = numbers.scopes.reads[0], codes.scopes.reads[0]
+    assert less / read == pytest.approx(12 / 16)
+    assert (same.setting, same.scopes.reads) == (exact.setting, exact.scopes.reads)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "size", "needed", "mesh", "heads", "expected"),
     [

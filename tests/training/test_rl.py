@@ -63,13 +63,18 @@ def test_each_group_has_its_prompts_and_its_noise(tiny, tiny_params, slots):
     assert slot_steps >= sum(rollout.lengths.sum() for rollout in found.values())
 
 
-def test_a_step_samples_from_rounded_kernels_and_an_evaluation_does_not(tiny):
-    pytest.importorskip("qwix", reason="the quantised extra is not installed")
-    config = settings(rollout_weights="int8", importance="token")
+@pytest.mark.parametrize("field", ["weights", "cache"])
+def test_a_step_samples_from_rounded_kernels_or_a_rounded_cache_and_an_evaluation_does_not(tiny, field):
+    if field == "weights":
+        pytest.importorskip("qwix", reason="the quantised extra is not installed")
+    config = settings(importance="token", **{f"rollout_{field}": "int8"})
     ours = policy.Policy(tiny, None, (1,), 63, np.dtype(np.float32), "")
     run = policy.Run(config, None, ours, sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
-    assert rl.step_sampling(run).weights == "int8"
-    assert memory.sampling(run, "eval", 4, 2).weights == ""
+    chosen = rl.step_sampling(run)
+    assert {name: getattr(chosen, name) for name in ("weights", "cache")} == {"weights": "", "cache": ""} | {
+        field: "int8"
+    }
+    assert memory.sampling(run, "eval", 4, 2) == Sampling.from_config(config.eval)
 
 
 @pytest.mark.parametrize("changes", [{"guided": 0}, {"guide": "demonstration", "guided": 1}])
