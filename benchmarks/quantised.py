@@ -5,7 +5,8 @@
 
 Compared are the log-probabilities of the tokens of solutions, each given its problem's prompt and all tokens before it,
 in nats. Activations are float32, so that only the weights differ. A share of the tokens is far apart: by more than 0.1.
-The last row are the kernels of `rl.rollout_weights=int8`, with a scale for a whole column.
+The last rows are decoded token by token, as a rollout does it: with the kernels of `rl.rollout_weights=int8`, which
+have a scale for a whole column, with the cache of `rl.rollout_cache=int8`, and with both.
 """
 
 import json
@@ -47,9 +48,13 @@ def main() -> None:
     exact = measure(base, ours, prompts, solutions, flags.at_once)
     found = {"bfloat16": {"bits": 16.0, "logp": float(exact.mean())}}
     rounded = {kind: quantised.quantise(base, kind, mesh) for kind in quantised.CODES}
-    for kind, params in {**rounded, "int8, rollout": jax.jit(quantised.by_column)(base)}.items():
-        logp = measure(params, ours, prompts, solutions, flags.at_once)
-        apart = np.abs(logp - exact)
+    by_kind = {kind: measure(params, ours, prompts, solutions, flags.at_once) for kind, params in rounded.items()}
+    rounded["int8, rollout"] = rounded["int8, both"] = jax.jit(quantised.by_column)(base)
+    rounded["cache in int8"] = base
+    for kind, cache in {"int8, rollout": jnp.float32, "cache in int8": jnp.int8, "int8, both": jnp.int8}.items():
+        by_kind[kind] = decoded(rounded[kind], ours, prompts, solutions, flags.at_once, cache)
+    for kind, logp in by_kind.items():
+        params, apart = rounded[kind], np.abs(logp - exact)
         found[kind] = {
             "bits": bits(params), "logp": float(logp.mean()), "apart": float(apart.mean()),
             "far": float((apart > FAR).mean()), "most": float(apart.max()),
@@ -76,22 +81,59 @@ def measure(params, ours, prompts, solutions, at_once: int) -> np.ndarray:
         logp, _ = logprobs.chunked_logprobs(hidden, head, targets, len(tokens), tied=ours.config.tie_embeddings)
         return logp
 
-    found = []
-    for first in range(0, len(prompts), at_once):
-        pairs = list(zip(prompts[first : first + at_once], solutions[first : first + at_once], strict=True))
+    def measure_batch(pairs):
         texts = [prompt + solution for prompt, solution in pairs]
-        texts += [texts[0]] * (at_once - len(texts))  # a last batch of other shape would be compiled again
-        logp = np.asarray(logp_of(params, *pad_right(texts, longest, ours.pad_id)))
-        found += [row[len(p) - 1 : len(p) + len(s) - 1] for row, (p, s) in zip(logp, pairs, strict=False)]
+        rows = np.asarray(logp_of(params, *pad_right(texts, longest, ours.pad_id)))
+        return [row[len(p) - 1 : len(p) + len(s) - 1] for row, (p, s) in zip(rows, pairs, strict=True)]
+
+    return in_batches(measure_batch, prompts, solutions, at_once)
+
+
+def decoded(params, ours, prompts, solutions, at_once: int, dtype) -> np.ndarray:
+    """Returns what `measure` does, from prompts that are prefilled and solutions fed to a cache of a type."""
+    longest = [max(map(len, texts)) for texts in (prompts, solutions)]
+    head, active = models.head_weight(params, ours.config), np.ones(at_once, bool)
+
+    @jax.jit
+    def logp_of(params, prompts, lengths, solutions):
+        mask = jnp.arange(longest[0]) < lengths[:, None] - 1  # the last token is the first one to be decoded
+        cache = models.init_cache(ours.config, at_once, sum(longest), dtype)
+        _, cache = models.apply(params, ours.config, prompts, models.positions_of(mask), mask, cache)
+        last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)
+
+        def step(cache, tokens):
+            hidden, cache = models.decode(params, ours.config, tokens[0], active, cache)
+            logp = jax.nn.log_softmax(hidden @ (head.T if ours.config.tie_embeddings else head))
+            return cache, jnp.take_along_axis(logp, tokens[1][:, None], axis=1)[:, 0]
+
+        fed = jnp.concatenate([last, solutions[:, :-1]], axis=1)
+        return jax.lax.scan(step, cache, (fed.T, solutions.T))[1].T
+
+    def decode_batch(pairs):
+        prompts, solutions = zip(*pairs, strict=True)
+        padded, _ = pad_right(solutions, longest[1], ours.pad_id)
+        rows = np.asarray(logp_of(params, *pad_right(prompts, longest[0], ours.pad_id), padded))
+        return [row[: len(solution)] for row, (_, solution) in zip(rows, pairs, strict=True)]
+
+    return in_batches(decode_batch, prompts, solutions, at_once)
+
+
+def in_batches(measure_batch, prompts, solutions, at_once: int) -> np.ndarray:
+    """Returns the log-probabilities of all tokens, of `at_once` pairs of a prompt and a solution at a time."""
+    pairs, found = list(zip(prompts, solutions, strict=True)), []
+    for first in range(0, len(pairs), at_once):
+        batch = pairs[first : first + at_once]
+        # A last batch of other shape would be compiled again.
+        found += measure_batch(batch + batch[:1] * (at_once - len(batch)))[: len(batch)]
     return np.concatenate(found)
 
 
 def bits(params) -> float:
-    """Returns the bits of a quantised weight, with its share of the scales."""
+    """Returns the bits of a quantised weight, with its share of the scales; 16 where none is."""
     kernels = [leaves for leaves in params["layers"].values() if "kernel_scale" in leaves]
     leaves = jax.tree.leaves([(kernel["kernel"], kernel["kernel_scale"]) for kernel in kernels])
     total = sum(leaf.size * jax.dtypes.itemsize_bits(leaf.dtype) for leaf in leaves)
-    return total / sum(kernel["kernel"].size for kernel in kernels)
+    return total / sum(kernel["kernel"].size for kernel in kernels) if kernels else 16.0
 
 
 if __name__ == "__main__":
