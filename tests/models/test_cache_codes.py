@@ -1,4 +1,4 @@
-"""A cache in 8 bits: the error of its codes, and attention that reads them, against float64 numpy and plain products."""
+"""A cache in 8 bits: the error of its codes, and the attention that reads them, against float64 numpy."""
 
 import contextlib
 from functools import partial

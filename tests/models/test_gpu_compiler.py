@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from sgpo_jax import config as configs
 from sgpo_jax import sharding
-from sgpo_jax.models import ModelConfig, attention, products_gpu
+from sgpo_jax.models import ModelConfig, attention, cache_codes, products_gpu
 from sgpo_jax.plan import gpus, planner
 from sgpo_jax.plan.programs import programs
 from sgpo_jax.plan.workload import Assumed
@@ -96,10 +96,11 @@ def test_attention_and_its_gradient_hold_nothing_of_length_squared(
 
 
 @pytest.mark.parametrize(
-    ("kind", "count", "tensor", "heads", "kv_heads", "size"),
-    [("h100", 8, 4, 12, 2, 128), pytest.param("a100", 1, 1, 9, 3, 64, marks=pytest.mark.slow)],
-)
-def test_decoding_steps_copy_no_layer_of_the_cache(mesh, kind, count, tensor, heads, kv_heads, size):
+    ("kind", "count", "tensor", "heads", "kv_heads", "size", "stored"),
+    [("h100", 8, 4, 12, 2, 128, BF16), *(pytest.param(*case, marks=pytest.mark.slow) for case in
+     (("a100", 1, 1, 9, 3, 64, BF16), ("h100", 8, 2, 12, 2, 128, jnp.int8), ("a100", 1, 1, 9, 3, 64, jnp.int8)))],
+)  # fmt: skip
+def test_decoding_steps_copy_no_layer_of_the_cache(mesh, kind, count, tensor, heads, kv_heads, size, stored):
     """Steps of several layers in a loop, as the engine's."""
     mesh, batch, layers, slots = mesh(kind, count, tensor), 16, 4, 2048
 
@@ -117,13 +118,15 @@ def test_decoding_steps_copy_no_layer_of_the_cache(mesh, kind, count, tensor, he
         return jax.lax.while_loop(lambda carry: carry[0] < 1, body, (0, query, keys, values))[2:]
 
     heads_of = "tensor" if kv_heads % tensor == 0 else None
-    cache = ((kv_heads, layers, batch, slots, size), BF16, P(heads_of, None, BATCH))
-    given = arguments(
-        mesh, ((batch, heads, size), BF16, P(BATCH)), ((batch, kv_heads, size), BF16, P(BATCH)), cache, cache,
+    query, new, lengths = arguments(
+        mesh, ((batch, heads, size), BF16, P(BATCH)), ((batch, kv_heads, size), BF16, P(BATCH)),
         ((batch,), jnp.int32, P(BATCH)),
     )  # fmt: skip
+    empty = jax.eval_shape(lambda: cache_codes.empty((kv_heads, layers, batch, slots, size), stored))
+    place = P(heads_of, None, BATCH)
+    cache = jax.tree.map(lambda x: arguments(mesh, (x.shape, x.dtype, place))[0], empty)
     with jax.set_mesh(mesh):
-        program = jax.jit(step, donate_argnums=(2, 3)).trace(*given).lower().compile()
+        program = jax.jit(step, donate_argnums=(2, 3)).trace(query, new, cache, cache, lengths).lower().compile()
     rows = batch * tensor // count
     one_layer = kv_heads // (tensor if heads_of else 1) * rows * slots * size
     assert "decode_attention" in program.as_text()
