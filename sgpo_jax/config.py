@@ -43,7 +43,7 @@ def base() -> ConfigDict:
     config.model.heads = 4  # attention heads; from scratch only
     config.model.mlp = 256  # width of the MLP; from scratch only
     config.model.dtype = "bfloat16"  # type of activations and matrix products; parameters are always float32
-    # The backward pass recomputes "full" layers, all but "attention", all but products with weights: "dots", or "none".
+    # The backward pass computes again: everything ("full"), all but "attention", all but products ("dots"), or "none".
     config.model.remat = "full"
 
     config.lora = ConfigDict()  # adapters, y = x W + s (x A) B, which alone are trained: arXiv 2106.09685; docs/lora.md
