@@ -1,7 +1,7 @@
 """Keys and values of the cache in 8 bits: codes, and a scale for each token and key head.
 
-What is stored is an array, which stands for itself, or `Codes`. No cache is made of codes in another type: products
-read the codes, and the scores of keys and the weights of values are multiplied by the scales.
+What is stored is an array, which stands for itself, or `Codes`. Products take the codes, and the scores of keys and the
+weights of values are multiplied by the scales, so that no cache of numbers is made of codes.
 
 Axis key: as in `attention`; G query heads of a key head.
 """

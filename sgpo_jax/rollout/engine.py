@@ -258,7 +258,7 @@ def generate(
     cache = constrain_cache(models.init_cache(config, shards * width, length - 1 + max_new_tokens, stored))
     if platform() == "gpu" and length > 1:
         # A zero that is known after the prefill: the cache takes no memory beside the activations of the prefill.
-        last = jax.tree.leaves(prefilled["key"])[-1][0, -1, 0, 0, 0]  # a float, for of whole numbers it is known before
+        last = jax.tree.leaves(prefilled["key"])[-1][0, -1, 0, 0, 0]  # of codes, a scale: integers would be known
         both = {name: cache[name] for name in ("key", "value")}
         cache |= jax.tree.map(lambda x: x + jnp.nan_to_num(last - last).astype(x.dtype), both)
     idle = jnp.full((shards, width), responses, jnp.int32)
