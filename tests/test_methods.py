@@ -209,6 +209,7 @@ def test_the_methods_differ_on_this_batch():
     assert len({round(norm, 5) for norm in norms.values()}) == len(TRAINED), norms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["self_strategies", "direct_sft"])
 def test_problems_without_a_strategy_are_not_distilled(name):
     """Bit for bit, whatever alpha, the loss and the choice of targets are."""
@@ -233,6 +234,7 @@ def test_micro_batches_of_a_method_give_the_result_of_one_batch(name):
     assert_trees_close(parts[1], whole[1], 1e-5)
 
 
+@pytest.mark.slow
 def test_luffy_does_not_clip_the_ratio():
     """In the second of two updates the ratios are far from 1."""
     rate = 1.0
@@ -295,6 +297,7 @@ def test_names_that_cannot_be_chosen_are_refused(choice, message):
         select(configs.base(), choice, {"few": {}, "many": {}})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grpo", "luffy", "hpt"])
 def test_a_method_trains(name, tmp_path):
     """The loop itself: what is sampled, shown and logged."""

@@ -54,6 +54,7 @@ def test_the_example_is_at_most_three_edits():
     assert files == ["sgpo_jax/config.py", "sgpo_jax/config_checks.py", "sgpo_jax/training/objective.py"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_the_three_edits_make_a_knob(tmp_path):
     shutil.copytree(ROOT / "sgpo_jax", tmp_path / "sgpo_jax", ignore=shutil.ignore_patterns("__pycache__"))

@@ -118,6 +118,7 @@ def arithmetic_options(source):
     return dict(item.split("=") for item in source.split(",")[1:])
 
 
+@pytest.mark.slow
 def test_the_lab_of_logic_can_run():
     pytest.importorskip("reasoning_gym", reason="needs the extra 'gym'")
     config = load(ROOT / "configs" / "lab_logic.py")

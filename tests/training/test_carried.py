@@ -263,6 +263,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_within_a_step_resumes_bit_for_bit(run, tmp_path, monkeypatch):
     whole, state = run("whole")
     assert max(row["token_age_max"] for row in whole) >= 1 and whole[0]["carried"] == whole[0]["token_age"] == 0

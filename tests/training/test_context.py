@@ -115,6 +115,7 @@ def updated(mesh):
     return jax.device_get((state.params, metrics))
 
 
+@pytest.mark.slow
 def test_an_update_on_split_rows():
     assert_trees_close(updated(mesh_of(2, 2, 2)), updated(mesh_of()), 1e-5)
 

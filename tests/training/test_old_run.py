@@ -52,6 +52,7 @@ def config_of(steps):
     return config
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_version_resumes_and_comes_to_the_same_end(workdir, mesh, capsys):
     before = (workdir / "rl.jsonl").read_text()
     assert len(before.splitlines()) == 2

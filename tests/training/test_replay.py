@@ -114,6 +114,7 @@ def test_a_batch_that_is_sound_under_another_state_is_applied_and_wrong_steps_ar
         replay.run(config, run, path)
 
 
+@pytest.mark.slow
 def test_a_bad_parameter_stops_the_warm_up_and_the_replay_names_it(tmp_path, monkeypatch, capsys):
     init = models.init
 

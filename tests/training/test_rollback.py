@@ -200,6 +200,7 @@ def world(monkeypatch):
     return make
 
 
+@pytest.mark.slow
 def test_a_collapse_is_left_behind_until_the_last_rollback_has_been_made(world, tmp_path, capsys):
     visited = world(3, 4, 6, 7, 8)
     said = "truncated is 1, above monitor.most_truncated=0.5: responses do not end"
