@@ -30,7 +30,8 @@ COMMANDS = {
     "broken row": ("main", ["--config.sft.train={place}/broken.jsonl"], r"broken\.jsonl:2: not valid JSON in UTF-8"),
     "pickled model": (
         "main",
-        ["--config.model.source={place}/pickled", "--config.model.tokenizer=arithmetic"],
+        ["--config.model.source={place}/pickled", "--config.model.tokenizer=arithmetic",
+         "--config.sft.train={place}/broken.jsonl"],  # said before the rows are read
         r"has neither .*; pickles are never opened: pytorch_model\.bin",
     ),
     "model without config": ("main", ["--config.model.source={place}/none"], r"none/config\.json cannot be read as"),
