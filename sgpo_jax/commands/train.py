@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 
 from sgpo_jax import cli, config_checks, rewards, sharding
 from sgpo_jax import config as configs
+from sgpo_jax import policy as policies
 from sgpo_jax.cli.processes import join
-from sgpo_jax.models import huggingface
 from sgpo_jax.policy import Run
 from sgpo_jax.report import page
 from sgpo_jax.runtime import distributed, environment, is_first, lock, memory, mirror, preemption, trackers, write_text
@@ -54,8 +54,8 @@ def _run_stages(config, workdir: Path, mesh: Mesh) -> None:
     if lines := found(config, workdir):
         print(mirror.shown(f"{workdir}: {'; '.join(lines)}"), flush=True)
     run, initial = stage.open_run(config, workdir, mesh)
-    if not lines and (folder := Path(config.model.source).expanduser()).is_dir():
-        huggingface.weight_files(folder)  # a folder without weights is refused before the rows are read
+    if not lines:
+        policies.check_weights(config.model.source)
     with trackers.Trackers.from_config(config, workdir) as tracked:
         _train(replace(run, trackers=tracked), initial)
 

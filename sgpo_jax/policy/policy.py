@@ -24,6 +24,7 @@ from sgpo_jax.runtime import buckets
 from sgpo_jax.runtime.trackers import Trackers
 
 WORDS = "words:"  # prefix of a tokenizer's name: its tokens are the words of a source of problems
+_NAMES = ("scratch", "smollm2")  # of models, also where folders have them
 _WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
 
 
@@ -118,6 +119,20 @@ def load(
             f"model {source!r}: {error} (from generation_config.json, config.json, the GGUF file or the tokenizer)"
         ) from error
     return Policy(config, tok, stops, tokenizers.pad_id(tok), dtype, instruction), initial
+
+
+def check_weights(source: str) -> None:
+    """Checks that a model's folder on a disk has weights, before the rows of a run are read. None of them is read.
+
+    Args:
+      source: as in `load`; what is no such folder passes.
+
+    Raises:
+      ValueError: there are none, or their index is broken.
+    """
+    folder = Path(os.path.expanduser(source))
+    if source not in _NAMES and folder.is_dir():
+        huggingface.weight_files(folder)
 
 
 def with_system(policy: Policy, text: str) -> Policy:

@@ -201,6 +201,13 @@ def test_threads_of_one_process_do_not_come_before_each_other(server, monkeypatc
     assert statuses == [200, 200] and content(server).keys() == {"a", "b", "c"}
 
 
+def test_of_a_change_of_nothing_the_client_is_not_asked_for_a_commit(server, monkeypatch):
+    """It makes none, but warns of it, and every start of a run deletes a file that is hardly ever there."""
+    buckets.write(f"{URL}/a", b"1")
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", None)
+    buckets.delete(f"{URL}/never there")
+
+
 def test_a_run_that_was_copied_from_a_disk_with_its_lock_is_locked(server):
     buckets.change(URL, {"lock": b"", "rl.jsonl": b"{}"})
     with lock.hold(mirror.copy(URL)):
