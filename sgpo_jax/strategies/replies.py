@@ -110,8 +110,9 @@ def read_reply(
     sizes = [len(text.encode()) for text in texts]  # a token has at least one byte
     tokens_in = _count(usage.get("prompt_tokens"), len(request.prompt.encode()) if texts else 0)
     tokens_out = counted = _count(usage.get("completion_tokens"), -1)
-    # Some servers count one of several texts. Those that were cut at the limit have at least this many tokens.
-    least = sum(min(size, request.max_tokens) for size, end in zip(sizes, finish, strict=True) if end == "length")
+    # Some servers count one of several texts. All have at least this many tokens: those that were cut have the limit.
+    limits = [request.max_tokens if end == "length" else 1 for end in finish]
+    least = sum(map(min, sizes, limits))
     if counted < 0 or (len(texts) > 1 and counted < least):
         tokens_out = sum(sizes)
     if not texts:

@@ -232,6 +232,12 @@ def test_a_server_that_ignores_the_limit_is_said_once_and_counted_in_full():
     assert not asked(completion("y" * 4000, usage=None))[3], "bytes are no tokens"
 
 
+def second_is_cut(tokens: int):
+    """Returns a reply of two texts, of which the second ends by the limit."""
+    body = completion("y" * 80, "z" * 90, finish="length", usage=(11, tokens)).body
+    return Answer(body.replace(b'"length"', b'"stop"', 1))
+
+
 @pytest.mark.parametrize(
     ("answer", "choices", "counted"),
     [
@@ -240,6 +246,8 @@ def test_a_server_that_ignores_the_limit_is_said_once_and_counted_in_full():
         (completion("y" * 80, "z" * 90, finish="length", usage=(11, 100)), 2, 100),
         (completion("y" * 80, "z" * 90, finish="stop", usage=(11, 50)), 2, 50),
         (completion("yy", "z" * 60, finish="length", usage=(11, 52)), 2, 52),
+        (second_is_cut(50), 2, 170),  # the first text has a token too
+        (second_is_cut(51), 2, 51),
         (completion("y" * 80, finish="length", usage=(11, 30)), 1, 30),  # the context ends before the limit
     ],
 )
