@@ -25,8 +25,10 @@ from pathlib import Path
 
 import jax
 import jax._src.compiler
+import tensorboardX  # noqa: F401  once for all forks: it imports every package that it can use, such as torch
 
 from sgpo_jax.evaluation import sets
+from sgpo_jax.report import figures  # noqa: F401  matplotlib, once for all forks
 from sgpo_jax.runtime import buckets, journal
 from sgpo_jax.training import checkpoint, rl, rollback, sft
 
