@@ -396,7 +396,7 @@ def rollout(flags: Any) -> dict[str, Any]:
     lengths = np.asarray(responses.lengths).reshape(1, -1)
     # What a decoding step has to read at least: the matrices in bfloat16, the embedding only where it is the head, and
     # the keys and values of all tokens so far.
-    stages = schedule(lengths, np.full_like(lengths, flags.prompt), lengths.size)
+    stages = schedule(lengths, np.full_like(lengths, flags.prompt), lengths.size).stages
     steps, cached = sum(stage.steps for stage in stages), sum(stage.steps * stage.cached for stage in stages)
     model = workload.shape(flags.shape)
     weights = 2 * (model.layer_parameters + model.head_parameters)

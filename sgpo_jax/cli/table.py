@@ -111,6 +111,8 @@ COMMANDS = {
             Flag("lengths", "Folder of a run; the lengths of its responses in place of --response_tokens.", default=""),
             Flag("prompt_tokens", "Length of prompts; 0 is a quarter of data.max_prompt_tokens.", int, 0),
             Flag("correct", "Share of the responses that are correct.", float, 0.5, low=0.0, high=1.0),
+            Flag("acceptance", "Probability that a drafted token is right where those before it are.", float, 0.25,
+                 low=0.0, high=1.0),
             Flag("problems", "Rows of the training data.", int, 8500, low=1),
             Flag("eval_problems", "Problems of an evaluation set that is not in the paper.", int, 500, low=1),
             Flag("flops_share", "Share of the peak FLOP/s that is reached.", float, low=0.01, high=1.0),

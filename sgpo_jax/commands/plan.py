@@ -40,7 +40,7 @@ def main(config: ConfigDict, given: Any) -> None:
         mean, cut = of_run(cli.folder("lengths", given.lengths), config.rl.max_new_tokens)
     assumed = Assumed(
         mean, given.prompt_tokens or max(config.data.max_prompt_tokens // 4, 1), given.correct, given.problems,
-        given.eval_problems, cut,
+        given.eval_problems, cut, given.acceptance,
     )  # fmt: skip
     limits = {"response_tokens": config.rl.max_new_tokens, "prompt_tokens": config.data.max_prompt_tokens}
     for name, most in limits.items():

@@ -35,13 +35,8 @@ def make(
         price: dollars for a chip and hour; 0 takes the one that is stated for the chip.
 
     Raises:
-        ValueError: the topology does not exist, the run does not divide over it, or it drafts tokens.
+        ValueError: the topology does not exist, or the run does not divide over it.
     """
-    for section in ("rl", "eval"):
-        if draft := config[section].draft:
-            raise ValueError(
-                f"config.{section}.draft={draft}: must be 0 in a plan, which does not know how many drafts are right"
-            )
     shape = load_shape(config)
     chip, devices = hardware.topology(topology)
     chip = chip._replace(price=price or chip.price)

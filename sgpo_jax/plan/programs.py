@@ -31,21 +31,22 @@ from sgpo_jax.models import (
 )
 from sgpo_jax.models.cache_codes import token_bytes
 from sgpo_jax.models.lora import Lora
-from sgpo_jax.plan import workload
+from sgpo_jax.plan import decoding, workload
 from sgpo_jax.plan.phases import Scopes
 from sgpo_jax.plan.workload import Assumed
 from sgpo_jax.policy import Policy
-from sgpo_jax.rollout import Prompts, Sampling, generate
+from sgpo_jax.rollout import Begun, Problems, Prompts, Rollout, Sampling, drafts, generate
 from sgpo_jax.rollout.memory import cache_bytes, head_ways
-from sgpo_jax.rollout.schedule import Stage, schedule
 from sgpo_jax.runtime import buckets
 from sgpo_jax.sharding import BATCH, HEADS, axis_ways, decoding_mesh, platform, row_ways
-from sgpo_jax.training import packing, rl, sft, stage, train_step
+from sgpo_jax.training import carried, earlier, packing, rl, sft, stage, train_step
 from sgpo_jax.training.batch import Batch, Contexts, Group, pack_batch, specs
 from sgpo_jax.training.objective import Objective
 from sgpo_jax.training.packing import Packed
 from sgpo_jax.training.state import TrainState
 from sgpo_jax.training.weighting import Weighting
+
+ROLLOUT = "rollout"  # name of the program that samples the groups of a step
 
 
 class Setting(NamedTuple):
@@ -170,7 +171,7 @@ def _rl_programs(setup: _Setup) -> list[Program]:
     fields = config.rl
     state, base = _state(config, "rl", policy, mesh), _base(config, policy, mesh)
     params, resident = _whole(config, state, policy, base)
-    generations = {"rollout": (tuple(rl.sampled_groups(fields).values()), calls.rl_steps)}
+    generations = {ROLLOUT: (tuple(rl.sampled_groups(fields).values()), calls.rl_steps)}
     if calls.own_strategies:
         generations["own responses"] = (fields.self_tries,), calls.own_strategies
         generations["own strategies"] = (1,), calls.own_strategies
@@ -246,56 +247,61 @@ def _generation(
         resident, groups, calls: bytes held during a call; responses of each group to a problem; calls in the whole run.
     """
     config, policy, mesh, assumed, _ = setup
-    fields, longest = config[section], config.data.max_prompt_tokens
-    shards, prompt_count = row_ways(mesh), fields.batch * len(groups)
-    rows, whole = NamedSharding(mesh, P(BATCH)), NamedSharding(mesh, P())
-    prompts = [jax.ShapeDtypeStruct((prompt_count, longest), kind, sharding=rows) for kind in (jnp.int32, jnp.bool)]
-    keys = len(groups) if section == "rl" else prompt_count  # an evaluation's problems may be those of several sets
+    fields, longest, sampling = config[section], config.data.max_prompt_tokens, Sampling.from_config(config[section])
+    beyond = carried.extra(fields) if name == ROLLOUT else 0
+    shards, problems = row_ways(mesh), fields.batch + beyond
+    prompt_count, count = problems * len(groups), problems * sum(groups)
+    prompts = Prompts(*(_rows(mesh, kind, prompt_count, longest) for kind in (jnp.int32, jnp.bool)))
+    # The problems of an evaluation may be those of several sets, and those in flight of several batches.
+    keys = len(groups) if section == "rl" and not beyond else prompt_count
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), keys))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
-    ids, sampling = jax.ShapeDtypeStruct((prompt_count,), jnp.uint32, sharding=rows), Sampling.from_config(fields)
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, P()))
+    known = Problems(_rows(mesh, jnp.uint32, prompt_count))
+    if name == ROLLOUT:
+        known = _known(mesh, known, sampling, problems, sum(groups), bool(beyond))
     trace = partial(
-        generate.trace, params, policy.language_model, Prompts(*prompts), key, ids, sampling=sampling, group=groups,
+        generate.trace, params, policy.language_model, prompts, key, known, sampling=sampling, group=groups,
         shards=shards,
     )  # fmt: skip
-    count = fields.batch * sum(groups)
-    responses = workload.lengths(count, assumed.response_tokens, fields.max_new_tokens, assumed.cut)
-    waiting, slots = responses.reshape(shards, -1), min(fields.slots or count, count)
-    stages = schedule(waiting, np.full_like(waiting, assumed.prompt_tokens), slots // shards)
-    length = longest - 1 + fields.max_new_tokens
+    slots, length = min(fields.slots or count, count), longest - 1 + fields.max_new_tokens
     dtype = jnp.dtype(sampling.cache or policy.dtype)
     cache = cache_bytes(policy.config, slots, length, dtype, mesh)
     setting, split = Setting(f"{section}.slots", slots, cache), head_ways(policy.config, mesh)
+    heads = policy.config.num_kv_heads // split
     with jax.set_mesh(mesh):
+        work = decoding.passes(fields, assumed, sum(groups), beyond, shards, slots // shards)
+        each = [1 + drafts.most_drafted(sampling.draft, stage.width, slots // shards) for stage in work.stages]
         cache_slots, width = attention.cache_shape(length, policy.config.head_dim)
         kernels = attention_gpu if platform() == "gpu" else attention_tpu
-    heads = policy.config.num_kv_heads // split
-    at_once = [kernels.tokens_at_once(decoding.width, heads, cache_slots) for decoding in stages]
-    scopes = _decoding(stages, count // shards, at_once, 2 * heads * token_bytes(width, dtype))
+    rows = [stage.width * tokens for stage, tokens in zip(work.stages, each, strict=True)]
+    at_once = [kernels.tokens_at_once(count, heads, cache_slots) for count in rows]
+    scopes = decoding.scopes(work, each, at_once, 2 * heads * token_bytes(width, dtype))
     scopes = scopes._replace(entries=(("layer_product", policy.config.num_layers),), branches=_branches(policy.config))
     return Program(
         name, section, decoding_mesh(mesh, sampling.decode_ways), trace, scopes, resident,
-        arguments=device_bytes((params, prompts)), calls=calls, tokens=float(responses.sum()), setting=setting,
+        arguments=device_bytes((params, prompts, known)), calls=calls,
+        tokens=float(decoding.lengths(fields, assumed, fields.batch * sum(groups)).sum()), setting=setting,
     )  # fmt: skip
 
 
-def _decoding(stages: list[Stage], responses: int, at_once: list[int], token_bytes: int) -> Scopes:
-    """Returns the trip counts of the engine's loops, and the bytes that the kernel reads from a layer's cache.
+def _known(mesh: Mesh, known: Problems, sampling: Sampling, problems: int, each: int, begun: bool) -> Problems:
+    """Adds what a step of RL knows of its problems, each with so many responses: see `rl.sample_groups`."""
+    if sampling.draft or 0 < sampling.slots < problems * each:  # then the run keeps a store: see `rl.make_earlier`
+        known = known._replace(expected=_rows(mesh, jnp.float32, known.ids.shape[0]))
+    if sampling.draft:
+        size = min(4 * sampling.max_new_tokens, earlier.MOST)
+        known = known._replace(earlier=_rows(mesh, jnp.int32, problems, size))
+    if not begun:
+        return known
+    tokens, logp = (_rows(mesh, kind, problems, each, sampling.max_new_tokens) for kind in (jnp.int32, jnp.float32))
+    counts, due = _rows(mesh, jnp.int32, problems, each), _rows(mesh, jnp.bool, problems)
+    enough = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
+    return known._replace(begun=Begun(Rollout(tokens, logp, counts, counts), due, enough))
 
-    Args:
-        stages: from the engine's schedule.
-        responses: of a shard; the prompt of each is copied once.
-        at_once: cached tokens of a row that the kernel reads in one round of its loop, in each stage.
-        token_bytes: keys and values of a token in one layer on a device.
-    """
-    refills = float(stages[0].refills)
-    trips, reads = [("refill/while$", refills), ("refill/while/body/while$", responses / refills)], []
-    for decoding, tokens in zip(stages, at_once, strict=True):
-        kernel = rf"decode_{decoding.width}/.*(paged|decode)_attention"
-        steps = decoding.steps / max(decoding.refills, 1)
-        trips += [(kernel, decoding.cached / decoding.width / tokens), (f"decode_{decoding.width}/while$", steps)]
-        reads.append((kernel, decoding.cached * token_bytes))
-    return Scopes("prefill", (("decode_", "decode"), ("refill", "refill")), tuple(trips), tuple(reads))
+
+def _rows(mesh: Mesh, kind: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    """Returns the shape of an array whose rows the devices share."""
+    return jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, P(BATCH)))
 
 
 def _branches(shape: ModelConfig) -> tuple[tuple[str, tuple[float, float]], ...]:

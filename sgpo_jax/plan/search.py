@@ -17,7 +17,7 @@ from sgpo_jax.plan.estimate import Result
 from sgpo_jax.plan.programs import Program, programs
 from sgpo_jax.plan.roofline import Chip
 from sgpo_jax.plan.workload import Assumed
-from sgpo_jax.training import rl
+from sgpo_jax.training import carried, rl
 
 FIELDS = ("sft.micro_batch", "rl.micro_batch", "rl.slots", "eval.slots")
 WAYS = ("rl.decode_ways", "eval.decode_ways")
@@ -174,7 +174,7 @@ def _values(config: ConfigDict, field: str, mesh: Mesh) -> list[int]:
     section, name = field.split(".")
     most = {
         "sft": config.sft.batch,
-        "rl": config.rl.batch * sum(rl.sampled_groups(config.rl).values()),
+        "rl": (config.rl.batch + carried.extra(config.rl)) * sum(rl.sampled_groups(config.rl).values()),
         "eval": config.eval.batch * max((eval_set.samples for eval_set in config.eval.sets.values()), default=1),
     }[section]
     most = min(most, MOST_ROWS * ways) if name == "micro_batch" else most

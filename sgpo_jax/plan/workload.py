@@ -23,6 +23,7 @@ class Assumed(NamedTuple):
     problems: int = 8500  # rows of the training data; Sec. 4.1
     eval_problems: int = 500  # of a set that is not in SETS
     cut: float = 0.0  # share of the sampled responses that are cut at the limit
+    acceptance: float = 0.25  # probability that a drafted token is right where those before it are
 
 
 class Calls(NamedTuple):

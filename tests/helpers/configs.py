@@ -1,4 +1,4 @@
-"""Loads the files of configs/, and makes the config of an extraction."""
+"""Loads the files of configs/, and makes configs for extractions and plans."""
 
 import importlib.util
 from pathlib import Path
@@ -29,4 +29,14 @@ def extraction(folder: Path, url: str, **fields) -> ConfigDict:
     }  # fmt: skip
     config.extract.update_from_flattened_dict(chosen | fields)
     config_checks.check_extract(config)
+    return config
+
+
+def small_run(**changes) -> ConfigDict:
+    """Returns the paper's config with batches of 8, prompts of 8 tokens and responses of 16, for plans."""
+    config = configs.paper("", tensor=1)
+    config.data.max_prompt_tokens = 8
+    config.sft.batch = config.rl.batch = config.eval.batch = 8
+    config.sft.max_response_tokens = config.rl.max_new_tokens = config.eval.max_new_tokens = 16
+    config.update_from_flattened_dict(changes)
     return config

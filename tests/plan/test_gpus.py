@@ -175,7 +175,7 @@ def test_decoding_on_gpus_moves_the_weights_and_the_live_cache(planned):
     # Of a device: half of the matrices, in every step; and the cache of half of the rows, one of two key heads.
     decoding = planned[0]["programs"]["rollout"]["phases"]["decode"]
     lengths = workload.lengths(4 * G, 96, T).reshape(2, -1)
-    stages = schedule(lengths, np.full_like(lengths, 64), 2 * G)
+    stages = schedule(lengths, np.full_like(lengths, 64), 2 * G).stages
     layer = D * N * (H + 2 * 2) + H * N * D + 3 * D * F
     weights = 2 * (2 * layer + D * V) / 2
     steps, cached = sum(stage.steps for stage in stages), sum(stage.steps * stage.cached for stage in stages)

@@ -10,6 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from helpers.configs import small_run
 from helpers.paths import ROOT
 from ml_collections import ConfigDict
 
@@ -264,15 +265,6 @@ def test_layers_are_recomputed_first():
     assert line.endswith("in this order: config.model.remat=full; config.rl.micro_batch=8; config.mesh.tensor=2")
 
 
-def small_run(**changes):
-    config = configs.paper("", tensor=1)
-    config.data.max_prompt_tokens = 8
-    config.sft.batch = config.rl.batch = config.eval.batch = 8
-    config.sft.max_response_tokens = config.rl.max_new_tokens = config.eval.max_new_tokens = 16
-    config.update_from_flattened_dict(changes)
-    return config
-
-
 def with_eight(monkeypatch):
     """Eight devices of the CPU in the place of a topology."""
     monkeypatch.setattr(hardware, "topology", lambda name: (CHIPS_FAST, jax.devices()))
@@ -287,7 +279,6 @@ def with_eight(monkeypatch):
             r"mesh\.data=3, mesh\.fsdp=-1, mesh\.context=1, mesh\.tensor=1 needs a multiple or product of 3 devices",
         ),
         ({"rl.micro_batch": 12}, r"config\.rl\.micro_batch=12: must be a multiple of mesh\.data \* mesh\.fsdp = 8"),
-        ({"eval.draft": 4}, r"config\.eval\.draft=4: must be 0 in a plan"),
     ],
 )
 def test_what_does_not_divide_is_refused_before_anything_is_compiled(monkeypatch, changes, message):

@@ -24,6 +24,7 @@ from sgpo_jax.rollout import (
     Sampling,
     generate,
 )
+from sgpo_jax.rollout.schedule import Going, Pace, schedule
 
 COUNT, GROUP, NEW, PROMPT, PAD = 24, 3, 24, 7, 63
 STOPS = tuple(range(1, 9))  # responses end at all lengths
@@ -94,6 +95,22 @@ def assert_same(rollout, expected):
     np.testing.assert_allclose(rollout.logp, expected.logp, atol=1e-5)
 
 
+NOTHING_DRAFTED = [((1, 1, 1), 8), ((1, 8, 1), 0)]  # because a stage has at least 8 slots of a shard
+
+
+def assert_scheduled(rollout, steps, before, whole, enough, shards, slots):
+    """The host knows the passes and what is left from the lengths."""
+
+    def by_shard(values):
+        return values.reshape(shards, -1)
+
+    lengths, age = by_shard(whole.lengths), np.zeros((shards, COUNT // shards))
+    going = Going(by_shard(before.lengths), age, age > 0, enough)
+    found = schedule(lengths, np.full_like(lengths, PROMPT), slots // shards or lengths.shape[1], going=going)
+    assert sum(stage.width * stage.steps for stage in found.stages) * shards == steps.slots
+    np.testing.assert_array_equal(found.tokens, by_shard(rollout.lengths))
+
+
 @pytest.mark.parametrize(
     ("shape", "slots", "ways"),
     [((1, 1, 1), 0, (1,)), ((1, 1, 1), 8, (1,)), ((2, 2, 2), 8, (1,)), ((1, 8, 1), 0, (1,)), ((1, 4, 2), 0, (1, 4))],
@@ -102,8 +119,10 @@ def test_a_stopped_rollout_goes_on_as_if_it_had_not_stopped(run, whole, shape, s
     rollout = FRESH
     for enough in (6, 15, COUNT):
         before = rollout
-        rollout, _ = run(until(before, enough), shape=shape, slots=slots, decode_ways=ways)
+        rollout, steps = run(until(before, enough), shape=shape, slots=slots, decode_ways=ways)
         assert complete(rollout).sum() >= enough
+        if (shape, slots) in NOTHING_DRAFTED:
+            assert_scheduled(rollout, steps, before, whole, enough, shards=shape[1], slots=slots)
         assert_same(rollout, cut(whole, rollout.lengths))
         known = np.arange(NEW) < before.lengths[..., None]
         np.testing.assert_array_equal(rollout.logp[known], before.logp[known])
@@ -218,3 +237,32 @@ def test_responses_cannot_go_on_without_drafts(run):
 
 def test_the_finish_reasons_differ():
     assert len({STOP, LENGTH, RUNNING}) == 3
+
+
+def test_the_oldest_come_first_and_those_due_are_waited_for():
+    """Two slots; known tokens are fed three in a pass, and two are sampled in one."""
+    lengths, known = np.array([[9, 4, 1, 8]]), np.array([[0, 4, 0, 6]])
+
+    def planned(due, enough):
+        going = Going(known, np.array([[0, 1, 0, 2]]), np.array([due]), enough)
+        return schedule(lengths, np.full_like(lengths, 5), 2, lambda width: Pace(3, 2), going)
+
+    # The second has ended. The slots take the last one, which has two known passes and one more, and the first, which
+    # has five; then the third, which has one.
+    found = planned([False] * 4, 2)
+    (stage,) = found.stages
+    assert (stage.refills, stage.steps, found.begun) == (1, 3, 2) and found.tokens.tolist() == [[6, 4, 0, 8]]
+    first, last = 4 + 7 / 2, 4 + (8 + 1) / 2
+    assert stage.cached == pytest.approx(first + last)
+    (stage,) = planned([False] * 4, 3).stages
+    assert (stage.refills, stage.steps) == (2, 4)
+    found = planned([True, False, False, False], 2)
+    assert [stage.steps for stage in found.stages] == [5] and found.tokens.tolist() == lengths.tolist()
+
+
+def test_the_cache_of_a_response_that_goes_on():
+    """Prompts of 5 tokens. Of 9 tokens 6 are known; after a pass the other response, of one token, has ended."""
+    going = Going(np.array([[6, 0]]), np.array([[1, 0]]), np.array([[False, False]]), 2)
+    (stage,) = schedule(np.array([[9, 1]]), np.full((1, 2), 5), 2, lambda width: Pace(3, 2), going).stages
+    first = 4 + (3 + 1) / 2 + 3 * (4 + 3 + (3 + 3 + 1) / 2)
+    assert stage.steps == 4 and stage.cached == pytest.approx((first + 4 + 1 + 3) / 4)

@@ -109,7 +109,7 @@ def test_any_number_of_shards_gives_the_same_responses(run, at_once, slots, shar
 @pytest.mark.parametrize(("slots", "shards"), [(0, 1), (1, 1), (3, 1), (16, 1), (40, 1), (8, 4), (4, 2), (0, 3)])
 def test_the_schedule_is_known_from_the_lengths(run, at_once, slots, shards):
     lengths = at_once[0].lengths.reshape(shards, -1)
-    stages = schedule(lengths, np.full_like(lengths, LENGTH), slots // shards or lengths.shape[1])
+    stages = schedule(lengths, np.full_like(lengths, LENGTH), slots // shards or lengths.shape[1]).stages
     _, slot_steps = run(**({"slots": slots, "shards": shards} if (slots, shards) != (0, 1) else {}))
     assert sum(stage.width * stage.steps for stage in stages) * shards == slot_steps
 
@@ -117,7 +117,7 @@ def test_the_schedule_is_known_from_the_lengths(run, at_once, slots, shards):
 def test_the_tokens_in_the_caches_of_the_slots():
     # Prompts of 5 tokens, of which 4 are in the cache before the first step. Slot 0 takes responses of 2 and 3 tokens,
     # slot 1 one of 4; after the 4th step it is idle, and one token is read.
-    (stage,) = schedule(np.array([[2, 4, 3]]), np.full((1, 3), 5), 2)
+    (stage,) = schedule(np.array([[2, 4, 3]]), np.full((1, 3), 5), 2).stages
     assert (stage.width, stage.refills, stage.steps) == (2, 2, 5)
     first, second = [5, 6, 5, 6, 7], [5, 6, 7, 8, 1]
     assert stage.cached == pytest.approx((sum(first) + sum(second)) / 5)
@@ -190,7 +190,7 @@ def test_groups_sampled_at_once_need_fewer_steps(sampled_alone):
     """The other group's responses fill the slots at the end of one group."""
 
     def steps(lengths, slots):
-        stages = schedule(lengths, np.full_like(lengths, LENGTH), slots or lengths.size)
+        stages = schedule(lengths, np.full_like(lengths, LENGTH), slots or lengths.size).stages
         return sum(stage.steps for stage in stages)
 
     lengths = [expected.lengths for expected in sampled_alone]
