@@ -17,16 +17,12 @@ import numpy as np
 
 from sgpo_jax import models, output_head
 from sgpo_jax.models import quantised
-from sgpo_jax.rollout import drafts, weights
+from sgpo_jax.rollout import drafts, records, weights
 from sgpo_jax.rollout.cache import constrain_cache, insert
+from sgpo_jax.rollout.records import LENGTH, RUNNING, Array, Rollout, Steps
 from sgpo_jax.rollout.sampling import Sampling, sample
 from sgpo_jax.rollout.stages import Slots, decode_all
 from sgpo_jax.sharding import BATCH, constrain, dividing, platform, weight_axes
-
-Array = Any  # JAX's, or numpy's on the host
-
-# Finish reasons: ended by a stop token, cut at the limit, or none, because the rollout ended before the response.
-STOP, LENGTH, RUNNING = 0, 1, 2
 
 
 class LanguageModel(NamedTuple):
@@ -43,15 +39,6 @@ class Prompts(NamedTuple):
 
     tokens: Array  # [B,P] int32, padded on the left
     mask: Array  # [B,P] bool, True on real tokens
-
-
-class Rollout(NamedTuple):
-    """The responses, G to each prompt. With prompts of C kinds, G is the sum over the kinds, and B counts problems."""
-
-    tokens: Array  # [B,G,T] int32, the stop token included, padded after it
-    logp: Array  # [B,G,T] float32, log-probability of each token at temperature 1 without filters, nats; then 0
-    lengths: Array  # [B,G] int32, tokens in each response, the stop token included
-    finish: Array  # [B,G] int32, STOP or LENGTH; RUNNING only where the rollout need not wait for all: see `Begun`
 
 
 class Begun(NamedTuple):
@@ -73,14 +60,6 @@ class Problems(NamedTuple):
     expected: Array | None = None  # [B] float32, tokens of a response; with fewer slots, the longest are begun first
     earlier: Array | None = None  # [B/C,S] int32, texts about each problem to draft from, drafts.NONE between them
     begun: Begun | None = None  # responses that go on; None begins all of them
-
-
-class Steps(NamedTuple):
-    """The work of a rollout with drafts. All but one of a pass's tokens were drafted, or known."""
-
-    slots: Array  # [] int32, slot-steps: passes through the model, summed over slots
-    passes: Array  # [B,G] int32, passes that sampled a token of a response; as many as tokens if no draft was right
-    drafted: Array  # [B,G] int32, tokens that were drafted
 
 
 @partial(jax.jit, static_argnames=("model", "sampling", "group", "shards"))
@@ -192,7 +171,7 @@ def generate(
         if sampling.watch is not None:
             jax.debug.callback(sampling.watch, slots.response, slots.sampled, token)
         stopped = jnp.isin(token, stops)
-        out = _record(out, slots, token, logp, stopped)
+        out = records.record(out, slots, token, logp, stopped)
         ended = stopped | (slots.sampled + 1 == max_new_tokens)
         slots = Slots(jnp.where(ended, responses, slots.response), slots.sampled + 1, token, cache)
         return queued, slots, out, steps + slots.response.size
@@ -203,7 +182,7 @@ def generate(
         left = max_new_tokens - slots.sampled
         guesses, drafted = drafts.propose(*texts(out, slots), most)
         if begun is not None:
-            recalled, *stored = _recall(out, known_lengths, slots, most + 1)
+            recalled, *stored = records.recall(out, known_lengths, slots, most + 1)
             guesses = jnp.where(recalled[..., :-1], stored[0][..., :-1], guesses)
             drafted = jnp.where(recalled[..., 0], recalled[..., :-1].sum(axis=-1), drafted)
         drafted = jnp.where(slots.response < responses, jnp.minimum(drafted, left - 1), 0)
@@ -219,12 +198,12 @@ def generate(
             for i in range(most + 1):
                 watched = jnp.where(i < kept, slots.response, responses)
                 jax.debug.callback(sampling.watch, watched, slots.sampled + i, token[..., i])
-        out, passes = _record_several(out, slots, token, logp, kept, stopped), 1
+        out, passes = records.record_several(out, slots, token, logp, kept, stopped), 1
         if begun is not None:
             out = out._replace(lengths=jnp.maximum(out.lengths, known_lengths))
             passes = ~jnp.take_along_axis(recalled, kept[..., None] - 1, axis=-1)[..., 0]  # the last token is new
             drafted = jnp.where(recalled[..., 0], 0, drafted)
-        steps = _count(steps, slots, passes, drafted)
+        steps = records.count(steps, slots, passes, drafted)
         last = jnp.take_along_axis(token, kept[..., None] - 1, axis=-1)[..., 0]
         ended = stopped | (kept == left)
         slots = Slots(jnp.where(ended, responses, slots.response), slots.sampled + kept, last, cache)
@@ -275,7 +254,7 @@ def generate(
         queue = -take_prompt(by_shard(known.expected), every)
     if begun is not None:
         out = jax.tree.map(lambda x: x.reshape(shards, responses, *x.shape[2:]), begun.rollout)
-        known_lengths, done = out.lengths, _ended(out, max_new_tokens)
+        known_lengths, done = out.lengths, records.ended(out, max_new_tokens)
         # What has ended stands first, and counts as taken.
         queue = jnp.where(done, -jnp.inf, 0.0 if queue is None else queue)
     if queue is not None:
@@ -298,12 +277,12 @@ def generate(
 
     def reached(state):
         assert begun is not None
-        complete = _ended(state[2], max_new_tokens).reshape(problem_count, per_problem).all(axis=1)
+        complete = records.ended(state[2], max_new_tokens).reshape(problem_count, per_problem).all(axis=1)
         return (complete.sum() >= begun.enough) & (complete | ~begun.due).all()
 
     out, steps = decode_all(state, responses, refill, step, None if begun is None else reached)[2:]
     if begun is not None:
-        out = out._replace(finish=jnp.where(_ended(out, max_new_tokens), out.finish, RUNNING))
+        out = out._replace(finish=jnp.where(records.ended(out, max_new_tokens), out.finish, RUNNING))
     return jax.tree.map(lambda x: x.reshape(problem_count, per_problem, *x.shape[2:]) if x.ndim else x, (out, steps))
 
 
@@ -311,69 +290,6 @@ def _fold(key: jax.Array, *ids: jax.Array) -> jax.Array:
     for i in ids:
         key = jax.random.fold_in(key, i)
     return key
-
-
-def _record(out: Rollout, slots: Slots, token: jax.Array, logp: jax.Array, stopped: jax.Array) -> Rollout:
-    """Writes each slot's token into its response; the index of a free slot is out of range, so its token is dropped."""
-
-    def record(out, response, count, token, logp, stopped):
-        tokens, logps, lengths, finish = out
-        return Rollout(
-            tokens.at[response, count].set(token, mode="drop"),
-            logps.at[response, count].set(logp, mode="drop"),
-            lengths.at[response].set(count + 1, mode="drop"),
-            finish.at[response].set(jnp.where(stopped, STOP, LENGTH), mode="drop"),
-        )
-
-    return jax.vmap(record)(out, slots.response, slots.sampled, token, logp, stopped)
-
-
-def _record_several(out: Rollout, slots: Slots, token: Any, logp: Any, kept: Any, stopped: Any) -> Rollout:
-    """Writes the first `kept` `[W,R]` of each slot's tokens `[W,R,J]` into its response."""
-
-    def record(out, response, count, token, logp, kept, stopped):
-        index = jnp.arange(token.shape[1])
-        rows, places = jnp.where(index < kept[:, None], response[:, None], len(out.lengths)), count[:, None] + index
-        return Rollout(
-            out.tokens.at[rows, places].set(token, mode="drop"),
-            out.logp.at[rows, places].set(logp, mode="drop"),
-            out.lengths.at[response].set(count + kept, mode="drop"),
-            out.finish.at[response].set(jnp.where(stopped, STOP, LENGTH), mode="drop"),
-        )
-
-    return jax.vmap(record)(out, *slots[:2], token, logp, kept, stopped)
-
-
-def _count(steps: Steps, slots: Slots, passes: Any, drafted: jax.Array) -> Steps:
-    """Adds a pass of all slots: 1, or `[W,R]` whether it sampled a token, and the drafted tokens `[W,R]`."""
-
-    def add(total, response, counted):
-        return total.at[response].add(counted, mode="drop")
-
-    totals = [jax.vmap(add, in_axes=(0, 0, 0 if jnp.ndim(new) else None))(total, slots.response, new)
-              for total, new in ((steps.passes, passes), (steps.drafted, drafted))]  # fmt: skip
-    return Steps(steps.slots + slots.response.size, *totals)
-
-
-def _recall(out: Rollout, lengths: jax.Array, slots: Slots, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns which of the next `count` tokens of each slot are known `[W,R,J]`, these tokens, and their logp.
-
-    `lengths` `[W,Q]` are the known tokens of each response.
-    """
-    responses, limit = out.tokens.shape[1:]
-    places, index = slots.sampled[..., None] + jnp.arange(count), jnp.minimum(slots.response, responses - 1)
-
-    def look_up(tokens, logp, lengths, response, places):
-        at = response[:, None], jnp.minimum(places, limit - 1)
-        return places < lengths[at[0]], tokens[at], logp[at]
-
-    known, *stored = jax.vmap(look_up)(out.tokens, out.logp, lengths, index, places)
-    return known & (slots.response < responses)[..., None], *stored
-
-
-def _ended(out: Rollout, limit: int) -> jax.Array:
-    """Returns `[W,Q]`, whether a response has ended."""
-    return (out.finish == STOP) | (out.lengths == limit)
 
 
 def _left_aligned(prompts: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
