@@ -6,14 +6,18 @@ that is imported where they run. Plain products serve everything else, and every
 Axis key: B batch, T tokens, S cache length, H query heads, K key/value heads, N head size, L layers.
 """
 
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from sgpo_jax.models import cache_pages
 from sgpo_jax.models.attention_plain import attend_cache_partial, attend_cache_plain, attend_plain
 from sgpo_jax.models.cache_codes import Stored, encode
+from sgpo_jax.models.cache_pages import Kept, Paged
 from sgpo_jax.sharding import platform
 
 
@@ -34,13 +38,13 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Arr
 
 
 def attend_cache(
-    query: jax.Array, keys: Stored, values: Stored, layer: Any, lengths: jax.Array, each: int = 1
+    query: jax.Array, keys: Kept, values: Kept, layer: Any, lengths: jax.Array, each: int = 1
 ) -> jax.Array:
     """Computes the attention of the new tokens of each row to the tokens in its cache, up to themselves.
 
     Args:
       query: `[B*J,H,N]`, the J new tokens of a row one after the other.
-      keys, values: `[K,L,B,S,N]` or codes of that shape, S and N by `cache_shape`.
+      keys, values: `[K,L,B,S,N]` or codes of that shape, S and N by `cache_shape`; or in pages.
       layer: `[]` int32, index of the layer.
       lengths: `[B*J]` int32, tokens of its row's cache that a new one sees, at least 1; more than S means S.
       each: J.
@@ -75,21 +79,28 @@ def fill(cache: Stored, new: jax.Array, layer: Any) -> Stored:
     return jax.tree.map(write, cache, encode(new, cache))
 
 
-def append(cache: Stored, new: jax.Array, layer: Any, slots: jax.Array, each: int = 1) -> Stored:
+def append(cache: Kept, new: jax.Array, layer: Any, slots: jax.Array, each: int = 1) -> Kept:
     """Returns `cache` `[K,L,B,S,N]` with `new` `[B*J,K,N]`, J = `each` of a row, written to the slots `[B*J]`.
 
-    What has a slot past the end of the cache is not written. On GPUs the cache may have more rows than B: here and in
-    `attend_cache` the first ones of each device are meant.
+    What has a slot past the end of the cache is not written, nor what has one without a page. On GPUs a cache without
+    pages may have more rows than B: here and in `attend_cache` the first ones of each device are meant.
     """
-    return jax.tree.map(lambda part, new: _append(part, new, layer, slots, each), cache, encode(new, cache))
+    stored: Stored = cache.pool if isinstance(cache, Paged) else cache
+    write: Callable = partial(cache_pages.append, cache.table) if isinstance(cache, Paged) else _append
 
-
-def _append(cache: jax.Array, new: jax.Array, layer: Any, slots: jax.Array, each: int) -> jax.Array:
-    if each > 1:
+    def write_all(part, new):
+        if each == 1:
+            return write(part, new, layer, slots)
         for i in range(each):
             one, slot = (x.reshape(-1, each, *x.shape[1:])[:, i] for x in (new, slots))
-            cache = _append(cache, one, layer, slot, 1)
-        return cache
+            part = write(part, one, layer, slot)
+        return part
+
+    written = jax.tree.map(write_all, stored, encode(new, stored))
+    return cache._replace(pool=written) if isinstance(cache, Paged) else written
+
+
+def _append(cache: jax.Array, new: jax.Array, layer: Any, slots: jax.Array) -> jax.Array:
     if platform() == "gpu":
         from sgpo_jax.models import attention_gpu
 

@@ -8,7 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sgpo_jax.models.cache_codes import Stored, operand, scaled
+from sgpo_jax.models import cache_pages
+from sgpo_jax.models.cache_codes import operand, scaled
+from sgpo_jax.models.cache_pages import Kept
 
 PARTS = 4  # a CPU reads the cache in this many parts and skips those that no row has reached
 
@@ -27,13 +29,13 @@ def attend_plain(query: jax.Array, key: jax.Array, value: jax.Array, segments: j
     return jnp.einsum("bkgts,bskn->btkgn", weights, value).reshape(batch, length, heads * size)
 
 
-def attend_cache_plain(query: jax.Array, keys: Stored, values: Stored, layer: Any, lengths: jax.Array) -> jax.Array:
+def attend_cache_plain(query: jax.Array, keys: Kept, values: Kept, layer: Any, lengths: jax.Array) -> jax.Array:
     """Computes `attend_cache` for a token of each row with plain products, which read every slot.
 
     `lengths` may be `[B,H/K]`: the query heads of a key head then see different numbers of tokens.
     """
     batch, heads, size = query.shape
-    key, value = (jax.tree.map(lambda x: x[:, layer], stored) for stored in (keys, values))
+    key, value = (cache_pages.of_layer(stored, layer) for stored in (keys, values))
     query = query.reshape(batch, key.shape[0], heads // key.shape[0], size)
     scores = jnp.einsum("bkgn,kbsn->kbgs", query, operand(key, query.dtype), preferred_element_type=jnp.float32)
     visible = jnp.arange(key.shape[2]) < jnp.expand_dims(lengths, (*range(lengths.ndim, 3),))
@@ -42,13 +44,13 @@ def attend_cache_plain(query: jax.Array, keys: Stored, values: Stored, layer: An
     return jnp.einsum("kbgs,kbsn->bkgn", weights, operand(value, query.dtype)).reshape(batch, heads * size)
 
 
-def attend_cache_partial(query: jax.Array, keys: Stored, values: Stored, layer: Any, lengths: jax.Array) -> jax.Array:
+def attend_cache_partial(query: jax.Array, keys: Kept, values: Kept, layer: Any, lengths: jax.Array) -> jax.Array:
     """Computes `attend_cache_plain` over the parts of the cache that the longest row has reached."""
     edges = sorted({-(-keys.shape[3] * (part + 1) // PARTS) for part in range(PARTS)})
 
     def read(slots):
         def attend():
-            first = jax.tree.map(lambda x: x[:, :, :, :slots], (keys, values))
+            first = (cache_pages.first(stored, slots) for stored in (keys, values))
             return attend_cache_plain(query, *first, layer, lengths)
 
         return attend

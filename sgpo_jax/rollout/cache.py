@@ -61,6 +61,41 @@ def copy_row(target: jax.Array, source: jax.Array, row: jax.Array, source_row: j
     return written.reshape(target.shape)
 
 
+def in_pages(cache: models.Cache, shards: int, page: int, count: int) -> models.Cache:
+    """Returns a cache as the first pages of a pool: keys and values `[K,L,W*B,F*page,N]` become `[K,L,W*count,page,N]`.
+
+    Args:
+      cache: of the prompts.
+      shards: W.
+      page: tokens of a page, which divide those of a row.
+      count: pages of a shard's part of the pool.
+    """
+
+    def pool(rows):
+        heads, layers, batch, length, size = rows.shape
+        parts = rows.reshape(heads, layers, shards, batch // shards * (length // page), page, size)
+        parts = jnp.pad(parts, [(0, count - parts.shape[3]) if axis == 3 else (0, 0) for axis in range(6)])
+        return parts.reshape(heads, layers, shards * count, page, size)
+
+    return cache | {name: jax.tree.map(pool, cache[name]) for name in ("key", "value")}
+
+
+def copy_pages(cache: models.Cache, source: jax.Array, target: jax.Array, due: jax.Array) -> models.Cache:
+    """Copies page `source` to page `target` of the shard, `[W,R]` of a pool, where it is due `[W,R]`."""
+    first = jnp.argsort(~due, axis=1, stable=True)
+    pages = jax.tree.leaves(cache["key"])[0].shape[2] // len(due)
+
+    def copy(i, caches):
+        slot = first[:, i, None]
+        from_page, to_page, wanted = (jnp.take_along_axis(x, slot, axis=1)[:, 0] for x in (source, target, due))
+        row = jnp.where(wanted, to_page, pages)
+        return jax.tree.map(lambda pool: copy_row(pool, pool, row, from_page), caches)
+
+    both = cache["key"], cache["value"]
+    keys, values = jax.lax.fori_loop(0, due.sum(axis=1).max(), copy, both)
+    return cache | {"key": keys, "value": values}
+
+
 def constrain_cache(cache: models.Cache) -> models.Cache:
     """Splits heads over the tensor axis, and rows over the other axes."""
     layout = ("tensor", None, BATCH, None, None)

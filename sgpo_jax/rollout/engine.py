@@ -1,7 +1,7 @@
 """Jitted generation with continuous batching: a fixed number of slots decodes, and a free slot takes the next response.
 
 Each prompt is prefilled once. A slot's cache begins with a copy of its prompt's cache, and the response follows. So the
-part of the cache that is read grows with the response.
+part of the cache that is read grows with the response. With a pool, slots share its pages instead: see `pages`.
 
 Axis key: W shards of the rows, B prompts, G responses per prompt, C kinds of prompts with a G each, Q responses of a
 shard, R slots of a shard, P prompt length, T new tokens, V vocabulary. In a cache: K key/value heads, L layers, S
@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from sgpo_jax import models, output_head
-from sgpo_jax.models import quantised
-from sgpo_jax.rollout import drafts, records, weights
+from sgpo_jax.models import cache_pages, quantised
+from sgpo_jax.rollout import drafts, paging, records, weights
 from sgpo_jax.rollout.cache import constrain_cache, insert
 from sgpo_jax.rollout.records import LENGTH, RUNNING, Array, Rollout, Steps
 from sgpo_jax.rollout.sampling import Sampling, sample
-from sgpo_jax.rollout.stages import Slots, decode_all
+from sgpo_jax.rollout.stages import Refilling, Slots, decode_all
 from sgpo_jax.sharding import BATCH, constrain, dividing, platform, weight_axes
 
 
@@ -77,7 +77,7 @@ def generate(
     """Samples `group` responses to each prompt.
 
     The noise of a token depends only on (key, problem id, sample, token position). So a response does not change with
-    its batch, with the number and the order of slots, with drafts, or with prompts of another kind.
+    its batch, with the number and the order of slots, with drafts, with a pool, or with prompts of another kind.
 
     Args:
       params, model: the policy.
@@ -92,11 +92,11 @@ def generate(
 
     Returns:
       (rollout, slot-steps `[]` int32: decoding steps summed over slots, so the number of tokens if no slot was idle).
-      With drafts, `Steps` stand in their place.
+      With drafts or a pool, `Steps` stand in their place.
 
     Raises:
       ValueError: `shards` or the kinds of prompts do not divide the prompts, or `shards` does not divide the slots; or
-        there are begun responses, but no drafts.
+        there are begun responses, but no drafts; or there is a pool that `paging.sizes` refuses.
     """
     count, length = prompts.tokens.shape
     config, dtype, slots, max_new_tokens = model.config, model.dtype, sampling.slots, sampling.max_new_tokens
@@ -109,6 +109,7 @@ def generate(
     begun = known.begun
     if begun is not None and not sampling.draft:
         raise ValueError("draft=0: must be above 0 for responses that are begun, whose tokens are fed as drafts")
+    pool = paging.sizes(sampling, count // shards, length, shards, config.head_dim) if sampling.pool else None
     problem_count, per_problem = count // len(groups), sum(groups)  # a problem is one prompt of each kind
     responses = problem_count // shards * per_problem
     width = min(slots // shards or responses, responses)
@@ -122,7 +123,8 @@ def generate(
 
     last_tokens, problem_ids = by_shard(prompts.tokens[:, -1]), by_shard(known.ids)
     stored = sampling.cache or dtype
-    empty = constrain_cache(models.init_cache(config, count, length - 1, stored))
+    prompt_tokens = pool.longest * pool.page if pool else length - 1
+    empty = constrain_cache(models.init_cache(config, count, prompt_tokens, stored))
     # Prefill all tokens but the last, which is the first one to be decoded.
     all_but_last = _left_aligned(prompts.tokens[:, :-1], prompts.mask[:, :-1])
     prefilled = models.apply(params, config, *all_but_last, empty, dtype=dtype)[1] if length > 1 else empty
@@ -148,9 +150,11 @@ def generate(
     def draw(params, head, split, slots, fed):
         """Feeds tokens `[W,R]`, or several of each slot `[W,R,J]`; returns those that follow, their logp, the cache."""
         active, rows = slots.response < responses, models.other_rows(split)
+        cache = slots.cache if slots.pages is None else cache_pages.paged(slots.cache, slots.pages.table)
         hidden, cache = models.decode(
-            params, config, fed.reshape(-1, *fed.shape[2:]), active.reshape(-1), slots.cache, dtype=dtype, split=split
+            params, config, fed.reshape(-1, *fed.shape[2:]), active.reshape(-1), cache, dtype=dtype, split=split
         )
+        cache = cache if slots.pages is None else cache_pages.bare(cache)
         logits = output_head.product(constrain(hidden.reshape(-1, hidden.shape[-1]), rows, None), head)
         # Each device computes the logits of its part of the vocabulary, and then samples its part of the rows.
         logits = constrain(logits, rows, dividing(config.vocab_size, split))
@@ -173,8 +177,9 @@ def generate(
         stopped = jnp.isin(token, stops)
         out = records.record(out, slots, token, logp, stopped)
         ended = stopped | (slots.sampled + 1 == max_new_tokens)
-        slots = Slots(jnp.where(ended, responses, slots.response), slots.sampled + 1, token, cache)
-        return queued, slots, out, steps + slots.response.size
+        after = Slots(jnp.where(ended, responses, slots.response), slots.sampled + 1, token, cache, slots.pages)
+        steps = records.count(steps, slots, 1, slots.sampled * 0) if pool else steps + slots.response.size
+        return queued, after, out, steps
 
     def verify(params, head, split, most, state):
         """Decodes with up to `most` drafted tokens of each slot, of which the right ones need no pass of their own."""
@@ -206,7 +211,7 @@ def generate(
         steps = records.count(steps, slots, passes, drafted)
         last = jnp.take_along_axis(token, kept[..., None] - 1, axis=-1)[..., 0]
         ended = stopped | (kept == left)
-        slots = Slots(jnp.where(ended, responses, slots.response), slots.sampled + kept, last, cache)
+        slots = Slots(jnp.where(ended, responses, slots.response), slots.sampled + kept, last, cache, slots.pages)
         return queued, slots, out, steps
 
     def texts(out, slots):
@@ -234,8 +239,12 @@ def generate(
         slots = Slots(response, jnp.where(refilled, 0, slots.sampled), token, cache)
         return queued + refilled.sum(axis=1), slots, out, steps
 
-    cache = constrain_cache(models.init_cache(config, shards * width, length - 1 + max_new_tokens, stored))
-    if platform() == "gpu" and length > 1:
+    slot_pages = None
+    if pool:
+        cache, slot_pages = paging.pooled(prefilled, pool, shards, width)
+    else:
+        cache = constrain_cache(models.init_cache(config, shards * width, length - 1 + max_new_tokens, stored))
+    if not pool and platform() == "gpu" and length > 1:
         # A zero that is known after the prefill: the cache takes no memory beside the activations of the prefill.
         last = jax.tree.leaves(prefilled["key"])[-1][0, -1, 0, 0, 0]  # of codes, a scale: integers would be known
         both = {name: cache[name] for name in ("key", "value")}
@@ -247,7 +256,9 @@ def generate(
         jnp.zeros((shards, responses), jnp.int32),
         jnp.full((shards, responses), LENGTH, jnp.int32),
     )
-    steps = Steps(jnp.int32(0), out.lengths, out.lengths) if sampling.draft else jnp.int32(0)
+    steps = Steps(jnp.int32(0), out.lengths, out.lengths) if sampling.draft or pool else jnp.int32(0)
+    if pool:
+        steps = steps._replace(put_back=out.lengths)
     every = jnp.broadcast_to(jnp.arange(responses), (shards, responses))
     queue = None
     if known.expected is not None:
@@ -263,7 +274,16 @@ def generate(
         prompt_texts = by_shard(jnp.where(prompts.mask, prompts.tokens, drafts.NONE))
         befores = take_prompt(drafts.before(prompt_texts), every)
     queued = jnp.zeros(shards, jnp.int32) if begun is None else done.sum(axis=1)
-    state = queued, Slots(idle, idle * 0, idle * 0, cache), out, steps
+    refilling = Refilling(
+        lambda state: jnp.any(state[0] < responses),
+        lambda state: jnp.any((state[0] < responses)[:, None] & (state[1].response == responses)), refill,
+    )  # fmt: skip
+    if pool:
+        cached, ends = (take_prompt(x, every) for x in (by_shard(prefilled["length"]), last_tokens))
+        starts = paging.Starts(prompt_index(every), cached, ends, every if queue is None else queue)
+        refilling, grow = paging.make(sampling, pool, starts, width)
+        queued = jnp.ones((shards, responses), bool) if begun is None else ~done
+    state = queued, Slots(idle, idle * 0, idle * 0, cache, slot_pages), out, steps
     decodes = []
     for i, split in enumerate(splits):
         params = weights.split(params, split) if i else params
@@ -271,16 +291,19 @@ def generate(
 
     def step(stage, stage_width):
         by = decodes[min(stage, len(decodes) - 1)]
-        if not sampling.draft:
-            return partial(decode, *by)
-        return partial(verify, *by, drafts.most_drafted(sampling.draft, stage_width, width))
+        if sampling.draft:
+            by = *by, drafts.most_drafted(sampling.draft, stage_width, width)
+        decoded = partial(verify if sampling.draft else decode, *by)
+        return (lambda state: decoded(grow(state))) if pool else decoded
 
     def reached(state):
         assert begun is not None
         complete = records.ended(state[2], max_new_tokens).reshape(problem_count, per_problem).all(axis=1)
         return (complete.sum() >= begun.enough) & (complete | ~begun.due).all()
 
-    out, steps = decode_all(state, responses, refill, step, None if begun is None else reached)[2:]
+    out, steps = decode_all(state, responses, refilling, step, None if begun is None else reached)[2:]
+    if pool:
+        out = records.cut(out, model.pad_id)
     if begun is not None:
         out = out._replace(finish=jnp.where(records.ended(out, max_new_tokens), out.finish, RUNNING))
     return jax.tree.map(lambda x: x.reshape(problem_count, per_problem, *x.shape[2:]) if x.ndim else x, (out, steps))

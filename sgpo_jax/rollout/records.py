@@ -27,11 +27,14 @@ class Rollout(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """The work of a rollout with drafts. All but one of a pass's tokens were drafted, or known."""
+    """The work of a rollout with drafts or a pool. All but one of a pass's tokens were drafted, or known."""
 
     slots: Array  # [] int32, slot-steps: passes through the model, summed over slots
     passes: Array  # [B,G] int32, passes that sampled a token of a response; as many as tokens if no draft was right
     drafted: Array  # [B,G] int32, tokens that were drafted
+    # [B,G] int32, how often a response was put back into the queue, after which its passes and drafts count anew; None
+    # without a pool.
+    put_back: Array | None = None
 
 
 def record(out: Rollout, slots: Slots, token: jax.Array, logp: jax.Array, stopped: jax.Array) -> Rollout:
@@ -73,7 +76,19 @@ def count(steps: Steps, slots: Slots, passes: Any, drafted: jax.Array) -> Steps:
 
     totals = [jax.vmap(add, in_axes=(0, 0, 0 if jnp.ndim(new) else None))(total, slots.response, new)
               for total, new in ((steps.passes, passes), (steps.drafted, drafted))]  # fmt: skip
-    return Steps(steps.slots + slots.response.size, *totals)
+    passes, drafted = totals
+    return Steps(steps.slots + slots.response.size, passes, drafted, steps.put_back)
+
+
+def put_back(steps: Steps, response: jax.Array) -> Steps:
+    """Counts the responses `[W,R]` that are put back into the queue; Q or more is none."""
+    assert steps.put_back is not None
+
+    def again(passes, drafted, times, response):
+        passes, drafted = (x.at[response].set(0, mode="drop") for x in (passes, drafted))
+        return passes, drafted, times.at[response].add(1, mode="drop")
+
+    return Steps(steps.slots, *jax.vmap(again)(*steps[1:], response))
 
 
 def recall(out: Rollout, lengths: jax.Array, slots: Slots, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -90,6 +105,12 @@ def recall(out: Rollout, lengths: jax.Array, slots: Slots, count: int) -> tuple[
 
     known, *stored = jax.vmap(look_up)(out.tokens, out.logp, lengths, index, places)
     return known & (slots.response < responses)[..., None], *stored
+
+
+def cut(out: Rollout, pad_id: int) -> Rollout:
+    """Returns the responses without what stands after their ends: where one was longer before it was put back."""
+    inside = jnp.arange(out.tokens.shape[2]) < out.lengths[..., None]
+    return out._replace(tokens=jnp.where(inside, out.tokens, pad_id), logp=jnp.where(inside, out.logp, 0.0))
 
 
 def ended(out: Rollout, limit: int) -> jax.Array:

@@ -34,6 +34,9 @@ class Sampling:
     draft: int = 0  # most tokens of a slot that a pass verifies beside the one that is due; changes no response
     weights: str = ""  # "int8": the kernels of the layers in 8 bits, see `quantised.by_column`; "" is the model's type
     cache: str = ""  # "int8": keys and values in 8 bits, see `cache_codes`; "" is the model's type
+    # Tokens of a pool, over all devices, that the slots share in pages; 0: each slot has room for the longest response.
+    pool: int = 0
+    page: int = 128  # tokens of a page of the pool
     # Is called on the host at every decoding step with `[W,R]` arrays, for W shards of R slots: the index of the slot's
     # response in its shard (their number for an idle slot), the tokens that it had, and its new one. In any order.
     watch: Callable[[Any, Any, Any], None] | None = None
