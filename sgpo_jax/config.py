@@ -16,8 +16,8 @@ STAGES = ("sft", "rl", "eval")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 # Fields and sections that a resumed run may change: how long, how often and where it runs, and how it is evaluated.
 MAY_CHANGE = (
-    "stages", "grace", "max_skipped", "report_seconds", "trackers", "profile", "rl.steps", "rl.epochs",
-    "rl.eval_every", "rl.decode_ways", "rl.draft", "monitor", "eval", "checkpoint", "mesh", "extract", "lab",
+    "stages", "grace", "max_skipped", "report_seconds", "trackers", "profile", "rl.steps", "rl.epochs", "rl.eval_every",
+    "rl.decode_ways", "rl.draft", "rl.pool_tokens", "monitor", "eval", "checkpoint", "mesh", "extract", "lab",
 )  # fmt: skip
 FREE = ("eval.sets", "lab.changes", "lab.fast")  # sections whose names the user chooses
 
@@ -102,6 +102,7 @@ def base() -> ConfigDict:
     config.rl.reward = ""  # "" is the verifier, else "module:function" with function(row, response) -> 0..1
     config.rl.slots = 0  # responses decoded at once, over all devices and both groups; 0 is all. No effect on responses
     config.rl.draft = 0  # most tokens of a response that are drafted for a pass; 0 is off. No effect on responses
+    config.rl.pool_tokens = 0  # of one cache that slots share, over all devices; 0: each slot has a whole one
     config.rl.carry_over = 0.0  # problems that go on in the next step, off-policy: share of rl.batch; docs/models.md
     config.rl.carry_most = 2  # steps in which a problem goes on at most; for rl.carry_over
     config.rl.rollout_weights = ""  # type of kernels in sampling: "" is model.dtype; "int8" also needs rl.importance
@@ -392,9 +393,8 @@ def unknown_field(config: ConfigDict, arguments: Sequence[str]) -> str | None:
         node = config
         for depth, part in enumerate(path):
             if not isinstance(node, ConfigDict) or part not in node:
-                where = ".".join([name, *path[:depth]])
                 allowed = f"one of {', '.join(node)}" if isinstance(node, ConfigDict) else "nothing, it is a value"
                 close = nearest(part, node) if isinstance(node, ConfigDict) else ""
-                return f"{argument}: {where} has no field {part!r}{close}; allowed: {allowed}"
+                return f"{argument}: {'.'.join([name, *path[:depth]])} has no field {part!r}{close}; allowed: {allowed}"
             node = node[part]
     return None

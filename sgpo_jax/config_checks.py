@@ -109,7 +109,7 @@ def check(config: ConfigDict) -> None:
         _check_method(need, within, positive, choice, config.rl)
         # The advantage of a group of one is always 0.
         whole(2, "rl.autonomous")
-        whole(0, "rl.top_k", "rl.slots", "rl.draft", "rl.eval_every")
+        whole(0, "rl.top_k", "rl.slots", "rl.draft", "rl.pool_tokens", "rl.eval_every")
         positive("rl.temperature", "rl.gamma")
         need("rl.alpha0", 0 <= config.rl.alpha0 < float("inf"), "a finite number, at least 0")
         within(0.0, 1.0, "rl.carry_over")

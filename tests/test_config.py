@@ -247,6 +247,7 @@ CATALOGUE = [
     ("rl.slots", -1, "at least 0"),
     ("eval.slots", -1, "at least 0"),
     ("rl.draft", -1, "at least 0"),
+    ("rl.pool_tokens", -1, "at least 0"),
     ("eval.draft", -1, "at least 0"),
     ("rl.carry_over", -0.1, "between 0.0 and 1.0"),
     ("rl.carry_over", 1.1, "between 0.0 and 1.0"),

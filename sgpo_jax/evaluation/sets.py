@@ -24,7 +24,7 @@ from sgpo_jax.runtime.files import append_text, jsonl
 from sgpo_jax.runtime.progress import Progress
 from sgpo_jax.stats import benchmark
 
-SPEED = ("slots", "decode_ways", "draft", "watch")  # fields of the sampling that change no response
+SPEED = ("slots", "decode_ways", "draft", "pool", "page", "watch")  # fields of the sampling that change no response
 
 
 @dataclass(frozen=True)

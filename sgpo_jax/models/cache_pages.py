@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from sgpo_jax.models.cache_codes import Stored
+from sgpo_jax.sharding import BATCH, fit_spec
 
 
 class Paged(NamedTuple):
@@ -68,6 +70,31 @@ def of_layer(stored: Kept, layer: Any) -> Stored:
         return rows.reshape(len(pool), table.shape[0] * table.shape[1], -1, pool.shape[4])
 
     return jax.tree.map(copy, stored.pool)
+
+
+def around(stored: Paged, layer: Any, starts: jax.Array, window: int) -> Stored:
+    """Returns the pages of `window` tokens of each new token's row, `[K,1,B*J,S,N]` of S slots.
+
+    Args:
+      stored: keys or values.
+      layer: index of the layer.
+      starts: `[B*J]` slot of the first of the tokens; in what is returned, its slot is the rest by the page's tokens.
+      window: number of tokens.
+    """
+    page, (shards, rows, most) = stored.pool.shape[3], stored.table.shape
+    columns = starts.reshape(shards, -1, 1) // page + jnp.arange(-(-(window - 1) // page) + 1)
+    table = jnp.repeat(stored.table, columns.shape[1] // rows, axis=1)
+    table = jnp.take_along_axis(table, jnp.minimum(columns, most - 1), axis=2)
+    return jax.tree.map(lambda x: x[:, None], of_layer(stored._replace(table=table), layer))
+
+
+def layout(stored: Kept, rows: int) -> tuple[Any, Any, Any]:
+    """Returns the axes of the mesh that split rows, those that split key heads, and the layout of keys or values."""
+    count = len(stored.table) if isinstance(stored, Paged) else rows
+    by_row, by_head = fit_spec((count, stored.shape[0]), (BATCH, "tensor"))
+    spec: Any = P(by_head, None, by_row, None, None)
+    table: Any = P(by_row)
+    return by_row, by_head, Paged(spec, table) if isinstance(stored, Paged) else spec
 
 
 def append(table: jax.Array, pool: jax.Array, new: jax.Array, layer: Any, slots: jax.Array) -> jax.Array:

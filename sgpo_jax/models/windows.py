@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from sgpo_jax.models import attention
+from sgpo_jax.models import attention, cache_pages
 from sgpo_jax.models.attention_heads import whole_rows
 from sgpo_jax.models.attention_plain import FILL
-from sgpo_jax.models.cache_codes import Stored, operand, scaled
-from sgpo_jax.sharding import BATCH, HEADS, ROWS, constrain, context_ways, fit_spec, per_device, platform
+from sgpo_jax.models.cache_codes import operand, scaled
+from sgpo_jax.models.cache_pages import Kept, Paged
+from sgpo_jax.sharding import HEADS, ROWS, constrain, context_ways, fit_spec, per_device, platform
 
 EITHER = "sliding_or_not"  # name of the scope of the choice, by which `plan` knows how many layers take which branch
 
@@ -47,7 +48,7 @@ def attend(
 
 
 def attend_cache(
-    query: jax.Array, keys: Stored, values: Stored, layer: Any, lengths: jax.Array, window: int | None,
+    query: jax.Array, keys: Kept, values: Kept, layer: Any, lengths: jax.Array, window: int | None,
     sliding: Any, each: int = 1,
 ) -> jax.Array:  # fmt: skip
     """Computes `attention.attend_cache`, and in a layer that slides only over the last `window` tokens of a row.
@@ -110,34 +111,40 @@ def _attend_head(query: jax.Array, key: jax.Array, value: jax.Array, segments: j
 
 
 def attend_cache_end(
-    query: jax.Array, keys: Stored, values: Stored, layer: Any, lengths: jax.Array, window: int, each: int = 1
+    query: jax.Array, keys: Kept, values: Kept, layer: Any, lengths: jax.Array, window: int, each: int = 1
 ) -> jax.Array:
     """Computes the attention of a new token to the last `window` tokens in its cache, which it copies out."""
     batch, heads, size = query.shape
-    kv_heads, _, _, slots, width = keys.shape
+    slots, width = keys.shape[3:]
     query = jnp.pad(query, ((0, 0), (0, 0), (0, width - size)))
     ends = jnp.minimum(lengths, slots)
 
     def local(query, keys, values, layer, ends):
         starts = jnp.maximum(ends - window, 0)
 
-        def last(cache):  # [K,L,R,S,N] -> [B,K,W,N]; the cache may have more rows than B
-            def read(row, start):
+        def read(cache, layer, each, starts):  # [K,L,R,S,N] -> [B,K,W,N]; the cache may have more rows than B
+            def of_row(row, start):
                 origin = jnp.int32(0), layer, row, start, jnp.int32(0)
                 return jax.lax.dynamic_slice(cache, origin, (len(cache), 1, 1, window, cache.shape[-1]))[:, 0, 0]
 
-            return jax.vmap(read)(jnp.arange(len(query), dtype=jnp.int32) // each, starts)
+            return jax.vmap(of_row)(jnp.arange(len(query), dtype=jnp.int32) // each, starts)
 
-        grouped, key = query.reshape(len(query), keys.shape[0], -1, width), jax.tree.map(last, keys)
+        def last(stored):
+            if not isinstance(stored, Paged):
+                return jax.tree.map(lambda x: read(x, layer, each, starts), stored)
+            pages = cache_pages.around(stored, layer, starts, window)
+            return jax.tree.map(lambda x: read(x, jnp.int32(0), 1, starts % stored.pool.shape[3]), pages)
+
+        grouped, key = query.reshape(len(query), keys.shape[0], -1, width), last(keys)
         scores = jnp.einsum("bkgn,bksn->bkgs", grouped, operand(key, query.dtype), preferred_element_type=jnp.float32)
         visible = jnp.arange(window) < (ends - starts)[:, None, None, None]
         weights = jax.nn.softmax(jnp.where(visible, scaled(scores, key) * size**-0.5, FILL), axis=-1)
-        value = jax.tree.map(last, values)
+        value = last(values)
         weights = scaled(weights, value).astype(query.dtype)
         return jnp.einsum("bkgs,bksn->bkgn", weights, operand(value, query.dtype)).reshape(query.shape)
 
-    rows, tensor = fit_spec((batch, kv_heads), (BATCH, "tensor"))
-    by_head, cache = P(rows, tensor, None), P(tensor, None, rows, None, None)
+    rows, tensor, cache = cache_pages.layout(keys, batch)
+    by_head = P(rows, tensor, None)
     run = per_device(local, (by_head, cache, cache, P(), P(rows)), by_head)
     out = run(query, keys, values, jnp.asarray(layer, jnp.int32), ends.astype(jnp.int32))
     return out[..., :size].reshape(batch, heads * size)

@@ -35,8 +35,10 @@ def make(
         price: dollars for a chip and hour; 0 takes the one that is stated for the chip.
 
     Raises:
-        ValueError: the topology does not exist, or the run does not divide over it.
+        ValueError: the topology does not exist, the run does not divide over it, or it has a pool.
     """
+    if tokens := config.rl.pool_tokens:
+        raise ValueError(f"config.rl.pool_tokens={tokens}: must be 0 in a plan, where each slot has a whole cache")
     shape = load_shape(config)
     chip, devices = hardware.topology(topology)
     chip = chip._replace(price=price or chip.price)

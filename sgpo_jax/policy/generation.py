@@ -101,7 +101,7 @@ def respond(
       key, sampling, group: see `rollout.generate`.
 
     Returns:
-      (rollout in host memory, slot-steps; with drafts `Steps` in host memory).
+      (rollout in host memory, slot-steps; with drafts or a pool `Steps` in host memory).
     """
     known = problems if isinstance(problems, Problems) else Problems(problems)
     known = sharding.put_rows(known._replace(ids=known.ids.astype(np.uint32)), mesh)

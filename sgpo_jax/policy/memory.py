@@ -17,6 +17,7 @@ from sgpo_jax.models.lora import Lora
 from sgpo_jax.policy.policy import Run
 from sgpo_jax.rollout import Sampling
 from sgpo_jax.rollout.memory import RESERVE, cache_bytes, fitting_slots
+from sgpo_jax.rollout.paging import least_tokens
 from sgpo_jax.runtime import distributed, is_first
 
 GIB = 2**30
@@ -35,16 +36,22 @@ def sampling(run: Run, section: str, responses: int, prompts: int) -> Sampling:
       prompts: of all kinds, which are prefilled at once.
 
     Raises:
-      ValueError: the slots that the config asks for do not fit, or not even one of each device does; or kernels in 8
-        bits are asked for, and qwix is not installed; or a cache in 8 bits on TPUs.
+      ValueError: the slots that the config asks for do not fit, or not even one of each device does; or its pool does
+        not fit, or is too small; or kernels in 8 bits are asked for, and qwix is not installed; or a cache in 8 bits on
+        TPUs.
     """
     chosen = Sampling.from_config(run.config[section])
     if chosen.weights:
         quantised.import_qwix(quantised.ROLLOUT_RULE)
-    limit = _limit(run.mesh)
+    limit, shards = _limit(run.mesh), sharding.row_ways(run.mesh)
+    least = least_tokens(chosen, prompts // shards, run.config.data.max_prompt_tokens, shards) if chosen.pool else 0
+    if chosen.pool < least:
+        raise ValueError(
+            f"config.{section}.pool_tokens={chosen.pool}: must be 0 or at least {least}, for the prompts and one "
+            f"longest response in each of {shards} parts of the rows"
+        )
     if limit is None:
         return chosen
-    shards = sharding.row_ways(run.mesh)
     size = partial(cache_bytes, run.policy.config, dtype=chosen.cache or run.policy.dtype, mesh=run.mesh)
     longest = run.config.data.max_prompt_tokens - 1
     slot, prefilled = size(shards, longest + chosen.max_new_tokens), size(prompts, longest)
@@ -52,6 +59,15 @@ def sampling(run: Run, section: str, responses: int, prompts: int) -> Sampling:
     shape, dtype, adapters = run.policy.config, run.policy.dtype, run.policy.lora
     resident = _resident(shape, dtype, held, chosen, run.mesh, adapters, run.config.lora.base_dtype)
     room = limit - resident - prefilled
+    if chosen.pool:
+        part, pages = size(shards, chosen.page), chosen.pool // chosen.page // shards
+        if pages * part > room:
+            fit = max(room, 0) // part * chosen.page * shards
+            raise ValueError(
+                f"config.{section}.pool_tokens={chosen.pool}: takes {pages * part / GIB:.1f} of {room / GIB:.1f} GiB "
+                f"that are left on a device; {fit} tokens fit, and at least {least} are needed"
+            )
+        return chosen
     most = fitting_slots(responses, room - round(RESERVE * limit), slot, shards)
     field, sizes = f"config.{section}.slots", f"of {room / GIB:.1f} GiB that are left on a device"
     if most == 0:

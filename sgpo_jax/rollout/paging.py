@@ -45,14 +45,20 @@ def sizes(sampling: Sampling, prompts: int, length: int, shards: int, head: int)
     if page < 1 or page % multiple:
         raise ValueError(f"page={page}: must be a multiple of {multiple}, the tokens that the kernel reads at once")
     longest, most = (-(-tokens // page) for tokens in (length - 1, length - 1 + sampling.max_new_tokens))
-    found = Sizes(page, longest, most, sampling.pool // page // shards)
-    least = prompts * longest + most
-    if found.total < least:
-        raise ValueError(
-            f"pool={sampling.pool}: must be at least {least * page * shards}: for {shards} times {prompts} prompts and "
-            f"one response of the greatest length, in pages of {page} tokens"
-        )
-    return found
+    if (least := least_tokens(sampling, prompts, length, shards)) > sampling.pool:
+        raise ValueError(f"pool={sampling.pool}: must be at least {least}, see least_tokens")
+    return Sizes(page, longest, most, sampling.pool // page // shards)
+
+
+def least_tokens(sampling: Sampling, prompts: int, length: int, shards: int) -> int:
+    """Returns the fewest tokens of a pool: in each shard its prompts and one response of the greatest length.
+
+    Args:
+      sampling, prompts, length, shards: as in `sizes`.
+    """
+    page = sampling.page
+    longest, most = (-(-tokens // page) for tokens in (length - 1, length - 1 + sampling.max_new_tokens))
+    return (prompts * longest + most) * page * shards
 
 
 def pooled(prefilled: models.Cache, size: Sizes, shards: int, slots: int) -> tuple[models.Cache, Pages]:

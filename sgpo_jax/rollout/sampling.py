@@ -43,11 +43,12 @@ class Sampling:
 
     @classmethod
     def from_config(cls, fields: ConfigDict) -> "Sampling":
-        """Reads the settings from the section `rl` or `eval` of a config; `eval` has no types."""
+        """Reads the settings from the section `rl` or `eval` of a config; `eval` has no types and no pool."""
         names = ("max_new_tokens", "temperature", "top_p", "top_k", "slots", "draft")
         chosen = {name: fields[name] for name in names}
         types = {name: fields.get(f"rollout_{name}", "") for name in ("weights", "cache")}
-        return cls(**chosen, decode_ways=tuple(fields.decode_ways), **types)
+        pool = fields.get("pool_tokens", 0)
+        return cls(**chosen, decode_ways=tuple(fields.decode_ways), pool=pool, **types)
 
 
 def sample(logits: jax.Array, uniform: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:

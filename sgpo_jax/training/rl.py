@@ -49,7 +49,7 @@ class Sampled(NamedTuple):
     problems: Sequence[dict]  # B
     graded: dict[str, Graded]  # group -> responses
     tokens: int  # sampled for it, those of replaced problems included
-    slot_steps: int | Steps  # the same; `Steps` with drafts
+    slot_steps: int | Steps  # the same; `Steps` with drafts or a pool
     staleness: Mapping[str, float] = MappingProxyType({})  # metrics of tokens that earlier steps sampled
 
 
@@ -116,7 +116,8 @@ def step_sampling(run: Run) -> Sampling:
 def make_earlier(run: Run, rows: Sequence[dict], sampling: Sampling) -> earlier.Earlier | None:
     """Returns the store of earlier epochs' responses; None where neither drafts nor slots have a use for it."""
     rl, saved = run.config.rl, run.config.checkpoint
-    if not sampling.draft and not 0 < sampling.slots < rl.batch * sum(sampled_groups(rl).values()):
+    some_wait = bool(sampling.pool) or 0 < sampling.slots < rl.batch * sum(sampled_groups(rl).values())
+    if not sampling.draft and not some_wait:
         return None
     size = min(4 * rl.max_new_tokens, earlier.MOST) if sampling.draft else 0
     # A run that resumes at the oldest checkpoint finds the epoch before it.
@@ -218,7 +219,7 @@ def added(first: Any, second: Any) -> Any:
     """Returns the slot-steps, or the `Steps`, of two rollouts together."""
     if not isinstance(first, Steps):
         return first + second
-    counts = (np.concatenate([a.ravel(), b.ravel()]) for a, b in zip(first[1:], second[1:], strict=True))
+    counts = jax.tree.map(lambda a, b: np.concatenate([a.ravel(), b.ravel()]), first[1:], second[1:])
     return Steps(first.slots + second.slots, *counts)
 
 
@@ -343,13 +344,15 @@ def _speed(clock: Clock, sampled: Sampled) -> dict[str, float]:
     """Returns seconds and response tokens per second of each phase, and the share of slot-steps with a response.
 
     With drafts, also how many tokens of a response were drafted, how many of these were right, and how many passes
-    through the model a response took.
+    through the model a response took. With a pool, also how often a response was put back into the queue.
     """
     tokens, steps, drafting = sampled.tokens, sampled.slot_steps, dict[str, float]()
     if isinstance(steps, Steps):
         passes, responses = int(steps.passes.sum()), steps.passes.size
         used = passes / max(steps.slots, 1)
         counts = {"drafted": int(steps.drafted.sum()), "accepted": tokens - passes, "passes": passes}
+        if steps.put_back is not None:
+            counts["put_back"] = int(steps.put_back.sum())
         drafting = {name: count / responses for name, count in counts.items()}
     else:
         used = tokens / steps

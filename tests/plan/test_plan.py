@@ -279,6 +279,7 @@ def with_eight(monkeypatch):
             r"mesh\.data=3, mesh\.fsdp=-1, mesh\.context=1, mesh\.tensor=1 needs a multiple or product of 3 devices",
         ),
         ({"rl.micro_batch": 12}, r"config\.rl\.micro_batch=12: must be a multiple of mesh\.data \* mesh\.fsdp = 8"),
+        ({"rl.pool_tokens": 9}, r"config\.rl\.pool_tokens=9: must be 0 in a plan"),
     ],
 )
 def test_what_does_not_divide_is_refused_before_anything_is_compiled(monkeypatch, changes, message):

@@ -42,11 +42,11 @@ def test_slots_that_fit(responses, room, slots):
 def sampling(monkeypatch):
     """(slots, GiB of a device or None, ways, types) -> sampling; 512 responses to 128 prompts, 8 devices."""
 
-    def sampling(slots, gib, ways=(1,), weights="", cache=""):
+    def sampling(slots, gib, ways=(1,), weights="", cache="", pool=0):
         monkeypatch.setattr(memory, "_limit", lambda mesh: gib and int(gib * GIB))
         fields = {"max_new_tokens": 16384, "temperature": 1.0, "top_p": 0.95, "top_k": 0, "slots": slots}
         fields |= {"decode_ways": ways, "draft": 0, "rollout_weights": weights, "rollout_cache": cache}
-        fields |= {"teacher": "live", "reference_kl": 0.0, "teacher_dtype": "float32"}
+        fields |= {"pool_tokens": pool, "teacher": "live", "reference_kl": 0.0, "teacher_dtype": "float32"}
         config = ConfigDict(
             {"rl": fields, "data": {"max_prompt_tokens": 1024}, "optimizer": {"mu_dtype": "float32"}, "stages": ("rl",),
              "lora": {"base_dtype": "bfloat16"}}
@@ -100,6 +100,23 @@ def test_slots_that_do_not_fit_are_refused(sampling):
         sampling(512, 20)
     with pytest.raises(ValueError, match=r"config.rl.slots=0: the cache of one slot takes 0.2 of 0.0 GiB"):
         sampling(0, 4.05)
+
+
+def test_a_pool_that_does_not_fit_or_is_too_small_is_refused(sampling):
+    # Of 16 GiB that are left, a page of 128 tokens takes 14,336 bytes for each.
+    with pytest.raises(ValueError, match=r"config.rl.pool_tokens=8000000: takes 26.7 of 16.0 GiB") as refused:
+        sampling(0, 20, pool=8_000_000)
+    fit = int(str(refused.value).split("; ")[1].split()[0])
+    assert fit == pytest.approx(4 * 16.0 * GIB / 14336, rel=0.01) and fit % (4 * 128) == 0
+    assert sampling(0, 20, pool=fit).pool == fit
+    with pytest.raises(ValueError, match=rf"; {fit} tokens fit"):
+        sampling(0, 20, pool=fit + 4 * 128)
+    # In each of four parts 32 prompts of 1,023 tokens in 8 pages, and 17,407 tokens in 136.
+    least = 4 * (32 * 8 + 136) * 128
+    for gib in (20, None):
+        with pytest.raises(ValueError, match=rf"config.rl.pool_tokens={least - 1}: must be 0 or at least {least}, for"):
+            sampling(0, gib, pool=least - 1)
+        assert sampling(64, gib, pool=least).slots == 64
 
 
 def test_adapters_have_a_base_and_merged_kernels_beside_them():

@@ -28,6 +28,7 @@ from sgpo_jax.rollout import (
     generate,
     pages,
     paging,
+    records,
     stages,
 )
 from sgpo_jax.rollout.stages import Slots
@@ -159,6 +160,19 @@ def test_the_oldest_go_on_and_no_more_begin_than_have_room():
     assert pages.room(nothing, needed * 0, active & False, 1).tolist() == [1]
 
 
+def test_slots_that_go_leave_their_pages():
+    table = np.array([[[0, 4, 9], [0, 5, 9], [9, 9, 9], [1, 6, 7]]], np.int32)
+    shared, taken, free = np.array([[1, 1, 0, 1]]), np.array([[2, 2, 0, 3]]), np.arange(9)[None, ::-1]
+    own = pages.Pages(table, shared, taken, free, np.array([1]))
+    cache = {"key": np.zeros((1, 1, 9, 4, 1)), "value": np.zeros((1, 1, 9, 4, 1)), "length": np.array([5, 6, 0, 7])}
+    response = np.array([[Q, 3, Q, Q]])
+    slots = stages._active_first(Slots(response, response * 0, response, cache, own), Q, 2)
+    assert slots.response.tolist() == [[3, Q]] and slots.cache["length"].tolist() == [6, 5]
+    assert slots.pages.table.tolist() == [[[0, 5, 9], [9, 9, 9]]] and slots.pages.taken.tolist() == [[2, 0]]
+    assert slots.pages.left.tolist() == [4] and {*slots.pages.free[0, :4].tolist()} == {8, 4, 6, 7}
+    assert slots.cache["key"] is cache["key"], "the pool stays where it is"
+
+
 # ---- rollouts
 
 COUNT, GROUP, NEW, PROMPT, PAD = 24, 2, 24, 9, 63
@@ -259,6 +273,14 @@ def test_on_every_mesh_and_with_pages_of_every_size(run, without, shape, room, c
     assert (steps.put_back.sum() > 0) == (room < 100 and changes["page"] < 32)
 
 
+def test_the_last_responses_are_put_back_and_begin_again_in_fewer_slots(run, without):
+    """The queue is empty when the slots become fewer, and those that have ended still have pages."""
+    for room in (8, 9, 11, 14):
+        rollout, steps = run(room, least=(4, 2), slots=16, pool=1024, page=4)
+        assert_same(rollout, without, 1e-5)
+        assert steps.put_back.sum() > 0
+
+
 def begun_by(rollout, seed):
     """What is known when the responses have any number of tokens, the end included."""
     rng = np.random.default_rng(seed)
@@ -293,8 +315,14 @@ def test_kinds_and_a_cache_in_8_bits(run):
     assert steps.put_back.sum() > 0
 
 
+def test_what_stood_after_an_earlier_end_is_cut():
+    tokens = np.arange(1, 9, dtype=np.int32).reshape(1, 2, 4)
+    out = records.cut(Rollout(tokens, -tokens.astype(np.float32), np.array([[0, 3]]), np.array([[0, 0]])), PAD)
+    assert out.tokens.tolist() == [[[PAD] * 4, [5, 6, 7, PAD]]] and out.logp.tolist() == [[[0] * 4, [-5, -6, -7, 0]]]
+
+
 def test_a_pool_that_is_too_small_is_refused(run):
-    with pytest.raises(ValueError, match=r"pool=200: must be at least 256: for 2 times 12 prompts and one response"):
+    with pytest.raises(ValueError, match="pool=200: must be at least 256,"):
         run(shape=(2, 1, 1), pool=200, page=8)
 
 
