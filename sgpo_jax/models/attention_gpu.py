@@ -16,8 +16,10 @@ from jax.experimental.pallas import triton
 from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
 from jax.sharding import PartitionSpec as P
 
+from sgpo_jax.models import cache_pages
 from sgpo_jax.models.attention_heads import divisible
-from sgpo_jax.models.cache_codes import Stored, operand, scaled
+from sgpo_jax.models.cache_codes import operand, scaled
+from sgpo_jax.models.cache_pages import Kept, Paged
 from sgpo_jax.sharding import BATCH, HEADS, ROWS, exact_products, fit_spec, per_device
 
 LEAST = 16  # rows and columns of the smallest matrix that Triton multiplies
@@ -89,9 +91,10 @@ def cache_shape(slots: int, size: int) -> tuple[int, int]:
     return -(-slots // PAGE) * PAGE, power_of_two(size)
 
 
-def takes(cache: Stored) -> bool:
-    """Returns whether `attend_cache` takes a cache `[K,L,R,S,N]`."""
-    return cache.shape[-2:] == cache_shape(*cache.shape[-2:])
+def takes(cache: Kept) -> bool:
+    """Returns whether `attend_cache` takes a cache `[K,L,R,S,N]`, or a pool `[K,L,R,D,N]` of pages."""
+    shape = (cache.pool if isinstance(cache, Paged) else cache).shape[-2:]
+    return shape == cache_shape(*shape)
 
 
 def tokens_at_once(rows: int, kv_heads: int, slots: int) -> int:
@@ -119,8 +122,8 @@ def append(cache: jax.Array, new: jax.Array, layer: Any, slots: jax.Array) -> ja
 
 def attend_cache(
     query: jax.Array,
-    keys: Stored,
-    values: Stored,
+    keys: Kept,
+    values: Kept,
     layer: Any,
     lengths: jax.Array,
     each: int = 1,
@@ -138,12 +141,14 @@ def attend_cache(
 
     def local(query, keys, values, layer, lengths):
         rows, kv_heads, group, width = query.shape
-        parts = _parts(rows * kv_heads, slots)
+        parts, table = _parts(rows * kv_heads, slots), None
+        if isinstance(keys, Paged):
+            table, keys, values = cache_pages.places(keys), keys.pool, values.pool
         by_head = pl.BlockSpec((None, None, power_of_two(group), width), lambda row, head, part: (row, head, 0, 0))
         out = pl.BlockSpec((None, None, None, *by_head.block_shape[2:]), lambda *program: (*program, 0, 0))
         sums = pl.BlockSpec(out.block_shape[:-1], lambda *program: (*program, 0))
         shapes = [jax.ShapeDtypeStruct((rows, kv_heads, parts, group, *n), jnp.float32) for n in ((width,), (), ())]
-        whole = jax.tree.map(lambda _: pl.BlockSpec(), (keys, values, layer, lengths))
+        whole = jax.tree.map(lambda _: pl.BlockSpec(), (keys, values, layer, lengths, table))
         stages = min(max(AHEAD // (2 * PAGE * width * keys.dtype.itemsize), 1), 3)
         kernel = pl.pallas_call(
             partial(_decode_kernel, group, each, size**-0.5), shapes, grid=(rows, kv_heads, parts),
@@ -151,19 +156,22 @@ def attend_cache(
             compiler_params=triton.CompilerParams(num_warps=4, num_stages=stages), name="decode_attention",
         )  # fmt: skip
         with exact_products(query.dtype):
-            out, most, total = kernel(query, keys, values, layer, lengths)
+            out, most, total = kernel(query, keys, values, layer, lengths, table)
         share = jnp.exp(most - most.max(axis=2, keepdims=True))
         return ((out * share[..., None]).sum(axis=2) / (total * share).sum(axis=2)[..., None]).astype(query.dtype)
 
-    rows, tensor = fit_spec((batch, kv_heads), (BATCH, "tensor"))
-    by_head, cache = P(rows, tensor, None, None), P(tensor, None, rows, None, None)
+    rows, tensor, cache = cache_pages.layout(keys, batch)
+    by_head = P(rows, tensor, None, None)
     run = per_device(local, (by_head, cache, cache, P(), P(rows)), by_head)
     layer, lengths = jnp.asarray(layer, jnp.int32).reshape(1), jnp.minimum(lengths, slots)
     return run(query, keys, values, layer, lengths)[..., :size].reshape(batch, heads * size)
 
 
-def _decode_kernel(group, each, scale, query, keys, values, layer, lengths, out, most, total):
-    """Attends to one part of a row: its outputs `[G,N]`, not divided by `total`, the greatest score, and `total`."""
+def _decode_kernel(group, each, scale, query, keys, values, layer, lengths, table, out, most, total):
+    """Attends to one part of a row: its outputs `[G,N]`, not divided by `total`, the greatest score, and `total`.
+
+    Where there is a table, a row's tokens are in its pages, of which each has one of PAGE tokens or several.
+    """
     row, head, part = (pl.program_id(axis) for axis in range(3))
     length = lengths[row]
     pages = pl.cdiv(pl.cdiv(length, PAGE), pl.num_programs(2))  # of a part
@@ -175,6 +183,10 @@ def _decode_kernel(group, each, scale, query, keys, values, layer, lengths, out,
         result, highest, weight = carry
         start = pl.multiple_of(first + i * PAGE, PAGE)
         at = (head, layer[0], row // each, pl.ds(start, PAGE), slice(None))
+        if table is not None:
+            size = jax.tree.leaves(keys)[0].shape[3]
+            place = pl.multiple_of(start % size, PAGE)
+            at = (*at[:2], table[row // each, start // size], pl.ds(place, PAGE), slice(None))
         key = jax.tree.map(lambda ref: ref[at], keys)
         scores = scaled(triton.dot(q, operand(key, q.dtype), trans_b=True), key) * scale
         scores = jnp.where(start + jnp.arange(PAGE) < end, scores, FILL)

@@ -13,8 +13,10 @@ from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention as p
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import PartitionSpec as P
 
+from sgpo_jax.models import cache_pages
 from sgpo_jax.models.attention_plain import SAVED
-from sgpo_jax.sharding import BATCH, HEADS, ROWS, fit_spec, per_device
+from sgpo_jax.models.cache_pages import Paged
+from sgpo_jax.sharding import HEADS, ROWS, fit_spec, per_device
 
 LANES = 128  # both kernels take lengths in multiples of this; paged attention takes such head sizes only
 SPLASH_BLOCK = 512  # queries and keys of a splash block
@@ -54,8 +56,8 @@ def cache_shape(slots: int, size: int) -> tuple[int, int]:
     return -(-slots // LANES) * LANES, size
 
 
-def takes(cache: jax.Array) -> bool:
-    """Returns whether `attend_cache` takes a cache `[K,L,B,S,N]`."""
+def takes(cache: jax.Array | Paged) -> bool:
+    """Returns whether `attend_cache` takes a cache `[K,L,B,S,N]`, whose pages have a multiple of LANES tokens."""
     return cache.shape[-1] % LANES == 0 and cache.shape[-2] % LANES == 0
 
 
@@ -65,30 +67,35 @@ def tokens_at_once(rows: int, kv_heads: int, slots: int) -> int:
 
 
 def attend_cache(
-    query: jax.Array, keys: jax.Array, values: jax.Array, layer: Any, lengths: jax.Array, each: int = 1
+    query: jax.Array, keys: jax.Array | Paged, values: jax.Array | Paged, layer: Any, lengths: jax.Array, each: int = 1
 ) -> jax.Array:
     """Computes `attention.attend_cache` with the paged kernel, which reads for a query the pages in use.
 
     All layers share one page pool.
     """
     batch, heads, size = query.shape
-    kv_heads, layers, _, slots, _ = keys.shape
-    pages = slots // LANES
+    slots = keys.shape[3]
     query = (query.astype(jnp.float32) * size**-0.5).astype(query.dtype)
     lengths = jnp.minimum(lengths, slots)
 
     def local(query, keys, values, layer, lengths):
-        pool = (keys.shape[0], -1, LANES, size)
-        rows = len(query) // each
-        # The rows of a layer are contiguous, so only the start of the page table depends on the layer.
-        table = (layer * rows + jnp.arange(len(query))[:, None] // each) * pages + jnp.arange(pages)
+        if isinstance(keys, Paged):
+            table = cache_pages.places(keys)
+            table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % PAGES_PER_BLOCK)))  # which no length reaches
+            keys, values = keys.pool, values.pool
+            table, page = layer * keys.shape[2] + jnp.repeat(table, each, axis=0), keys.shape[3]
+        else:
+            page, pages, rows = LANES, slots // LANES, len(query) // each
+            # The rows of a layer are contiguous, so only the start of the page table depends on the layer.
+            table = (layer * rows + jnp.arange(len(query))[:, None] // each) * pages + jnp.arange(pages)
+        pool = (keys.shape[0], -1, page, size)
         return paged_attention_kernel(
             query, keys.reshape(pool), values.reshape(pool), lengths, table.astype(jnp.int32),
-            pages_per_compute_block=math.gcd(pages, PAGES_PER_BLOCK),
+            pages_per_compute_block=math.gcd(table.shape[1], PAGES_PER_BLOCK),
         )  # fmt: skip
 
-    rows, tensor = fit_spec((batch, kv_heads), (BATCH, "tensor"))
-    by_head, cache = P(rows, tensor, None), P(tensor, None, rows, None, None)
+    rows, tensor, cache = cache_pages.layout(keys, batch)
+    by_head = P(rows, tensor, None)
     run = per_device(local, (by_head, cache, cache, P(), P(rows)), by_head)
     return run(query, keys, values, jnp.asarray(layer, jnp.int32), lengths).reshape(batch, heads * size)
 

@@ -72,6 +72,14 @@ def of_layer(stored: Kept, layer: Any) -> Stored:
     return jax.tree.map(copy, stored.pool)
 
 
+def places(stored: Paged) -> jax.Array:
+    """Returns the pages `[W*R,C]` of each row in the whole pool; one that a row does not have is any."""
+    shards, _, most = stored.table.shape
+    total = stored.pool.shape[2] // shards
+    pages = jnp.minimum(stored.table, total - 1) + total * jnp.arange(shards)[:, None, None]
+    return pages.reshape(-1, most).astype(jnp.int32)
+
+
 def around(stored: Paged, layer: Any, starts: jax.Array, window: int) -> Stored:
     """Returns the pages of `window` tokens of each new token's row, `[K,1,B*J,S,N]` of S slots.
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from sgpo_jax import config as configs
 from sgpo_jax import sharding
-from sgpo_jax.models import ModelConfig, attention, cache_codes, products_gpu
+from sgpo_jax.models import ModelConfig, attention, cache_codes, cache_pages, products_gpu
 from sgpo_jax.plan import gpus, planner
 from sgpo_jax.plan.programs import programs
 from sgpo_jax.plan.workload import Assumed
@@ -96,12 +96,15 @@ def test_attention_and_its_gradient_hold_nothing_of_length_squared(
 
 
 @pytest.mark.parametrize(
-    ("kind", "count", "tensor", "heads", "kv_heads", "size", "stored"),
-    [("h100", 8, 4, 12, 2, 128, BF16), *(pytest.param(*case, marks=pytest.mark.slow) for case in
-     (("a100", 1, 1, 9, 3, 64, BF16), ("h100", 8, 2, 12, 2, 128, jnp.int8), ("a100", 1, 1, 9, 3, 64, jnp.int8)))],
+    ("kind", "count", "tensor", "heads", "kv_heads", "size", "stored", "page"),
+    [("h100", 8, 4, 12, 2, 128, BF16, 0), ("h100", 8, 2, 12, 2, 128, BF16, 128),
+     *(pytest.param(*case, marks=pytest.mark.slow) for case in
+       (("a100", 1, 1, 9, 3, 64, BF16, 0), ("h100", 8, 2, 12, 2, 128, jnp.int8, 0),
+        ("a100", 1, 1, 9, 3, 64, jnp.int8, 0), ("a100", 1, 1, 9, 3, 64, BF16, 64),
+        ("a100", 1, 1, 12, 2, 128, jnp.int8, 128)))],
 )  # fmt: skip
-def test_decoding_steps_copy_no_layer_of_the_cache(mesh, kind, count, tensor, heads, kv_heads, size, stored):
-    """Steps of several layers in a loop, as the engine's."""
+def test_decoding_steps_copy_no_layer_of_the_cache(mesh, kind, count, tensor, heads, kv_heads, size, stored, page):
+    """Steps of several layers in a loop, as the engine's; with pages of a pool that has as many tokens, or without."""
     mesh, batch, layers, slots = mesh(kind, count, tensor), 16, 4, 2048
 
     def step(query, new, keys, values, lengths):
@@ -125,6 +128,10 @@ def test_decoding_steps_copy_no_layer_of_the_cache(mesh, kind, count, tensor, he
     empty = jax.eval_shape(lambda: cache_codes.empty((kv_heads, layers, batch, slots, size), stored))
     place = P(heads_of, None, BATCH)
     cache = jax.tree.map(lambda x: arguments(mesh, (x.shape, x.dtype, place))[0], empty)
+    if page:
+        cache = jax.tree.map(lambda x: x.update(shape=(*x.shape[:2], batch * slots // page, page, x.shape[4])), cache)
+        shape = count // tensor, batch * tensor // count, slots // page
+        cache = cache_pages.Paged(cache, *arguments(mesh, (shape, jnp.int32, P(BATCH))))
     with jax.set_mesh(mesh):
         program = jax.jit(step, donate_argnums=(2, 3)).trace(query, new, cache, cache, lengths).lower().compile()
     rows = batch * tensor // count
@@ -142,11 +149,11 @@ TINY = ModelConfig(
 
 @pytest.fixture(scope="module")
 def compiled(mesh):
-    """(number of GPUs, tensor, name) -> a program of the paper's recipe for TINY on H100, and its mesh."""
+    """(number of GPUs, tensor, name, pool) -> a program of the paper's recipe for TINY on H100, and its mesh."""
 
-    def compiled(count, tensor, name):
+    def compiled(count, tensor, name, pool=0):
         config = planner.without_files(configs.paper("Qwen/Qwen2.5-1.5B-Instruct", tensor=tensor))
-        config.rl.update({"batch": 16, "micro_batch": 8, "slots": 64})
+        config.rl.update({"batch": 16, "micro_batch": 8, "slots": 64, "pool_tokens": pool})
         on = mesh("h100", count, tensor)
         (program,) = (p for p in programs(config, TINY, on, Assumed(4096.0, 256)) if p.name == name)
         with jax.set_mesh(on):
@@ -184,6 +191,14 @@ def test_a_rollout_takes_little_more_than_its_cache(compiled, count, tensor):
     # Nor is a layer's smallest kernel, that of keys or values, copied at every token.
     assert "layer_product" in program.as_text()
     assert decoding_copies(program, TINY.hidden_size * TINY.num_kv_heads * TINY.head_dim // tensor) == []
+
+
+@pytest.mark.slow
+def test_a_rollout_with_a_pool_takes_little_more_than_the_pool(compiled):
+    program, on = compiled(4, 1, "rollout", 2**21)
+    pool = cache_bytes(TINY, 2**21 // 128, 128, BF16, on)
+    assert pool < program.memory_analysis().temp_size_in_bytes < 1.05 * pool
+    assert copies(program, pool // 4 // TINY.num_layers) == []
 
 
 @pytest.mark.parametrize("name", ["SFT update", pytest.param("update", marks=pytest.mark.slow)])
