@@ -112,12 +112,12 @@ def append(table: jax.Array, pool: jax.Array, new: jax.Array, layer: Any, slots:
         update_window_dims=(3,), inserted_window_dims=(1, 3, 4), scatter_dims_to_operand_dims=(1, 3, 4),
         operand_batching_dims=(0, 2), scatter_indices_batching_dims=(0, 1),
     )  # fmt: skip
-    (shards, rows, _), (kv_heads, _, pages, tokens, size) = table.shape, pool.shape
+    (shards, rows, _), (kv_heads, _, pages, tokens, _) = table.shape, pool.shape
     slots = slots.reshape(shards, rows)
     page = jnp.take_along_axis(table, slots[..., None] // tokens, axis=2, mode="fill", fill_value=pages // shards)
     indices = jnp.stack([jnp.full_like(slots, layer), page[..., 0], slots % tokens], axis=-1)
     indices = jnp.broadcast_to(indices, (kv_heads, *indices.shape))
-    new = new.swapaxes(0, 1).reshape(kv_heads, shards, rows, size)
+    new = new.swapaxes(0, 1).reshape(kv_heads, shards, rows, -1)  # a head may be narrower than a kernel's
     parts = _by_shard(pool, shards)
     return jax.lax.scatter(parts, indices, new, numbers, unique_indices=True, mode="drop").reshape(pool.shape)
 

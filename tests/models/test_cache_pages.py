@@ -110,7 +110,7 @@ def test_the_kernels_read_the_pages_of_their_rows(monkeypatch, platform, dtype, 
 @pytest.mark.parametrize("each", [1, 3])
 def test_tokens_are_written_to_the_pages_of_their_rows_alone(dtype, each):
     rng = np.random.default_rng(0)
-    cache = caches(rng, 16, 8, dtype)[0]
+    cache = caches(rng, 16, 16, dtype)[0]  # wider than a head, as a kernel may need
     new = rng.normal(size=(SHARDS * ROWS * each, KV_HEADS, 8)).astype(np.float32)
     slots = (np.array([0, 3, 7, 8, 11, 14])[:, None] + np.arange(each)).reshape(-1).astype(np.int32)
     expected = attention.append(cache, new, 1, slots, each)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 
 from sgpo_jax import policy, sharding
-from sgpo_jax.models import attention, cache_pages
+from sgpo_jax.models import attention, attention_gpu, cache_pages
 from sgpo_jax.models.attention_plain import attend_cache_plain
 from sgpo_jax.rollout import (
     RUNNING,
@@ -25,6 +25,7 @@ from sgpo_jax.rollout import (
     Sampling,
     Steps,
     drafts,
+    engine,
     generate,
     pages,
     paging,
@@ -319,6 +320,19 @@ def test_what_stood_after_an_earlier_end_is_cut():
     tokens = np.arange(1, 9, dtype=np.int32).reshape(1, 2, 4)
     out = records.cut(Rollout(tokens, -tokens.astype(np.float32), np.array([[0, 3]]), np.array([[0, 0]])), PAD)
     assert out.tokens.tolist() == [[[PAD] * 4, [5, 6, 7, PAD]]] and out.logp.tolist() == [[[0] * 4, [-5, -6, -7, 0]]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 1)])
+def test_the_kernels_of_gpus_give_the_same_responses(monkeypatch, run, without, shape):
+    """With pages of 16 tokens, which the kernel then reads at once."""
+    for module in (attention, engine, stages):
+        monkeypatch.setattr(module, "platform", lambda: "gpu")
+    for name in ("attend", "attend_cache"):
+        monkeypatch.setattr(attention_gpu, name, functools.partial(getattr(attention_gpu, name), interpret=True))
+    monkeypatch.setattr(attention_gpu, "PAGE", 16)
+    rollout, _ = run(5, shape, least=(2, 3), slots=16, pool=2048, page=16, draft=2)
+    assert_same(rollout, without, 1e-5)
 
 
 def test_a_pool_that_is_too_small_is_refused(run):
