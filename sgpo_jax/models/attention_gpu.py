@@ -105,6 +105,11 @@ def tokens_at_once(rows: int, kv_heads: int, slots: int) -> int:
     return PAGE * _parts(rows * kv_heads, slots)
 
 
+def reads(each: int) -> int:
+    """Returns how often `attend_cache` reads the cache of a row for `each` new tokens."""
+    return 1
+
+
 def append(cache: jax.Array, new: jax.Array, layer: Any, slots: jax.Array) -> jax.Array:
     """Computes `attention.append` for the first B of each device's rows."""
 
@@ -131,8 +136,9 @@ def attend_cache(
 ) -> jax.Array:
     """Computes `attention.attend_cache`; `interpret` runs it anywhere.
 
-    A program of the kernel reads one part of a row's tokens for all query heads of a key head. The parts of a row are
-    equal, however long it is: with fixed parts of the cache, most of the card would wait for the few that are full.
+    A program of the kernel reads one part of a row's tokens for all query heads of a key head, of all new tokens. The
+    parts of a row are equal, however long it is: with fixed parts of the cache, most of the card would wait for the few
+    that are full.
     """
     batch, heads, size = query.shape
     kv_heads, _, _, slots, width = keys.shape
@@ -140,7 +146,12 @@ def attend_cache(
     query = jnp.pad(query, ((0, 0), (0, 0), (0, 0), (0, width - size)))
 
     def local(query, keys, values, layer, lengths):
-        rows, kv_heads, group, width = query.shape
+        count, kv_heads, per_token, width = query.shape
+        rows, group = count // each, each * per_token
+        query = query.reshape(rows, each, kv_heads, per_token, width).swapaxes(1, 2).reshape(rows, -1, group, width)
+        lengths = lengths.reshape(rows, each)
+        seen = jnp.repeat(lengths, per_token, axis=1)  # tokens that each query head sees
+        seen = jnp.pad(seen, ((0, 0), (0, power_of_two(group) - group)))
         parts, table = _parts(rows * kv_heads, slots), None
         if isinstance(keys, Paged):
             table, keys, values = cache_pages.places(keys), keys.pool, values.pool
@@ -148,17 +159,21 @@ def attend_cache(
         out = pl.BlockSpec((None, None, None, *by_head.block_shape[2:]), lambda *program: (*program, 0, 0))
         sums = pl.BlockSpec(out.block_shape[:-1], lambda *program: (*program, 0))
         shapes = [jax.ShapeDtypeStruct((rows, kv_heads, parts, group, *n), jnp.float32) for n in ((width,), (), ())]
-        whole = jax.tree.map(lambda _: pl.BlockSpec(), (keys, values, layer, lengths, table))
+        by_query = pl.BlockSpec((None, seen.shape[1]), lambda row, head, part: (row, 0))
+        arrays = (keys, values, layer), (lengths, table)
+        before, after = (jax.tree.map(lambda _: pl.BlockSpec(), tree) for tree in arrays)
         stages = min(max(AHEAD // (2 * PAGE * width * keys.dtype.itemsize), 1), 3)
         kernel = pl.pallas_call(
-            partial(_decode_kernel, group, each, size**-0.5), shapes, grid=(rows, kv_heads, parts),
-            in_specs=[by_head, *whole], out_specs=[out, sums, sums], interpret=interpret,
+            partial(_decode_kernel, group, size**-0.5), shapes, grid=(rows, kv_heads, parts),
+            in_specs=[by_head, *before, by_query, *after], out_specs=[out, sums, sums], interpret=interpret,
             compiler_params=triton.CompilerParams(num_warps=4, num_stages=stages), name="decode_attention",
         )  # fmt: skip
         with exact_products(query.dtype):
-            out, most, total = kernel(query, keys, values, layer, lengths, table)
+            out, most, total = kernel(query, keys, values, layer, seen, lengths.max(axis=1), table)
         share = jnp.exp(most - most.max(axis=2, keepdims=True))
-        return ((out * share[..., None]).sum(axis=2) / (total * share).sum(axis=2)[..., None]).astype(query.dtype)
+        out = (out * share[..., None]).sum(axis=2) / (total * share).sum(axis=2)[..., None]
+        out = out.reshape(rows, kv_heads, each, per_token, width).swapaxes(1, 2)
+        return out.reshape(count, kv_heads, per_token, width).astype(query.dtype)
 
     rows, tensor, cache = cache_pages.layout(keys, batch)
     by_head = P(rows, tensor, None, None)
@@ -167,8 +182,10 @@ def attend_cache(
     return run(query, keys, values, layer, lengths)[..., :size].reshape(batch, heads * size)
 
 
-def _decode_kernel(group, each, scale, query, keys, values, layer, lengths, table, out, most, total):
+def _decode_kernel(group, scale, query, keys, values, layer, seen, lengths, table, out, most, total):
     """Attends to one part of a row: its outputs `[G,N]`, not divided by `total`, the greatest score, and `total`.
+
+    G are the query heads of all new tokens of the row; `seen` `[G]` are the tokens that each of them sees.
 
     Where there is a table, a row's tokens are in its pages, of which each has one of PAGE tokens or several.
     """
@@ -177,19 +194,19 @@ def _decode_kernel(group, each, scale, query, keys, values, layer, lengths, tabl
     pages = pl.cdiv(pl.cdiv(length, PAGE), pl.num_programs(2))  # of a part
     first, end = part * pages * PAGE, jnp.minimum((part + 1) * pages * PAGE, length)
     real = jnp.arange(query.shape[0]) < group  # a product has more rows than there are query heads
-    q = triton.load(query, mask=real[:, None], other=0.0)
+    q, sees = triton.load(query, mask=real[:, None], other=0.0), seen[...]
 
     def page(i, carry):
         result, highest, weight = carry
         start = pl.multiple_of(first + i * PAGE, PAGE)
-        at = (head, layer[0], row // each, pl.ds(start, PAGE), slice(None))
+        at = (head, layer[0], row, pl.ds(start, PAGE), slice(None))
         if table is not None:
             size = jax.tree.leaves(keys)[0].shape[3]
-            place = pl.multiple_of(start % size, PAGE)
-            at = (*at[:2], table[row // each, start // size], pl.ds(place, PAGE), slice(None))
+            at = (*at[:2], table[row, start // size], pl.ds(pl.multiple_of(start % size, PAGE), PAGE), slice(None))
         key = jax.tree.map(lambda ref: ref[at], keys)
         scores = scaled(triton.dot(q, operand(key, q.dtype), trans_b=True), key) * scale
-        scores = jnp.where(start + jnp.arange(PAGE) < end, scores, FILL)
+        place = start + jnp.arange(PAGE)
+        scores = jnp.where((place < end) & (place < sees[:, None]), scores, FILL)
         higher = jnp.maximum(highest, scores.max(axis=1))
         shrink, exponentials = jnp.exp(highest - higher), jnp.exp(scores - higher[:, None])
         result, value = result * shrink[:, None], jax.tree.map(lambda ref: ref[at], values)

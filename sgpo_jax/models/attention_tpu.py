@@ -66,6 +66,11 @@ def tokens_at_once(rows: int, kv_heads: int, slots: int) -> int:
     return math.gcd(slots // LANES, PAGES_PER_BLOCK) * LANES
 
 
+def reads(each: int) -> int:
+    """Returns how often `attend_cache` reads the cache of a row for `each` new tokens."""
+    return each
+
+
 def attend_cache(
     query: jax.Array, keys: jax.Array | Paged, values: jax.Array | Paged, layer: Any, lengths: jax.Array, each: int = 1
 ) -> jax.Array:

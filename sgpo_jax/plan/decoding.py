@@ -93,20 +93,20 @@ def _mean(stages: Sequence[Stage]) -> Stage:
     return Stage(stages[0].width, float(refills), float(steps), float(tokens / max(steps, 1e-9)))
 
 
-def scopes(work: Schedule, each: Sequence[int], at_once: Sequence[int], token_bytes: int) -> Scopes:
+def scopes(work: Schedule, reads: Sequence[int], at_once: Sequence[int], token_bytes: int) -> Scopes:
     """Returns the trip counts of the engine's loops, and the bytes that the kernel reads from a layer's cache.
 
     Args:
         work: from the engine's schedule.
-        each: tokens of a response in a pass, in each stage. Each of them reads the cache of its row.
+        reads: how often a pass reads the cache of a row, in each stage.
         at_once: cached tokens of a row that the kernel reads in one round of its loop, in each stage.
         token_bytes: keys and values of a token in one layer on a device.
     """
     refills = float(work.stages[0].refills)
-    trips, reads = [("refill/while$", refills), ("refill/while/body/while$", work.begun / refills)], []
-    for stage, fed, tokens in zip(work.stages, each, at_once, strict=True):
+    trips, sizes = [("refill/while$", refills), ("refill/while/body/while$", work.begun / refills)], []
+    for stage, times, tokens in zip(work.stages, reads, at_once, strict=True):
         kernel = rf"decode_{stage.width}/.*(paged|decode)_attention"
         steps = stage.steps / max(stage.refills, 1)
         trips += [(kernel, stage.cached / stage.width / tokens), (f"decode_{stage.width}/while$", steps)]
-        reads.append((kernel, fed * stage.cached * token_bytes))
-    return Scopes("prefill", (("decode_", "decode"), ("refill", "refill")), tuple(trips), tuple(reads))
+        sizes.append((kernel, times * stage.cached * token_bytes))
+    return Scopes("prefill", (("decode_", "decode"), ("refill", "refill")), tuple(trips), tuple(sizes))

@@ -273,9 +273,9 @@ def _generation(
         each = [1 + drafts.most_drafted(sampling.draft, stage.width, slots // shards) for stage in work.stages]
         cache_slots, width = attention.cache_shape(length, policy.config.head_dim)
         kernels = attention_gpu if platform() == "gpu" else attention_tpu
-    rows = [stage.width * tokens for stage, tokens in zip(work.stages, each, strict=True)]
-    at_once = [kernels.tokens_at_once(count, heads, cache_slots) for count in rows]
-    scopes = decoding.scopes(work, each, at_once, 2 * heads * token_bytes(width, dtype))
+    at_once = [kernels.tokens_at_once(stage.width, heads, cache_slots) for stage in work.stages]
+    reads = [kernels.reads(tokens) for tokens in each]
+    scopes = decoding.scopes(work, reads, at_once, 2 * heads * token_bytes(width, dtype))
     scopes = scopes._replace(entries=(("layer_product", policy.config.num_layers),), branches=_branches(policy.config))
     return Program(
         name, section, decoding_mesh(mesh, sampling.decode_ways), trace, scopes, resident,

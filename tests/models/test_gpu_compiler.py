@@ -96,22 +96,24 @@ def test_attention_and_its_gradient_hold_nothing_of_length_squared(
 
 
 @pytest.mark.parametrize(
-    ("kind", "count", "tensor", "heads", "kv_heads", "size", "stored", "page"),
-    [("h100", 8, 4, 12, 2, 128, BF16, 0), ("h100", 8, 2, 12, 2, 128, BF16, 128),
+    ("kind", "count", "tensor", "heads", "kv_heads", "size", "stored", "page", "each"),
+    [("h100", 8, 4, 12, 2, 128, BF16, 0, 1), ("h100", 8, 2, 12, 2, 128, BF16, 128, 1),
      *(pytest.param(*case, marks=pytest.mark.slow) for case in
-       (("a100", 1, 1, 9, 3, 64, BF16, 0), ("h100", 8, 2, 12, 2, 128, jnp.int8, 0),
-        ("a100", 1, 1, 9, 3, 64, jnp.int8, 0), ("a100", 1, 1, 9, 3, 64, BF16, 64),
-        ("a100", 1, 1, 12, 2, 128, jnp.int8, 128)))],
+       (("a100", 1, 1, 9, 3, 64, BF16, 0, 1), ("h100", 8, 2, 12, 2, 128, jnp.int8, 0, 4),
+        ("a100", 1, 1, 9, 3, 64, jnp.int8, 0, 1), ("a100", 1, 1, 9, 3, 64, BF16, 64, 9),
+        ("a100", 1, 1, 12, 2, 128, jnp.int8, 128, 2)))],
 )  # fmt: skip
-def test_decoding_steps_copy_no_layer_of_the_cache(mesh, kind, count, tensor, heads, kv_heads, size, stored, page):
-    """Steps of several layers in a loop, as the engine's; with pages of a pool that has as many tokens, or without."""
+def test_decoding_steps_copy_no_layer_of_the_cache(
+    mesh, kind, count, tensor, heads, kv_heads, size, stored, page, each
+):
+    """Steps of several layers in a loop, as the engine's, of `each` tokens of a row; with a pool or without."""
     mesh, batch, layers, slots = mesh(kind, count, tensor), 16, 4, 2048
 
     def step(query, new, keys, values, lengths):
         def layer(carry, number):
             query, keys, values = carry
-            keys, values = (attention.append(cache, new, number, lengths) for cache in (keys, values))
-            attended = attention.attend_cache(query, keys, values, number, lengths + 1).reshape(query.shape)
+            keys, values = (attention.append(cache, new, number, lengths, each) for cache in (keys, values))
+            attended = attention.attend_cache(query, keys, values, number, lengths + 1, each).reshape(query.shape)
             return (query + attended, keys, values), None
 
         def body(carry):
@@ -121,9 +123,10 @@ def test_decoding_steps_copy_no_layer_of_the_cache(mesh, kind, count, tensor, he
         return jax.lax.while_loop(lambda carry: carry[0] < 1, body, (0, query, keys, values))[2:]
 
     heads_of = "tensor" if kv_heads % tensor == 0 else None
+    tokens = batch * each
     query, new, lengths = arguments(
-        mesh, ((batch, heads, size), BF16, P(BATCH)), ((batch, kv_heads, size), BF16, P(BATCH)),
-        ((batch,), jnp.int32, P(BATCH)),
+        mesh, ((tokens, heads, size), BF16, P(BATCH)), ((tokens, kv_heads, size), BF16, P(BATCH)),
+        ((tokens,), jnp.int32, P(BATCH)),
     )  # fmt: skip
     empty = jax.eval_shape(lambda: cache_codes.empty((kv_heads, layers, batch, slots, size), stored))
     place = P(heads_of, None, BATCH)

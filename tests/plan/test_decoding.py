@@ -34,12 +34,11 @@ def test_drafts_take_fewer_passes_where_few_slots_are_left():
     assert found.stages[:2] == plain.stages[:2]  # 8 // 8 - 1
     last, alone = found.stages[2], plain.stages[2]
     assert alone.steps > 8 and alone.steps / 4 <= last.steps <= alone.steps / 4 + 2
-    # A row of several tokens in a pass reads its cache for each.
-    each = [1, 1, 4]
+    times = [1, 1, 4]  # as on TPUs, where each token of a pass reads the cache of its row
     found = found._replace(begun=48.0, stages=[found.stages[0]._replace(refills=3.0), *found.stages[1:]])
-    assert dict(decoding.scopes(found, each, [4] * 3, 10).trips)["refill/while/body/while$"] == 16
-    reads = [size for _, size in decoding.scopes(found, each, [4] * 3, 10).reads]
-    assert reads == [10 * fed * stage.cached for fed, stage in zip(each, found.stages, strict=True)]
+    assert dict(decoding.scopes(found, times, [4] * 3, 10).trips)["refill/while/body/while$"] == 16
+    reads = [size for _, size in decoding.scopes(found, times, [4] * 3, 10).reads]
+    assert reads == [10 * fed * stage.cached for fed, stage in zip(times, found.stages, strict=True)]
 
 
 def test_steps_that_leave_problems_to_the_next_are_those_of_training():
