@@ -178,8 +178,8 @@ def generate(
         out = records.record(out, slots, token, logp, stopped)
         ended = stopped | (slots.sampled + 1 == max_new_tokens)
         after = Slots(jnp.where(ended, responses, slots.response), slots.sampled + 1, token, cache, slots.pages)
-        steps = records.count(steps, slots, 1, slots.sampled * 0) if pool else steps + slots.response.size
-        return queued, after, out, steps
+        size = slots.response.size
+        return queued, after, out, steps._replace(slots=steps.slots + size) if pool else steps + size
 
     def verify(params, head, split, most, state):
         """Decodes with up to `most` drafted tokens of each slot, of which the right ones need no pass of their own."""
@@ -304,6 +304,7 @@ def generate(
     out, steps = decode_all(state, responses, refilling, step, None if begun is None else reached)[2:]
     if pool:
         out = records.cut(out, model.pad_id)
+        steps = steps if sampling.draft else steps._replace(passes=out.lengths)
     if begun is not None:
         out = out._replace(finish=jnp.where(records.ended(out, max_new_tokens), out.finish, RUNNING))
     return jax.tree.map(lambda x: x.reshape(problem_count, per_problem, *x.shape[2:]) if x.ndim else x, (out, steps))

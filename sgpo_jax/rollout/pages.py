@@ -14,6 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+AHEAD = 2  # pages for each slot that stay free when a response begins; docs/results/benchmarks.md has others
+
 
 class Sizes(NamedTuple):
     """The sizes of a pool."""
@@ -51,9 +53,9 @@ def start(prompts: jax.Array, size: Sizes, slots: int) -> Pages:
     return Pages(table, nothing, nothing, free, (~used).sum(axis=1, dtype=jnp.int32))
 
 
-def missing(pages: Pages, tokens: jax.Array, page: int) -> jax.Array:
-    """Returns the pages `[W,R]` that slots have to take for so many tokens `[W,R]`."""
-    return jnp.maximum((tokens + page - 1) // page - pages.taken, 0)
+def missing(taken: jax.Array, tokens: jax.Array, page: int) -> jax.Array:
+    """Returns the pages `[W,R]` that slots with `taken` pages have to take for so many tokens, both `[W,R]`."""
+    return jnp.maximum((tokens + page - 1) // page - taken, 0)
 
 
 def take(pages: Pages, count: jax.Array, most: int) -> Pages:
@@ -106,8 +108,8 @@ def going_on(pages: Pages, needed: jax.Array, age: jax.Array, active: jax.Array)
 def room(pages: Pages, needed: jax.Array, active: jax.Array, each: int) -> jax.Array:
     """Returns how many responses `[W]` may begin.
 
-    A page for each other slot stays free beside what the next pass needs. Otherwise the new response would soon be put
-    back, as the youngest one. Where no slot has a response, one begins.
+    AHEAD pages for each other slot stay free beside what the next pass needs. Otherwise the new response would soon be
+    put back, as the youngest one. Where no slot has a response, one begins.
 
     Args:
       pages: the pages; those of slots without a response count as free.
@@ -116,8 +118,8 @@ def room(pages: Pages, needed: jax.Array, active: jax.Array, each: int) -> jax.A
       each: most pages that a new response takes before its first pass.
     """
     ended = jnp.where(active, 0, pages.taken - pages.shared).sum(axis=1)
-    left = pages.left + ended - needed.sum(axis=1) - active.sum(axis=1)
-    return jnp.maximum((left + 1) // (each + 1), 0)
+    left = pages.left + ended - needed.sum(axis=1) - AHEAD * active.sum(axis=1)
+    return jnp.maximum((left + AHEAD) // (each + AHEAD), 0)
 
 
 def begin(pages: Pages, refilled: jax.Array, prompt: jax.Array, tokens: jax.Array, size: Sizes) -> Pages:

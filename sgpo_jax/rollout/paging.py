@@ -4,18 +4,22 @@ Axis key: as in `pages`; P prompt length, T most tokens of a response.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from sgpo_jax import models
 from sgpo_jax.models.attention import cache_shape
 from sgpo_jax.rollout import drafts, pages, records
 from sgpo_jax.rollout.cache import constrain_cache, copy_pages, in_pages
 from sgpo_jax.rollout.pages import Pages, Sizes
+from sgpo_jax.rollout.records import Steps
 from sgpo_jax.rollout.sampling import Sampling
 from sgpo_jax.rollout.stages import Refilling, Slots
+from sgpo_jax.sharding import BATCH, fit_spec, per_device
 
 
 class Starts(NamedTuple):
@@ -81,60 +85,74 @@ def make(sampling: Sampling, size: Sizes, starts: Starts, width: int) -> tuple[R
       width: R of the first stage.
     """
     shards, responses = starts.prompt.shape
-    shard = jnp.arange(shards)[:, None]
+    (rows,) = fit_spec((shards,), (BATCH,))
+
+    def by_shard(local):
+        # Left to itself, the partitioner gathers what it indexes from all shards, at every pass.
+        return per_device(local, P(rows), P(rows))
 
     def each(slots):
         return 1 + drafts.most_drafted(sampling.draft, slots.response.shape[1], width)
 
-    def missing(slots):
+    def missing(response, sampled, lengths, taken, each):
         """Returns the pages `[W,R]` that the slots take before the next pass."""
-        new = jnp.minimum(each(slots), sampling.max_new_tokens - slots.sampled)
-        tokens = jnp.where(slots.response < responses, slots.cache["length"].reshape(new.shape) + new, 0)
-        return pages.missing(slots.pages, tokens, size.page)
+        tokens = lengths.reshape(sampled.shape) + jnp.minimum(each, sampling.max_new_tokens - sampled)
+        return pages.missing(taken, jnp.where(response < responses, tokens, 0), size.page)
 
-    def room(slots):
-        """Returns how many responses `[W]` may begin."""
-        first_pass = min(1 + -(-(each(slots) - 1) // size.page), size.most)
-        return pages.room(slots.pages, missing(slots), slots.response < responses, first_pass)
+    def needed(slots):
+        return missing(slots.response, slots.sampled, slots.cache["length"], slots.pages.taken, each(slots))
+
+    def first_pass(each):
+        """Returns the most pages that a response takes before its first pass."""
+        return min(1 + -(-(each - 1) // size.page), size.most)
 
     def due(state):
         waiting, slots, *_ = state
-        free = slots.response == responses
-        begins = waiting.any(axis=1) & free.any(axis=1) & (room(slots) > 0)
-        return jnp.any(begins | (missing(slots).sum(axis=1) > slots.pages.left))
+        active, new = slots.response < responses, needed(slots)
+        room = pages.room(slots.pages, new, active, first_pass(each(slots)))
+        begins = waiting.any(axis=1) & ~active.all(axis=1) & (room > 0)
+        return jnp.any(begins | (new.sum(axis=1) > slots.pages.left))
 
     def grow(state):
         queue, slots, *rest = state
-        grown = pages.take(slots.pages, missing(slots), -(-each(slots) // size.page))
-        return queue, slots._replace(pages=grown), *rest
+        take = by_shard(partial(pages.take, most=-(-each(slots) // size.page)))
+        return queue, slots._replace(pages=take(slots.pages, needed(slots))), *rest
 
-    def put_back(state):
+    def put_back(waiting, own, slots, counts, each):
         """Takes the pages of slots without a response, and puts back the responses that cannot go on."""
-        waiting, slots, out, steps = state
-        active = slots.response < responses
-        own = pages.release(slots.pages, ~active)
-        goes_on = pages.going_on(own, missing(slots), slots.sampled, active)
-        put = jnp.where(goes_on, responses, slots.response)
-        slots = slots._replace(
-            response=jnp.where(goes_on, slots.response, responses), pages=pages.release(own, active & ~goes_on)
-        )
-        return waiting.at[shard, put].set(True, mode="drop"), slots, out, records.put_back(steps, put)
+        response, sampled, _, lengths = slots
+        active = response < responses
+        own = pages.release(own, ~active)
+        goes_on = pages.going_on(own, missing(response, sampled, lengths, own.taken, each), sampled, active)
+        put = jnp.where(goes_on, responses, response)
+        own = pages.release(own, active & ~goes_on)
+        waiting = jax.vmap(lambda mask, put: mask.at[put].set(True, mode="drop"))(waiting, put)
+        return waiting, own, jnp.where(goes_on, response, responses), records.put_back(counts, put)
+
+    def begin(waiting, own, slots, counts, starts, each):
+        waiting, own, response, counts = put_back(waiting, own, slots, counts, each)
+        active, (_, sampled, token, lengths) = response < responses, slots
+        room = pages.room(own, missing(response, sampled, lengths, own.taken, each), active, first_pass(each))
+        refilled, place = pages.next_ones(jnp.take_along_axis(waiting, starts.order, axis=1), ~active, room)
+        chosen = jnp.take_along_axis(starts.order, place, axis=1)
+        begun = jnp.where(refilled, chosen, responses)
+        waiting = jax.vmap(lambda mask, begun: mask.at[begun].set(False, mode="drop"))(waiting, begun)
+        prompt, cached, last = (jnp.take_along_axis(x, chosen, axis=1) for x in starts[:3])
+        own = pages.begin(own, refilled, prompt, cached, size)
+        new = chosen, jnp.zeros_like(sampled), last, cached
+        slots = [jnp.where(refilled, *pair) for pair in zip(new, (response, sampled, token, lengths), strict=True)]
+        return waiting, own, slots, counts, (*pages.last_page(own, prompt, size.longest), refilled)
 
     def refill(state):
-        waiting, slots, out, steps = put_back(state)
-        in_order = jnp.take_along_axis(waiting, starts.order, axis=1)
-        refilled, place = pages.next_ones(in_order, slots.response == responses, room(slots))
-        response = jnp.take_along_axis(starts.order, place, axis=1)
-        waiting = waiting.at[shard, jnp.where(refilled, response, responses)].set(False, mode="drop")
-        prompt, cached, token = (jnp.take_along_axis(x, response, axis=1) for x in starts[:3])
-        own = pages.begin(slots.pages, refilled, prompt, cached, size)
-        lengths = jnp.where(refilled, cached, slots.cache["length"].reshape(cached.shape))
+        waiting, slots, out, steps = state
+        lengths = slots.cache["length"].reshape(slots.response.shape)
+        run = by_shard(partial(begin, each=each(slots)))
+        waiting, own, (*by_slot, lengths), counts, copies = run(
+            waiting, slots.pages, (*slots[:3], lengths), steps[1:], starts
+        )
         cache = slots.cache | {"length": lengths.reshape(-1)}
         if size.longest:
-            cache = copy_pages(cache, *pages.last_page(own, prompt, size.longest), refilled)
-        response, sampled, token = (
-            jnp.where(refilled, *pair) for pair in zip((response, 0, token), slots[:3], strict=True)
-        )
-        return waiting, Slots(response, sampled, token, cache, own), out, steps
+            cache = copy_pages(cache, *copies)
+        return waiting, Slots(*by_slot, cache, own), out, Steps(steps.slots, *counts)
 
     return Refilling(lambda state: state[0].any(), due, refill), grow

@@ -80,15 +80,15 @@ def count(steps: Steps, slots: Slots, passes: Any, drafted: jax.Array) -> Steps:
     return Steps(steps.slots + slots.response.size, passes, drafted, steps.put_back)
 
 
-def put_back(steps: Steps, response: jax.Array) -> Steps:
-    """Counts the responses `[W,R]` that are put back into the queue; Q or more is none."""
-    assert steps.put_back is not None
+def put_back(counts: Any, response: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns the counts of `Steps`, each `[W,Q]`, when responses `[W,R]` are put back; Q or more is none."""
 
     def again(passes, drafted, times, response):
         passes, drafted = (x.at[response].set(0, mode="drop") for x in (passes, drafted))
         return passes, drafted, times.at[response].add(1, mode="drop")
 
-    return Steps(steps.slots, *jax.vmap(again)(*steps[1:], response))
+    passes, drafted, times = counts
+    return jax.vmap(again)(passes, drafted, times, response)
 
 
 def recall(out: Rollout, lengths: jax.Array, slots: Slots, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:

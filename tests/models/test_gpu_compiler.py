@@ -202,6 +202,9 @@ def test_a_rollout_with_a_pool_takes_little_more_than_the_pool(compiled):
     pool = cache_bytes(TINY, 2**21 // 128, 128, BF16, on)
     assert pool < program.memory_analysis().temp_size_in_bytes < 1.05 * pool
     assert copies(program, pool // 4 // TINY.num_layers) == []
+    # Cards agree on what all decide, and on nothing else: each has its own pages and its own queue.
+    exchanged = re.findall(r" = (\S+) (?:all-|collective-|reduce-scatter)\S*\(", program.as_text())
+    assert {shape.split("[")[0] for shape in exchanged} == {"s32", "pred"} and len(exchanged) < 10
 
 
 @pytest.mark.parametrize("name", ["SFT update", pytest.param("update", marks=pytest.mark.slow)])

@@ -152,10 +152,11 @@ def test_the_oldest_go_on_and_no_more_begin_than_have_room():
     active[0, 2] = False
     # Slots without a response give nothing here, since `release` has given already.
     assert pages.going_on(own, needed * active, age, active).tolist() == [[True, True, False, False]]
-    # 3 pages of the ended response are free too; of 10, 3 are taken now, and 3 more stay for the three that go on.
-    free = own._replace(left=np.array([7]))
-    assert pages.room(free, needed * active, active, 1).tolist() == [(10 - 3 - 3 + 1) // 2]
-    assert pages.room(free._replace(left=np.array([1])), needed * active, active, 1).tolist() == [0]
+    # 3 pages of the ended response are free too. Of 13, three slots take 3 and two new ones 2, so that 8 are left: two
+    # for each of the four others.
+    for left, begin in ((10, 2), (9, 1), (7, 1), (6, 0)):
+        free = own._replace(left=np.array([left]))
+        assert pages.room(free, needed * active, active, 1).tolist() == [begin]
     # Where nothing goes on, one begins in any case.
     nothing = own._replace(taken=np.zeros((1, 4), int))
     assert pages.room(nothing, needed * 0, active & False, 1).tolist() == [1]
