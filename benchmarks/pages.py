@@ -109,7 +109,7 @@ def simulated(flags: argparse.Namespace) -> tuple[list[list[str]], list[dict]]:
 
 
 def timed(calls: int) -> dict[str, list[float]]:
-    """Returns the seconds of rollouts of a small model, one of each kind after the other."""
+    """Returns the CPU seconds of rollouts of a small model, one of each kind after the other."""
     rng, count, group, longest, length, page = np.random.default_rng(0), 32, 8, 256, 64, 16
     params, ids = models.init(jax.random.key(0), SMALL), np.arange(count, dtype=np.uint32)
     model = LanguageModel(SMALL, tuple(range(1, SMALL.vocab_size, 46)), 0)
@@ -124,13 +124,13 @@ def timed(calls: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(calls + 1):
         for name, sampling in sides.items():
-            started = time.perf_counter()
+            started = time.process_time()
             rollout, _ = jax.block_until_ready(
                 generate(
                     params, model, Prompts(tokens, tokens > 0), jax.random.key(0), ids, sampling=sampling, group=group
                 )
             )
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(time.process_time() - started)
     lengths = np.asarray(rollout.lengths)
     print(f"{lengths.size} responses of {lengths.mean():.0f} tokens on average, of {lengths.max()} at most")
     return {name: values[1:] for name, values in seconds.items()}
@@ -155,7 +155,7 @@ def main() -> None:
         ratios = 1.0, common.ratio(all_of_them, alone), 1.0, common.ratio(as_many, few)
         named = zip(seconds.items(), ratios, strict=True)
         rows = [[name, common.spread(values), f"{ratio:.2f}"] for (name, values), ratio in named]
-        tables.table("Rollouts of a small model", ["", "seconds", "over the one without a pool"], rows)
+        tables.table("Rollouts of a small model", ["", "CPU seconds", "over the one without a pool"], rows)
         return
     lines, found = simulated(flags)
     common.save(flags.json, __file__, flags=vars(flags), rows=found)

@@ -94,7 +94,7 @@ def check_pages(own, total, of_prompts):
 
 
 @settings(max_examples=15)
-@given(st.integers(0, 2**32 - 1), st.sampled_from([0, 3]), st.sampled_from([SIZE.most, SIZE.most + 2, 24]))
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0, 3, 11]), st.sampled_from([SIZE.most, SIZE.most + 2, 24]))
 def test_pages_have_one_owner_and_every_response_ends(seed, draft, room):
     rng = np.random.default_rng(seed)
     refill, step = played(draft)
@@ -115,8 +115,10 @@ def test_pages_have_one_owner_and_every_response_ends(seed, draft, room):
     slots = Slots(idle, idle * 0, idle * 0, cache, own)
     state = np.ones((W, Q), bool), slots, None, Steps(np.int32(0), counts, counts, counts)
     for _ in range(2 * Q * LIMIT):
-        for _ in range(2 * Q):
+        for again in range(2 * Q):
+            before = state[3].put_back
             state, due = refill(starts, state)
+            assert not again or (state[3].put_back == before).all(), "what has just begun is put back"
             now = jax.device_get(state[1])
             check_pages(now.pages, total, of_prompts)
             for w in range(W):  # the oldest goes on, and one does in any case
