@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 from sgpo_jax import policy, sharding
 from sgpo_jax.models import attention, attention_gpu, cache_pages
@@ -32,6 +32,7 @@ from sgpo_jax.rollout import (
     records,
     stages,
 )
+from sgpo_jax.rollout.schedule import Pool, schedule
 from sgpo_jax.rollout.stages import Slots
 
 # ---- who has which page, with a queue that is played through without a model
@@ -236,14 +237,28 @@ def without(run):
     return rollout
 
 
+def assert_scheduled(rollout, steps, room, page=4, shards=1, slots=8, least=(8, 2)):
+    """The host knows the passes, and how often responses are put back, from the lengths."""
+    lengths = rollout.lengths.reshape(shards, -1)
+    prompts = np.repeat(LENGTHS, rollout.lengths.shape[1]).reshape(lengths.shape)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "LEAST", least)
+        found = schedule(lengths, prompts, slots // shards or lengths.size, pool=Pool(page, room))
+    assert sum(stage.width * stage.steps for stage in found.stages) * shards == steps.slots
+    assert found.begun * shards - lengths.size == steps.put_back.sum()
+
+
 @settings(max_examples=8)
 @given(st.integers(8, 40))
+@example(8)
+@example(11)
 def test_responses_do_not_depend_on_the_pool(run, without, room):
     """Of as many slots bit for bit, whatever is put back; 8 pages are those of the longest response with its prompt."""
     rollout, steps = run(room, slots=8, pool=1024, page=4)
     assert_same(rollout, without)
+    assert_scheduled(rollout, steps, room)
     assert (steps.passes == rollout.lengths).all() and not steps.drafted.any()
-    assert room > 24 or steps.put_back.sum() > 0
+    assert room > 11 or steps.put_back.sum() > 0
 
 
 def test_the_youngest_are_put_back_where_pages_are_few(run):
@@ -275,6 +290,9 @@ def test_on_every_mesh_and_with_pages_of_every_size(run, without, shape, room, c
     rollout, steps = run(room, shape, least=(2, 2), **{"slots": 8, "pool": 2048, **changes})
     assert_same(rollout, without, 1e-5)
     assert (steps.put_back.sum() > 0) == (room < 100 and changes["page"] < 32)
+    if "draft" not in changes:
+        shards, slots = math.prod(shape[:2]), changes.get("slots", 8)
+        assert_scheduled(rollout, steps, room, changes["page"], shards, slots, least=(2, 2))
 
 
 def test_the_last_responses_are_put_back_and_begin_again_in_fewer_slots(run, without):
@@ -283,6 +301,7 @@ def test_the_last_responses_are_put_back_and_begin_again_in_fewer_slots(run, wit
         rollout, steps = run(room, least=(4, 2), slots=16, pool=1024, page=4)
         assert_same(rollout, without, 1e-5)
         assert steps.put_back.sum() > 0
+        assert_scheduled(rollout, steps, room, slots=16, least=(4, 2))
 
 
 def begun_by(rollout, seed):
