@@ -201,13 +201,14 @@ def graded(policy, rollout, rows, reward):
     return generation.Graded(rollout, [[]] * len(rows), [[]] * len(rows), np.zeros(rollout.lengths.shape))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 4)])
-def test_with_the_same_policy_all_responses_are_those_of_steps_that_wait(sampler, monkeypatch, shape):
+@pytest.mark.parametrize(("shape", "pool"), [((1, 1, 1), 0), ((1, 2, 4), 2 * (6 + 2) * 128)])
+def test_with_the_same_policy_all_responses_are_those_of_steps_that_wait(sampler, monkeypatch, shape, pool):
+    """Also from a pool with a page for each of the 6 prompts of a device, and two for responses."""
     monkeypatch.setattr(rl, "grade", graded)
     waits, params = sampler()
     with jax.set_mesh(waits.run.mesh):
         expected = [rl.sample_groups(waits, params, BATCHES[i], i)[0] for i in range(6)]
-    goes_on, params = sampler(shape)
+    goes_on, params = sampler(shape, pool_tokens=pool)
     seen, stale, tokens, total = [], [], 0, 0
     for position in range(6):
         with jax.set_mesh(goes_on.run.mesh):
