@@ -78,11 +78,12 @@ def test_attention_of_pages_is_that_of_rows(dtype, each, window):
 
 
 @pytest.mark.parametrize(
-    ("platform", "dtype", "each", "page"),
-    [("gpu", jnp.float32, 1, 64), ("gpu", jnp.int8, 3, 128), ("tpu", jnp.float32, 1, 128),
-     ("tpu", jnp.float32, 3, 256)],
+    ("platform", "dtype", "each", "page", "shape"),
+    [("gpu", jnp.float32, 1, 64, (1, 2, 2)), ("gpu", jnp.int8, 3, 128, (1, 1, 1)),
+     ("tpu", jnp.float32, 1, 128, (1, 1, 1)),
+     pytest.param("tpu", jnp.float32, 3, 256, (1, 2, 2), marks=pytest.mark.slow)],
 )  # fmt: skip
-def test_the_kernels_read_the_pages_of_their_rows(monkeypatch, platform, dtype, each, page):
+def test_the_kernels_read_the_pages_of_their_rows(monkeypatch, platform, dtype, each, page, shape):
     rng = np.random.default_rng(page)
     size, slots = (128, 768) if platform == "tpu" else (16, 512)
     keys, values = caches(rng, slots, size, dtype)
@@ -97,13 +98,11 @@ def test_the_kernels_read_the_pages_of_their_rows(monkeypatch, platform, dtype, 
     table = np.where(np.arange(slots // page) < reached[..., None], paged[0].table, total).astype(np.int32)
     monkeypatch.setattr(attention, "platform", lambda: platform)
     monkeypatch.setattr(attention_gpu, "attend_cache", partial(attention_gpu.attend_cache, interpret=True))
-    with pltpu.force_tpu_interpret_mode() if platform == "tpu" else contextlib.nullcontext():
-        for shape in ((1, 1, 1), (1, 2, 2)):
-            mesh = sharding.make_mesh(*shape, devices=jax.devices()[: shape[1] * shape[2]])
-            with jax.set_mesh(mesh):
-                attend = jax.jit(lambda *stored: attention.attend_cache(query, *stored, 1, lengths, each))
-                got = attend(*(x._replace(table=table) for x in paged))
-            np.testing.assert_allclose(got, expected, atol=0.02 if platform == "tpu" else 2e-5)
+    mesh = sharding.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
+    with pltpu.force_tpu_interpret_mode() if platform == "tpu" else contextlib.nullcontext(), jax.set_mesh(mesh):
+        attend = jax.jit(lambda *stored: attention.attend_cache(query, *stored, 1, lengths, each))
+        got = attend(*(x._replace(table=table) for x in paged))
+    np.testing.assert_allclose(got, expected, atol=0.02 if platform == "tpu" else 2e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
