@@ -304,10 +304,9 @@ def test_the_last_responses_are_put_back_and_begin_again_in_fewer_slots(run, wit
         assert_scheduled(rollout, steps, room, slots=16, least=(4, 2))
 
 
-def begun_by(rollout, seed):
-    """What is known when the responses have any number of tokens, the end included."""
-    rng = np.random.default_rng(seed)
-    lengths = np.minimum(rollout.lengths, rng.integers(0, NEW, rollout.lengths.shape)).astype(np.int32)
+def cut(rollout, lengths):
+    """The rollout as it was when its responses had at most these lengths `[B,G]`."""
+    lengths = np.minimum(rollout.lengths, lengths).astype(np.int32)
     inside = np.arange(NEW) < lengths[..., None]
     finish = np.where(lengths == rollout.lengths, rollout.finish, RUNNING).astype(np.int32)
     return Rollout(np.where(inside, rollout.tokens, PAD), np.where(inside, rollout.logp, 0), lengths, finish)
@@ -317,11 +316,16 @@ def test_drafts_and_responses_that_go_on(run, without):
     """In any order; and a rollout that ends early has what its responses had, also of those that are put back."""
     chosen = {"slots": 8, "draft": 3, "pool": 1024, "page": 2}
     expected = np.random.default_rng(0).random(COUNT, np.float32)
-    begun, due = begun_by(without, 0), np.zeros(COUNT, bool)
+    lengths, due = np.random.default_rng(0).integers(0, NEW, (COUNT, GROUP)), np.zeros(COUNT, bool)
+    begun = cut(without, lengths)
     rollout, steps = run(20, known={"expected": expected, "begun": Begun(begun, due, np.int32(COUNT))}, **chosen)
     assert_same(rollout, without, 1e-5)
     assert steps.put_back.sum() > 0 and (steps.passes[begun.finish != RUNNING] == 0).all()
     assert (steps.passes <= rollout.lengths - begun.lengths).all()
+    # What has ended is not begun again, although it stands first.
+    almost = Begun(cut(without, np.where(without.lengths == 1, 0, NEW)), due, np.int32(COUNT))
+    assert 1 < (without.lengths == 1).sum() <= 8
+    assert run(20, known={"expected": expected, "begun": almost}, **chosen)[1].slots == 8
     part, _ = run(20, known={"expected": expected, "begun": Begun(begun, due, np.int32(15))}, **chosen)
     assert 15 <= (part.finish != RUNNING).all(axis=1).sum() < COUNT
     inside = np.arange(NEW) < part.lengths[..., None]
