@@ -97,10 +97,10 @@ def takes(cache: Kept) -> bool:
     return shape == cache_shape(*shape)
 
 
-def tokens_at_once(rows: int, kv_heads: int, slots: int) -> int:
-    """Returns how many tokens of a row one round of the loop of `attend_cache` reads: a page of each part.
+def tokens_at_once(rows: int, kv_heads: int, slots: int, page: int = 0) -> int:
+    """Returns how many tokens of a row one round of the loop of `attend_cache` reads: PAGE of each part.
 
-    The rows and heads are those of a device.
+    The rows and heads are those of a device. The pages of a pool change nothing.
     """
     return PAGE * _parts(rows * kv_heads, slots)
 

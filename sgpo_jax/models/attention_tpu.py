@@ -61,9 +61,12 @@ def takes(cache: jax.Array | Paged) -> bool:
     return cache.shape[-1] % LANES == 0 and cache.shape[-2] % LANES == 0
 
 
-def tokens_at_once(rows: int, kv_heads: int, slots: int) -> int:
-    """Returns how many tokens of a row one round of the loop of `attend_cache` reads, with any rows and heads."""
-    return math.gcd(slots // LANES, PAGES_PER_BLOCK) * LANES
+def tokens_at_once(rows: int, kv_heads: int, slots: int, page: int = 0) -> int:
+    """Returns how many tokens of a row one round of the loop of `attend_cache` reads, with any rows and heads.
+
+    With a pool of pages of `page` tokens these are PAGES_PER_BLOCK.
+    """
+    return PAGES_PER_BLOCK * page if page else math.gcd(slots // LANES, PAGES_PER_BLOCK) * LANES
 
 
 def reads(each: int) -> int:

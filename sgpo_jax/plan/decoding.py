@@ -12,7 +12,7 @@ from sgpo_jax.plan import workload
 from sgpo_jax.plan.phases import Scopes
 from sgpo_jax.plan.workload import Assumed
 from sgpo_jax.rollout import drafts
-from sgpo_jax.rollout.schedule import Going, Pace, Schedule, Stage, schedule
+from sgpo_jax.rollout.schedule import Going, Pace, Pool, Schedule, Stage, schedule
 from sgpo_jax.training import carried
 
 STEPS = 12  # of a run in which problems go on that are simulated
@@ -24,7 +24,9 @@ def lengths(fields: ConfigDict, assumed: Assumed, count: int) -> np.ndarray:
     return workload.lengths(count, assumed.response_tokens, fields.max_new_tokens, assumed.cut)
 
 
-def passes(fields: ConfigDict, assumed: Assumed, each: int, beyond: int, shards: int, slots: int) -> Schedule:
+def passes(
+    fields: ConfigDict, assumed: Assumed, each: int, beyond: int, shards: int, slots: int, pool: Pool | None = None
+) -> Schedule:
     """Returns the work of a rollout on the platform of the mesh.
 
     Args:
@@ -34,6 +36,7 @@ def passes(fields: ConfigDict, assumed: Assumed, each: int, beyond: int, shards:
       beyond: problems in flight beyond those of a batch; then the work is that of a mean step.
       shards: W.
       slots: of a shard.
+      pool: the pages that the slots share, if they do.
     """
 
     def pace_of(width: int) -> Pace:
@@ -42,9 +45,9 @@ def passes(fields: ConfigDict, assumed: Assumed, each: int, beyond: int, shards:
     if beyond:
         problems = STEPS * fields.batch + beyond
         sampled = lengths(fields, assumed, problems * each).reshape(problems, each)
-        return mean_step(sampled, assumed.prompt_tokens, fields, shards, slots, pace_of)
+        return mean_step(sampled, assumed.prompt_tokens, fields, shards, slots, pace_of, pool)
     waiting = lengths(fields, assumed, fields.batch * each).reshape(shards, -1)
-    return schedule(waiting, np.full_like(waiting, assumed.prompt_tokens), slots, pace_of)
+    return schedule(waiting, np.full_like(waiting, assumed.prompt_tokens), slots, pace_of, pool=pool)
 
 
 def pace(drafted: int, acceptance: float) -> Pace:
@@ -58,7 +61,13 @@ def pace(drafted: int, acceptance: float) -> Pace:
 
 
 def mean_step(
-    lengths: np.ndarray, prompt: int, rl: ConfigDict, shards: int, slots: int, pace_of: Callable[[int], Pace]
+    lengths: np.ndarray,
+    prompt: int,
+    rl: ConfigDict,
+    shards: int,
+    slots: int,
+    pace_of: Callable[[int], Pace],
+    pool: Pool | None,
 ) -> Schedule:
     """Simulates steps of which each leaves problems to the next, and returns their mean.
 
@@ -69,6 +78,7 @@ def mean_step(
       shards: W.
       slots: of a shard.
       pace_of: of a stage, from its slots.
+      pool: as in `passes`.
     """
     known, first, in_flight = np.zeros_like(lengths), np.zeros(len(lengths), int), np.arange(0)
     found: list[Schedule] = []
@@ -79,7 +89,7 @@ def mean_step(
         dealt = in_flight.reshape(-1, shards).T  # as `carried.spread` does
         age, size = position - first[dealt], (shards, dealt.shape[1] * lengths.shape[1])
         going = Going(known[dealt].reshape(size), age, age >= rl.carry_most, rl.batch)
-        found.append(schedule(lengths[dealt].reshape(size), np.full(size, prompt), slots, pace_of, going))
+        found.append(schedule(lengths[dealt].reshape(size), np.full(size, prompt), slots, pace_of, going, pool))
         known[dealt] = found[-1].tokens.reshape(*dealt.shape, -1)
         complete = in_flight[(known == lengths)[in_flight].all(axis=1)]
         in_flight = in_flight[~np.isin(in_flight, complete[: rl.batch])]
@@ -106,7 +116,8 @@ def scopes(work: Schedule, reads: Sequence[int], at_once: Sequence[int], token_b
     trips, sizes = [("refill/while$", refills), ("refill/while/body/while$", work.begun / refills)], []
     for stage, times, tokens in zip(work.stages, reads, at_once, strict=True):
         kernel = rf"decode_{stage.width}/.*(paged|decode)_attention"
-        steps = stage.steps / max(stage.refills, 1)
+        # With a pool the later stages refill too, in loops of the same name as the first one's.
+        steps = stage.steps / (refills if stage.refills else 1)
         trips += [(kernel, stage.cached / stage.width / tokens), (f"decode_{stage.width}/while$", steps)]
         sizes.append((kernel, times * stage.cached * token_bytes))
     return Scopes("prefill", (("decode_", "decode"), ("refill", "refill")), tuple(trips), tuple(sizes))

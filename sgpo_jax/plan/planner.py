@@ -35,10 +35,11 @@ def make(
         price: dollars for a chip and hour; 0 takes the one that is stated for the chip.
 
     Raises:
-        ValueError: the topology does not exist, the run does not divide over it, or it has a pool.
+        ValueError: the topology does not exist, the run does not divide over it, or it has a pool
+            that is too small, or that a search would need to choose.
     """
-    if tokens := config.rl.pool_tokens:
-        raise ValueError(f"config.rl.pool_tokens={tokens}: must be 0 in a plan, where each slot has a whole cache")
+    if auto and (tokens := config.rl.pool_tokens):
+        raise ValueError(f"config.rl.pool_tokens={tokens}: must be 0 with --topology=auto, which searches slots")
     shape = load_shape(config)
     chip, devices = hardware.topology(topology)
     chip = chip._replace(price=price or chip.price)

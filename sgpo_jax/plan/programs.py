@@ -34,9 +34,10 @@ from sgpo_jax.models.lora import Lora
 from sgpo_jax.plan import decoding, workload
 from sgpo_jax.plan.phases import Scopes
 from sgpo_jax.plan.workload import Assumed
-from sgpo_jax.policy import Policy
-from sgpo_jax.rollout import Begun, Problems, Prompts, Rollout, Sampling, drafts, generate
+from sgpo_jax.policy import Policy, memory
+from sgpo_jax.rollout import Begun, Problems, Prompts, Rollout, Sampling, drafts, generate, paging
 from sgpo_jax.rollout.memory import cache_bytes, head_ways
+from sgpo_jax.rollout.schedule import Pool
 from sgpo_jax.runtime import buckets
 from sgpo_jax.sharding import BATCH, HEADS, axis_ways, decoding_mesh, platform, row_ways
 from sgpo_jax.training import carried, earlier, packing, rl, sft, stage, train_step
@@ -265,15 +266,22 @@ def _generation(
     )  # fmt: skip
     slots, length = min(fields.slots or count, count), longest - 1 + fields.max_new_tokens
     dtype = jnp.dtype(sampling.cache or policy.dtype)
-    cache = cache_bytes(policy.config, slots, length, dtype, mesh)
-    setting, split = Setting(f"{section}.slots", slots, cache), head_ways(policy.config, mesh)
-    heads = policy.config.num_kv_heads // split
+    setting = Setting(f"{section}.slots", slots, cache_bytes(policy.config, slots, length, dtype, mesh))
+    heads, pool = policy.config.num_kv_heads // head_ways(policy.config, mesh), None
     with jax.set_mesh(mesh):
-        work = decoding.passes(fields, assumed, sum(groups), beyond, shards, slots // shards)
+        if sampling.pool:
+            memory.least_pool(sampling, section, prompt_count // shards, longest, shards)
+            size = paging.sizes(sampling, prompt_count // shards, longest, shards, policy.config.head_dim)
+            of_prompts = prompt_count // shards * -(-(assumed.prompt_tokens - 1) // size.page)
+            pool, length = Pool(size.page, size.total - of_prompts), size.most * size.page
+            cache = size.total * cache_bytes(policy.config, shards, size.page, dtype, mesh)
+            setting = Setting(f"{section}.pool_tokens", sampling.pool, cache)
+        work = decoding.passes(fields, assumed, sum(groups), beyond, shards, slots // shards, pool)
         each = [1 + drafts.most_drafted(sampling.draft, stage.width, slots // shards) for stage in work.stages]
         cache_slots, width = attention.cache_shape(length, policy.config.head_dim)
         kernels = attention_gpu if platform() == "gpu" else attention_tpu
-    at_once = [kernels.tokens_at_once(stage.width, heads, cache_slots) for stage in work.stages]
+    page = pool.page if pool else 0
+    at_once = [kernels.tokens_at_once(stage.width, heads, cache_slots, page) for stage in work.stages]
     reads = [kernels.reads(tokens) for tokens in each]
     scopes = decoding.scopes(work, reads, at_once, 2 * heads * token_bytes(width, dtype))
     scopes = scopes._replace(entries=(("layer_product", policy.config.num_layers),), branches=_branches(policy.config))
@@ -286,7 +294,8 @@ def _generation(
 
 def _known(mesh: Mesh, known: Problems, sampling: Sampling, problems: int, each: int, begun: bool) -> Problems:
     """Adds what a step of RL knows of its problems, each with so many responses: see `rl.sample_groups`."""
-    if sampling.draft or 0 < sampling.slots < problems * each:  # then the run keeps a store: see `rl.make_earlier`
+    # Then the run keeps a store: see `rl.make_earlier`.
+    if sampling.draft or sampling.pool or 0 < sampling.slots < problems * each:
         known = known._replace(expected=_rows(mesh, jnp.float32, known.ids.shape[0]))
     if sampling.draft:
         size = min(4 * sampling.max_new_tokens, earlier.MOST)

@@ -44,12 +44,7 @@ def sampling(run: Run, section: str, responses: int, prompts: int) -> Sampling:
     if chosen.weights:
         quantised.import_qwix(quantised.ROLLOUT_RULE)
     limit, shards = _limit(run.mesh), sharding.row_ways(run.mesh)
-    least = least_tokens(chosen, prompts // shards, run.config.data.max_prompt_tokens, shards) if chosen.pool else 0
-    if chosen.pool < least:
-        raise ValueError(
-            f"config.{section}.pool_tokens={chosen.pool}: must be 0 or at least {least}, for the prompts and one "
-            f"longest response in each of {shards} parts of the rows"
-        )
+    least = least_pool(chosen, section, prompts // shards, run.config.data.max_prompt_tokens, shards)
     if limit is None:
         return chosen
     size = partial(cache_bytes, run.policy.config, dtype=chosen.cache or run.policy.dtype, mesh=run.mesh)
@@ -83,6 +78,28 @@ def sampling(run: Run, section: str, responses: int, prompts: int) -> Sampling:
         return chosen
     _tell(f"{field}=0: {most} of {responses} responses are decoded at once, as many as fit")
     return dataclasses.replace(chosen, slots=most)
+
+
+def least_pool(chosen: Sampling, section: str, prompts: int, longest: int, shards: int) -> int:
+    """Returns the fewest tokens of a pool.
+
+    Args:
+      chosen: the sampling of a section of the config; without a pool it needs none.
+      section: its name.
+      prompts: of a shard.
+      longest: most tokens of a prompt.
+      shards: parts of the rows.
+
+    Raises:
+      ValueError: the pool has fewer.
+    """
+    least = least_tokens(chosen, prompts, longest, shards) if chosen.pool else 0
+    if chosen.pool < least:
+        raise ValueError(
+            f"config.{section}.pool_tokens={chosen.pool}: must be 0 or at least {least}, for the prompts and one "
+            f"longest response in each of {shards} parts of the rows"
+        )
+    return least
 
 
 @cache

@@ -10,7 +10,7 @@ from sgpo_jax.plan import decoding, programs
 from sgpo_jax.plan.workload import Assumed
 from sgpo_jax.policy import generation
 from sgpo_jax.rollout import RUNNING, STOP, Rollout, Sampling
-from sgpo_jax.rollout.schedule import Going, Pace, Stage, schedule
+from sgpo_jax.rollout.schedule import Going, Pace, Pool, Stage, schedule
 from sgpo_jax.training import carried, rl
 from sgpo_jax.training.inputs import Problems
 
@@ -73,7 +73,30 @@ def test_steps_that_leave_problems_to_the_next_are_those_of_training():
     assert passes < decoding.passes(fields, assumed, each, 0, shards, slots).stages[0].steps
 
 
-@pytest.mark.parametrize("changes", [{}, {"rl.slots": 8}, {"rl.draft": 3}, GOES_ON])
+def test_a_pool_is_planned_with_its_pages(tiny):
+    """Four devices split the rows, each with 8 pages of 128 tokens, of which 4 have prompts."""
+    config, mesh, assumed = small_run(**{"rl.slots": 16}), sharding.make_mesh(1, 4, 2), Assumed(8, 4)
+    each = config.rl.autonomous + config.rl.guided
+    found, whole = {}, decoding.passes(config.rl, assumed, each, 0, 4, 4)
+    for tokens in (4096, 0):
+        config.rl.pool_tokens = tokens
+        found[tokens], *_ = (p for p in programs.programs(config, tiny, mesh, assumed) if p.name == programs.ROLLOUT)
+    pooled, slots = found[4096].setting, found[0].setting
+    assert (pooled.field, pooled.value) == ("rl.pool_tokens", 4096)
+    tokens_of_slots = 4 * (config.data.max_prompt_tokens - 1 + config.rl.max_new_tokens)  # of a device
+    assert pooled.bytes / slots.bytes == pytest.approx(8 * 128 / tokens_of_slots, rel=0.01)  # and the lengths of rows
+    # Two pages for each slot stay free, so two responses decode at once.
+    work = decoding.passes(config.rl, assumed, each, 0, 4, 4, Pool(128, 4))
+    assert work.stages[0].steps > 1.5 * whole.stages[0].steps
+    (loop, steps) = next(pair for pair in found[4096].scopes.trips if pair[0].startswith("decode_4/while"))
+    assert steps == work.stages[0].steps / work.stages[0].refills and loop
+    # A later stage has no loop over refills of its own name.
+    later = work._replace(stages=[Stage(4, 10.0, 50, 9.0), Stage(1, 2.0, 30, 4.0)])
+    trips = dict(decoding.scopes(later, [1, 1], [128, 128], 4).trips)
+    assert (trips["refill/while$"], trips["decode_4/while$"], trips["decode_1/while$"]) == (10, 5, 3)
+
+
+@pytest.mark.parametrize("changes", [{}, {"rl.slots": 8}, {"rl.draft": 3}, GOES_ON, {"rl.pool_tokens": 4096}])
 def test_a_rollout_is_planned_with_the_arguments_of_the_run(tiny, tmp_path, monkeypatch, changes):
     config, mesh = small_run(**changes), sharding.make_mesh(1, 4, 2)
     every = programs.programs(config, tiny, mesh, Assumed(4, 4))

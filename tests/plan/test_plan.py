@@ -279,7 +279,7 @@ def with_eight(monkeypatch):
             r"mesh\.data=3, mesh\.fsdp=-1, mesh\.context=1, mesh\.tensor=1 needs a multiple or product of 3 devices",
         ),
         ({"rl.micro_batch": 12}, r"config\.rl\.micro_batch=12: must be a multiple of mesh\.data \* mesh\.fsdp = 8"),
-        ({"rl.pool_tokens": 9}, r"config\.rl\.pool_tokens=9: must be 0 in a plan"),
+        ({"rl.pool_tokens": 9}, r"config\.rl\.pool_tokens=9: must be 0 or at least \d+, for the prompts"),
     ],
 )
 def test_what_does_not_divide_is_refused_before_anything_is_compiled(monkeypatch, changes, message):
@@ -288,6 +288,13 @@ def test_what_does_not_divide_is_refused_before_anything_is_compiled(monkeypatch
     config = small_run(**{"model.source": "HuggingFaceTB/SmolLM2-135M-Instruct"} | changes)
     with pytest.raises(ValueError, match=message):
         plan.make(config, "v5e:2x4", False, Assumed(4, 4), Reached())
+
+
+def test_a_search_has_no_pool(monkeypatch):
+    with_eight(monkeypatch)
+    config = small_run(**{"model.source": "HuggingFaceTB/SmolLM2-135M-Instruct", "rl.pool_tokens": 4096})
+    with pytest.raises(ValueError, match=r"config\.rl\.pool_tokens=4096: must be 0 with --topology=auto"):
+        plan.make(config, "v5e:2x4", True, Assumed(4, 4), Reached())
 
 
 def test_libtpu_is_asked_for(monkeypatch):
