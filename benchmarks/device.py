@@ -256,13 +256,14 @@ def _sample(config: Any, shape: Any, mesh: Any, assumed: Any) -> tuple[Any, Call
     import numpy as np
 
     program = _program("rollout", config, shape, mesh, assumed)
-    *_, prompts, key, ids = program.trace.args
+    *_, prompts, key, known = program.trace.args
     tokens = np.random.default_rng(0).integers(1, shape.vocab_size, prompts.tokens.shape, dtype=np.int32)
+    problems = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), known)
     values = (
-        type(prompts)(tokens, np.ones(tokens.shape, bool)),
-        jax.random.split(jax.random.key(1), key.shape[0]), np.arange(len(tokens), dtype=np.uint32),
+        type(prompts)(tokens, np.ones(tokens.shape, bool)), jax.random.split(jax.random.key(1), key.shape[0]),
+        problems._replace(ids=np.arange(len(tokens), dtype=np.uint32)),
     )  # fmt: skip
-    placed = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), values, (prompts, key, ids))
+    placed = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), values, (prompts, key, known))
     with jax.set_mesh(mesh):
         compiled = program.trace().lower().compile()
     return program, compiled, (_params(config, shape, mesh), *placed)
