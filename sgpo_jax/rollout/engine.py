@@ -301,9 +301,10 @@ def generate(
         complete = records.ended(state[2], max_new_tokens).reshape(problem_count, per_problem).all(axis=1)
         return (complete.sum() >= begun.enough) & (complete | ~begun.due).all()
 
-    out, steps = decode_all(state, responses, refilling, step, None if begun is None else reached)[2:]
+    _, at_end, out, steps = decode_all(state, responses, refilling, step, None if begun is None else reached)
     if pool:
         out = records.cut(out, model.pad_id)
+        steps = steps._replace(pool_used=1 - at_end.pages.least.min() / pool.total)
         steps = steps if sampling.draft else steps._replace(passes=out.lengths)
     if begun is not None:
         out = out._replace(finish=jnp.where(records.ended(out, max_new_tokens), out.finish, RUNNING))

@@ -34,6 +34,7 @@ class Pages(NamedTuple):
     taken: jax.Array  # [W,R] int32, of these, all that it has
     free: jax.Array  # [W,M] int32, of which the first ones are the free pages
     left: jax.Array  # [W] int32, number of free pages
+    least: jax.Array  # [W] int32, the fewest there have been
 
 
 def start(prompts: jax.Array, size: Sizes, slots: int) -> Pages:
@@ -50,7 +51,8 @@ def start(prompts: jax.Array, size: Sizes, slots: int) -> Pages:
     nothing = jnp.zeros((shards, slots), jnp.int32)
     free = jnp.argsort(used, axis=1, stable=True).astype(jnp.int32)
     table = jnp.full((shards, slots, size.most), size.total, jnp.int32)
-    return Pages(table, nothing, nothing, free, (~used).sum(axis=1, dtype=jnp.int32))
+    left = (~used).sum(axis=1, dtype=jnp.int32)
+    return Pages(table, nothing, nothing, free, left, left)
 
 
 def missing(taken: jax.Array, tokens: jax.Array, page: int) -> jax.Array:
@@ -68,7 +70,10 @@ def take(pages: Pages, count: jax.Array, most: int) -> Pages:
         return table.at[jnp.arange(len(table))[:, None], columns].set(free[places], mode="drop")
 
     table = jax.vmap(write)(pages.table, pages.free, columns, places)
-    return pages._replace(table=table, taken=pages.taken + count, left=pages.left - count.sum(axis=1))
+    left = pages.left - count.sum(axis=1)
+    return pages._replace(
+        table=table, taken=pages.taken + count, left=left, least=jnp.minimum(pages.least, left)
+    )
 
 
 def release(pages: Pages, done: jax.Array) -> Pages:
@@ -84,7 +89,8 @@ def release(pages: Pages, done: jax.Array) -> Pages:
     free = jax.vmap(write)(pages.free, places, pages.table)
     shared, taken = (jnp.where(done, 0, x) for x in (pages.shared, pages.taken))
     table = jnp.where(done[..., None], count, pages.table)
-    return Pages(table, shared, taken, free, pages.left + own.sum(axis=1, dtype=jnp.int32))
+    left = pages.left + own.sum(axis=1, dtype=jnp.int32)
+    return Pages(table, shared, taken, free, left, pages.least)
 
 
 def going_on(pages: Pages, needed: jax.Array, age: jax.Array, active: jax.Array) -> jax.Array:

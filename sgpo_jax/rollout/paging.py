@@ -148,7 +148,7 @@ def make(sampling: Sampling, size: Sizes, starts: Starts, width: int) -> tuple[R
         lengths = slots.cache["length"].reshape(slots.response.shape)
         run = by_shard(partial(begin, each=each(slots)))
         waiting, own, (*by_slot, lengths), counts, copies = run(
-            waiting, slots.pages, (*slots[:3], lengths), steps[1:], starts
+            waiting, slots.pages, (*slots[:3], lengths), steps[1:4], starts
         )
         cache = slots.cache | {"length": lengths.reshape(-1)}
         if size.longest:

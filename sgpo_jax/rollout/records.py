@@ -35,6 +35,7 @@ class Steps(NamedTuple):
     # [B,G] int32, how often a response was put back into the queue, after which its passes and drafts count anew; None
     # without a pool.
     put_back: Array | None = None
+    pool_used: Array | None = None  # [] float32, the greatest share of a shard's pages that was in use at once
 
 
 def record(out: Rollout, slots: Slots, token: jax.Array, logp: jax.Array, stopped: jax.Array) -> Rollout:

@@ -120,7 +120,7 @@ def _active_first(slots: Slots, responses: int, width: int) -> Slots:
         table = jnp.take_along_axis(own.table, chosen[..., None], axis=1)
         cache = slots.cache | {"length": pick(slots.cache["length"], 0)}
         response, sampled, token = of_chosen(slots[:3])
-        return Slots(response, sampled, token, cache, Pages(table, shared, taken, own.free, own.left))
+        return Slots(response, sampled, token, cache, own._replace(table=table, shared=shared, taken=taken))
     both = slots.cache["key"], slots.cache["value"]
     mesh = jax.sharding.get_abstract_mesh()
     if platform() == "gpu" and shards == (1 if mesh.empty else row_ways(mesh)):

@@ -344,7 +344,8 @@ def _speed(clock: Clock, sampled: Sampled) -> dict[str, float]:
     """Returns seconds and response tokens per second of each phase, and the share of slot-steps with a response.
 
     With drafts, also how many tokens of a response were drafted, how many of these were right, and how many passes
-    through the model a response took. With a pool, also how often a response was put back into the queue.
+    through the model a response took. With a pool, also how often a response was put back into the queue, and the
+    greatest share of the pages that was in use.
     """
     tokens, steps, drafting = sampled.tokens, sampled.slot_steps, dict[str, float]()
     if isinstance(steps, Steps):
@@ -354,6 +355,8 @@ def _speed(clock: Clock, sampled: Sampled) -> dict[str, float]:
         if steps.put_back is not None:
             counts["put_back"] = int(steps.put_back.sum())
         drafting = {name: count / responses for name, count in counts.items()}
+        if steps.pool_used is not None:
+            drafting["pool_used"] = float(np.max(steps.pool_used))
     else:
         used = tokens / steps
     return {

@@ -109,7 +109,8 @@ def test_pages_have_one_owner_and_every_response_ends(seed, draft, room):
     for w, b in np.ndindex(W, B):
         rows[0, 0, w * B + b, : cached[w, b], 0] = -10 * b - 1 - np.arange(cached[w, b])
     cache, own = paging.pooled({"key": rows, "value": rows, "length": cached.reshape(-1)}, SIZE, W, R)
-    own = own._replace(left=jnp.minimum(own.left, room))
+    own = own._replace(left=jnp.minimum(own.left, room), least=jnp.minimum(own.left, room))
+    least = np.asarray(own.left)
     total, ended = np.asarray(own.left), np.zeros((W, Q), int)
     of_prompts = [{b * SIZE.longest + i for b in range(B) for i in range(-(-cached[w, b] // PAGE))} for w in range(W)]
     idle, counts = np.full((W, R), Q, np.int32), np.zeros((W, Q), np.int32)
@@ -121,6 +122,7 @@ def test_pages_have_one_owner_and_every_response_ends(seed, draft, room):
             state, due = refill(starts, state)
             assert not again or (state[3].put_back == before).all(), "what has just begun is put back"
             now = jax.device_get(state[1])
+            least = np.minimum(least, now.pages.left)
             check_pages(now.pages, total, of_prompts)
             for w in range(W):  # the oldest goes on, and one does in any case
                 active = slots.response[w] < Q
@@ -133,7 +135,7 @@ def test_pages_have_one_owner_and_every_response_ends(seed, draft, room):
         else:
             pytest.fail("a refill comes again and again")
         state, now, read = jax.device_get(step(starts, lengths, state, rng.integers(1, 2 + draft, (W, R))))
-        slots = state[1]
+        slots, least = state[1], np.minimum(least, now.pages.left)
         check_pages(now.pages, total, of_prompts)
         for w, r in zip(*np.nonzero(now.response < Q), strict=True):
             response, b = now.response[w, r], prompt[w, now.response[w, r]]
@@ -143,10 +145,11 @@ def test_pages_have_one_owner_and_every_response_ends(seed, draft, room):
         if not state[0].any() and (slots.response == Q).all():
             break
     assert (ended == 1).all()
+    np.testing.assert_array_equal(slots.pages.least, least)
 
 
 def test_the_oldest_go_on_and_no_more_begin_than_have_room():
-    own = pages.Pages(None, np.zeros((1, 4), int), np.array([[2, 1, 3, 1]]), None, np.array([1]))
+    own = pages.Pages(None, np.zeros((1, 4), int), np.array([[2, 1, 3, 1]]), None, np.array([1]), None)
     needed, age, active = np.ones((1, 4), int), np.array([[7, 2, 9, 2]]), np.ones((1, 4), bool)
     # With the second, which is older than the fourth, three would take one each: one is free, and the fourth gives one.
     assert pages.going_on(own, needed, age, active).tolist() == [[True, False, True, False]]
@@ -168,7 +171,7 @@ def test_the_oldest_go_on_and_no_more_begin_than_have_room():
 def test_slots_that_go_leave_their_pages():
     table = np.array([[[0, 4, 9], [0, 5, 9], [9, 9, 9], [1, 6, 7]]], np.int32)
     shared, taken, free = np.array([[1, 1, 0, 1]]), np.array([[2, 2, 0, 3]]), np.arange(9)[None, ::-1]
-    own = pages.Pages(table, shared, taken, free, np.array([1]))
+    own = pages.Pages(table, shared, taken, free, np.array([1]), np.array([1]))
     cache = {"key": np.zeros((1, 1, 9, 4, 1)), "value": np.zeros((1, 1, 9, 4, 1)), "length": np.array([5, 6, 0, 7])}
     response = np.array([[Q, 3, Q, Q]])
     slots = stages._active_first(Slots(response, response * 0, response, cache, own), Q, 2)
@@ -265,6 +268,8 @@ def test_the_youngest_are_put_back_where_pages_are_few(run):
     """With 8 pages about two of the slots have a response, and slots that wait count as passes."""
     few, many = (run(room, slots=8, pool=1024, page=4)[1] for room in (8, 100))
     assert few.put_back.sum() > 0 == many.put_back.sum() and few.slots > 1.5 * many.slots
+    # Of 256 pages all but 8 or 100 are missing. The longest response takes 6 beside the full ones of its prompt.
+    assert few.pool_used > 1 - (8 - 6 + 1) / 256 > 1 - 100 / 256 < many.pool_used < 1 - (100 - 48) / 256
 
 
 def slow(*case):

@@ -98,8 +98,9 @@ def test_a_run_with_drafts_and_few_slots_learns_the_same_and_resumes_bit_for_bit
         )
         assert drafted["reward_auto"] == row["reward_auto"] and drafted["drafted"] >= drafted["accepted"] >= 0
     assert sum(row["accepted"] for row in whole) > 0
-    # 16 prompts of a page each, and two pages for responses, of which each needs one.
+    # 8 prompts of a page each, and ten pages for responses, of which each needs one.
     shared, state = run("pool", 4, **{"rl.pool_tokens": 18 * 128})
     jax.tree.map(lambda *pair: np.testing.assert_allclose(*pair, atol=1e-6), state, expected)
     for pooled, row in zip(shared, plain, strict=True):
         assert pooled["reward_auto"] == row["reward_auto"] and pooled["put_back"] >= 0 and pooled["slots_used"] < 0.2
+        assert 8 / 18 < pooled["pool_used"] <= 1 and "pool_used" not in row

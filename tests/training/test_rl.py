@@ -134,9 +134,11 @@ def test_another_step_has_other_noise(tiny, tiny_params):
 
 def test_the_steps_of_drafts_are_added_for_each_response():
     first, second = (Steps(n, np.full((2, n), n), np.full((2, n), 10 * n)) for n in (3, 4))
-    slots, passes, drafted, put_back = rl.added(first, second)
+    slots, passes, drafted, put_back, pool_used = rl.added(first, second)
     assert slots == 7 and passes.tolist() == [3] * 6 + [4] * 8 and drafted.tolist() == [30] * 6 + [40] * 8
-    assert put_back is None
-    both = (steps._replace(put_back=steps.passes) for steps in (first, second))
+    assert put_back is None and pool_used is None
+    shares = (0.75, first), (0.25, second)
+    both = [steps._replace(put_back=steps.passes, pool_used=np.float32(share)) for share, steps in shares]
     assert rl.added(*both).put_back.tolist() == passes.tolist()
+    assert rl.added(*both).pool_used.tolist() == [0.75, 0.25]
     assert rl.added(3, 4) == 7
