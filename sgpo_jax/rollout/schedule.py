@@ -144,6 +144,8 @@ def schedule(
             for slot in oldest[np.cumsum(more) > free + own.sum() - np.cumsum(own)]:
                 if (index := response[shard, slot]) < responses:
                     waiting[shard, queue[shard] == index] = True
+                    # What it had stays, unless it begins again.
+                    tokens[shard, index] = known[shard, index] + np.floor(sampled[shard, slot] + 1e-9)
                     held[shard, slot], response[shard, slot] = 0, responses
 
     def refill() -> None:

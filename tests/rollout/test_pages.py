@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import gpu_kernels
 from hypothesis import example, given, settings
 
 from sgpo_jax import policy, sharding
@@ -25,14 +26,13 @@ from sgpo_jax.rollout import (
     Sampling,
     Steps,
     drafts,
-    engine,
     generate,
     pages,
     paging,
     records,
     stages,
 )
-from sgpo_jax.rollout.schedule import Pool, schedule
+from sgpo_jax.rollout.schedule import Going, Pool, schedule
 from sgpo_jax.rollout.stages import Slots
 
 # ---- who has which page, with a queue that is played through without a model
@@ -338,6 +338,20 @@ def test_drafts_and_responses_that_go_on(run, without):
     np.testing.assert_array_equal(part.tokens, np.where(inside, without.tokens, PAD))
 
 
+@pytest.mark.parametrize("enough", [12, COUNT])
+def test_the_host_knows_a_rollout_that_goes_on_from_a_pool(monkeypatch, run, without, enough):
+    """Slots that draft nothing feed known tokens one by one. What is put back last keeps the tokens that it had."""
+    monkeypatch.setattr(drafts, "AT_ONCE_CPU", 8)
+    lengths = np.random.default_rng(1).integers(0, NEW, without.lengths.shape)
+    begun, none = cut(without, lengths), np.zeros(COUNT, bool)
+    rollout, steps = run(9, slots=8, draft=1, pool=1024, page=4, known={"begun": Begun(begun, none, np.int32(enough))})
+    prompts = np.repeat(LENGTHS, GROUP)[None]
+    going = Going(begun.lengths.reshape(1, -1), none[None] * 0, none[None], enough)
+    found = schedule(without.lengths.reshape(1, -1), prompts, 8, going=going, pool=Pool(4, 9))
+    assert sum(stage.width * stage.steps for stage in found.stages) == steps.slots and steps.put_back.sum() > 0
+    np.testing.assert_array_equal(found.tokens, rollout.lengths.reshape(1, -1))
+
+
 @pytest.mark.slow
 def test_kinds_and_a_cache_in_8_bits(run):
     chosen = {"slots": 8, "group": (2, 3), "cache": "int8"}
@@ -357,10 +371,7 @@ def test_what_stood_after_an_earlier_end_is_cut():
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 1)])
 def test_the_kernels_of_gpus_give_the_same_responses(monkeypatch, run, without, shape):
     """With pages of 16 tokens, which the kernel then reads at once."""
-    for module in (attention, engine, stages):
-        monkeypatch.setattr(module, "platform", lambda: "gpu")
-    for name in ("attend", "attend_cache"):
-        monkeypatch.setattr(attention_gpu, name, functools.partial(getattr(attention_gpu, name), interpret=True))
+    gpu_kernels.interpret(monkeypatch)
     monkeypatch.setattr(attention_gpu, "PAGE", 16)
     rollout, _ = run(5, shape, least=(2, 3), slots=16, pool=2048, page=16, draft=2)
     assert_same(rollout, without, 1e-5)

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import gpu_kernels
 
 from sgpo_jax import models, policy, sharding
-from sgpo_jax.models import attention, attention_gpu, cache_codes
+from sgpo_jax.models import cache_codes
 from sgpo_jax.rollout import (
     RUNNING,
     Begun,
@@ -19,7 +20,6 @@ from sgpo_jax.rollout import (
     Prompts,
     Rollout,
     Sampling,
-    engine,
     generate,
     stages,
 )
@@ -114,9 +114,6 @@ def test_both_kernels_and_cache_in_8_bits(run):
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 1)])
 def test_the_kernels_of_gpus_give_the_same_responses(monkeypatch, run, whole, shape):
     """Refilled and narrowed, where the cache keeps the rows that the last responses no longer use."""
-    for module in (attention, engine, stages):
-        monkeypatch.setattr(module, "platform", lambda: "gpu")
-    for name in ("attend", "attend_cache"):
-        monkeypatch.setattr(attention_gpu, name, partial(getattr(attention_gpu, name), interpret=True))
+    gpu_kernels.interpret(monkeypatch)
     monkeypatch.setattr(stages, "LEAST", (3, 2))
     assert_same(run(shape), whole)

@@ -1,16 +1,15 @@
 """Continuous batching: the same responses from any number of slots, and few idle slot-steps."""
 
 import math
-from functools import partial
 
 import jax
 import numpy as np
 import pytest
+from helpers import gpu_kernels
 
 from sgpo_jax import policy, sharding
-from sgpo_jax.models import attention, attention_gpu
 from sgpo_jax.policy import generation
-from sgpo_jax.rollout import STOP, LanguageModel, Problems, Prompts, Rollout, Sampling, engine, generate, stages
+from sgpo_jax.rollout import STOP, LanguageModel, Problems, Prompts, Rollout, Sampling, generate, stages
 from sgpo_jax.rollout.cache import insert
 from sgpo_jax.rollout.schedule import schedule
 from sgpo_jax.rollout.stages import narrowed
@@ -167,10 +166,7 @@ def test_groups_sampled_at_once_are_those_sampled_alone(sampled_alone, tiny, tin
 @pytest.mark.parametrize(("shards", "ways"), [(1, (1, 1, 1)), (2, (1, 2, 1))])
 def test_the_kernels_of_gpus_give_the_same_responses(monkeypatch, at_once, tiny, tiny_params, shards, ways):
     """Refilled and narrowed, where the cache keeps the rows that the last responses no longer use."""
-    for module in (attention, engine, stages):
-        monkeypatch.setattr(module, "platform", lambda: "gpu")
-    for name in ("attend", "attend_cache"):
-        monkeypatch.setattr(attention_gpu, name, partial(getattr(attention_gpu, name), interpret=True))
+    gpu_kernels.interpret(monkeypatch)
     monkeypatch.setattr(stages, "LEAST", (4, 2))
     model, ids = LanguageModel(tiny, STOPS, PAD), np.arange(COUNT, dtype=np.uint32) * 7
     mesh = sharding.make_mesh(*ways, devices=jax.devices()[:shards])
