@@ -131,10 +131,10 @@ def prepare_generate(task: dict[str, Any]) -> tuple[Callable[[int], Any], Any]:
     count = task["requests"] // task["group"]
     prompts = jnp.asarray(workload.prompts(shape, count, task["prompt"], len(stops), task["seed"]))
     mask, ids = jnp.ones_like(prompts, bool), jnp.arange(count)
+    sampling = rollout.Sampling(task["longest"], 1.0, task["top_p"], slots=task["batch"], often=True)
     compiled = rollout.generate.lower(
         params, rollout.LanguageModel(config, tuple(stops), shape.vocab - 1), rollout.Prompts(prompts, mask),
-        jax.random.key(0), ids, sampling=rollout.Sampling(task["longest"], 1.0, task["top_p"], slots=task["batch"]),
-        group=task["group"],
+        jax.random.key(0), ids, sampling=sampling, group=task["group"],
     ).compile()  # fmt: skip
 
     def call(number):

@@ -63,7 +63,7 @@ def run(config: ConfigDict, workdir: Path, problems: int) -> list[dict[str, Any]
 
     ways = sharding.row_ways(mesh)
     filled = [rows[min(i, len(rows) - 1)] for i in range(-(-len(rows) // ways) * ways)]  # a row for every device
-    sampling = dataclasses.replace(Sampling.from_config(config.rl), slots=0, weights="")
+    sampling = dataclasses.replace(Sampling.from_config(config.rl), slots=0, weights="", often=False)
     encoded = {guided: encode_prompts(policy, filled, guided) for guided in (False, True)}
     prompts = {guided: pad_prompts(policy, tokens, max(map(len, tokens))) for guided, tokens in encoded.items()}
     with jax.set_mesh(mesh):

@@ -174,7 +174,7 @@ def main(config: ConfigDict, given: Any) -> None:
     if given.show_prompt:
         for tokens in encode_prompts(policy, [{"strategy": None, **row} for row in rows], guided):
             _tell(policy.tokenizer.decode(tokens, skip_special_tokens=False))
-    sampling = dataclasses.replace(Sampling.from_config(config.eval), max_new_tokens=limit)
+    sampling = dataclasses.replace(Sampling.from_config(config.eval), max_new_tokens=limit, often=False)
     lines = answer(run, params, rows, sampling, given.samples, guided, show=given.to != "-")
     lines = [{**line, "model": what, "seed": config.seed, "guided": guided} for line in lines]
     cut = sum(line["finish"] == "length" for line in lines)

@@ -8,7 +8,6 @@ from sgpo_jax.models.decoder import (
     apply,
     decode,
     expert_load,
-    for_decoding,
     head,
     head_weight,
     init,
@@ -16,6 +15,7 @@ from sgpo_jax.models.decoder import (
     other_rows,
     positions_of,
 )
+from sgpo_jax.models.layout import for_decoding
 from sgpo_jax.models.rotary import LinearScaling, LongRope, RopeScaling, YarnScaling
 
 __all__ = [

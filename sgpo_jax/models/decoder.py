@@ -16,11 +16,12 @@ from sgpo_jax.models.attention import append, cache_shape, fill
 from sgpo_jax.models.attention_plain import SAVED
 from sgpo_jax.models.cache_codes import empty
 from sgpo_jax.models.config import ModelConfig
+from sgpo_jax.models.layout import layer_name
 from sgpo_jax.models.norms import make_norm
 from sgpo_jax.models.parameters import Weight, draw_with
 from sgpo_jax.models.products import dot_in_blocks, low_rank
 from sgpo_jax.models.windows import attend, attend_cache
-from sgpo_jax.sharding import ROWS, constrain, context_ways, dividing, exact_products, fit_spec, platform, spec_for
+from sgpo_jax.sharding import ROWS, constrain, context_ways, dividing, exact_products, fit_spec, spec_for
 
 Cache = dict[str, Any]  # see `init_cache`
 
@@ -200,7 +201,10 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The decoder: embedding, `num_layers` blocks under one scan, final norm. `logprobs` applies the output head."""
+    """The decoder: embedding, `num_layers` blocks, final norm. `logprobs` applies the output head.
+
+    The blocks are under one scan, unless each has parameters of its own, see `layout.for_decoding`.
+    """
 
     config: ModelConfig
     dtype: Any
@@ -236,16 +240,23 @@ class Decoder(nn.Module):
             lengths = (lengths[:, None] + jnp.arange(each)).reshape(-1)
 
         block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0, "load": 0},
-            split_rngs={"params": True},
-            in_axes=(0, *[nn.broadcast] * 4),
-            length=config.num_layers,
-            check_constancy_invariants=self.is_initializing(),  # traces a layer twice; `init` draws as it always did
-        )(config, self.dtype, self.split, each, name="layers")
-        layer = jnp.arange(config.num_layers)
-        (x, keys, values), _ = layers((x, keys, values), layer, angle, mask.astype(jnp.int32), lengths, stacks)
+        settings = config, self.dtype, self.split, each
+        carry, rest = (x, keys, values), (angle, mask.astype(jnp.int32), lengths, stacks)
+        if self.has_variable("params", layer_name(0)):
+            for i in range(config.num_layers):
+                carry, _ = block(*settings, name=layer_name(i))(carry, i, *rest)
+        else:
+            layers = nn.scan(
+                block,
+                variable_axes={"params": 0, "load": 0},
+                split_rngs={"params": True},
+                in_axes=(0, *[nn.broadcast] * 4),
+                length=config.num_layers,
+                # It traces a layer twice; `init` draws as it always did.
+                check_constancy_invariants=self.is_initializing(),
+            )(*settings, name="layers")
+            carry, _ = layers(carry, jnp.arange(config.num_layers), *rest)
+        x, keys, values = carry
         if cache is not None:
             mask = mask.reshape(-1, each * mask.shape[1])
             cache = {"key": keys, "value": values, "length": cache["length"] + mask.sum(axis=1, dtype=jnp.int32)}
@@ -359,21 +370,6 @@ def decode(
     with exact_products(dtype):
         hidden, cache = module.apply({"params": params}, *columns, cache, stacks)  # type: ignore[assignment]
     return hidden[:, 0].reshape(*tokens.shape, -1), cache
-
-
-def for_decoding(params: dict[str, Any], split: tuple[str, ...]) -> dict[str, Any]:
-    """Returns parameters from which `decode` reads fastest. On GPUs, kernels that multiply the same rows are joined."""
-    if platform() != "gpu":
-        return params
-    from sgpo_jax.models import products_gpu
-
-    stacks = products_gpu.stacks(params["layers"], split)
-    joined = {name for group in stacks for name in group}
-    layers = {
-        name: {leaf: value for leaf, value in leaves.items() if leaf != "kernel" or name not in joined}
-        for name, leaves in params["layers"].items()
-    }
-    return params | {"layers": layers, "stacks": stacks}
 
 
 def head(params: dict[str, Any], config: ModelConfig) -> jax.Array:

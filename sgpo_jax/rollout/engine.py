@@ -287,7 +287,8 @@ def generate(
     decodes = []
     for i, split in enumerate(splits):
         params = weights.split(params, split) if i else params
-        decodes.append((models.for_decoding(params, split), weights.contiguous_head(params, config), split))
+        read = models.for_decoding(params, split, sampling.often)
+        decodes.append((read, weights.contiguous_head(params, config), split))
 
     def step(stage, stage_width):
         by = decodes[min(stage, len(decodes) - 1)]

@@ -37,6 +37,7 @@ class Sampling:
     # Tokens of a pool, over all devices, that the slots share in pages; 0: each slot has room for the longest response.
     pool: int = 0
     page: int = 128  # tokens of a page of the pool
+    often: bool = False  # the program runs many times, so on a CPU it may take longer to compile and then be faster
     # Is called on the host at every decoding step with `[W,R]` arrays, for W shards of R slots: the index of the slot's
     # response in its shard (their number for an idle slot), the tokens that it had, and its new one. In any order.
     watch: Callable[[Any, Any, Any], None] | None = None
@@ -48,7 +49,7 @@ class Sampling:
         chosen = {name: fields[name] for name in names}
         types = {name: fields.get(f"rollout_{name}", "") for name in ("weights", "cache")}
         pool = fields.get("pool_tokens", 0)
-        return cls(**chosen, decode_ways=tuple(fields.decode_ways), pool=pool, **types)
+        return cls(**chosen, decode_ways=tuple(fields.decode_ways), pool=pool, often=True, **types)
 
 
 def sample(logits: jax.Array, uniform: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:

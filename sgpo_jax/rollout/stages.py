@@ -16,7 +16,9 @@ from sgpo_jax.rollout.pages import Pages, release
 from sgpo_jax.sharding import platform, row_ways
 
 NARROW = 4  # when the queue is empty, the last responses continue in 1/4 of the slots, later in 1/4 of these, and so on
-LEAST = 8, 2  # fewest slots of a shard after narrowing: the first time, which takes memory for a copy, and later
+# Fewest slots of a shard after narrowing: the first time, which takes memory for a copy, and later. On a CPU every slot
+# takes time.
+LEAST = {"cpu": (4, 2), "gpu": (8, 2), "tpu": (8, 2)}
 
 
 class Slots(NamedTuple):
@@ -30,9 +32,9 @@ class Slots(NamedTuple):
 
 
 def narrowed(slots: int, all_slots: int) -> int:
-    """Returns the number of slots of a shard in the stage after `slots`; 0 if `slots` is the last stage."""
+    """Returns the slots of a shard in the stage after `slots`, on the platform of the mesh; 0 if that is the last."""
     narrower = slots // NARROW
-    return narrower if narrower >= LEAST[slots < all_slots] else 0
+    return narrower if narrower >= LEAST[platform()][slots < all_slots] else 0
 
 
 class Refilling(NamedTuple):

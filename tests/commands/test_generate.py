@@ -86,7 +86,9 @@ def given(**changes):
     return SimpleNamespace(**flags | {"questions": [], "model": "scratch", "to": "-"} | changes)
 
 
-def test_the_command_writes_jsonl(tmp_path, capsys):
+def test_the_command_writes_jsonl(monkeypatch, tmp_path, capsys):
+    sampled, answer = [], generate.answer
+    monkeypatch.setattr(generate, "answer", lambda *args, **more: sampled.append(args[3]) or answer(*args, **more))
     questions = tmp_path / "q.jsonl"
     questions.write_text("".join(json.dumps({"problem": text, "strategy": "add"}) + "\n" for text in PRICES))
     generate.main(config_of(), given(file=str(questions), guided=True, max_new_tokens=6, seed=3))
@@ -95,6 +97,9 @@ def test_the_command_writes_jsonl(tmp_path, capsys):
     assert [line["problem"] for line in lines] == PRICES
     assert all((line["seed"], line["guided"], line["model"]) == (3, True, "scratch") for line in lines)
     assert err.startswith("scratch; 3 questions, temperature 1, seed 3, at most 6 tokens\n")
+    # A training run samples for hours and may compile for longer; a question waits for the compiler.
+    assert [Sampling.from_config(config_of()[section]).often for section in ("rl", "eval")] == [True, True]
+    assert [sampling.often for sampling in sampled] == [False]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgpo_jax import models, sharding
-from sgpo_jax.models import ModelConfig, attention, attention_gpu, decoder, products_gpu
+from sgpo_jax.models import ModelConfig, attention, attention_gpu, layout, products_gpu
 
 SHAPE = ModelConfig(
     architecture="Qwen2ForCausalLM", vocab_size=64, hidden_size=64, num_layers=3, num_heads=8, num_kv_heads=4,
@@ -55,7 +55,7 @@ def on_gpus(monkeypatch):
     monkeypatch.setattr(products_gpu, "product", product)
     for name in ("attend", "attend_cache"):
         monkeypatch.setattr(attention_gpu, name, partial(getattr(attention_gpu, name), interpret=True))
-    for module in (attention, decoder):
+    for module in (attention, layout):
         monkeypatch.setattr(module, "platform", lambda: "gpu")
     return multiplied
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from helpers import gpu_kernels
 
-from sgpo_jax import policy, sharding
+from sgpo_jax import models, policy, sharding
+from sgpo_jax.models import layout
 from sgpo_jax.policy import generation
 from sgpo_jax.rollout import STOP, LanguageModel, Problems, Prompts, Rollout, Sampling, generate, stages
 from sgpo_jax.rollout.cache import insert
@@ -167,7 +168,7 @@ def test_groups_sampled_at_once_are_those_sampled_alone(sampled_alone, tiny, tin
 def test_the_kernels_of_gpus_give_the_same_responses(monkeypatch, at_once, tiny, tiny_params, shards, ways):
     """Refilled and narrowed, where the cache keeps the rows that the last responses no longer use."""
     gpu_kernels.interpret(monkeypatch)
-    monkeypatch.setattr(stages, "LEAST", (4, 2))
+    monkeypatch.setattr(stages, "LEAST", dict.fromkeys(stages.LEAST, (4, 2)))
     model, ids = LanguageModel(tiny, STOPS, PAD), np.arange(COUNT, dtype=np.uint32) * 7
     mesh = sharding.make_mesh(*ways, devices=jax.devices()[:shards])
 
@@ -215,14 +216,49 @@ def test_the_last_responses_decode_in_fewer_slots(at_once):
     assert all(steps) and slot_steps == np.dot(widths, steps)
 
 
-@pytest.mark.parametrize(
-    ("slots", "widths"), [(512, [128, 32, 8, 2]), (64, [16, 4]), (32, [8, 2]), (31, []), (8, []), (1, [])]
-)
-def test_widths_of_the_stages(slots, widths):
-    stages = [slots]
-    while stages[-1]:
-        stages.append(narrowed(stages[-1], slots))
-    assert stages == [slots, *widths, 0]
+@pytest.mark.parametrize(("shards", "ways", "changes"), [
+    (1, (1, 1, 1), {"slots": 16}), (8, (2, 2, 2), {"slots": 16, "decode_ways": (1, 2)}),
+])  # fmt: skip
+def test_layers_with_arrays_of_their_own_give_the_same_responses(
+    monkeypatch, at_once, tiny, tiny_params, shards, ways, changes
+):
+    """As they do in models with large layers, on a CPU."""
+    names, decode = set(), models.decode
+
+    def watched(params, *args, **more):
+        names.update(params)
+        return decode(params, *args, **more)
+
+    monkeypatch.setattr(layout, "LARGE", 0)
+    monkeypatch.setattr(models, "decode", watched)
+    mesh = sharding.make_mesh(*ways, devices=jax.devices()[:shards])
+    sampling, ids = Sampling(NEW, often=True, **changes), np.arange(COUNT, dtype=np.uint32) * 7
+
+    def sampled(params, prompts, key):  # traced anew
+        return generate.__wrapped__(
+            params, LanguageModel(tiny, STOPS, PAD), prompts, key, ids, sampling=sampling, group=GROUP,
+            shards=sharding.row_ways(mesh),
+        )  # fmt: skip
+
+    with jax.set_mesh(sharding.decoding_mesh(mesh, sampling.decode_ways)):
+        batch = Prompts(*sharding.put_rows(tuple(prompts()), mesh))
+        rollout, _ = jax.jit(sampled)(policy.place(tiny_params, mesh), batch, jax.random.key(0))
+    assert_same(Rollout(*jax.device_get(rollout)), at_once[0])
+    assert {"layer_0", "layer_1"} < names
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("slots", [512, 64, 32, 31, 24, 16, 15, 8, 1])
+def test_widths_of_the_stages(monkeypatch, platform, slots):
+    """For a few slots accelerators do not copy a cache."""
+    expected = {512: [128, 32, 8, 2], 64: [16, 4], 32: [8, 2]}
+    if platform == "cpu":
+        expected |= {31: [7], 24: [6], 16: [4]}
+    monkeypatch.setattr(stages, "platform", lambda: platform)
+    widths = [slots]
+    while widths[-1]:
+        widths.append(narrowed(widths[-1], slots))
+    assert widths == [slots, *expected.get(slots, []), 0]
 
 
 def test_new_prompts_and_noise_compile_nothing(run):
