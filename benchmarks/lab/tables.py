@@ -262,6 +262,20 @@ def self_written() -> Table:
     return [["method", "accuracy, %", "minus SGPO", "guided, after", "mean alpha", "rate"], *lines]
 
 
+TUNED = {"grpo": "GRPO", "direct_sft": "direct SFT", "anchored": "anchored"}
+
+
+def rates_of_hard_worlds() -> Table:
+    """Makes the table of accuracies at each rate on three tuning seeds, in the hard worlds."""
+    rows, rates = [row for row in read("results", "tuned") if row["seed"] >= 100], (1.0, 2.0, 4.0, 8.0)
+    lines = []
+    for world in HARD:
+        for method, name in TUNED.items():
+            by_rate = [[row for row in rows if row["rate"] == rate] for rate in rates]
+            lines.append([world, name, *(mean(some, world, method) for some in by_rate)])
+    return [["world", "method", *(f"rate {rate:g}" for rate in rates)], *lines]
+
+
 def accuracies_by_rate(file: str, world: str, names: dict[str, str]) -> Table:
     """Makes the table of accuracies at each rate on three tuning seeds."""
     rows = [row for row in read(file) if row["seed"] >= 100]
@@ -308,6 +322,7 @@ def tables() -> dict[str, Table]:
         "The base world": grid(), "The paper's claims": claims_table(), "With ten seeds": claims_of_ten_seeds(),
         "Worlds": worlds(), "Differences in worlds": differences(), "Hard worlds with ten seeds": hard_worlds(),
         "Anchored": anchored(), "Anchored on both sides": guided_side(),
+        "Rates of the hard worlds": rates_of_hard_worlds(),
         "Anchored where the base is good": anchored_elsewhere(), "Its parts": parts(),
         "New worlds": new_worlds(), "Steps that do not wait": carried(),
         "SDPO's distances": distances(), "Strategies that the student writes": self_written(),
