@@ -2,9 +2,8 @@
 
 Tests listed in the file $CI_PASSED are left out, those that pass are added to it. With CI_COMPLETE=1,
 in the run that has every package installed, a skipped test is a failure; the reasons that count are
-the folder shared/data beside the repository and a browser, which not every machine has, and a model of
-240 MB. Files that take
-long come first, so that no worker is left alone with one at the end.
+the folder shared/data beside the repository and a browser, which not every machine has, and a model
+of 240 MB.
 """
 
 import os
@@ -12,12 +11,6 @@ from pathlib import Path
 
 PASSED = Path(os.environ["CI_PASSED"])
 COMPLETE = os.environ.get("CI_COMPLETE") == "1"
-# From the longest on, as measured.
-LONG = (
-    "test_distributed", "test_bucket_runs", "test_run", "test_kills", "test_plan", "test_methods", "test_train_step",
-    "test_sharding", "test_lab", "test_engine", "test_processes", "test_weights", "test_gpu_compiler",
-)  # fmt: skip
-
 not_run: list[str] = []
 
 
@@ -25,7 +18,6 @@ def pytest_collection_modifyitems(config, items):
     done = set(PASSED.read_text().splitlines()) if PASSED.exists() else set()
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
     items[:] = [item for item in items if item.nodeid not in done]
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 def pytest_collectreport(report):

@@ -25,9 +25,29 @@ from sgpo_jax import models
 # JAX makes very many objects that live for long, so a collection of all of them is rarely worth its time.
 gc.set_threshold(100_000, 50, 1000)
 
+# Files that take longest, from the longest on: they come first, so that no process is left alone with one at the end.
+LONG = (
+    "test_distributed", "test_kills", "test_bucket_runs", "test_run", "test_own_loop", "test_sharding", "test_methods",
+    "test_parity", "test_adapters", "test_extraction", "test_train_step", "test_slots", "test_lab", "test_plan",
+    "test_pages", "test_device_script", "test_verifier", "test_context", "test_logprobs", "test_drafts", "test_begun",
+    "test_engine", "test_attention", "test_commands", "test_other_methods", "test_processes", "test_weights",
+    "test_gpu_compiler", "test_carried", "test_evaluate",
+)  # fmt: skip
+
 # The same examples in every run; no deadline, because the first one of a test waits for the compiler.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_configure(config):
+    """Keeps the order below where several processes share the files, which pytest-xdist would sort by their tests."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """Begins with the files that take longest."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session")
