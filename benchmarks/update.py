@@ -4,6 +4,7 @@
     python benchmarks/update.py --problems=2 --longest=256 --median=32   # long-tailed
     python benchmarks/update.py --problems=8 --calls=0                   # only the compiler's memory
     python benchmarks/update.py --adapters=16 --sides="sgpo_jax,sgpo_jax (adapters)"
+    python benchmarks/update.py --share=8 --sides="sgpo_jax,sgpo_jax (shared prompts)" --group=8 --prompt=512
 
 Every side has its own default for activations: sgpo_jax and TRL recompute them, Tunix holds them. `--stored` adds
 sgpo_jax and TRL with all activations held, `--one-row` all three with one row at a time. sgpo_jax packs responses into
@@ -24,14 +25,15 @@ from sgpo_jax.runtime import tables
 GIB = 2**30
 
 
-def sides(stored: bool, one_row: bool, rank: int) -> list[Side]:
+def sides(stored: bool, one_row: bool, rank: int, share: int) -> list[Side]:
     """Returns the compared sides, sgpo_jax first."""
     chosen = [Side("sgpo_jax", "", {"remat": "full"}), Side("Tunix", "tunix", {"remat": False}),
               Side("TRL", "torch", {"remat": True})]  # fmt: skip
     one = [Side(f"{name} (1 row)", peer, {**settings, "micro_batch": 1}) for name, peer, settings in chosen]
     others = [Side("sgpo_jax (stored)", "", {"remat": "none"}), Side("TRL (stored)", "torch", {"remat": False})]
     adapters = [Side("sgpo_jax (adapters)", "", {"remat": "full", "rank": rank})]
-    return chosen + one * one_row + others * stored + adapters * bool(rank)
+    shared = [Side("sgpo_jax (shared prompts)", "", {"remat": "full", "share": share})]
+    return chosen + one * one_row + others * stored + adapters * bool(rank) + shared * (share > 1)
 
 
 def main() -> None:
@@ -43,6 +45,7 @@ def main() -> None:
         micro_batch=(0, "rows whose activations are held at once; 0: all"), calls=(3, "measured updates of a worker"),
         rounds=(3, "workers of each side"), sides=("", "names, separated by commas; all by default"),
         adapters=(0, "rank of a side that trains adapters; 0 leaves it out"),
+        share=(1, "longest responses after one copy of their prompt, in a side of its own; 1 leaves it out"),
         cache=(str(common.CACHE), "folder of the peers' environments"),
     )  # fmt: skip
     parser.add_argument("--stored", action="store_true", help="add sgpo_jax and TRL with all activations held")
@@ -50,10 +53,10 @@ def main() -> None:
     flags = parser.parse_args()
     shape = workload.shape(flags.shape)
     named = flags.sides.split(",") if flags.sides else None
-    every = sides(flags.stored, flags.one_row, flags.adapters)
+    every = sides(flags.stored, flags.one_row, flags.adapters, flags.share)
     chosen = [side for side in every if named is None or side.name in named]
     with tempfile.TemporaryDirectory() as folder:
-        task = {**vars(flags), "work": "update", "model": str(Path(folder) / "model")}
+        task = {**vars(flags), "work": "update", "share": 1, "model": str(Path(folder) / "model")}
         common.run(Side("weights"), {**task, "work": "weights"})
         if not flags.calls:
             chosen = [side for side in chosen if side.peer != "torch"]

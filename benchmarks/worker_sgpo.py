@@ -151,7 +151,8 @@ def prepare_update(task: dict[str, Any]) -> tuple[Callable[[int], Any], Any]:
     data = workload.responses(shape, task)
     config = model_config.from_hf(shape.hf_config())
     optimizer = adamw(schedule(1e-6, 1000), b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.01, clip_norm=1.0)
-    packed = pack_batch(batch(shape, data, task), Weighting(), micro_batch=task["micro_batch"] or data.lengths.size)
+    micro_batch, share = task["micro_batch"] or data.lengths.size, task.get("share", 1)
+    packed = pack_batch(batch(shape, data, task), Weighting(), micro_batch=max(micro_batch // share, 1), share=share)
     rank = task.get("rank", 0)
 
     def trained_and_base(params):

@@ -146,8 +146,7 @@ def base() -> ConfigDict:
     config.rl.normaliser = "sequence"
     config.rl.surrogate = "clipped"  # Eq. 1; or "sequence" (GSPO), "cispo" (CISPO)
     config.rl.entropy_bonus = 0.0  # coefficient of the mean entropy of the responses
-    # Weight of trainer over sampler probabilities, as recorded: "none", of each "token", of the whole "sequence".
-    config.rl.importance = "none"
+    config.rl.importance = "none"  # weight trainer / sampler probability: of each "token", of the whole "sequence"
     config.rl.importance_cap = 2.0  # largest weight
     config.rl.importance_rule = "truncate"  # weights above the cap become the cap; or "mask": they become 0
     config.rl.overlong_buffer = 0  # tokens before max_new_tokens over which a penalty of length grows; 0 is none; DAPO
@@ -162,6 +161,7 @@ def base() -> ConfigDict:
     config.rl.gate = 0.0  # largest mean reward at which HPT trains on the demonstration
     config.rl.sft_weight = 1.0  # weight of the demonstration in HPT
     config.rl.micro_batch = 64  # rows of packed responses whose activations are in memory at once, over all devices
+    config.rl.share_prompt = 1  # longest responses that a row of the update has room for after one copy of their prompt
     config.rl.eval_every = 0  # steps between evaluations during training; 0 is never
 
     config.monitor = ConfigDict()  # limits that show a collapse during RL, each for a mean over the last `window` steps

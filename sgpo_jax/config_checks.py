@@ -104,7 +104,7 @@ def check(config: ConfigDict) -> None:
         enough = config.monitor.action != "rollback" or config.checkpoint.keep > later
         need("checkpoint.keep", enough, f"at least {later + 1} when monitor.action is 'rollback'")
         need("data.sft_share", config.data.sft_share < 1 or bool(config.sft.train), "below 1: RL needs problems too")
-        whole(1, "rl.updates_per_batch", "rl.max_new_tokens", "rl.self_tries", "rl.carry_most")
+        whole(1, "rl.updates_per_batch", "rl.max_new_tokens", "rl.share_prompt", "rl.self_tries", "rl.carry_most")
         whole(0, "rl.guided")
         _check_method(need, within, positive, choice, config.rl)
         # The advantage of a group of one is always 0.
@@ -232,13 +232,11 @@ def check_extract(config: ConfigDict) -> None:
     need, whole, within, positive, choice = _rules(config)
     need("seed", 0 <= config.seed < 2**32, "between 0 and 2**32 - 1")
     need("extract.source", bool(config.extract.source), "a source of problems: see data.load")
-    for name in ("problems", "expert_tries", "retries"):
-        whole(0, f"extract.{name}")
+    whole(0, *(f"extract.{name}" for name in ("problems", "expert_tries", "retries")))
     need("extract.budget_tokens", config.extract.budget_tokens >= 0, "at least 0")
-    for name in ("candidates", "choices", "score_tries", "concurrency", "max_failures", "audit_sample"):
-        whole(1, f"extract.{name}")
-    for name in ("expert", "strategy", "score", "prompt"):
-        whole(1, f"extract.max_{name}_tokens")
+    counts = ("candidates", "choices", "score_tries", "concurrency", "max_failures", "audit_sample")
+    whole(1, *(f"extract.{name}" for name in counts))
+    whole(1, *(f"extract.max_{name}_tokens" for name in ("expert", "strategy", "score", "prompt")))
     within(0.0, 2.0, "extract.temperature")
     need("extract.top_p", 0 < config.extract.top_p <= 1, "above 0 and at most 1")
     greedy = config.extract.temperature == 0 and config.extract.candidates > 1
@@ -317,6 +315,8 @@ def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
                 f"config.{section}.decode_ways={counts}: must ascend, from 1, one divisor of {_product(BATCH)} = "
                 f"{ways} between, and {ways}"
             )
+    if config.rl.share_prompt > 1 and (ways := axis_ways(mesh, ("context",))) > 1:
+        raise ValueError(f"config.rl.share_prompt={config.rl.share_prompt}: must be 1 with mesh.context = {ways}")
     for field, axes in fields.items():
         value, of = _get(config, field), config.rl.batch if field == "rl.carry_over" else 1  # it is a share of rl.batch
         if round(value * of) % (divisor := axis_ways(mesh, axes)):

@@ -19,7 +19,8 @@ _NEWER = (
     "rl.teacher_window", "rl.teacher_margin", "rl.surrogate", "rl.importance", "rl.importance_cap",
     "rl.importance_rule", "rl.overlong_buffer", "rl.overlong_penalty", "rl.mask_cut", "rl.resample", "rl.guided_grpo",
     "rl.reference_kl", "rl.reference_kl_kind", "rl.reference_kl_on", "rl.rollout_weights", "rl.rollout_cache",
-    "rl.pool_tokens", "monitor.least_guidance", "monitor.most_forgotten", "monitor.most_lost", "mesh.context",
+    "rl.pool_tokens", "rl.share_prompt", "monitor.least_guidance", "monitor.most_forgotten", "monitor.most_lost",
+    "mesh.context",
 )  # fmt: skip
 
 

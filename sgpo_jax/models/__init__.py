@@ -17,6 +17,7 @@ from sgpo_jax.models.decoder import (
 )
 from sgpo_jax.models.layout import for_decoding
 from sgpo_jax.models.rotary import LinearScaling, LongRope, RopeScaling, YarnScaling
+from sgpo_jax.models.sequences import Sequences
 
 __all__ = [
     "Cache",
@@ -25,6 +26,7 @@ __all__ = [
     "ModelConfig",
     "REMAT",
     "RopeScaling",
+    "Sequences",
     "YarnScaling",
     "apply",
     "check_heads",

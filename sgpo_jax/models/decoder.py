@@ -20,6 +20,7 @@ from sgpo_jax.models.layout import layer_name
 from sgpo_jax.models.norms import make_norm
 from sgpo_jax.models.parameters import Weight, draw_with
 from sgpo_jax.models.products import dot_in_blocks, low_rank
+from sgpo_jax.models.sequences import Sequences, attend_whole
 from sgpo_jax.models.windows import attend, attend_cache
 from sgpo_jax.sharding import ROWS, constrain, context_ways, dividing, exact_products, fit_spec, spec_for
 
@@ -154,7 +155,8 @@ class Block(nn.Module):
             factor = None if factor is None else jnp.where(sliding, 1.0, factor)
         query, key = rotate(query, angle, factor), rotate(key, angle, factor)
         if lengths is None:
-            attention = attend(query, key, value, segments, config.window, sliding)
+            over = attend_whole if isinstance(segments, Sequences) else attend
+            attention = over(query, key, value, segments, config.window, sliding)
             if keys is not None:
                 # The scan carries the cache and writes it in place: stacking the layers' outputs would copy it.
                 keys, values = (fill(cache, new, layer) for cache, new in ((keys, key), (values, value)))
@@ -173,7 +175,7 @@ class Block(nn.Module):
 
         h = before("mlp_norm")
         if config.experts:
-            out = self.mixture(h, segments)
+            out = self.mixture(h, segments.real if isinstance(segments, Sequences) else segments)
         else:
             gate, up = project(h, gate=config.mlp_size, up=config.mlp_size)
             gated = ACTIVATIONS[family.activation](gate) * up
@@ -241,7 +243,7 @@ class Decoder(nn.Module):
 
         block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
         settings = config, self.dtype, self.split, each
-        carry, rest = (x, keys, values), (angle, mask.astype(jnp.int32), lengths, stacks)
+        carry, rest = (x, keys, values), (angle, jax.tree.map(lambda x: x.astype(jnp.int32), mask), lengths, stacks)
         if self.has_variable("params", layer_name(0)):
             for i in range(config.num_layers):
                 carry, _ = block(*settings, name=layer_name(i))(carry, i, *rest)
@@ -283,7 +285,7 @@ def apply(
     config: ModelConfig,
     tokens: jax.Array,
     positions: jax.Array,
-    mask: jax.Array,
+    mask: jax.Array | Sequences,
     cache: Cache | None = None,
     *,
     dtype: Any = jnp.float32,
@@ -298,7 +300,7 @@ def apply(
       positions: `[B,T]` positions for the rotary embedding, 0 at each row's first real token.
       mask: `[B,T]` bool, False on padding, which no token attends to. Padding may stand anywhere. Without a cache the
         mask may be int32: several sequences packed into one row are segments 1, 2, ..., and 0 is padding. A token
-        attends only within its segment.
+        attends only within its segment. Or `Sequences` that share prompts, where no axis splits the tokens of rows.
       cache: from `init_cache`. Several tokens of a row (prefill) fill its empty cache, real tokens first and padding
         after them. A single token is decoded, see `decode`.
       dtype: of activations and matrix products; norms, rotary angles and softmax are float32.
@@ -317,7 +319,7 @@ def expert_load(
     config: ModelConfig,
     tokens: jax.Array,
     positions: jax.Array,
-    mask: jax.Array,
+    mask: jax.Array | Sequences,
     *,
     dtype: Any = jnp.float32,
     remat: str = "none",

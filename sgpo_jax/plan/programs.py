@@ -189,6 +189,7 @@ def _rl_programs(setup: _Setup) -> list[Program]:
     packed = pack_batch(
         made_up_batch(config, assumed), Weighting.from_config(fields), fields.distillation,
         micro_batch=fields.micro_batch, chunk=logprobs.default_chunk(mesh), context=mesh.shape["context"],
+        share=fields.share_prompt,
     )  # fmt: skip
     batch = _shapes_on(mesh, packed, specs(packed))
     guided = None if packed.guided is None else packed.guided.packed

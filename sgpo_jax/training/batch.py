@@ -18,6 +18,7 @@ from sgpo_jax import logprobs, losses
 from sgpo_jax.training import packing
 from sgpo_jax.training.objective import LIKELIHOODS
 from sgpo_jax.training.packing import Packed
+from sgpo_jax.training.shared_prompts import Shared, most_rows, pack_shared
 from sgpo_jax.training.weighting import Weighting, weigh
 
 Array = Any  # numpy's on the host, JAX's in the update
@@ -88,6 +89,7 @@ def pack_batch(
     micro_batch: int,
     chunk: int | None = None,
     context: int = 1,
+    share: int = 1,
 ) -> PackedBatch:
     """Packs a batch of rollouts.
 
@@ -98,6 +100,8 @@ def pack_batch(
       micro_batch: M, rows of packed tokens whose activations are held at once.
       chunk: response tokens whose logits are held at once, over all devices; None: `logprobs.default_chunk`.
       context: ways that the mesh splits the tokens of a row.
+      share: above 1, responses of a group that follow one copy of their prompt, see `pack_shared`; context is then 1.
+        Targets, of which a problem mostly has one, stay with a prompt of their own.
 
     Raises:
       ValueError: the distillation needs guided prompts, and there are none.
@@ -123,7 +127,19 @@ def pack_batch(
         owners = np.flatnonzero(chosen)
         places = list(zip(*np.unravel_index(owners, chosen.shape), strict=True))
         responses = [group.tokens[b, i, : group.lengths[b, i]] for b, i in places]
-        packed = pack(owners, [[prompts.tokens[b] for b, _ in places]], responses, [length], chosen.size)
+        together = min(share, chosen.shape[1])
+        if together == 1:
+            packed = pack(owners, [[prompts.tokens[b] for b, _ in places]], responses, [length], chosen.size)
+        else:
+            groups = {b: Shared(prompts.tokens[b], [], []) for b, _ in places}
+            for (b, _), response, owner in zip(places, responses, owners, strict=True):
+                groups[b].responses.append(response)
+                groups[b].owners.append(int(owner))
+            most = most_rows(*chosen.shape, together)
+            packed = pack_shared(
+                list(groups.values()), longest=(length - group.tokens.shape[2], group.tokens.shape[2]), share=together,
+                micro_batch=min(micro_batch, most), most=most, chunk=chunk,
+            )  # fmt: skip
         return packed, packing.gather(group.tokens.reshape(chosen.size, -1), packed)
 
     length = batch.prompts.longest + auto.tokens.shape[2]

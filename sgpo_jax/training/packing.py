@@ -10,6 +10,7 @@ Axis key: K micro-batches, M rows of a micro-batch, L tokens of a row, S chunks,
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
@@ -25,7 +26,7 @@ class Rows(NamedTuple):
 
     tokens: Array  # [K,M,L] int32
     positions: Array  # [K,M,L] int32, position of each token in its sequence
-    segments: Array  # [K,M,L] int32: 1, 2, ... from left to right; 0 is padding
+    segments: Any  # [K,M,L] int32: 1, 2, ... from left to right; 0 is padding. Or `models.Sequences`: `shared_prompts`
     slots: Array  # [K,S,M,J] int32, for each response token, the index in the row of the token before it
 
 
@@ -39,10 +40,19 @@ class Packed(NamedTuple):
     count: Array  # [] int32, micro-batches in use
 
 
+class Placed(NamedTuple):
+    """Where n sequences are."""
+
+    row: np.ndarray  # [n]
+    prompt: np.ndarray  # [n,C], where in the row its prompt begins, in C contexts
+    response: np.ndarray  # [n,C]
+
+
 def specs(packed: Packed) -> Packed:
     """Returns PartitionSpecs that split the rows of a micro-batch, and the list of a row's response tokens."""
-    rows = P(None, ROWS)
-    return Packed((Rows(rows, rows, rows, LISTED),) * len(packed.contexts), LISTED, LISTED, P(), P())
+    contexts = jax.tree.map(lambda _: P(None, ROWS), packed.contexts)
+    contexts = tuple(rows._replace(slots=LISTED) for rows in contexts)
+    return Packed(contexts, LISTED, LISTED, P(), P())
 
 
 def pack(
@@ -77,31 +87,54 @@ def pack(
     sizes = np.array(
         [[len(p) + len(r) for p in contexts] for *contexts, r in zip(*prompts, responses, strict=True)], np.int64
     ).reshape(len(responses), len(prompts))
-    row, offset = fit(sizes, np.array(lengths))
-    rows_in_use = int(row.max(initial=-1)) + 1
+    row, start = fit(sizes, np.array(lengths))
+    placed = Placed(row, start, start + sizes - np.array([len(r) for r in responses], np.int64)[:, None])
+    shape = -(-most // micro_batch), micro_batch
+    return fill(prompts, responses, owners, placed, lengths=lengths, shape=shape, chunk=chunk, context=context)
 
-    micro_batches = -(-most // micro_batch)
+
+def fill(
+    prompts: Sequence[Sequence[Tokens]],
+    responses: Sequence[Tokens],
+    owners: Sequence[int],
+    placed: Placed,
+    *,
+    lengths: Sequence[int],
+    shape: tuple[int, int],
+    chunk: int,
+    context: int = 1,
+) -> Packed:
+    """Writes sequences to their places in rows, and lists their response tokens.
+
+    Args:
+      prompts, responses, owners, lengths, chunk, context: as in `pack`.
+      placed: the places of the sequences.
+      shape: (K, M).
+    """
+    micro_batch = shape[1]
     slots = min(lengths)  # upper limit of the response tokens in a row
     # The last chunk in use is rarely full. With four or more chunks, its empty part is small.
     per_row = max(min(chunk // micro_batch, -(-slots // 4)) // context, 1) * context
-    shape = micro_batches, micro_batch
     contexts = [Rows(*(np.zeros((*shape, length), np.int32) for _ in Rows._fields)) for length in lengths]
     owner, index = np.full((*shape, slots), -1, np.int32), np.zeros((*shape, slots), np.int32)
     listed = np.zeros(shape, np.int32)
     segments = np.zeros(shape, np.int32)
-    for s in np.lexsort((offset[:, 0], row)):
-        k, m = divmod(int(row[s]), micro_batch)
+    for s in np.lexsort((placed.response[:, 0], placed.row)):
+        k, m = divmod(int(placed.row[s]), micro_batch)
         segments[k, m] += 1
         response = np.asarray(responses[s], np.int32)
         first = listed[k, m]
         listed_slice = slice(first, first + len(response))
         for c, rows in enumerate(contexts):
-            prompt, start = np.asarray(prompts[c][s], np.int32), offset[s, c]
-            row_slice = slice(start, start + sizes[s, c])
-            rows.tokens[k, m, row_slice] = np.concatenate([prompt, response])
-            rows.positions[k, m, row_slice] = np.arange(sizes[s, c])
-            rows.segments[k, m, row_slice] = segments[k, m]
-            rows.slots[k, m, listed_slice] = start + len(prompt) - 1 + np.arange(len(response))
+            prompt = np.asarray(prompts[c][s], np.int32)
+            for tokens, start, before in ((prompt, placed.prompt, 0), (response, placed.response, len(prompt))):
+                part = slice(start[s, c], start[s, c] + len(tokens))
+                rows.tokens[k, m, part] = tokens
+                rows.positions[k, m, part] = before + np.arange(len(tokens))
+                rows.segments[k, m, part] = segments[k, m]
+            end = placed.prompt[s, c] + len(prompt) - 1
+            slots_before = placed.response[s, c] + np.arange(len(response)) - 1
+            rows.slots[k, m, listed_slice] = np.where(np.arange(len(response)) == 0, end, slots_before)
         owner[k, m, listed_slice], index[k, m, listed_slice] = owners[s], np.arange(len(response))
         listed[k, m] += len(response)
 
@@ -114,9 +147,10 @@ def pack(
         x = np.pad(x, ((0, 0), (0, 0), (0, padding)), constant_values=fill)
         return np.ascontiguousarray(x.reshape(*shape, most_chunks, per_row).swapaxes(1, 2))
 
+    count = -(-(int(placed.row.max(initial=-1)) + 1) // micro_batch)
     return Packed(
         tuple(rows._replace(slots=chunked(rows.slots, 0)) for rows in contexts),
-        chunked(owner, -1), chunked(index, 0), chunks.astype(np.int32), np.int32(-(-rows_in_use // micro_batch)),
+        chunked(owner, -1), chunked(index, 0), chunks.astype(np.int32), np.int32(count),
     )  # fmt: skip
 
 
@@ -147,7 +181,7 @@ def fit(sizes: np.ndarray, capacity: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def filled_share(packed: Packed) -> float:
     """Returns the share of the rows of the micro-batches in use that hold a sequence."""
     computed = int(packed.count) * packed.owner.shape[2]
-    return float((packed.contexts[0].segments > 0).any(axis=-1).sum()) / max(computed, 1)
+    return float((packed.owner >= 0).any(axis=(1, 3)).sum()) / max(computed, 1)
 
 
 def gather(values: np.ndarray, packed: Packed) -> np.ndarray:

@@ -69,7 +69,7 @@ def train(run: Run, initial: Callable[[], Any], problems: Problems, sampling: Sa
     weighting, objective = Weighting.from_config(rl), Objective.from_config(rl)
     pack = partial(
         pack_batch, weighting=weighting, distillation=rl.distillation, micro_batch=rl.micro_batch,
-        chunk=logprobs.default_chunk(run.mesh), context=run.mesh.shape["context"],
+        chunk=logprobs.default_chunk(run.mesh), context=run.mesh.shape["context"], share=rl.share_prompt,
     )  # fmt: skip
 
     with Loop(run, "rl", total, partial(_evaluate, run), rl.eval_every, rl.updates_per_batch) as loop:

@@ -1,0 +1,192 @@
+"""Groups whose responses share one copy of their prompt: every token in its place, and the same update."""
+
+from dataclasses import replace
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers.batches import CONFIG, G1, G2, B, assert_trees_close, make_batch, make_params
+from helpers.configs import load
+from helpers.paths import ROOT
+from hypothesis import given
+
+from sgpo_jax import config_checks, sharding
+from sgpo_jax.training import shared_prompts
+from sgpo_jax.training.batch import pack_batch, specs
+from sgpo_jax.training.forward import Forward
+from sgpo_jax.training.objective import Objective
+from sgpo_jax.training.shared_prompts import Shared, pack_shared
+from sgpo_jax.training.state import init_state
+from sgpo_jax.training.train_step import make_update
+from sgpo_jax.training.weighting import Weighting
+
+LONGEST = 7, 5  # tokens of a prompt, of a response
+MOST_RESPONSES = 5
+GROUPS = st.lists(
+    st.tuples(st.integers(1, LONGEST[0]), st.lists(st.integers(1, LONGEST[1]), min_size=1, max_size=MOST_RESPONSES)),
+    max_size=5,
+)
+SLIDING = replace(
+    CONFIG, architecture="Olmo3ForCausalLM", window=3, sliding=(True, False), sliding_rope_theta=1e3,
+    qkv_bias=False, qk_norm=True,
+)  # fmt: skip
+MESHED = replace(CONFIG, vocab_size=32)  # which every mesh of 8 divides
+EXPERTS = replace(
+    CONFIG, architecture="Qwen3MoeForCausalLM", experts=6, experts_per_token=3, normalize_experts=True,
+    qkv_bias=False, qk_norm=True,
+)  # fmt: skip
+
+
+def groups_of(sizes):
+    """Groups with prompts and responses of these lengths, of tokens that are all different."""
+    numbers, owners = iter(range(1, 10_000)), iter(range(10_000))
+
+    def draw(count):
+        return np.array([next(numbers) for _ in range(count)], np.int32)
+
+    return [Shared(draw(prompt), [draw(n) for n in each], [next(owners) for _ in each]) for prompt, each in sizes]
+
+
+def packed(groups, share=2, micro_batch=2, chunk=6):
+    most = shared_prompts.most_rows(5, MOST_RESPONSES, share)
+    return pack_shared(groups, longest=LONGEST, share=share, micro_batch=micro_batch, most=most, chunk=chunk)
+
+
+@given(GROUPS, st.integers(1, 4), st.integers(1, 3))
+def test_every_token_is_in_its_place(sizes, share, micro_batch):
+    groups = groups_of(sizes)
+    pack = packed(groups, share, micro_batch)
+    (rows,) = pack.contexts
+    real, places, segments, outputs = rows.segments
+    whole = {
+        owner: np.concatenate([group.prompt, response])
+        for group in groups
+        for response, owner in zip(group.responses, group.owners, strict=True)
+    }
+    found = []
+    for k, m, a in np.ndindex(places.shape[:3]):
+        row, length = rows.tokens[k, m], places.shape[3]
+        for segment in range(1, segments[k, m, a].max(initial=0) + 1):
+            inside = np.flatnonzero(segments[k, m, a] == segment)
+            np.testing.assert_array_equal(inside, np.arange(inside[0], inside[-1] + 1), "a sequence is in one piece")
+            tokens = places[k, m, a, inside]
+            assert real[k, m, tokens].all()
+            np.testing.assert_array_equal(rows.positions[k, m, tokens], np.arange(len(tokens)))
+            found.append(row[tokens].tolist())
+            assert (outputs[k, m, tokens] < share * length).all()
+        used = np.flatnonzero(real[k, m])
+        at = outputs[k, m, used]
+        np.testing.assert_array_equal(places[k, m].reshape(-1)[at], used, "a token's output is that of its copy")
+        assert (segments[k, m].reshape(-1)[at] > 0).all()
+        assert len(set(row[used].tolist())) == len(used), "a row has every prompt and response once"
+    assert sorted(found) == sorted(x.tolist() for x in whole.values())
+
+    listed = np.argwhere(pack.owner >= 0)
+    assert len(listed) == sum(sum(each) for _, each in sizes)
+    starts = {owner: len(group.prompt) for group in groups for owner in group.owners}
+    for k, s, m, j in listed:
+        owner, t = pack.owner[k, s, m, j], pack.index[k, s, m, j]
+        assert k < pack.count and s < pack.chunks[k]
+        assert rows.tokens[k, m, rows.slots[k, s, m, j]] == whole[owner][starts[owner] + t - 1], "the token before it"
+
+
+@given(GROUPS, st.integers(1, 4))
+def test_rows_are_as_many_as_their_limit_at_most(sizes, share):
+    """Even if each response is as long as it can be."""
+    longest = groups_of([(LONGEST[0], [LONGEST[1]] * len(each)) for _, each in sizes])
+    for groups in (groups_of(sizes), longest):
+        placed, _ = shared_prompts.fit(groups, LONGEST[0] + share * LONGEST[1], share, sum(LONGEST))
+        assert placed.row.max(initial=-1) < sum(-(-len(group.responses) // share) for group in groups) or not groups
+
+
+def test_a_group_of_long_responses_is_computed_with_one_prompt_for_each_row():
+    groups = groups_of([(LONGEST[0], [LONGEST[1]] * 4)] * 3)
+    placed, whole = shared_prompts.fit(groups, LONGEST[0] + 2 * LONGEST[1], 2, sum(LONGEST))
+    assert placed.row.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5] and whole.row.tolist() == [0, 1] * 6
+
+
+def test_shapes_do_not_depend_on_what_is_packed():
+    shapes = [jax.tree.map(np.shape, packed(groups_of(sizes))) for sizes in ([], [(1, [1])], [(7, [5] * 5)] * 5)]
+    assert shapes[0] == shapes[1] == shapes[2]
+
+
+def test_a_response_that_does_not_fit_after_its_prompt_is_refused():
+    with pytest.raises(ValueError, match=r"a sequence has 13 tokens; allowed: 12"):
+        packed(groups_of([(7, [5, 6])]))
+
+
+def run(batch, config, share, *, micro_batch=8, mesh=None, params=None, **objective):
+    """(gradient, metrics) of one update."""
+    params = make_params(config=config) if params is None else params
+    weighting = Weighting(guided_grpo=objective.get("guided_grpo", 0.0))
+    packed = pack_batch(batch, weighting, micro_batch=micro_batch, chunk=8, share=share)
+    optimizer = optax.sgd(1.0)
+    update = make_update(Forward(config), optimizer, Objective(delta=1.7, **objective))
+    state = init_state(jax.tree.map(jnp.copy, params), optimizer)
+    if mesh is None:
+        after, metrics = update(state, packed)
+    else:
+        state = jax.device_put(state, sharding.tree_shardings(state, mesh))
+        with jax.set_mesh(mesh):
+            after, metrics = update(state, sharding.put(packed, specs(packed), mesh))
+    return jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), params, after.params), metrics
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(CONFIG, id="dense"),
+        pytest.param(SLIDING, id="sliding", marks=pytest.mark.slow),
+        pytest.param(EXPERTS, id="experts", marks=pytest.mark.slow),
+    ],
+)
+def test_the_update_is_that_of_sequences_with_prompts_of_their_own(config):
+    batch = make_batch()
+    expected, metrics = run(batch, config, 1, guided_grpo=0.5, updates_per_batch=2)
+    actual, shared = run(batch, config, 3, guided_grpo=0.5, updates_per_batch=2)
+    assert_trees_close(actual, expected, 1e-5)
+    for name in metrics.keys() - {"expert_load_max", "expert_load_max_guided"}:  # these count a prompt once now
+        np.testing.assert_allclose(shared[name], metrics[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_each_group_shares_its_prompts():
+    batch = make_batch()
+    packed = pack_batch(batch, Weighting(guided_grpo=1.0), micro_batch=8, chunk=8, share=8)
+    tokens = {
+        "autonomous": sum(map(len, batch.prompts.tokens)) + int(batch.autonomous.lengths.sum()),
+        "guided": sum(map(len, batch.guided_prompts.tokens)) + int(batch.guided.lengths.sum()),
+    }
+    for name, pack in (("autonomous", packed.autonomous), ("guided", packed.guided.packed)):
+        (rows,) = pack.contexts
+        assert rows.segments.real.sum() == tokens[name], "with room for all each prompt is there once"
+        count = {"autonomous": G1, "guided": G2}[name]
+        assert rows.segments.places.shape[2] == count and rows.tokens.shape[:2] == (1, B), "no more than a group needs"
+    (rows,) = packed.candidates.contexts
+    assert rows.segments.places.shape[2] == G2
+
+
+@pytest.mark.parametrize(
+    "sizes", [(2, 2, 2), *(pytest.param(x, marks=pytest.mark.slow) for x in ((1, 4, 2), (4, 1, 1), (1, 2, 4)))], ids=str
+)
+def test_the_update_is_the_same_on_a_mesh(sizes):
+    data, fsdp, tensor = sizes
+    params, batch = make_params(config=MESHED), make_batch()
+    mesh = sharding.make_mesh(data, fsdp, tensor, jax.devices()[: data * fsdp * tensor])
+    expected, _ = run(batch, MESHED, 2, params=params)
+    actual, _ = run(batch, MESHED, 2, params=params, mesh=mesh)
+    assert_trees_close(actual, expected, 1e-5)
+
+
+def test_a_mesh_that_splits_the_tokens_of_a_row_is_refused():
+    config = load(ROOT / "configs" / "quickstart.py")
+    config.rl.share_prompt = 4
+    config_checks.check(config)
+    mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:2], context=2)
+    with pytest.raises(ValueError, match=r"config.rl.share_prompt=4: must be 1 with mesh.context = 2"):
+        config_checks.check_mesh(config, mesh)
+    config.rl.share_prompt = 0
+    with pytest.raises(ValueError, match=r"config.rl.share_prompt=0: must be at least 1"):
+        config_checks.check(config)
