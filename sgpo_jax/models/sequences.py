@@ -21,7 +21,7 @@ class Sequences(NamedTuple):
     real: Any  # [B,T] int32, 0 is padding of the row
     places: Any  # [B,A,U] int32, where in the row a token of a sequence is
     segments: Any  # [B,A,U] int32: 1, 2, ... from left to right; 0 is padding
-    outputs: Any  # [B,T] int32, where in A * U the output for a token is
+    outputs: Any  # [B,T] int32, where in A * U the output of a token is
 
 
 def attend_whole(

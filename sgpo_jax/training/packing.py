@@ -41,7 +41,7 @@ class Packed(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """Where n sequences are."""
+    """Places of n sequences in rows."""
 
     row: np.ndarray  # [n]
     prompt: np.ndarray  # [n,C], where in the row its prompt begins, in C contexts

@@ -25,7 +25,7 @@ class Shared(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """Where n sequences are in the rows of attention."""
+    """Places of n sequences in the rows of attention."""
 
     row: np.ndarray  # [n], of the A rows that their row has
     start: np.ndarray  # [n]
