@@ -276,6 +276,22 @@ def rates_of_hard_worlds() -> Table:
     return [["world", "method", *(f"rate {rate:g}" for rate in rates)], *lines]
 
 
+def tuned_alike() -> Table:
+    """Makes the table of the hard worlds with ten seeds, each method at its best rate on the three tuning seeds."""
+    rate = tuned([row for row in read("results", "tuned") if row["rate"] >= 1], [100, 101, 102])
+    every = read("results", "more_seeds", "anchored", "tuned_ten")
+    wanted = [row for row in every if row["world"] in HARD and row["method"] in ("sft", *TUNED)]
+    rows, lines = chosen(wanted, TEN, rate), []
+    for world in HARD:
+        accuracies = [f"{percent(rows, world, name)} at {rate_of(rows, world, name)}" for name in TUNED]
+        pairs = [compared(rows, world, "anchored", other) for other in ("grpo", "direct_sft")]
+        cells = [" ".join(pair).removesuffix(" not distinguishable") for pair in pairs]
+        guided = [mean(rows, world, name, "accuracy_guided") for name in ("sft", *TUNED)]
+        lines.append([world, *accuracies, *cells, *guided])
+    header = ["world", *(f"{name}, at rate" for name in TUNED.values()), "anchored - GRPO", "anchored - direct SFT"]
+    return [[*header, "guided, before", *(f"after {name}" for name in TUNED.values())], *lines]
+
+
 def accuracies_by_rate(file: str, world: str, names: dict[str, str]) -> Table:
     """Makes the table of accuracies at each rate on three tuning seeds."""
     rows = [row for row in read(file) if row["seed"] >= 100]
@@ -322,7 +338,7 @@ def tables() -> dict[str, Table]:
         "The base world": grid(), "The paper's claims": claims_table(), "With ten seeds": claims_of_ten_seeds(),
         "Worlds": worlds(), "Differences in worlds": differences(), "Hard worlds with ten seeds": hard_worlds(),
         "Anchored": anchored(), "Anchored on both sides": guided_side(),
-        "Rates of the hard worlds": rates_of_hard_worlds(),
+        "Rates of the hard worlds": rates_of_hard_worlds(), "Hard worlds, tuned alike": tuned_alike(),
         "Anchored where the base is good": anchored_elsewhere(), "Its parts": parts(),
         "New worlds": new_worlds(), "Steps that do not wait": carried(),
         "SDPO's distances": distances(), "Strategies that the student writes": self_written(),
