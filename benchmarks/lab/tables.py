@@ -292,6 +292,19 @@ def tuned_alike() -> Table:
     return [[*header, "guided, before", *(f"after {name}" for name in TUNED.values())], *lines]
 
 
+def guided_side_at_four() -> Table:
+    """Makes the table of both forms at rate 4, the best one of `anchored` in these worlds, with ten seeds."""
+    warm_ups = [row for row in read("results", "more_seeds") if row["method"] == "sft" and row["seed"] in TEN]
+    rows, lines = warm_ups + [row for row in read("tuned_ten") if row["rate"] == 4], []
+    for world in HARD[1:]:
+        accuracies = [percent(rows, world, name) for name in ("anchored", "anchored_guided")]
+        pair = " ".join(compared(rows, world, "anchored_guided", "anchored")).removesuffix(" not distinguishable")
+        guided = [mean(rows, world, name, "accuracy_guided") for name in ("sft", "anchored", "anchored_guided")]
+        lines.append([world, *accuracies, pair, *guided])
+    header = ["world, rate 4", "anchored", "anchored_guided", "anchored_guided - anchored"]
+    return [[*header, "guided, before", "after anchored", "after anchored_guided"], *lines]
+
+
 def accuracies_by_rate(file: str, world: str, names: dict[str, str]) -> Table:
     """Makes the table of accuracies at each rate on three tuning seeds."""
     rows = [row for row in read(file) if row["seed"] >= 100]
@@ -339,6 +352,7 @@ def tables() -> dict[str, Table]:
         "Worlds": worlds(), "Differences in worlds": differences(), "Hard worlds with ten seeds": hard_worlds(),
         "Anchored": anchored(), "Anchored on both sides": guided_side(),
         "Rates of the hard worlds": rates_of_hard_worlds(), "Hard worlds, tuned alike": tuned_alike(),
+        "Both sides at rate 4": guided_side_at_four(),
         "Anchored where the base is good": anchored_elsewhere(), "Its parts": parts(),
         "New worlds": new_worlds(), "Steps that do not wait": carried(),
         "SDPO's distances": distances(), "Strategies that the student writes": self_written(),
