@@ -104,8 +104,10 @@ def pack_batch(
         Targets, of which a problem mostly has one, stay with a prompt of their own.
 
     Raises:
-      ValueError: the distillation needs guided prompts, and there are none.
+      ValueError: the distillation needs guided prompts, and there are none; or share and context are both above 1.
     """
+    if share > 1 and context > 1:
+        raise ValueError(f"share={share}: must be 1 with context={context}")
     if batch.guided_prompts is None and batch.guided is not None and distillation not in LIKELIHOODS:
         raise ValueError(f"distillation={distillation!r}: must be one of {LIKELIHOODS} without guided prompts")
     auto, guided = jax.tree.map(np.asarray, (batch.autonomous, batch.guided))

@@ -141,10 +141,10 @@ def fill(
     chunks = -(-listed.max(axis=1) // per_row)
     most_chunks = -(-slots // per_row)
 
-    def chunked(x, fill):
+    def chunked(x, empty):
         x = x[..., :slots]
         padding = most_chunks * per_row - slots
-        x = np.pad(x, ((0, 0), (0, 0), (0, padding)), constant_values=fill)
+        x = np.pad(x, ((0, 0), (0, 0), (0, padding)), constant_values=empty)
         return np.ascontiguousarray(x.reshape(*shape, most_chunks, per_row).swapaxes(1, 2))
 
     count = -(-(int(placed.row.max(initial=-1)) + 1) // micro_batch)

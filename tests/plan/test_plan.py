@@ -461,6 +461,16 @@ def test_own_strategies_are_planned(tiny, guided, calls):
         assert responses.tokens == pytest.approx(3 * strategies.tokens, rel=0.05)
 
 
+def test_shared_prompts_are_planned_with_longer_rows(tiny):
+    """Prompts of 8 tokens and responses of 16: a row of 24, or one of 8 + 3 * 16."""
+    mesh = sharding.make_mesh(1, 2, 1, devices=jax.devices()[:2])
+    own, shared = (
+        {program.name: program for program in programs.programs(small_run(**fields), tiny, mesh, Assumed(4, 4))}
+        for fields in ({"rl.micro_batch": 8}, {"rl.micro_batch": 8, "rl.share_prompt": 3})
+    )
+    assert shared["update"].setting.bytes * 24 == own["update"].setting.bytes * 56 > 0
+
+
 def test_adapters_are_planned_with_a_frozen_base(tiny):
     """Of `q` alone, with rank 4, on two devices that split the rows of A and W. 2 layers, hidden 16, 4 heads of 8."""
     changes = {"lora.rank": 4, "lora.targets": "q", "lora.base_dtype": "bfloat16", "rl.teacher": "frozen"}

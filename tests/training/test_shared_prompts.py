@@ -11,9 +11,12 @@ import pytest
 from helpers.batches import CONFIG, G1, G2, B, assert_trees_close, make_batch, make_params
 from helpers.configs import load
 from helpers.paths import ROOT
+from helpers.runs import TINY, parameters, rows
 from hypothesis import given
 
 from sgpo_jax import config_checks, sharding
+from sgpo_jax.commands import train
+from sgpo_jax.training import batch as batches
 from sgpo_jax.training import shared_prompts
 from sgpo_jax.training.batch import pack_batch, specs
 from sgpo_jax.training.forward import Forward
@@ -179,7 +182,38 @@ def test_the_update_is_the_same_on_a_mesh(sizes):
     assert_trees_close(actual, expected, 1e-5)
 
 
+@pytest.mark.slow
+def test_a_run_shares_its_prompts(tmp_path, monkeypatch):
+    """And ends as one whose responses have prompts of their own; it resumes with the same number alone."""
+    config = load(ROOT / "configs" / "quickstart.py")
+    config.update_from_flattened_dict(TINY | {
+        "stages": ("sft", "rl"), "sft.steps": 2, "sft.validate_every": 1, "rl.eval_every": 0, "checkpoint.every": 1,
+        "rl.reward": "helpers.reward_functions:even", "report_seconds": 0.0,
+    })  # fmt: skip
+    shares, mesh = [], sharding.make_mesh(1, 2, 1, jax.devices()[:2])
+    monkeypatch.setattr(sharding, "make_mesh", lambda *_, **__: mesh)
+
+    def watched(*args, **more):
+        shares.append(more["share"])
+        return pack_shared(*args, **more)
+
+    monkeypatch.setattr(batches, "pack_shared", watched)
+    for name, steps, share in (("own", 2, 1), ("shared", 1, 3), ("shared", 2, 3)):
+        config.rl.steps, config.rl.share_prompt = steps, share
+        train.run(config, tmp_path / name)
+    assert set(shares) == {2, 3}, "as many as a group has, or as there are"
+    pairs = [(rows(tmp_path / name, "rl"), parameters(tmp_path / name, "rl", 2)) for name in ("own", "shared")]
+    for row in pairs[0][0] + pairs[1][0]:
+        del row["rows_filled"]
+    assert_trees_close(*pairs, 1e-5)
+    config.rl.share_prompt = 2
+    with pytest.raises(ValueError, match="config.rl.share_prompt=2: the run in .* has 3"):
+        train.run(config, tmp_path / "shared")
+
+
 def test_a_mesh_that_splits_the_tokens_of_a_row_is_refused():
+    with pytest.raises(ValueError, match="share=2: must be 1 with context=4"):
+        pack_batch(make_batch(), Weighting(), micro_batch=8, context=4, share=2)
     config = load(ROOT / "configs" / "quickstart.py")
     config.rl.share_prompt = 4
     config_checks.check(config)
