@@ -285,7 +285,7 @@ def _value(text: str) -> int | float | bool | str:
 def _arithmetic(source: str, text: str) -> list[dict]:
     """Generates the rows of the embedded world."""
     words, options = _arguments(source, text)
-    common = ["count", "seed", "competing", "stages", "wording"]
+    common = ["count", "seed", "competing", "stages", "wording", "families"]
     allowed = {split: [*common, "noise"] for split in arithmetic.SPLITS}
     allowed["pretraining"] = [*common, "preference", "guided_share", "writing", "known"]
     if len(words) != 1 or words[0] not in allowed:

@@ -228,11 +228,13 @@ def made_up_batch(config: ConfigDict, assumed: Assumed) -> Batch:
     # The tokens differ from those of the unguided prompts; equal prompts would give nothing to distil.
     guided_prompts = Contexts([np.asarray(tokens) + 1 for tokens in prompts.tokens], longest) if sampled else None
     if fields.target == "own":
-        size = fields.autonomous
-        each, hint = [np.asarray(tokens) + 1 for tokens in prompts.tokens for _ in range(size)], 0
+        hinted = [np.asarray(tokens) + 1 for tokens in prompts.tokens for _ in range(fields.autonomous)]
+        guided_prompts = Contexts(hinted, longest)
         if fields.guide == "sibling":
-            hint = rl.longest_sibling_prompt(longest, fields.max_new_tokens) - longest
-        guided_prompts = Contexts(each, longest + hint)
+            # The hint is a whole response, and the response that it is reads another one.
+            length = assumed.prompt_tokens + round(assumed.response_tokens)
+            hints = [np.full(length, 1 + (i == 0), np.int32) for i in range(fields.autonomous)]
+            guided_prompts = Contexts(hints * fields.batch, rl.longest_sibling_prompt(longest, fields.max_new_tokens))
     return Batch(prompts, guided_prompts, group(fields.autonomous), guided)
 
 

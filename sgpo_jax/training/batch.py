@@ -18,7 +18,7 @@ from sgpo_jax import logprobs, losses
 from sgpo_jax.training import packing
 from sgpo_jax.training.objective import LIKELIHOODS
 from sgpo_jax.training.packing import Packed
-from sgpo_jax.training.shared_prompts import Shared, most_rows, pack_shared
+from sgpo_jax.training.shared_prompts import most_rows, pack_shared
 from sgpo_jax.training.weighting import Weighting, weigh
 
 Array = Any  # numpy's on the host, JAX's in the update
@@ -100,11 +100,11 @@ def pack_batch(
       micro_batch: M, rows of packed tokens whose activations are held at once.
       chunk: response tokens whose logits are held at once, over all devices; None: `logprobs.default_chunk`.
       context: ways that the mesh splits the tokens of a row.
-      share: above 1, responses of a group that follow one copy of their prompt, see `pack_shared`; context is then 1.
-        Targets, of which a problem mostly has one, stay with a prompt of their own.
+      share: above 1, responses of a group that follow one copy of their prompts, see `pack_shared`; context is then 1.
 
     Raises:
-      ValueError: the distillation needs guided prompts, and there are none; or share and context are both above 1.
+      ValueError: the distillation needs guided prompts, and there are none; or share and context are both above 1; or
+        a group has more kinds of guided prompts than its guide gives it.
     """
     if share > 1 and context > 1:
         raise ValueError(f"share={share}: must be 1 with context={context}")
@@ -119,29 +119,26 @@ def pack_batch(
     if weighting.mask_cut:
         advantages = np.where(auto.cut, np.float32(0.0), advantages)
 
-    def pack(owners, contexts, responses, lengths, most):
-        rows = min(micro_batch, most)
+    def pack(owners, contexts, responses, lengths, room, kinds=1):
+        """Packs sequences of B groups, for which there are [B,G,T] tokens of room, with these kinds of prompts each."""
+        problems, size, tokens = room
+        if (together := min(share, size)) > 1:
+            most = most_rows(problems, size, together, kinds)
+            shape = -(-most // micro_batch), min(micro_batch, most)
+            return pack_shared(
+                contexts, responses, owners, lengths=lengths, longest=tokens, share=together, shape=shape, chunk=chunk
+            )
+        most = problems * size
         return packing.pack(
-            contexts, responses, owners, lengths=lengths, micro_batch=rows, most=most, chunk=chunk, context=context
-        )
+            contexts, responses, owners, lengths=lengths, micro_batch=min(micro_batch, most), most=most, chunk=chunk,
+            context=context,
+        )  # fmt: skip
 
     def pack_group(group, chosen, length, prompts=batch.prompts):
         owners = np.flatnonzero(chosen)
         places = list(zip(*np.unravel_index(owners, chosen.shape), strict=True))
         responses = [group.tokens[b, i, : group.lengths[b, i]] for b, i in places]
-        together = min(share, chosen.shape[1])
-        if together == 1:
-            packed = pack(owners, [[prompts.tokens[b] for b, _ in places]], responses, [length], chosen.size)
-        else:
-            groups = {b: Shared(prompts.tokens[b], [], []) for b, _ in places}
-            for (b, _), response, owner in zip(places, responses, owners, strict=True):
-                groups[b].responses.append(response)
-                groups[b].owners.append(int(owner))
-            most = most_rows(*chosen.shape, together)
-            packed = pack_shared(
-                list(groups.values()), longest=(length - group.tokens.shape[2], group.tokens.shape[2]), share=together,
-                micro_batch=min(micro_batch, most), most=most, chunk=chunk,
-            )  # fmt: skip
+        packed = pack(owners, [[prompts.tokens[b] for b, _ in places]], responses, [length], group.tokens.shape)
         return packed, packing.gather(group.tokens.reshape(chosen.size, -1), packed)
 
     length = batch.prompts.longest + auto.tokens.shape[2]
@@ -157,7 +154,10 @@ def pack_batch(
         owners = np.flatnonzero(hinted).tolist()
         responses = [auto.tokens.reshape(-1, longest)[r, : auto.lengths.reshape(-1)[r]] for r in owners]
         both = [[side[r] for r in owners] for side in (plain, batch.guided_prompts.tokens)]
-        targets = pack(owners, both, responses, [length, batch.guided_prompts.longest + longest], len(hinted))
+        # With responses as hints, all of a group read the same one, but for the one that it is.
+        kinds = 2 if weighting.guide == "sibling" else 1
+        lengths = [length, batch.guided_prompts.longest + longest]
+        targets = pack(owners, both, responses, lengths, auto.tokens.shape, kinds)
         alpha = np.where(hinted, 1.0 / auto.rewards.shape[1], 0.0).astype(np.float32)
         return autonomous._replace(
             alpha=alpha, targets=targets, guided_tokens=auto.tokens, guided_lengths=auto.lengths
@@ -194,7 +194,8 @@ def pack_batch(
         problem = np.repeat(np.arange(len(guided.lengths)), guided.lengths.shape[1])
     weighted = np.flatnonzero(alpha != 0)
     prompts = [[context[problem[r]] for r in weighted] for context in contexts]
-    targets = pack(weighted, prompts, [np.zeros(room[r], np.int32) for r in weighted], lengths, len(alpha))
+    shape = len(guided.lengths), len(alpha) // len(guided.lengths), guided.tokens.shape[2]
+    targets = pack(weighted, prompts, [np.zeros(room[r], np.int32) for r in weighted], lengths, shape)
     return autonomous._replace(
         alpha=alpha, targets=targets, guided_tokens=guided.tokens, guided_lengths=guided.lengths, correct=correct,
         candidates=candidates, candidate_tokens=candidate_tokens,

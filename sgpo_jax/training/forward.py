@@ -66,7 +66,7 @@ def listed(values: jax.Array) -> jax.Array:
 
 
 def with_responses(rows: Rows, owner: jax.Array, ids: jax.Array) -> Rows:
-    """Writes response tokens into the rows, after the slots that predict them.
+    """Writes response tokens to their places in the rows.
 
     Args:
       rows: of K micro-batches.
@@ -74,12 +74,12 @@ def with_responses(rows: Rows, owner: jax.Array, ids: jax.Array) -> Rows:
       ids: `[K,S,M,J]` token ids.
     """
 
-    def write(row, slots, owner, ids):
-        places = jnp.where(owner >= 0, slots + 1, row.size)
+    def write(row, places, owner, ids):
+        places = jnp.where(owner >= 0, places, row.size)
         return row.at[places.reshape(-1)].set(ids.reshape(-1), mode="drop")
 
     by_row = jax.vmap(jax.vmap(write, in_axes=(0, 1, 1, 1)))
-    return rows._replace(tokens=by_row(rows.tokens, rows.slots, owner, ids))
+    return rows._replace(tokens=by_row(rows.tokens, rows.places, owner, ids))
 
 
 def response_hidden(forward: Forward, params: Any, rows: Rows) -> jax.Array:

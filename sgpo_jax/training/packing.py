@@ -28,6 +28,7 @@ class Rows(NamedTuple):
     positions: Array  # [K,M,L] int32, position of each token in its sequence
     segments: Any  # [K,M,L] int32: 1, 2, ... from left to right; 0 is padding. Or `models.Sequences`: `shared_prompts`
     slots: Array  # [K,S,M,J] int32, for each response token, the index in the row of the token before it
+    places: Array  # [K,S,M,J] int32, the index in the row of the token itself
 
 
 class Packed(NamedTuple):
@@ -51,7 +52,7 @@ class Placed(NamedTuple):
 def specs(packed: Packed) -> Packed:
     """Returns PartitionSpecs that split the rows of a micro-batch, and the list of a row's response tokens."""
     contexts = jax.tree.map(lambda _: P(None, ROWS), packed.contexts)
-    contexts = tuple(rows._replace(slots=LISTED) for rows in contexts)
+    contexts = tuple(rows._replace(slots=LISTED, places=LISTED) for rows in contexts)
     return Packed(contexts, LISTED, LISTED, P(), P())
 
 
@@ -133,8 +134,9 @@ def fill(
                 rows.positions[k, m, part] = before + np.arange(len(tokens))
                 rows.segments[k, m, part] = segments[k, m]
             end = placed.prompt[s, c] + len(prompt) - 1
-            slots_before = placed.response[s, c] + np.arange(len(response)) - 1
-            rows.slots[k, m, listed_slice] = np.where(np.arange(len(response)) == 0, end, slots_before)
+            places = placed.response[s, c] + np.arange(len(response))
+            rows.slots[k, m, listed_slice] = np.where(np.arange(len(response)) == 0, end, places - 1)
+            rows.places[k, m, listed_slice] = places
         owner[k, m, listed_slice], index[k, m, listed_slice] = owners[s], np.arange(len(response))
         listed[k, m] += len(response)
 
@@ -149,7 +151,7 @@ def fill(
 
     count = -(-(int(placed.row.max(initial=-1)) + 1) // micro_batch)
     return Packed(
-        tuple(rows._replace(slots=chunked(rows.slots, 0)) for rows in contexts),
+        tuple(rows._replace(slots=chunked(rows.slots, 0), places=chunked(rows.places, 0)) for rows in contexts),
         chunked(owner, -1), chunked(index, 0), chunks.astype(np.int32), np.int32(count),
     )  # fmt: skip
 

@@ -461,6 +461,16 @@ def test_own_strategies_are_planned(tiny, guided, calls):
         assert responses.tokens == pytest.approx(3 * strategies.tokens, rel=0.05)
 
 
+@pytest.mark.parametrize("guide, lengths, kinds", [("sibling", 4 + 3, 2), ("solution", 4, 1)])
+def test_own_responses_are_planned_with_the_prompts_of_their_hints(guide, lengths, kinds):
+    config = small_run(**{"rl.target": "own", "rl.guide": guide, "rl.guided": 0, "rl.weight": "fixed"})
+    batch = programs.made_up_batch(config, Assumed(2.6, 4))
+    groups = np.array(batch.guided_prompts.tokens).reshape(config.rl.batch, config.rl.autonomous, lengths)
+    assert [len(np.unique(group, axis=0)) for group in groups] == [kinds] * config.rl.batch
+    if kinds == 2:
+        assert (groups[:, 1:] == groups[:, 1:2]).all(), "all read the same one, but for the one that it is"
+
+
 def test_shared_prompts_are_planned_with_longer_rows(tiny):
     """Prompts of 8 tokens and responses of 16: a row of 24, or one of 8 + 3 * 16."""
     mesh = sharding.make_mesh(1, 2, 1, devices=jax.devices()[:2])

@@ -60,7 +60,7 @@ def micro_batch():
     ids = np.where(listed, rng.integers(0, 31, listed.shape), 0).astype(np.int32)
     first = jax.tree.map(lambda x: x[0], (packed.contexts[0], ids, share, packed.chunks))
     by_row, by_token = P(sharding.ROWS), P(None, sharding.ROWS, "context")
-    return first, (packing.Rows(by_row, by_row, by_row, by_token), by_token, by_token, P())
+    return first, (packing.Rows(by_row, by_row, by_row, by_token, by_token), by_token, by_token, P())
 
 
 @cache

@@ -16,8 +16,9 @@ The competing methods always give different digits, so an answer is right only i
 the table, each stage is a guess between two methods. Sums and products are cut to their last digit. The first result is
 never 0, so an answer never starts with 0.
 
-Options vary the world: up to four methods that compete at a stage, chains of one to three stages, strategies that
-sometimes name a wrong method, types that the base model knows already, and the words of the solutions (`wording`).
+Options vary the world: one to four families, up to four methods that compete at a stage, chains of one to three
+stages, strategies that sometimes name a wrong method, types that the base model knows already, and the words of the
+solutions (`wording`).
 """
 
 import functools
@@ -107,12 +108,13 @@ def _check_shares(**shares: float) -> None:
 
 @dataclass(frozen=True)
 class World:
-    """A world: how many methods compete, how long the chains are, and how solutions are worded.
+    """A world: how many families and competing methods it has, how long chains are, and how solutions are worded.
 
     Attributes:
       competing: methods that compete at each stage, 2 to 4.
       stages: length of the chain, 1 to 3.
       wording: of the solutions; a name in `wording.WORDINGS`.
+      families: the first ones of `FAMILIES`, each with 16 types.
 
     Raises:
       ValueError: an attribute is not allowed.
@@ -121,9 +123,11 @@ class World:
     competing: int = 2
     stages: int = 3
     wording: str = "plain"
+    families: int = len(FAMILIES)
 
     def __post_init__(self):
         _check_whole(competing=(self.competing, 2, MOST_COMPETING), stages=(self.stages, 1, len(STAGES)))
+        _check_whole(families=(self.families, 1, len(FAMILIES)))
         if self.wording not in WORDINGS:
             raise ValueError(f"wording is {self.wording!r}; allowed: {', '.join(WORDINGS)}")
 
@@ -205,19 +209,21 @@ def _pairs(competing: int) -> dict[str, list[list[tuple[int, int]]]]:
 
 
 def _draws(count: int, rng: random.Random, split: str, world: World) -> list[_Draw]:
-    """Returns `count` different problems of a split, the 64 types in turn."""
+    """Returns `count` different problems of a split, the world's types in turn."""
     _check_whole(count=(count, 1, MAX_COUNT))
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; allowed: {', '.join(SPLITS)}")
     competing, stages = world.competing, world.stages
-    pairs = _pairs(competing)
+    families = list(FAMILIES)[: world.families]
+    kinds = [kind for kind in right_methods() if kind[0] in families]
+    pairs = {name: _pairs(competing)[name] for name in families}
     share = _EVAL_SHARE if split == "eval" else 1 - _EVAL_SHARE
     # At most a quarter of the smallest family's problems, so that drawing different ones ends soon.
     least = min(math.prod(map(len, by_stage[:stages])) for by_stage in pairs.values())
-    most = int(share * least * len(right_methods()) / 4)
+    most = int(share * least * len(kinds) / 4)
     if count > most:
-        raise ValueError(f"count is {count}; allowed: at most {most} with competing={competing} and stages={stages}")
-    kinds = list(right_methods())
+        size = f"competing={competing}, stages={stages} and families={world.families}"
+        raise ValueError(f"count is {count}; allowed: at most {most} with {size}")
     draws: dict[_Draw, None] = {}
     while len(draws) < count:
         family, kind = kinds[len(draws) % len(kinds)]
