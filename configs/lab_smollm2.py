@@ -44,19 +44,19 @@ def get_config() -> ConfigDict:
     config.eval.max_new_tokens = 56
     config.checkpoint.every = 4
 
-    # Two of four competing methods must be chosen, and only a strategy names them. Half of the warm-up's rows show one.
-    world = "families=1,competing=4,stages=2"
-    changes = {
+    # Two times one of three methods must be chosen, and only a strategy names it. Half of the warm-up's rows show one.
+    world = "families=1,competing=3,stages=2"
+    strategies = {
         "data": {"train": f"arithmetic:train,count=512,{world}", "decontaminate": False},
         "sft": {
             "train": f"arithmetic:pretraining,count=1024,preference=0.4,{world}", "use_strategy": True,
             "steps": 48, "learning_rate": 1e-4, "validation_share": 0.05, "validate_every": 24,
         },
-        "rl": {"steps": 16, "autonomous": 4, "guided": 2, "learning_rate": 1e-5, "share_prompt": 4},
-        "eval": {"sets": {"heldout": {"source": f"arithmetic:eval,count=96,{world}", "samples": 2}}},
-    }
+        "rl": {"steps": 16, "autonomous": 4, "guided": 2, "learning_rate": 2e-5, "share_prompt": 4},
+        "eval": {"sets": {"heldout": {"source": f"arithmetic:eval,count=128,{world}", "samples": 1}}, "batch": 64},
+    }  # fmt: skip
     with config.unlocked():
-        config.lab.changes = ConfigDict({"base": {}, "strategies": changes})
+        config.lab.changes = ConfigDict({"base": {}, "strategies": strategies})
 
     config.lab.methods = ("sft", "grpo", "sgpo")
     config.lab.seeds = (0, 1, 2)
