@@ -244,6 +244,19 @@ def test_the_default_world_is_the_one_of_two_methods_and_three_stages():
     assert arithmetic.problems(64, 3) == arithmetic.problems(64, 3, world=World(competing=2, stages=3), noise=0.0)
 
 
+@pytest.mark.parametrize("families", [1, 3])
+def test_a_world_of_fewer_families(families):
+    """Of the same table, and with fewer problems at most."""
+    world = World(competing=3, stages=2, families=families)
+    rows = arithmetic.problems(200, 1, world=world) + arithmetic.pretraining(200, 1, world=world)
+    assert list(dict.fromkeys(row["source"] for row in rows)) == list(arithmetic.FAMILIES)[:families]
+    assert len({type_of(row) for row in rows}) == 16 * families
+    whole = {type_of(row): methods_of(row["solution"]) for row in arithmetic.problems(200, 1, world=World(3, 2))}
+    assert {type_of(row): methods_of(row["solution"]) for row in rows[:200]}.items() <= whole.items()
+    with pytest.raises(ValueError, match=f"competing=3, stages=2 and families={families}$"):
+        arithmetic.problems(10**6, 1, world=world)
+
+
 @pytest.mark.parametrize("competing", [2, 4])
 def test_noisy_strategies(competing):
     """Each method of a strategy is wrong with the probability asked for; problem, answer and solution stay right."""
@@ -295,6 +308,7 @@ def test_pretraining_extremes():
         (lambda: arithmetic.problems(2.5, 0), "count is 2.5"),
         (lambda: World(competing=5), "competing is 5; allowed: an integer from 2 to 4"),
         (lambda: World(stages=0), "stages is 0; allowed: an integer from 1 to 3"),
+        (lambda: World(families=5), "families is 5; allowed: an integer from 1 to 4"),
         (lambda: arithmetic.problems(5, 0, noise=1.5), "noise is 1.5; allowed: a number from 0 to 1"),
         (lambda: arithmetic.problems(10**7, 0), "allowed: an integer from 1 to 1000000"),
         (lambda: World(wording="loud"), "wording is 'loud'; allowed: plain, spread, ways, mention"),

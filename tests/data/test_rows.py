@@ -186,7 +186,7 @@ def test_arithmetic_sources():
         ("arithmetic:train,count=5.0", "count is 5.0; allowed: an integer"),
         ("arithmetic:train,count=5,seed=one", "seed is 'one'; allowed: an integer"),
         ("arithmetic:train,count=5,preference=0.6", "option 'preference'; allowed: count, seed"),
-        ("arithmetic:pretraining,count=5,prefrence=0.6", "; allowed: count, seed, competing, stages, wording, pref"),
+        ("arithmetic:pretraining,count=5,prefrence=0.6", "stages, wording, families, pref"),
         ("arithmetic:pretraining,count=5,preference=high", "preference is 'high'; allowed"),
         ("reasoning_gym:count=5", "allowed: one or more different families"),
         ("reasoning_gym:gcd,gcd,count=5", "allowed: one or more different families"),
