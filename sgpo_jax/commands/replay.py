@@ -11,7 +11,6 @@ M rows, J response tokens of a row in a chunk, C = M * J.
 """
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from sgpo_jax.policy import Run
 from sgpo_jax.runtime import is_first
 from sgpo_jax.runtime.tables import table
 from sgpo_jax.training import packing, sft, skipped_batch, stage
-from sgpo_jax.training.batch import Batch, pack_batch, specs
+from sgpo_jax.training.batch import Batch, packer, specs
 from sgpo_jax.training.forward import response_hidden, with_responses
 from sgpo_jax.training.gradients import in_micro_batches
 from sgpo_jax.training.objective import Objective
@@ -90,7 +89,7 @@ def run(config: ConfigDict, workdir: Path, file: Path, step: int | None = None) 
     with jax.set_mesh(run.mesh):
         state = _state(run, skipped.stage, step, initial, tx)
         findings = _in_leaves("parameters", state.params) + _in_leaves("optimizer state", state.opt_state)
-        for group in _groups(config, skipped, run.mesh.shape["context"]):
+        for group in _groups(config, skipped, run.mesh):
             findings += _in_responses(run, skipped.ids, stage.weights(run, state.params), group)
         findings += _in_update(run, skipped, tx, state)
     if is_first():
@@ -107,14 +106,13 @@ def _state(
     return stage.first_state(params, run.policy, tx, run.mesh, stage.teaching(run.config, stage_name))
 
 
-def _groups(config: ConfigDict, skipped: skipped_batch.Skipped, context: int) -> list[_Group]:
+def _groups(config: ConfigDict, skipped: skipped_batch.Skipped, mesh: jax.sharding.Mesh) -> list[_Group]:
     if skipped.stage == "sft":
         packed, tokens = skipped.batch
         return [_Group("", {}, packed, tokens, np.zeros((len(skipped.ids), 1), np.float32), lambda logp, _: -logp)]
     batch: Batch = skipped.batch
-    rl, objective = config.rl, Objective.from_config(config.rl)
-    pack = partial(pack_batch, distillation=rl.distillation, micro_batch=rl.micro_batch, context=context)
-    packed = pack(batch, Weighting.from_config(rl))
+    objective, pack = Objective.from_config(config.rl), packer(config.rl, mesh)
+    packed = pack(batch)
 
     def values(group, **more):
         inside = np.arange(group.logp.shape[-1]) < group.lengths[..., None]
@@ -131,7 +129,7 @@ def _groups(config: ConfigDict, skipped: skipped_batch.Skipped, context: int) ->
     if batch.guided is not None:
         # As if each guided response were a target, whatever its reward.
         all_targets = Weighting(guide="demonstration", target="mean", weight="fixed")
-        targets = pack(batch, all_targets).targets
+        targets = pack(batch, weighting=all_targets).targets
         assert targets is not None  # there are guided responses
         tokens = packing.gather(batch.guided.tokens.reshape(batch.guided.rewards.size, -1), targets)
         guided = targets, tokens, np.zeros_like(batch.guided.rewards), likelihood
@@ -213,12 +211,8 @@ def _in_update(
         update = sft.make_update(stage.forward(run), tx, shardings=shardings, watch=watch)
         _, metrics = update(state, sft.put(skipped.batch, run.mesh), stage.base(run))
     else:
-        rl = run.config.rl
-        packed = pack_batch(
-            skipped.batch, Weighting.from_config(rl), rl.distillation, micro_batch=rl.micro_batch,
-            context=run.mesh.shape["context"],
-        )  # fmt: skip
-        objective = Objective.from_config(rl)
+        packed = packer(run.config.rl, run.mesh)(skipped.batch)
+        objective = Objective.from_config(run.config.rl)
         update = make_update(
             stage.forward(run), tx, objective, teaching=teaching, shardings=shardings, watch=watch
         )

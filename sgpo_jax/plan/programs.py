@@ -41,11 +41,10 @@ from sgpo_jax.rollout.schedule import Pool
 from sgpo_jax.runtime import buckets
 from sgpo_jax.sharding import BATCH, HEADS, axis_ways, decoding_mesh, platform, row_ways
 from sgpo_jax.training import carried, earlier, packing, rl, sft, stage, train_step
-from sgpo_jax.training.batch import Batch, Contexts, Group, pack_batch, specs
+from sgpo_jax.training.batch import Batch, Contexts, Group, packer, specs
 from sgpo_jax.training.objective import Objective
 from sgpo_jax.training.packing import Packed
 from sgpo_jax.training.state import TrainState
-from sgpo_jax.training.weighting import Weighting
 
 ROLLOUT = "rollout"  # name of the program that samples the groups of a step
 
@@ -186,11 +185,7 @@ def _rl_programs(setup: _Setup) -> list[Program]:
     update: Any = train_step.make_update(
         forward, tx, Objective.from_config(fields), teaching=stage.teaching(config, "rl"), shardings=_shardings(state)
     )
-    packed = pack_batch(
-        made_up_batch(config, assumed), Weighting.from_config(fields), fields.distillation,
-        micro_batch=fields.micro_batch, chunk=logprobs.default_chunk(mesh), context=mesh.shape["context"],
-        share=fields.share_prompt,
-    )  # fmt: skip
+    packed = packer(fields, mesh)(made_up_batch(config, assumed))
     batch = _shapes_on(mesh, packed, specs(packed))
     guided = None if packed.guided is None else packed.guided.packed
     parts = {"of_guided": guided}  # the first pattern that matches wins

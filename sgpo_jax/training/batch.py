@@ -8,11 +8,13 @@ micro-batch, S chunks of response tokens, J tokens of a row in a chunk.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from sgpo_jax import logprobs, losses
 from sgpo_jax.training import packing
@@ -79,6 +81,14 @@ class PackedBatch(NamedTuple):
     candidate_tokens: Array = None  # [K,S,M,J] int32
     guided: PackedGroup | None = None  # the guided responses after `guided_prompts`, where they have a policy loss
     reward: Array = None  # [] float32, mean of the autonomous responses, for a gated teacher
+
+
+def packer(rl: ConfigDict, mesh: jax.sharding.Mesh) -> Callable[..., PackedBatch]:
+    """Returns `pack(batch)`, which is `pack_batch` by the fields of `config.rl`; keywords change them."""
+    return partial(
+        pack_batch, weighting=Weighting.from_config(rl), distillation=rl.distillation, micro_batch=rl.micro_batch,
+        chunk=logprobs.default_chunk(mesh), context=mesh.shape["context"], share=rl.share_prompt,
+    )  # fmt: skip
 
 
 def pack_batch(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from sgpo_jax import data, logprobs, rewards, sharding
+from sgpo_jax import data, rewards, sharding
 from sgpo_jax.evaluation import evaluate_sets
 from sgpo_jax.policy import Run, memory
 from sgpo_jax.policy.generation import Graded, Kind, demonstrate, encode_prompts, grade, noise_key, respond_in_groups
@@ -24,12 +24,11 @@ from sgpo_jax.rollout import STOP, Rollout, Sampling, Steps
 from sgpo_jax.rollout import Problems as Known
 from sgpo_jax.runtime.profile import phase
 from sgpo_jax.training import carried, earlier, packing
-from sgpo_jax.training.batch import Batch, Contexts, Group, pack_batch, specs
+from sgpo_jax.training.batch import Batch, Contexts, Group, packer, specs
 from sgpo_jax.training.inputs import Problems, Tokens, longest, longest_sibling_prompt, total_steps
 from sgpo_jax.training.loop import Clock, Loop
 from sgpo_jax.training.objective import Objective
 from sgpo_jax.training.train_step import make_update
-from sgpo_jax.training.weighting import Weighting
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,8 @@ def train(run: Run, initial: Callable[[], Any], problems: Problems, sampling: Sa
     # The second sequence has the problems that replace others: see `fill`.
     batches = [data.batches(rows, rl.batch, (run.config.seed + i) % 2**32) for i in range(2)]
     total = total_steps(rl, rows)
-    weighting, objective = Weighting.from_config(rl), Objective.from_config(rl)
-    pack = partial(
-        pack_batch, weighting=weighting, distillation=rl.distillation, micro_batch=rl.micro_batch,
-        chunk=logprobs.default_chunk(run.mesh), context=run.mesh.shape["context"], share=rl.share_prompt,
-    )  # fmt: skip
+    objective = Objective.from_config(rl)
+    pack = packer(rl, run.mesh)
 
     with Loop(run, "rl", total, partial(_evaluate, run), rl.eval_every, rl.updates_per_batch) as loop:
         update = make_update(

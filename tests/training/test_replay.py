@@ -21,6 +21,7 @@ def config_of(stage):
     config.data.train, config.sft.train = "arithmetic:train,count=16", "arithmetic:pretraining,count=40"
     config.sft.update({"batch": 8, "micro_batch": 8, "steps": 4, "validation_share": 0.1})
     config.rl.update({"batch": 8, "micro_batch": 8, "steps": 4, "autonomous": 3, "guided": 1, "max_new_tokens": 6})
+    config.rl.share_prompt = 2
     config.report_seconds = 0.0
     config.checkpoint.update({"every": 1, "keep": 9})
     config.stages, config.max_skipped = (stage,), 4
