@@ -4,7 +4,8 @@
     sgpo lab --config=configs/lab_smollm2.py --workdir=/tmp/lab_smollm2
 
 It takes 51 minutes for three seeds. Each seed has a warm-up, from which GRPO and SGPO start, both with 12 samples per
-problem and the same learning rate, which is not tuned.
+problem and the same learning rate, which is not tuned. In the world "strategies" the model is shown strategies in its
+warm-up and needs them: docs/smollm2.md has the command.
 """
 
 from ml_collections import ConfigDict

@@ -314,12 +314,14 @@ def accuracies_by_rate(file: str, world: str, names: dict[str, str]) -> Table:
     return [["rate, three tuning seeds: accuracy, %", *(f"{rate:g}" for rate in rates)], *lines]
 
 
-def minus_warm_up(rows: Rows, guided: Callable[..., str]) -> Table:
-    """Makes the table of SFT, GRPO and SGPO, the latter two with their difference from SFT."""
+def minus_warm_up(
+    rows: Rows, guided: Callable[..., str], world: str = "base", names: dict[str, str] = AFTER_WARM_UP
+) -> Table:
+    """Makes the table of SFT and methods that begin with it, these with their difference from SFT."""
     lines = []
-    for method, name in AFTER_WARM_UP.items():
-        apart = "" if method == "sft" else claims.signed(claims.paired(rows, "base", method, "sft"))
-        lines.append([name, percent(rows, "base", method), apart, guided(rows, "base", method, "accuracy_guided")])
+    for method, name in names.items():
+        apart = "" if method == "sft" else claims.signed(claims.paired(rows, world, method, "sft"))
+        lines.append([name, percent(rows, world, method), apart, guided(rows, world, method, "accuracy_guided")])
     return [["", "unguided, %", "minus the warm-up", "guided, %"], *lines]
 
 
@@ -344,6 +346,31 @@ def smollm2() -> Table:
     return [[header[0], "rate", *header[1:]], *named]
 
 
+STRATEGIES = AFTER_WARM_UP | {"direct_sft": "direct SFT", "anchored": "anchored"}
+
+
+def smollm2_strategies() -> Table:
+    """Makes the table of SmolLM2 where strategies decide, each method at its best rate of one tuning seed."""
+    rows = read("smollm2_strategies")
+    rows = chosen(rows, FIVE, tuned(rows, [100]))
+    header, *lines = minus_warm_up(rows, mean, "strategies", STRATEGIES)
+    ahead = [compared(rows, "strategies", method, "grpo")[0] for method in list(STRATEGIES)[2:]]
+    rates = ["", *(rate_of(rows, "strategies", method) for method in list(STRATEGIES)[1:])]
+    more = ([*line, apart, rate] for line, apart, rate in zip(lines, ["", "", *ahead], rates, strict=True))
+    return [[*header, "minus GRPO", "rate"], *more]
+
+
+def smollm2_rates() -> Table:
+    """Makes the table of the tuning seed: accuracy at each rate, unguided and guided."""
+    rows = [row for row in read("smollm2_strategies") if row["seed"] == 100 and row["method"] != "sft"]
+    rates = sorted({row["rate"] for row in rows})
+    found = {(row["method"], row["rate"]): row for row in rows}
+    both = [[found[method, rate] for rate in rates] for method in list(STRATEGIES)[1:]]
+    cells = [[f"{100 * row['accuracy']:.1f}, {100 * row['accuracy_guided']:.1f}" for row in line] for line in both]
+    header = ["unguided, guided, %, one tuning seed", *(f"rate {rate:g}" for rate in rates)]
+    return [header, *([STRATEGIES[line[0]["method"]], *texts] for line, texts in zip(both, cells, strict=True))]
+
+
 def tables() -> dict[str, Table]:
     """Returns title -> table, in the order of docs/results/lab.md."""
     trained = list(SELF_WRITTEN.items())[1:]
@@ -358,7 +385,8 @@ def tables() -> dict[str, Table]:
         "SDPO's distances": distances(), "Strategies that the student writes": self_written(),
         "Their rates": accuracies_by_rate("self_written", "self-written", dict(trained)),
         "Logic": logic(), "Its rates": accuracies_by_rate("logic", "base", dict(list(AFTER_WARM_UP.items())[1:])),
-        "SmolLM2": smollm2(),
+        "SmolLM2": smollm2(), "SmolLM2 where strategies decide": smollm2_strategies(),
+        "SmolLM2, rates where strategies decide": smollm2_rates(),
     }  # fmt: skip
 
 
