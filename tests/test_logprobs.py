@@ -581,7 +581,9 @@ def test_temperature_must_be_positive(temperature):
 # ---- on a mesh
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2), (1, 8, 1)])
+@pytest.mark.parametrize(
+    "shape", [(2, 2, 2), *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((1, 4, 2), (1, 8, 1)))]
+)
 def test_devices_share_positions_and_vocabulary(shape):
     """Values and gradients are those of one device; the head is gathered, and its gradient summed, outside of loops."""
     rng = np.random.default_rng(0)

@@ -614,7 +614,9 @@ def test_a_killed_extraction_goes_on_and_pays_for_nothing_twice(tmp_path, rows):
     ("answer", "said"),
     [
         (failure(400, "Unsupported field: 'stop'"), "400: Unsupported field: 'stop'"),
-        (failure(429, "too many tokens per minute"), "429: too many tokens per minute"),
+        pytest.param(
+            failure(429, "too many tokens per minute"), "429: too many tokens per minute", marks=pytest.mark.slow
+        ),
     ],
     ids=["400", "429"],
 )

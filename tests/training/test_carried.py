@@ -201,7 +201,9 @@ def graded(policy, rollout, rows, reward):
     return generation.Graded(rollout, [[]] * len(rows), [[]] * len(rows), np.zeros(rollout.lengths.shape))
 
 
-@pytest.mark.parametrize(("shape", "pool"), [((1, 1, 1), 0), ((1, 2, 4), 2 * (6 + 2) * 128)])
+@pytest.mark.parametrize(
+    ("shape", "pool"), [((1, 1, 1), 0), pytest.param((1, 2, 4), 2 * (6 + 2) * 128, marks=pytest.mark.slow)]
+)
 def test_with_the_same_policy_all_responses_are_those_of_steps_that_wait(sampler, monkeypatch, shape, pool):
     """Also from a pool with a page for each of the 6 prompts of a device, and two for responses."""
     monkeypatch.setattr(rl, "grade", graded)

@@ -219,7 +219,7 @@ with checkpoints(sys.argv[1], stop_on_error=stop) as found:
 """
 
 
-@pytest.mark.parametrize("how", ["stop", "go on"])
+@pytest.mark.parametrize("how", [pytest.param("stop", marks=pytest.mark.slow), "go on"])
 def test_a_limit_of_the_system_in_the_middle_of_a_save(saved, tmp_path, how):
     """The system itself refuses to let a file grow, while Orbax writes in the background."""
     shutil.copytree(saved, tmp_path / "run")

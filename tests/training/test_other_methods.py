@@ -59,11 +59,8 @@ def rollouts(rl):
     return batch if rl.guided else batch._replace(guided=None, guided_prompts=None)
 
 
-QUICK = COMBINED[:1]
-CASES = [pytest.param(x, marks=[] if x in QUICK else pytest.mark.slow, id=str(x)) for x in [*COMBINED, *NAMED]]
-
-
-@pytest.mark.parametrize("changes", CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [*COMBINED, *NAMED], ids=str)
 def test_the_update_is_the_gradient_of_the_written_out_equation(changes):
     rl = settings(changes)
     params, batch = make_params(), rollouts(rl)

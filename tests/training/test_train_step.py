@@ -178,7 +178,9 @@ def test_several_updates_per_batch_keep_targets_and_old_policy():
     assert metrics["ratio"] != 1.0 and state.step == 1
 
 
-@pytest.mark.parametrize(("micro_batch", "updates"), [(1, 1), (2, 2), (4, 1)])
+@pytest.mark.parametrize(
+    ("micro_batch", "updates"), [(2, 2), *(pytest.param(size, 1, marks=pytest.mark.slow) for size in (1, 4))]
+)
 def test_micro_batches_give_the_result_of_one_batch(micro_batch, updates):
     batch = make_batch()
     whole, whole_metrics = run(batch, rate=0.1, updates_per_batch=updates)
