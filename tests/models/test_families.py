@@ -61,7 +61,7 @@ def sample(config, params, split):
 @pytest.mark.parametrize(
     "family",
     [
-        pytest.param(family, marks=[] if family == "gemma3" else pytest.mark.slow)  # which has most of what is new
+        pytest.param(family, marks=[] if family == "gemma3" else pytest.mark.slow)  # the most rules of its own
         for family in sorted(CONFIGS.keys() - {"qwen2", "qwen3", "llama"})
     ],
 )
