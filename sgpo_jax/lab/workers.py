@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import multiprocessing
 import os
 import signal
@@ -76,7 +77,7 @@ def run_cell(config: ConfigDict, cell: Cell, workdir: Path) -> dict[str, Any]:
         params = warmed_up() if step is None else stage.params_at(run, "rl", step)
         result |= _accuracies(run, stage.weights(run, params), step or 0, failed="failed" in result)
     if step is not None:
-        result |= _training_means(folder / "rl.jsonl")
+        result |= training_means(folder / "rl.jsonl")
     row = {**cell._asdict(), "config": digest(config), **result, "seconds": round(time.perf_counter() - started, 1)}
     files.write_text(folder / _ROW, files.jsonl([row]))
     return row
@@ -99,11 +100,17 @@ def _accuracies(run: Run, params: Any, step: int, failed: bool) -> dict[str, Any
     return result
 
 
-def _training_means(path: Path) -> dict[str, float]:
-    """Returns the means of _MEANS over the metrics rows of a training; a metric without values is left out."""
+def training_means(path: Path) -> dict[str, float]:
+    """Returns the means of _MEANS over the metrics rows of a training; a metric without values is left out.
+
+    "pass_at_group" is the share of problems that a group solved, pass@G1, over the last tenth of the steps.
+    """
     rows = files.read_jsonl(path)
-    values = {name: [row[name] for row in rows if row.get(name) is not None] for name in _MEANS}
-    return {f"mean_{name}": float(np.mean(numbers)) for name, numbers in values.items() if numbers}
+    last = rows[-math.ceil(len(rows) / 10) :]
+    values = {f"mean_{name}": [row.get(name) for row in rows] for name in _MEANS}
+    values["pass_at_group"] = [row.get("solved") for row in last]
+    known = {name: [number for number in numbers if number is not None] for name, numbers in values.items()}
+    return {name: float(np.mean(numbers)) for name, numbers in known.items() if numbers}
 
 
 @contextlib.contextmanager

@@ -156,8 +156,9 @@ def best_rate(rows: Iterable[Row], world: str, method: str) -> float:
 def table(rows: Sequence[Row], world: str, methods: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
     """Returns (columns, lines) of a table in the paper's layout.
 
-    It has a column for each evaluation set, their average, and the paired difference from SGPO. Values are percentages,
-    means over seeds with the half-width of their 95 % interval.
+    It has a column for each evaluation set, their average, the paired difference from SGPO and, where rows have it, the
+    share of problems that a group solved at the end of training. Values are percentages, means over seeds with the
+    half-width of their 95 % interval.
 
     Args:
       rows: results of all worlds.
@@ -166,6 +167,7 @@ def table(rows: Sequence[Row], world: str, methods: Mapping[str, str]) -> tuple[
     """
     rows = [row for row in rows if row["world"] == world]
     sets = list(dict.fromkeys(name for row in rows for name in row["sets"]))
+    solved = ["pass@G"] if any("pass_at_group" in row for row in rows) else []
     lines = []
     for method, title in methods.items():
         results = [row for row in rows if row["method"] == method]
@@ -174,9 +176,10 @@ def table(rows: Sequence[Row], world: str, methods: Mapping[str, str]) -> tuple[
         cells = [percent(interval([row["sets"][name] for row in results])) for name in sets]
         cells.append(percent(interval([row["accuracy"] for row in results])))
         difference = "" if method == "sgpo" else signed(paired(rows, world, method, "sgpo"))
+        groups = [percent(interval([row.get("pass_at_group") for row in results]))] if solved else []
         rates = ", ".join(f"{rate:g}" for rate in sorted({row["rate"] for row in results}))
-        lines.append([title, *cells, difference, rates, str(len(results))])
-    return ["method", *sets, "average", "minus SGPO", "rate", "seeds"], lines
+        lines.append([title, *cells, difference, *groups, rates, str(len(results))])
+    return ["method", *sets, "average", "minus SGPO", *solved, "rate", "seeds"], lines
 
 
 def percent(value: Difference) -> str:

@@ -187,6 +187,12 @@ def timeless(path):
     return [{name: value for name, value in row.items() if name != "seconds"} for row in read_jsonl(path)]
 
 
+def test_solved_groups_are_those_of_the_last_tenth_of_the_steps(tmp_path):
+    steps = [{"step": step, "solved": share, "entropy": 0.5} for step, share in enumerate([0.0] * 18 + [0.25, 0.75])]
+    (tmp_path / "rl.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+    assert workers.training_means(tmp_path / "rl.jsonl") == {"mean_entropy": 0.5, "pass_at_group": 0.5}
+
+
 @pytest.mark.slow
 def test_a_lab_from_beginning_to_end(config, tmp_path, capsys, monkeypatch):
     """All cells, tables and figures; then again with nothing, one cell, and another config to do."""
@@ -206,6 +212,7 @@ def test_a_lab_from_beginning_to_end(config, tmp_path, capsys, monkeypatch):
         if row["method"] != "sft":
             steps = read_jsonl(tmp_path / row["world"] / f"{row['method']}@1" / f"seed{row['seed']}" / "rl.jsonl")
             assert row["mean_entropy"] == pytest.approx(np.mean([step["entropy"] for step in steps]))
+            assert row["pass_at_group"] == steps[-1]["solved"], "a tenth of fewer than ten steps is the last one"
     assert len({row["accuracy"] for row in rows}) > 2, "there is something to compare"
     first = timeless(tmp_path / "results.jsonl")
 

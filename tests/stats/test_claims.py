@@ -81,6 +81,16 @@ def test_the_best_rate():
         claims.best_rate(rows, "rare", "grpo")
 
 
+def test_a_table_has_the_solved_groups_of_rows_that_have_them():
+    rows = [row("sgpo", seed, 0.5, sets={}, pass_at_group=share) for seed, share in ((0, 0.75), (1, 0.85))]
+    rows += [row("grpo", 0, 0.5, sets={})]
+    columns, lines = claims.table(rows, "base", {"grpo": "SFT+GRPO", "sgpo": "SGPO"})
+    place = columns.index("pass@G")
+    assert [line[place] for line in lines] == ["", "80.0 ± 63.5"], "12.706 * 0.0707 / sqrt(2) = 0.635"
+    assert {len(line) for line in lines} == {len(columns)}
+    assert "pass@G" not in claims.table(rows[2:], "base", {"grpo": "SFT+GRPO"})[0]
+
+
 def test_a_table_in_the_papers_layout():
     rows = [
         row(method, seed, (x + y) / 2, rate=rate, sets={"A": x, "B": y})
