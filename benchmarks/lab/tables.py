@@ -115,6 +115,11 @@ def compared(rows: Rows, world: str, method: str, other: str) -> list[str]:
     return [claims.signed(interval), AHEAD.get(verdict, verdict)]
 
 
+def versus(rows: Rows, world: str, method: str, other: str) -> str:
+    """Returns the difference of two methods, with its verdict where they can be told apart."""
+    return " ".join(compared(rows, world, method, other)).removesuffix(" not distinguishable")
+
+
 def minus_grpo(rows: Rows, world: str) -> list[list[str]]:
     """Returns [difference from GRPO, verdict] for each other method."""
     return [compared(rows, world, method, "grpo") for method in IN_WORLDS if method != "grpo"]
@@ -133,7 +138,7 @@ def hard_worlds() -> Table:
     rows = chosen(rows, TEN, tuned(rows, [100]))
     lines = []
     for world in HARD:
-        cells = [" ".join(pair).removesuffix(" not distinguishable") for pair in minus_grpo(rows, world)]
+        cells = [versus(rows, world, method, "grpo") for method in IN_WORLDS if method != "grpo"]
         lines.append([world, mean(rows, world, "sft"), percent(rows, world, "grpo"), *cells])
     return [["world", "before", "GRPO", *(f"{name} - GRPO" for name in list(IN_WORLDS.values())[1:])], *lines]
 
@@ -142,8 +147,7 @@ def anchored() -> Table:
     """Makes the table of `anchored` in the hard worlds: ten seeds at rate 2, which was not tuned for it."""
     rows, lines = anchored_rows(), []
     for world in HARD:
-        pairs = [compared(rows, world, "anchored", other) for other in ("grpo", "direct_sft")]
-        cells = [" ".join(pair).removesuffix(" not distinguishable") for pair in pairs]
+        cells = [versus(rows, world, "anchored", other) for other in ("grpo", "direct_sft")]
         guided = [mean(rows, world, method, "accuracy_guided") for method in ("sft", "sgpo", "anchored")]
         lines.append([world, *(percent(rows, world, name) for name in ("grpo", "anchored")), *cells, *guided])
     header = ["world", "GRPO", "anchored", "anchored - GRPO", "anchored - direct SFT"]
@@ -160,8 +164,7 @@ def guided_side() -> Table:
     """Makes the table of `anchored_guided` in the hard worlds, with the same seeds and rate."""
     rows, lines = anchored_rows(), []
     for world in HARD:
-        pairs = [compared(rows, world, "anchored_guided", other) for other in ("anchored", "grpo", "direct_sft")]
-        cells = [" ".join(pair).removesuffix(" not distinguishable") for pair in pairs]
+        cells = [versus(rows, world, "anchored_guided", other) for other in ("anchored", "grpo", "direct_sft")]
         guided = [mean(rows, world, method, "accuracy_guided") for method in ("sft", "anchored", "anchored_guided")]
         lines.append([world, percent(rows, world, "anchored_guided"), *cells, *guided])
     others = ("anchored", "GRPO", "direct SFT")
@@ -174,8 +177,7 @@ def anchored_elsewhere() -> Table:
     rows, lines = grid_rows() + read("anchored"), []
     for world in ("base", "two-stages"):
         accuracies = [percent(rows, world, name) for name in ("grpo", "anchored", "anchored_guided")]
-        pairs = [compared(rows, world, name, "grpo") for name in ("anchored", "anchored_guided")]
-        cells = [" ".join(pair).removesuffix(" not distinguishable") for pair in pairs]
+        cells = [versus(rows, world, name, "grpo") for name in ("anchored", "anchored_guided")]
         names = "sft", "grpo", "sgpo", "anchored", "anchored_guided"
         lines.append([world, *accuracies, *cells, *(mean(rows, world, name, "accuracy_guided") for name in names)])
     header = ["world", "GRPO", "anchored", "anchored_guided", "anchored - GRPO", "anchored_guided - GRPO"]
@@ -195,19 +197,21 @@ def parts() -> Table:
 
 
 def new_worlds() -> Table:
-    """Makes the table of the worlds of the second edition: three seeds at rate 2, which was tuned for none."""
+    """Makes the table of the worlds of the second edition, at rate 2, which was tuned for none."""
     rows, lines = read("new_worlds"), []
     methods = "grpo", "sgpo", "direct_sft", "anchored", "anchored_guided"
     for world in dict.fromkeys(row["world"] for row in rows):
         accuracies = [percent(rows, world, name) for name in methods]
         others = ("anchored", "grpo"), ("anchored", "direct_sft"), ("anchored_guided", "grpo")
-        pairs = [" ".join(compared(rows, world, *pair)).removesuffix(" not distinguishable") for pair in others]
+        pairs = [versus(rows, world, *pair) for pair in others]
         names = "sft", "sgpo", "anchored", "anchored_guided"
         guided = [mean(rows, world, name, "accuracy_guided") for name in names]
-        lines.append([world, mean(rows, world, "sft"), *accuracies, *pairs, *guided])
-    header = ["world", "before", "GRPO", "SGPO", "direct SFT", "anchored", "anchored_guided", "anchored - GRPO"]
+        seeds = str(len(claims.by_seed(rows, world, "grpo")))
+        lines.append([world, seeds, mean(rows, world, "sft"), *accuracies, *pairs, *guided])
+    header = ["world", "seeds", "before", "GRPO", "SGPO", "direct SFT", "anchored", "anchored_guided"]
     after = (f"after {name}" for name in ("SGPO", "anchored", "anchored_guided"))
-    return [[*header, "anchored - direct SFT", "anchored_guided - GRPO", "guided, before", *after], *lines]
+    header += ["anchored - GRPO", "anchored - direct SFT", "anchored_guided - GRPO", "guided, before", *after]
+    return [header, *lines]
 
 
 def carried() -> Table:
@@ -284,8 +288,7 @@ def tuned_alike() -> Table:
     rows, lines = chosen(wanted, TEN, rate), []
     for world in HARD:
         accuracies = [f"{percent(rows, world, name)} at {rate_of(rows, world, name)}" for name in TUNED]
-        pairs = [compared(rows, world, "anchored", other) for other in ("grpo", "direct_sft")]
-        cells = [" ".join(pair).removesuffix(" not distinguishable") for pair in pairs]
+        cells = [versus(rows, world, "anchored", other) for other in ("grpo", "direct_sft")]
         guided = [mean(rows, world, name, "accuracy_guided") for name in ("sft", *TUNED)]
         lines.append([world, *accuracies, *cells, *guided])
     header = ["world", *(f"{name}, at rate" for name in TUNED.values()), "anchored - GRPO", "anchored - direct SFT"]
@@ -298,7 +301,7 @@ def guided_side_at_four() -> Table:
     rows, lines = warm_ups + [row for row in read("tuned_ten") if row["rate"] == 4], []
     for world in HARD[1:]:
         accuracies = [percent(rows, world, name) for name in ("anchored", "anchored_guided")]
-        pair = " ".join(compared(rows, world, "anchored_guided", "anchored")).removesuffix(" not distinguishable")
+        pair = versus(rows, world, "anchored_guided", "anchored")
         guided = [mean(rows, world, name, "accuracy_guided") for name in ("sft", "anchored", "anchored_guided")]
         lines.append([world, *accuracies, pair, *guided])
     header = ["world, rate 4", "anchored", "anchored_guided", "anchored_guided - anchored"]
