@@ -3,21 +3,18 @@
     python benchmarks/lab/tables.py [FIGURE]     # FIGURE: a file for docs/lab.md's figure
 """
 
-import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
+from lab_rows import Rows, Table, chosen, compared, markdown, mean, percent, rate_of, read, tuned, versus
 
 from sgpo_jax.lab.summary import with_before
 from sgpo_jax.report import figures
 from sgpo_jax.stats import claims
 
-Rows = list[dict]
-Table = list[list[str]]  # lines of cells; the first line is the header
-
-FIVE, TEN = range(5), range(10)  # seeds
+FIVE, TEN, TUNING = range(5), range(10), (100, 101, 102)  # seeds
 WORLDS = ("base", "two-stages", "noisy-strategies", "four-methods", "weak-base", "rare-success")
 HARD = ("four-methods", "weak-base", "rare-success")
 METHODS = {
@@ -28,42 +25,7 @@ METHODS = {
     "no_target_selection": "w/o target selection", "jensen_shannon": "Jensen-Shannon",
     "top_k_kl": "forward KL of the top 4",
 }  # fmt: skip
-AHEAD = {"reproduced": "ahead", "contradicted": "behind"}  # verdicts on differences that are no claims of the paper
 IN_WORLDS = {"grpo": "GRPO", "sgpo": "SGPO", "no_kl_clip": "no KL clip", "direct_sft": "direct SFT"}
-
-
-def read(*names: str) -> Rows:
-    """Reads the rows of the named files beside this one."""
-    folder = Path(__file__).parent
-    return [json.loads(line) for name in names for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-
-
-def tuned(rows: Rows, tuning: Sequence[int]) -> Callable[[str, str], float]:
-    """Returns (world, method) -> its best rate on the seeds `tuning`, as the lab chooses it; 1 for the warm-up."""
-    tuning_rows = [row for row in rows if row["seed"] in tuning]
-    return lambda world, method: 1.0 if method == "sft" else claims.best_rate(tuning_rows, world, method)
-
-
-def chosen(rows: Rows, seeds: Iterable[int], rate: Callable[[str, str], float]) -> Rows:
-    """Returns the rows of `seeds` that have the rate of their method in their world."""
-    candidates = [row for row in rows if row["seed"] in seeds]
-    return [row for row in candidates if row["rate"] == rate(row["world"], row["method"])]
-
-
-def percent(rows: Rows, world: str, method: str, metric: str = "accuracy") -> str:
-    """Formats the mean over seeds in percent, with its interval."""
-    return claims.percent(claims.interval(list(claims.by_seed(rows, world, method, metric).values())))
-
-
-def mean(rows: Rows, world: str, method: str, metric: str = "accuracy", scale: float = 100, digits: int = 1) -> str:
-    """Formats the mean over seeds, times `scale`."""
-    return f"{scale * np.mean(list(claims.by_seed(rows, world, method, metric).values())):.{digits}f}"
-
-
-def rate_of(rows: Rows, world: str, method: str) -> str:
-    """Returns the one rate of a method's rows in a world."""
-    (rate,) = {row["rate"] for row in rows if (row["world"], row["method"]) == (world, method)}
-    return f"{rate:g}"
 
 
 def grid_rows() -> Rows:
@@ -90,7 +52,7 @@ def claims_of_ten_seeds() -> Table:
     rows = read("results", "more_seeds")
     fixed_rates = {"sft": 1.0, "hpt": 0.5}
     choices = {
-        "tuned on one seed": tuned(rows, [100]), "tuned on three seeds": tuned(rows, [100, 101, 102]),
+        "tuned on one seed": tuned(rows, [100]), "tuned on three seeds": tuned(rows, TUNING),
         "at one rate": lambda world, method: fixed_rates.get(method, 2.0),
     }  # fmt: skip
     columns = [claims.claim_lines(chosen(rows, TEN, rate), "base") for rate in choices.values()]
@@ -106,18 +68,6 @@ def worlds() -> Table:
     rows = grid_rows()
     after = ([world, mean(rows, world, "sft"), *(percent(rows, world, name) for name in IN_WORLDS)] for world in WORLDS)
     return [["world", "before", *IN_WORLDS.values()], *after]
-
-
-def compared(rows: Rows, world: str, method: str, other: str) -> list[str]:
-    """Returns [difference of two methods, verdict]."""
-    interval = claims.paired(rows, world, method, other)
-    verdict = claims.verdict(interval)
-    return [claims.signed(interval), AHEAD.get(verdict, verdict)]
-
-
-def versus(rows: Rows, world: str, method: str, other: str) -> str:
-    """Returns the difference of two methods, with its verdict where they can be told apart."""
-    return " ".join(compared(rows, world, method, other)).removesuffix(" not distinguishable")
 
 
 def minus_grpo(rows: Rows, world: str) -> list[list[str]]:
@@ -185,15 +135,43 @@ def anchored_elsewhere() -> Table:
     return [[*header, "guided, before", *after], *lines]
 
 
-def parts() -> Table:
-    """Makes the table of each part of `anchored` alone: three seeds at rate 2, accuracy and guided accuracy after."""
-    rows = [row for row in anchored_rows() + read("parts") if row["seed"] in (0, 1, 2)]
-    methods = "grpo", "sgpo", "frozen_teacher", "scaled_kl", "anchored"
-    lines = []
+RULES = {  # whose parameters teach, what becomes of a token above delta
+    "sgpo": "live, masked (SGPO)", "frozen_teacher": "frozen, masked", "scaled_kl": "live, scaled",
+    "anchored": "frozen, scaled",
+}  # fmt: skip
+
+
+def rules_tuning() -> Rows:
+    """Returns the tuning rows of the rules in the hard worlds, of the rates that all three tuning seeds have."""
+    every = read("results", "tuned", "rules")
+    rows = [row for row in every if row["seed"] in TUNING and row["world"] in HARD and row["method"] in RULES]
+    seeds = Counter((row["world"], row["method"], row["rate"]) for row in rows)
+    return [row for row in rows if seeds[row["world"], row["method"], row["rate"]] == len(TUNING)]
+
+
+def rates_of_rules() -> Table:
+    """Makes the table of accuracies of the teacher and token rules at each rate on three tuning seeds."""
+    rows, lines = rules_tuning(), []
+    rates = sorted({row["rate"] for row in rows})
     for world in HARD:
-        pairs = [[mean(rows, world, name, metric) for metric in ("accuracy", "accuracy_guided")] for name in methods]
-        lines.append([world, *(" / ".join(pair) for pair in pairs)])
-    return [["world", "GRPO", "SGPO", "frozen_teacher", "scaled_kl", "both: anchored"], *lines]
+        for method, name in RULES.items():
+            by_rate = [[row for row in rows if row["rate"] == rate] for rate in rates]
+            ran = [claims.by_seed(some, world, method) for some in by_rate]
+            lines.append([world, name, *(f"{100 * np.mean([*found.values()]):.1f}" if found else "" for found in ran)])
+    return [["world", "teacher, token rule", *(f"rate {rate:g}" for rate in rates)], *lines]
+
+
+def rules() -> Table:
+    """Makes the table of the teacher and token rules: ten seeds, each at its best rate on three tuning seeds."""
+    rate = tuned(rules_tuning(), TUNING)
+    rows, lines = chosen([row for row in read("rules") if row["method"] in RULES], TEN, rate), []
+    for world in HARD:
+        for method, name in RULES.items():
+            apart = "" if method == "anchored" else versus(rows, world, "anchored", method)
+            after = [mean(rows, world, method, metric) for metric in ("pass_at_group", "accuracy_guided")]
+            lines.append([world, name, rate_of(rows, world, method), percent(rows, world, method), apart, *after])
+    header = ["world", "teacher, token rule", "rate", "accuracy", "anchored minus it", "pass@8", "guided, after"]
+    return [header, *lines]
 
 
 def new_worlds() -> Table:
@@ -256,7 +234,7 @@ AFTER_WARM_UP = {"sft": "SFT (the warm-up)", "grpo": "SFT+GRPO", "sgpo": "SGPO"}
 def self_written() -> Table:
     """Makes the table of SGPO with strategies that the student writes."""
     rows, world = read("self_written"), "self-written"
-    rows = chosen(rows, FIVE, tuned(rows, [100, 101, 102]))
+    rows = chosen(rows, FIVE, tuned(rows, TUNING))
     lines = []
     for method, name in SELF_WRITTEN.items():
         apart = "" if method == "sgpo" else claims.signed(claims.paired(rows, world, method, "sgpo"))
@@ -282,7 +260,7 @@ def rates_of_hard_worlds() -> Table:
 
 def tuned_alike() -> Table:
     """Makes the table of the hard worlds with ten seeds, each method at its best rate on the three tuning seeds."""
-    rate = tuned([row for row in read("results", "tuned") if row["rate"] >= 1], [100, 101, 102])
+    rate = tuned([row for row in read("results", "tuned") if row["rate"] >= 1], TUNING)
     every = read("results", "more_seeds", "anchored", "tuned_ten")
     wanted = [row for row in every if row["world"] in HARD and row["method"] in ("sft", *TUNED)]
     rows, lines = chosen(wanted, TEN, rate), []
@@ -331,7 +309,7 @@ def minus_warm_up(
 def logic() -> Table:
     """Makes the table of the logic world."""
     rows = read("logic")
-    rows = chosen(rows, FIVE, tuned(rows, [100, 101, 102]))
+    rows = chosen(rows, FIVE, tuned(rows, TUNING))
     header, *lines = minus_warm_up(rows, percent)
     alphas = ["", "", mean(rows, "base", "sgpo", "mean_alpha", 1, 2)]
     rates = [rate_of(rows, "base", method) for method in AFTER_WARM_UP]
@@ -383,7 +361,8 @@ def tables() -> dict[str, Table]:
         "Anchored": anchored(), "Anchored on both sides": guided_side(),
         "Rates of the hard worlds": rates_of_hard_worlds(), "Hard worlds, tuned alike": tuned_alike(),
         "Both sides at rate 4": guided_side_at_four(),
-        "Anchored where the base is good": anchored_elsewhere(), "Its parts": parts(),
+        "Anchored where the base is good": anchored_elsewhere(),
+        "Rates of the rules": rates_of_rules(), "Rules": rules(),
         "New worlds": new_worlds(), "Steps that do not wait": carried(),
         "SDPO's distances": distances(), "Strategies that the student writes": self_written(),
         "Their rates": accuracies_by_rate("self_written", "self-written", dict(trained)),
@@ -391,12 +370,6 @@ def tables() -> dict[str, Table]:
         "SmolLM2": smollm2(), "SmolLM2 where strategies decide": smollm2_strategies(),
         "SmolLM2, rates where strategies decide": smollm2_rates(),
     }  # fmt: skip
-
-
-def markdown(lines: Table) -> list[str]:
-    """Returns the lines of a table in Markdown, without the line under the header."""
-    texts = ["| " + " | ".join(line) + " |" for line in lines]
-    return [text.replace("  |", " |").replace("|  ", "| ") for text in texts]
 
 
 def draw_kept(path: str) -> None:

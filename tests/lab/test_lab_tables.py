@@ -3,12 +3,14 @@
 import itertools
 import json
 import runpy
+import sys
 from itertools import takewhile
 
 import numpy as np
 import pytest
 from helpers.paths import ROOT
 
+sys.path.append(str(ROOT / "benchmarks/lab"))  # as where the script is run
 SCRIPT = runpy.run_path(str(ROOT / "benchmarks/lab/tables.py"))
 TABLES = SCRIPT["tables"]()
 CURVES = runpy.run_path(str(ROOT / "benchmarks/lab/why.py"))
